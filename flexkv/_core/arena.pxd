@@ -1,0 +1,3 @@
+cdef class Arena:
+    cdef char *data
+    cdef readonly size_t num_bytes

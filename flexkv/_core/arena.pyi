@@ -1,0 +1,6 @@
+from typing_extensions import Buffer
+
+class Arena(Buffer):
+    num_bytes: int
+    def __init__(self, num_bytes: int) -> None: ...
+    def __len__(self) -> int: ...

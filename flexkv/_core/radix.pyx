@@ -1,0 +1,438 @@
+"""The one index: a path-compressed radix tree over chained block keys that answers for every tier in one walk.
+
+A key names a block *and its whole prefix*, so two facts keep the tree simple and fast. A node is found by the key of
+its first block alone, in one hash table for the whole tree; and if block *i* of a sequence equals block *i* of a node,
+all blocks before it do too, so the point where they part is found by bisection.
+
+A node holds arrays: keys, and for each tier the slot of each block (-1: absent), pins and ready bits. A block is
+*absent*, *writing* (it has a slot) or *ready* on each tier. A block that is absent everywhere stays in the tree only
+while something below it, or a pin, needs it.
+
+No method locks: the caller holds one lock around all of them.
+"""
+import numpy as np
+
+from libc.string cimport memcpy, memset
+
+from flexkv._core.nodes cimport WHY_EVICTED, WHY_FAILED, Node, NodeStore
+from flexkv._core.nodes import NODE_DTYPE  # noqa: F401  (public name of this module)
+from flexkv.errors import CapacityError, InvariantError
+
+cdef extern from *:
+    """
+    #ifdef FLEXKV_DEBUG
+    #define FLEXKV_CHECKS 1
+    #else
+    #define FLEXKV_CHECKS 0
+    #endif
+    """
+    enum: FLEXKV_CHECKS
+
+cdef enum:
+    ROOT = 0
+    MAX_PINS = 65535
+
+cdef enum:                             # why a match stops
+    FULL_HIT = 0
+    NEVER_SEEN = 1
+    EVICTED = 2
+    NOT_READY = 3
+    FAILED = 4
+
+REASON_FULL_HIT, REASON_NEVER_SEEN, REASON_EVICTED, REASON_NOT_READY, REASON_FAILED = range(5)
+
+
+cdef class Match:
+    """What one walk found for ``num_blocks`` keys.
+
+    Attributes
+    ----------
+    num_ready : int
+        Leading blocks that are ready on at least one tier.
+    slots : ndarray of int32, shape (num_ready,)
+        Slot of each block on its best (lowest-numbered) ready tier.
+    tiers : ndarray of int8, shape (num_ready,)
+        That tier.
+    reason : int
+        Why the match stops after ``num_ready`` blocks: one of ``REASON_*``.
+    """
+    cdef readonly Py_ssize_t num_blocks, num_ready
+    cdef readonly int reason
+    cdef readonly object slots, tiers
+
+    def __init__(self, Py_ssize_t num_blocks, Py_ssize_t num_ready, int reason, slots, tiers):
+        self.num_blocks = num_blocks
+        self.num_ready = num_ready
+        self.reason = reason
+        self.slots = slots
+        self.tiers = tiers
+
+
+cdef class RadixTree(NodeStore):
+    """Radix tree of at most ``max_blocks`` blocks on ``num_tiers`` tiers (tier 0 is the fastest).
+
+    ``keys`` arguments are C-contiguous ``uint64`` arrays of shape (n, 2), as the hashing module makes them.
+
+    Raises
+    ------
+    CapacityError
+        From ``insert`` and ``pin``, when a fixed limit is reached; nothing has changed then.
+    InvariantError
+        A caller broke the contract of a method; nothing has changed then.
+    """
+
+    def match(self, const uint64_t[:, ::1] keys not None):
+        """Leading blocks of ``keys`` that are ready, the best source of each, and why the match stops there.
+
+        Reads only: it changes, counts and evicts nothing.
+        """
+        cdef Py_ssize_t n = keys.shape[0], ready = 0
+        cdef int reason
+        slots_array = np.empty(n, dtype=np.int32)
+        tiers_array = np.empty(n, dtype=np.int8)
+        cdef int32_t[::1] slots = slots_array
+        cdef int8_t[::1] tiers = tiers_array
+        if n == 0:
+            return Match(0, 0, FULL_HIT, slots_array, tiers_array)
+        with nogil:
+            reason = self.match_ready(&keys[0, 0], n, &slots[0], &tiers[0], &ready)
+        return Match(n, ready, reason, slots_array[:ready], tiers_array[:ready])
+
+    cdef int match_ready(self, const uint64_t *keys, Py_ssize_t n, int32_t *slots, int8_t *tiers,
+                         Py_ssize_t *num_ready) noexcept nogil:
+        cdef Py_ssize_t pos = 0, m, i
+        cdef int32_t node = ROOT
+        cdef Node *p
+        cdef uint8_t *state
+        cdef uint32_t why
+        cdef int t
+        while pos < n:
+            m = self.advance(keys, n, pos, &node)
+            if m == 0:
+                break
+            p = &self.nodes[node]
+            if p.ready[0] == p.length:
+                memcpy(slots + pos, self.slots_of(p, 0), 4 * m)
+                memset(tiers + pos, 0, m)
+            else:
+                state = self.state_of(p)
+                for i in range(m):
+                    if state[i] == 0:
+                        num_ready[0] = pos + i
+                        for t in range(self.num_tiers):
+                            if self.slots_of(p, t)[i] >= 0:
+                                return NOT_READY
+                        return FAILED if self.recall(keys + 2 * (pos + i)) == WHY_FAILED else EVICTED
+                    t = 0
+                    while not state[i] >> t & 1:
+                        t += 1
+                    tiers[pos + i] = <int8_t>t
+                    slots[pos + i] = self.slots_of(p, t)[i]
+            pos += m
+            if m < p.length:
+                break
+        num_ready[0] = pos
+        if pos == n:
+            return FULL_HIT
+        why = self.recall(keys + 2 * pos)
+        return EVICTED if why == WHY_EVICTED else FAILED if why == WHY_FAILED else NEVER_SEEN
+
+    def absent(self, const uint64_t[:, ::1] keys not None):
+        """Positions (int32, ascending) of the blocks that have a slot on no tier, neither ready nor being written."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m, i, count = 0
+        cdef int32_t node = ROOT
+        cdef Node *p
+        cdef int t
+        out_array = np.empty(n, dtype=np.int32)
+        cdef int32_t[::1] out = out_array
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                p = &self.nodes[node]
+                if p.resident[0] < p.length:
+                    for i in range(m):
+                        for t in range(self.num_tiers):
+                            if self.slots_of(p, t)[i] >= 0:
+                                break
+                        else:
+                            out[count] = <int32_t>(pos + i)
+                            count += 1
+                pos += m
+                if m < p.length:
+                    break
+            for i in range(pos, n):
+                out[count] = <int32_t>i
+                count += 1
+        return out_array[:count]
+
+    def insert(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier, double now):
+        """Give blocks slots on ``tier``, in state *writing*; blocks that the tree lacks are added.
+
+        Parameters
+        ----------
+        keys : (n, 2) uint64
+            From the first block of the sequence.
+        slots : (n,) int32
+            -1 leaves a block that is in the tree as it is.
+        now : float
+            Seconds, for the age of what is added.
+        """
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m = 0, i
+        cdef int32_t node = ROOT
+        self.check_tier(tier)
+        if slots.shape[0] != n:
+            raise ValueError(f"{slots.shape[0]} slots for {n} keys")
+        cdef const int32_t *mine
+        cdef int clash = 0
+        if n == 0:
+            return
+        cdef const int32_t *wanted = &slots[0]
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                mine = self.slots_of(&self.nodes[node], tier)
+                for i in range(m):
+                    clash |= (wanted[pos + i] >= 0) & (mine[i] >= 0)
+                pos += m
+                if m < self.nodes[node].length:
+                    break
+            for i in range(pos, n):
+                clash |= wanted[i] < 0
+        if clash:
+            raise InvariantError("insert: a block has a slot on the tier already, or a new block got none")
+        if self.num_blocks + n - pos > self.max_blocks:
+            raise CapacityError(f"the index is full: {self.max_blocks} blocks")
+        with nogil:
+            if pos < n:
+                if node != ROOT and m > 0 and m < self.nodes[node].length:
+                    self.split(node, <uint32_t>m)
+                    node = self.nodes[node].parent
+                self.append(node, &keys[pos, 0], wanted + pos, n - pos, tier, now)
+            self.fill(&keys[0, 0], pos, wanted, tier)
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+
+    cdef void fill(self, const uint64_t *keys, Py_ssize_t n, const int32_t *slots, int tier) noexcept nogil:
+        cdef Py_ssize_t pos = 0, m, i
+        cdef int32_t node = ROOT
+        while pos < n:
+            m = self.advance(keys, n, pos, &node)
+            for i in range(m):
+                if slots[pos + i] >= 0:
+                    self.set_slot(node, <uint32_t>i, tier, slots[pos + i])
+            pos += m
+
+    def set_ready(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier):
+        """Blocks whose write on ``tier`` into ``slots`` is complete become ready (-1: leave alone).
+
+        Returns
+        -------
+        int
+            Blocks made ready. A block that is not in the tree with that very slot, in state writing, is left alone.
+        """
+        return self.finish(keys, slots, tier, True, 0)
+
+    def drop(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier,
+             bint failed=False):
+        """Blocks that hold ``slots`` on ``tier`` (-1: leave alone) become absent there, whatever their state.
+
+        ``failed`` is remembered as the reason. Returns the number of blocks dropped; the caller frees the slots.
+        """
+        return self.finish(keys, slots, tier, False, WHY_FAILED if failed else 0)
+
+    cdef Py_ssize_t finish(self, const uint64_t[:, ::1] keys, const int32_t[::1] slots, int tier, bint ready,
+                           uint32_t why) except -1:
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m, i, count = 0
+        cdef int32_t node = ROOT, last = ROOT
+        cdef Node *p
+        self.check_tier(tier)
+        if slots.shape[0] != n:
+            raise ValueError(f"{slots.shape[0]} slots for {n} keys")
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                last = node
+                if ready:
+                    count += self.mark_ready(node, m, &slots[pos], tier)
+                else:
+                    count += self.mark_absent(node, m, &slots[pos], tier, why)
+                p = &self.nodes[node]
+                pos += m
+                if m < p.length:
+                    break
+            if not ready:
+                self.prune(last)
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+        return count
+
+    cdef Py_ssize_t mark_ready(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier) noexcept nogil:
+        cdef Node *p = &self.nodes[node]
+        cdef const int32_t *mine = self.slots_of(p, tier)
+        cdef uint8_t *state = self.state_of(p)
+        cdef uint8_t changed, bit = 1 << tier
+        cdef Py_ssize_t i, count = 0
+        for i in range(m):                             # without branches, so that it runs as vectors
+            changed = (slots[i] >= 0) & (mine[i] == slots[i]) & ~(state[i] >> tier) & 1
+            state[i] |= changed * bit
+            count += changed
+        p.ready[tier] += <uint32_t>count
+        return count
+
+    cdef Py_ssize_t mark_absent(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier,
+                                uint32_t why) noexcept nogil:
+        cdef Node *p = &self.nodes[node]
+        cdef Py_ssize_t i, count = 0
+        for i in range(m):
+            if slots[i] >= 0 and self.slots_of(p, tier)[i] == slots[i]:
+                self.clear_slot(node, <uint32_t>i, tier)
+                if why:
+                    self.forget(p.keys + 2 * i, why)
+                count += 1
+        return count
+
+    def pin(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
+        """Keep blocks [start, stop) of the sequence from eviction until ``unpin`` of the same range."""
+        self.add_pins(keys, start, stop, 1)
+
+    def unpin(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
+        self.add_pins(keys, start, stop, -1)
+
+    cdef int add_pins(self, const uint64_t[:, ::1] keys, Py_ssize_t start, Py_ssize_t stop, int delta) except -1:
+        cdef Py_ssize_t pos = 0, m, i
+        cdef int32_t node = ROOT
+        cdef Node *p
+        cdef uint16_t *pins
+        cdef bint bad = False
+        cdef int apply
+        if not 0 <= start <= stop <= keys.shape[0]:
+            raise ValueError(f"blocks [{start}, {stop}) of {keys.shape[0]}")
+        if start == stop:
+            return 0
+        with nogil:
+            for apply in range(2):                     # check all, then change all
+                pos = 0
+                while pos < stop:
+                    m = self.advance(&keys[0, 0], stop, pos, &node)
+                    if m == 0:
+                        bad = True
+                        break
+                    p = &self.nodes[node]
+                    pins = self.pins_of(p)
+                    for i in range(max(start - pos, 0), m):
+                        if not apply:
+                            bad |= pins[i] == (MAX_PINS if delta > 0 else 0)
+                        else:
+                            p.pinned -= pins[i] > 0
+                            pins[i] = <uint16_t>(pins[i] + delta)
+                            p.pinned += pins[i] > 0
+                    pos += m
+                if bad:
+                    break
+            if not bad and delta < 0:
+                self.prune(node)
+        if bad:
+            raise InvariantError("pin or unpin of a block that is not in the tree, not pinned, or pinned too often")
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+        return 0
+
+    def touch(self, const uint64_t[:, ::1] keys not None, double now, bint hit=True):
+        """Record a use at ``now`` (seconds) of every node on the path of ``keys``."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m
+        cdef int32_t node = ROOT
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                self.nodes[node].last_access = max(self.nodes[node].last_access, now)
+                self.nodes[node].hits += hit
+                pos += m
+
+    def evictable(self, int tier):
+        """Ids (int32) of the nodes from whose end blocks of ``tier`` may go: nothing below them is on the tier."""
+        self.check_tier(tier)
+        out_array = np.empty(self.num_nodes, dtype=np.int32)
+        cdef int32_t[::1] out = out_array
+        cdef Py_ssize_t count = 0
+        cdef int32_t i
+        cdef Node *p
+        with nogil:
+            for i in range(1, self.used_nodes):
+                p = &self.nodes[i]
+                if p.ready[tier] > 0 and p.live_children[tier] == 0:
+                    out[count] = i
+                    count += 1
+        return out_array[:count]
+
+    def evict(self, int tier, const int32_t[::1] node_ids not None, Py_ssize_t want):
+        """Free up to ``want`` slots of ``tier`` from the ends of the given nodes, in that order.
+
+        Blocks that are pinned or being written stay, and so do the blocks before them. An id that is no longer
+        evictable is passed over.
+
+        Returns
+        -------
+        ndarray of int32
+            The slots that are free now.
+        """
+        self.check_tier(tier)
+        out_array = np.empty(max(min(want, self.num_blocks), 0), dtype=np.int32)
+        cdef int32_t[::1] out = out_array
+        cdef Py_ssize_t k, count = 0, limit = out_array.shape[0]
+        cdef int32_t node
+        cdef Node *p
+        cdef int64_t i
+        with nogil:
+            for k in range(node_ids.shape[0]):
+                node = node_ids[k]
+                if count == limit:
+                    break
+                if node <= ROOT or node >= self.used_nodes or self.nodes[node].live_children[tier] > 0:
+                    continue
+                p = &self.nodes[node]
+                i = <int64_t>p.length - 1
+                while i >= 0 and count < limit:
+                    if self.slots_of(p, tier)[i] >= 0:
+                        if self.pins_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1:
+                            break
+                        out[count] = self.slots_of(p, tier)[i]
+                        count += 1
+                        self.clear_slot(node, <uint32_t>i, tier)
+                        if self.state_of(p)[i] == 0:
+                            self.forget(p.keys + 2 * i, WHY_EVICTED)
+                    i -= 1
+                self.prune(node)
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+        return out_array[:count]
+
+    def nodes_view(self):
+        """Structured array (``NODE_DTYPE``) over all node places, index = node id; a live view, never a copy."""
+        return self.view
+
+    def resident(self, int tier):
+        """Blocks that hold a slot on ``tier``."""
+        self.check_tier(tier)
+        return int(self.view["resident"][:self.used_nodes, tier].sum())
+
+    @property
+    def memory_bytes(self):
+        """Bytes in use: node places, block arrays, key table, and the record of what was evicted."""
+        return (
+            self.used_nodes * sizeof(Node) + self.block_storage * (16 + 4 * self.num_tiers + 3)
+            + (self.table_mask + 1) * 4 + (self.forgotten_mask + 1) * 4
+        )
+
+    cdef int check_tier(self, int tier) except -1:
+        if not 0 <= tier < self.num_tiers:
+            raise ValueError(f"tier {tier}; this tree has tiers 0 to {self.num_tiers - 1}")
+        return 0
+

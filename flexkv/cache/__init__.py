@@ -1,0 +1,1 @@
+"""Control plane: which blocks are where, what to load, what to keep."""

@@ -1,0 +1,17 @@
+"""Why a match stopped where it did."""
+
+import enum
+
+from flexkv._core import radix
+
+
+class StopReason(enum.IntEnum):
+    """The first block that a match could not offer, and why."""
+
+    FULL_HIT = radix.REASON_FULL_HIT
+    NEVER_SEEN = radix.REASON_NEVER_SEEN
+    EVICTED = radix.REASON_EVICTED
+    NOT_READY = radix.REASON_NOT_READY
+    """Another request is still writing it."""
+    FAILED = radix.REASON_FAILED
+    """It was written or read back with an error, and dropped."""

@@ -1,0 +1,53 @@
+"""Everything that FlexKV raises on purpose. Each message says what is wrong and what to do."""
+
+
+class FlexKVError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(FlexKVError, ValueError):
+    """A setting is unknown, of a wrong type, or out of range.
+
+    Parameters
+    ----------
+    key : str
+        The setting, by the name its user gave.
+    value : object
+        What it was set to.
+    allowed : str
+        What would be right, or what to do.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        super().__init__(f"{key} = {value!r}: {allowed}")
+        self.key = key
+        self.value = value
+        self.allowed = allowed
+
+
+class RegistrationError(FlexKVError, ValueError):
+    """Tensors, or the layout said to describe them, cannot be registered."""
+
+
+class SlotMappingError(FlexKVError, ValueError):
+    """A slot mapping does not name whole, aligned pages."""
+
+
+class CapacityError(FlexKVError, MemoryError):
+    """A fixed size is used up, or memory could not be had."""
+
+
+class TransferError(FlexKVError, RuntimeError):
+    """Blocks could not be moved."""
+
+
+class AgentLostError(TransferError):
+    """The process at the other end has gone."""
+
+
+class RingCorruptedError(TransferError):
+    """A shared-memory ring holds what its writer cannot have written."""
+
+
+class InvariantError(FlexKVError, AssertionError):
+    """An internal promise was broken: a bug, here or in a caller that broke a contract."""

@@ -1,0 +1,247 @@
+"""Tasks of ``KVManager``: one get or put each, from match to result."""
+
+import enum
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.plan import GetPlan, PutPlan
+from flexkv.response import KVResponse, KVResponseStatus
+from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+
+_STATUS = {
+    OpStatus.DONE: KVResponseStatus.SUCCESS,
+    OpStatus.FAILED: KVResponseStatus.FAILED,
+    OpStatus.CANCELLED: KVResponseStatus.CANCELLED,
+    OpStatus.TIMEOUT: KVResponseStatus.TIMEOUT,
+}
+_MAX_UNCLAIMED = 4096
+"""Results that nobody asks for are dropped, oldest first, beyond this many."""
+
+
+class TaskStage(enum.Enum):
+    """MATCHED (holds pins or slots) -> RUNNING -> SETTLED (holds nothing; nothing touches its pages or slots)."""
+
+    MATCHED = "matched"
+    RUNNING = "running"
+    SETTLED = "settled"
+
+
+@dataclass(slots=True, eq=False)
+class KVTask:
+    """State of a task.
+
+    Attributes
+    ----------
+    num_tokens : int
+        Size of the token mask of the response; 0: no mask.
+    blocks : (m,) int32
+        Positions in the sequence of the blocks to move.
+    slots : (m,) int32
+        Host slot of each; -1: not there, will be reported as failed.
+    ok : (m,) bool
+        Moved.
+    """
+
+    task_id: int
+    cache: GlobalCacheEngine | None
+    plan: GetPlan | PutPlan | None
+    blocks: NDArray[np.int32]
+    slots: NDArray[np.int32]
+    tokens_per_block: int
+    num_tokens: int
+    stage: TaskStage = TaskStage.MATCHED
+    graph: TransferGraph | None = None
+    status: KVResponseStatus | None = None
+    ok: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+
+    def token_mask(self, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        """(num_tokens,) bool: tokens of the task's blocks, or of the ``chosen`` ones ((m,) bool)."""
+        blocks = np.zeros(self.num_tokens // self.tokens_per_block, dtype=np.bool_)
+        blocks[self.blocks if chosen is None else self.blocks[chosen]] = True
+        mask = np.zeros(self.num_tokens, dtype=np.bool_)
+        mask[: len(blocks) * self.tokens_per_block] = np.repeat(blocks, self.tokens_per_block)
+        return mask
+
+    @property
+    def result(self) -> KVResponseStatus | None:
+        """How it ended; None while it has not. A late transfer is TIMEOUT before it is settled."""
+        if self.status is None and self.graph is not None:
+            return _STATUS.get(self.graph.status)
+        return self.status
+
+    def release(self) -> None:
+        """Give pins or slots back to the index, by what was moved."""
+        if isinstance(self.plan, GetPlan) and self.cache is not None:
+            self.cache.end_get(self.plan)
+        elif isinstance(self.plan, PutPlan) and self.cache is not None:
+            self.cache.end_put(self.plan, self.ok)
+            self.cache.evict_ahead()
+        self.plan = None
+
+
+class TaskTable:
+    """The tasks that are known, and their way through the data plane.
+
+    Thread safe. Its lock is taken before the index's and the data plane's, never after.
+
+    Parameters
+    ----------
+    transfer : TransferEngine
+    dp_client_id : int
+        Whose ranks move the blocks.
+    tokens_per_block : int
+    """
+
+    def __init__(self, transfer: TransferEngine, dp_client_id: int, tokens_per_block: int) -> None:
+        self._transfer = transfer
+        self._dp_client_id = dp_client_id
+        self._tokens_per_block = tokens_per_block
+        self._lock = threading.RLock()
+        self._tasks: dict[int, KVTask] = {}
+        self._ids = itertools.count(1)
+        self._unclaimed: dict[int, None] = {}            # settled, in that order
+
+    def new_get(
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int
+    ) -> KVTask:
+        """Match blocks ``[start, stop)``; with ``stop`` None as far as they are there, else all of them, -1 if not."""
+        plan = cache.begin_get(keys, start, len(keys) if stop is None else stop) if cache is not None else None
+        found = plan.slots if plan is not None else np.zeros(0, dtype=np.int32)
+        count = len(found) if stop is None else stop - start
+        slots = np.full(count, -1, dtype=np.int32)
+        slots[: len(found)] = found
+        first = start if stop is not None or plan is None else plan.start
+        return self._add(cache, plan, np.arange(first, first + count, dtype=np.int32), slots, num_tokens)
+
+    def new_put(
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, num_tokens: int
+    ) -> KVTask:
+        """Reserve slots for the absent blocks of ``[start, stop)``."""
+        if cache is None:
+            nothing = np.zeros(0, dtype=np.int32)
+            return self._add(None, None, nothing, nothing, num_tokens)
+        plan = cache.begin_put(keys, start, stop)
+        return self._add(cache, plan, plan.blocks, plan.slots, num_tokens)
+
+    def _add(
+        self,
+        cache: GlobalCacheEngine | None,
+        plan: GetPlan | PutPlan | None,
+        blocks: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        num_tokens: int,
+    ) -> KVTask:
+        with self._lock:
+            task = KVTask(next(self._ids), cache, plan, blocks, slots, self._tokens_per_block, num_tokens)
+            self._tasks[task.task_id] = task
+            return task
+
+    def matched(self, task_id: int) -> KVTask:
+        """The task, if it waits for its launch.
+
+        Raises
+        ------
+        KeyError
+            It is not known, or was launched already.
+        """
+        with self._lock:
+            task = self._tasks.get(task_id)
+        if task is None or task.stage is not TaskStage.MATCHED:
+            raise KeyError(f"task {task_id} is {'not known' if task is None else 'launched already'}")
+        return task
+
+    def run(self, task: KVTask, pages: NDArray[np.int32], fence: int) -> None:
+        """Move the task's blocks between their slots and ``pages`` ((m,) int32)."""
+        with self._lock:
+            task.stage = TaskStage.RUNNING
+            if len(task.blocks) == 0:
+                self._settle(task, KVResponseStatus.SUCCESS)
+                return
+            loading = not isinstance(task.plan, PutPlan)
+            op = TransferOp(
+                OpKind.H2D if loading else OpKind.D2H,
+                src=task.slots if loading else pages,
+                dst=pages if loading else task.slots,
+                dp_client_id=self._dp_client_id,
+                fence=fence,
+            )
+            task.graph = TransferGraph(task.task_id, [op])
+        self._transfer.submit(task.graph, self._on_done)
+
+    def settle_now(self, task: KVTask) -> None:
+        """End a task without a transfer, all of its blocks good."""
+        with self._lock:
+            task.ok = np.ones(len(task.blocks), dtype=np.bool_)
+            self._settle(task, KVResponseStatus.SUCCESS)
+
+    def cancel(self, task_id: int) -> None:
+        """Stop a task. One that was not launched is gone; one that runs will settle, and has a result."""
+        with self._lock:
+            task = self._tasks.get(task_id)
+            if task is None or task.stage is TaskStage.SETTLED:
+                return
+            if task.stage is TaskStage.MATCHED:
+                task.ok = np.zeros(len(task.blocks), dtype=np.bool_)
+                task.release()
+                del self._tasks[task_id]
+                return
+        self._transfer.cancel(task_id)
+
+    def _on_done(self, graph: TransferGraph) -> None:
+        with self._lock:
+            task = self._tasks[graph.task_id]
+            task.ok = graph.ops[-1].ok
+            self._settle(task, _STATUS[graph.status])
+
+    def _settle(self, task: KVTask, status: KVResponseStatus) -> None:
+        task.release()
+        task.status = status
+        task.stage = TaskStage.SETTLED
+        self._unclaimed[task.task_id] = None
+        while len(self._unclaimed) > _MAX_UNCLAIMED:
+            oldest = next(iter(self._unclaimed))
+            del self._unclaimed[oldest], self._tasks[oldest]
+
+    def unsettled(self) -> list[int]:
+        """Ids of the tasks that hold pins or slots."""
+        with self._lock:
+            return [task.task_id for task in self._tasks.values() if task.stage is not TaskStage.SETTLED]
+
+    def wait(self, ids: list[int], timeout: float, settled: Callable[[int], bool] | None = None) -> bool:
+        """Wait until ``settled`` (default: has a result) holds for all ids, at most ``timeout`` seconds."""
+        done = settled or self.has_result
+        return self._transfer.wait(lambda: all(done(task_id) for task_id in ids), timeout)
+
+    def is_settled(self, task_id: int) -> bool:
+        """Whether nothing can touch the task's pages and slots any more; an unknown task is settled."""
+        task = self._tasks.get(task_id)
+        return task is None or task.stage is TaskStage.SETTLED
+
+    def has_result(self, task_id: int) -> bool:
+        """Whether waiting longer makes no difference: it ended, is not known, or was never launched."""
+        task = self._tasks.get(task_id)
+        return task is None or task.stage is TaskStage.MATCHED or task.result is not None
+
+    def take(self, task_id: int) -> KVResponse:
+        """The result as it stands; one that is settled is forgotten."""
+        with self._lock:
+            task = self._tasks.get(task_id)
+            if task is None:
+                return KVResponse(KVResponseStatus.NOTFOUND, task_id)
+            if task.stage is TaskStage.MATCHED:
+                return KVResponse(KVResponseStatus.UNREADY, task_id)
+            if task.stage is TaskStage.SETTLED:
+                del self._tasks[task_id]
+                del self._unclaimed[task_id]
+            mask = task.token_mask(task.ok) if task.num_tokens and len(task.ok) else None
+            return KVResponse(task.result or KVResponseStatus.TIMEOUT, task_id, mask)
+
+    def __len__(self) -> int:
+        return len(self._tasks)

@@ -1,0 +1,39 @@
+"""What a caller of ``KVManager`` learns about a task."""
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class KVResponseStatus(enum.Enum):
+    """How a task stands."""
+
+    SUCCESS = "success"
+    NOTFOUND = "notfound"
+    """No such task: never made, or its result was taken already."""
+    UNREADY = "unready"
+    """Not launched yet."""
+    TIMEOUT = "timeout"
+    """The wait, or the transfer itself, took too long."""
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    """At least one block was not moved; ``return_mask`` tells which tokens were."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVResponse:
+    """Result of one task.
+
+    Attributes
+    ----------
+    status : KVResponseStatus
+    task_id : int
+    return_mask : (num_tokens,) bool ndarray or None
+        Tokens whose KV was moved; None for a task that is not known, or made from keys instead of tokens.
+    """
+
+    status: KVResponseStatus
+    task_id: int
+    return_mask: NDArray[np.bool_] | None = None

@@ -1,0 +1,126 @@
+"""The index against a model, for random sequences of operations."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexkv._core.radix import RadixTree
+from flexkv.errors import InvariantError
+
+from .model_tree import ModelBlock, ModelTree, Prefix, keys_of
+
+import pytest
+
+# Few symbols and short sequences, so that most operations meet what earlier ones left.
+SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=7).map(tuple)
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["put", "put", "put", "pin", "unpin", "evict", "fail", "get", "bad"]), SEQUENCES,
+              st.integers(0, 7)),
+    min_size=1, max_size=25,
+)
+
+
+class Pair:
+    """The index and its model, driven together."""
+
+    def __init__(self) -> None:
+        self.tree = RadixTree(1000)
+        self.model = ModelTree()
+        self.next_slot = itertools.count()
+        self.pins: list[tuple[Prefix, int, int]] = []
+        self.now = 0.0
+
+    def put(self, sequence: Prefix, seed: int) -> None:
+        """Write the absent blocks; of the new ones some become ready, some stay writing (by the bits of seed)."""
+        slots = np.full(len(sequence), -1, dtype=np.int32)
+        for i in self.model.absent(sequence):
+            slots[i] = next(self.next_slot)
+            prefix = sequence[: i + 1]
+            self.model.blocks.setdefault(prefix, ModelBlock()).slot = int(slots[i])
+        self.now += 1
+        self.tree.insert(keys_of(sequence), slots, 0, self.now)
+        ready = np.where([(seed >> (i % 3)) & 1 == 0 for i in range(len(sequence))], slots, -1).astype(np.int32)
+        assert self.tree.set_ready(keys_of(sequence), ready, 0) == (ready >= 0).sum()
+        for i in np.flatnonzero(ready >= 0):
+            self.model.blocks[sequence[: i + 1]].ready = True
+
+    def fail(self, sequence: Prefix, seed: int) -> None:
+        """Drop what of the sequence is being written."""
+        slots = np.full(len(sequence), -1, dtype=np.int32)
+        for i, prefix in enumerate(self.model.prefixes(sequence)):
+            block = self.model.blocks.get(prefix)
+            if block is not None and block.slot >= 0 and not block.ready and block.pins == 0:
+                slots[i], block.slot = block.slot, -1
+        assert self.tree.drop(keys_of(sequence), slots, 0, failed=True) == (slots >= 0).sum()
+
+    def pin(self, sequence: Prefix, seed: int) -> None:
+        stop = self.model.present(sequence)
+        start = min(seed, stop)
+        self.tree.pin(keys_of(sequence), start, stop)
+        for prefix in self.model.prefixes(sequence)[start:stop]:
+            self.model.blocks[prefix].pins += 1
+        self.pins.append((sequence, start, stop))
+
+    def unpin(self, sequence: Prefix, seed: int) -> None:
+        if self.pins:
+            sequence, start, stop = self.pins.pop(seed % len(self.pins))
+            self.tree.unpin(keys_of(sequence), start, stop)
+            for prefix in self.model.prefixes(sequence)[start:stop]:
+                self.model.blocks[prefix].pins -= 1
+
+    def evict(self, sequence: Prefix, seed: int) -> None:
+        ids = self.tree.evictable(0)
+        for slot in self.tree.evict(0, ids[np.argsort(self.tree.nodes_view()["last_access"][ids])], seed):
+            self.model.evict(int(slot))
+
+    def get(self, sequence: Prefix, seed: int) -> None:
+        self.now += 1
+        self.tree.touch(keys_of(sequence), self.now)
+
+    def bad(self, sequence: Prefix, seed: int) -> None:
+        """What breaks the contract is refused, and changes nothing (the comparison that follows would tell)."""
+        keys = keys_of(sequence)
+        if self.model.present(sequence) < len(sequence):
+            with pytest.raises(InvariantError):
+                self.tree.pin(keys, 0, len(sequence))
+            with pytest.raises(InvariantError):
+                self.tree.insert(keys, np.full(len(sequence), -1, dtype=np.int32), 0, self.now)
+        elif not self.model.absent(sequence):
+            with pytest.raises(InvariantError):
+                self.tree.insert(keys, np.full(len(sequence), 1 << 20, dtype=np.int32), 0, self.now)
+
+    def compare(self, sequence: Prefix) -> None:
+        self.model.prune()
+        match = self.tree.match(keys_of(sequence))
+        assert list(match.slots) == self.model.ready(sequence)
+        assert list(self.tree.absent(keys_of(sequence))) == self.model.absent(sequence)
+        assert self.tree.num_blocks == len(self.model.blocks)
+
+    def finish(self) -> None:
+        held = self.tree.check_integrity()[0]
+        assert list(held) == sorted(block.slot for block in self.model.blocks.values() if block.slot >= 0)
+        while self.pins:
+            self.unpin((), 0)
+        self.model.prune()
+        assert self.tree.num_blocks == len(self.model.blocks)
+        writing = [p for p, b in self.model.blocks.items() if b.slot >= 0 and not b.ready]
+        for prefix in writing:
+            slots = np.full(len(prefix), -1, dtype=np.int32)
+            slots[-1] = self.model.blocks[prefix].slot
+            assert self.tree.drop(keys_of(prefix), slots, 0) == 1
+        while len(self.tree.evict(0, self.tree.evictable(0), 1000)):
+            pass
+        self.tree.check_integrity()
+        assert self.tree.num_blocks == 0 and self.tree.num_nodes == 0
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(OPERATIONS)
+def test_tree_agrees_with_model(operations: list[tuple[str, Prefix, int]]) -> None:
+    pair = Pair()
+    for name, sequence, seed in operations:
+        getattr(pair, name)(sequence, seed)
+        pair.compare(sequence)
+    pair.finish()
