@@ -1,0 +1,106 @@
+/* Device agent: a thread in the process that owns the engine's pages. It alone copies between pages and host slots.
+ *
+ * It takes ops from one ring and answers on another; it ends when the socket to the controller hangs up, when a ring
+ * is corrupt, or when it is told to. Whatever ends it, every op that it was given has a result in its own process. */
+#ifndef FLEXKV_AGENT_H
+#define FLEXKV_AGENT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum flexkv_kind { FLEXKV_D2H = 1, FLEXKV_H2D = 2 };
+
+/* Records of the rings. */
+enum { FLEXKV_MSG_OP = 1, FLEXKV_MSG_CANCEL = 2, FLEXKV_MSG_RESULT = 3 };
+
+struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count] */
+    uint64_t op_id;
+    uint64_t task_id;
+    uint64_t fence;
+    uint32_t kind;
+    uint32_t count;
+    uint32_t num_parts;           /* ops that the task was split into for this rank */
+    uint32_t cancelled;           /* do not copy, only report */
+};
+
+struct flexkv_msg_cancel {
+    uint64_t op_id;
+};
+
+struct flexkv_msg_result {        /* then uint8 ok[count] */
+    uint64_t op_id;
+    uint32_t first;               /* results are for blocks [first, first + count) of the op */
+    uint32_t count;
+    uint32_t last;                /* the agent will not touch the op's slots or pages again */
+    uint32_t pad;
+};
+
+struct flexkv_region {            /* as REGION_DTYPE */
+    uint64_t base;
+    int64_t page_stride;
+    uint64_t chunk_bytes;
+    uint64_t slot_offset;
+};
+
+struct flexkv_pages {             /* what a backend copies between */
+    uint8_t *pool;
+    uint64_t slot_bytes;
+    uint64_t num_slots;
+    uint64_t segment_offset;      /* of this rank's part of a slot */
+    const struct flexkv_region *regions;
+    uint32_t num_regions;
+    uint64_t num_pages;
+};
+
+/* Copies `count` blocks whose slots and pages are in range; ok[i] is set to 1 for those that arrived. Returns once no
+ * copy is under way any more. */
+struct flexkv_backend {
+    void (*copy)(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, const int32_t *slots,
+                 const int32_t *pages, uint32_t count, uint8_t *ok);
+    void *context;
+};
+
+extern const struct flexkv_backend flexkv_host_backend; /* the CPU is the device: memcpy */
+
+struct flexkv_agent_options {
+    struct flexkv_pages at;
+    struct flexkv_backend backend;
+    void *submissions;            /* ring of ops, from the controller */
+    void *completions;            /* ring of results, to the controller */
+    uint64_t ring_bytes;          /* of each */
+    int submission_event_fd;
+    int completion_event_fd;
+    int socket_fd;                /* only watched for hang-up */
+};
+
+struct flexkv_outcome {           /* of an op, for the process that owns the pages; free() it */
+    struct flexkv_outcome *next;
+    uint64_t task_id;
+    uint32_t kind;
+    uint32_t count;
+    uint32_t num_parts;
+    const int32_t *pages;         /* count of them */
+    const uint8_t *ok;
+};
+
+struct flexkv_agent;
+
+/* The memory and descriptors in the options stay the caller's, and must outlive flexkv_agent_stop. */
+int flexkv_agent_start(struct flexkv_agent **agent, const struct flexkv_agent_options *options);
+
+/* Ops whose fence is at most this may start, from now on. Never goes back. */
+void flexkv_agent_advance(struct flexkv_agent *agent, uint64_t load_fence, uint64_t save_fence);
+
+/* The oldest outcome that was not taken, or NULL. */
+struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent);
+
+/* Wait until there is an outcome, or the agent has ended: 1, else 0 after timeout_ms. */
+int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms);
+
+/* 0 while it runs; after that why it ended: -EPIPE (hang-up), -EBADMSG, -ECANCELED (stopped), ... */
+int flexkv_agent_status(struct flexkv_agent *agent);
+
+/* End the thread, wait for it, free everything. Nothing touches pages or slots afterwards. */
+void flexkv_agent_stop(struct flexkv_agent *agent);
+
+#endif

@@ -1,0 +1,28 @@
+import numpy as np
+from numpy.typing import NDArray
+
+RING_HEADER_BYTES: int
+
+class ControllerRings:
+    fd: int
+    submission_event_fd: int
+    completion_event_fd: int
+    ring_bytes: int
+    max_blocks: int
+    def __init__(self, data_bytes: int) -> None: ...
+    def close(self) -> None: ...
+    def push_op(
+        self,
+        op_id: int,
+        task_id: int,
+        kind: int,
+        fence: int,
+        slots: NDArray[np.int32],
+        pages: NDArray[np.int32],
+        num_parts: int = 1,
+        cancelled: bool = False,
+    ) -> bool: ...
+    def push_cancel(self, op_id: int) -> bool: ...
+    def pop_result(self) -> tuple[int, int, NDArray[np.bool_], bool] | None: ...
+    def set_waiting(self, waiting: bool) -> bool: ...
+    def spin(self, spin_ns: int) -> bool: ...

@@ -1,0 +1,173 @@
+"""The controller's end of the two shared-memory rings to one device agent."""
+import mmap
+import os
+
+import numpy as np
+
+from libc.errno cimport EAGAIN, EMSGSIZE, ENOSPC
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from flexkv._core._csrc cimport (
+    FLEXKV_MSG_CANCEL,
+    FLEXKV_MSG_OP,
+    FLEXKV_MSG_RESULT,
+    FLEXKV_RING_HEADER,
+    flexkv_msg_cancel,
+    flexkv_msg_op,
+    flexkv_msg_result,
+    flexkv_part,
+    flexkv_ring,
+    flexkv_ring_attach,
+    flexkv_ring_create,
+    flexkv_ring_max_record,
+    flexkv_ring_pop,
+    flexkv_ring_push,
+    flexkv_ring_readable,
+    flexkv_ring_set_waiting,
+)
+from flexkv.errors import RingCorruptedError
+
+RING_HEADER_BYTES = FLEXKV_RING_HEADER
+
+
+cdef int64_t now_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef class ControllerRings:
+    """A memfd with two rings, ops to the agent and results from it, and an eventfd for each.
+
+    Parameters
+    ----------
+    data_bytes : int
+        Of each ring; a power of two, at least 4096.
+
+    Attributes
+    ----------
+    fd, submission_event_fd, completion_event_fd : int
+        To be passed to the agent; owned by this object.
+    ring_bytes : int
+        Of each ring, its header included.
+    max_blocks : int
+        Largest op that one record can hold.
+    """
+    cdef readonly int fd, submission_event_fd, completion_event_fd
+    cdef readonly Py_ssize_t ring_bytes, max_blocks
+    cdef object memory
+    cdef object view
+    cdef uint8_t *buffer
+    cdef flexkv_ring submissions, completions
+
+    def __cinit__(self, Py_ssize_t data_bytes):
+        self.fd = self.submission_event_fd = self.completion_event_fd = -1
+        self.ring_bytes = FLEXKV_RING_HEADER + data_bytes
+        self.buffer = <uint8_t *>malloc(self.ring_bytes)
+        if self.buffer == NULL:
+            raise MemoryError("no memory for a ring")
+        self.fd = os.memfd_create("flexkv-rings", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, 2 * self.ring_bytes)
+        self.memory = mmap.mmap(self.fd, 2 * self.ring_bytes)
+        cdef uint8_t[::1] view = self.memory
+        self.view = view
+        self.submission_event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.completion_event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        if flexkv_ring_create(&view[0], self.ring_bytes) or flexkv_ring_create(&view[self.ring_bytes], self.ring_bytes):
+            raise ValueError(f"a ring of {data_bytes} bytes; give a power of two, at least 4096")
+        flexkv_ring_attach(&self.submissions, &view[0], self.ring_bytes, self.submission_event_fd)
+        flexkv_ring_attach(&self.completions, &view[self.ring_bytes], self.ring_bytes, self.completion_event_fd)
+        self.max_blocks = (flexkv_ring_max_record(&self.submissions) - sizeof(flexkv_msg_op)) // 8
+
+    def __dealloc__(self):
+        free(self.buffer)
+
+    def close(self):
+        """Close descriptors; the memory goes with the object."""
+        for fd in (self.fd, self.submission_event_fd, self.completion_event_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.submission_event_fd = self.completion_event_fd = -1
+
+    def push_op(self, uint64_t op_id, uint64_t task_id, int kind, uint64_t fence, const int32_t[::1] slots not None,
+                const int32_t[::1] pages not None, uint32_t num_parts=1, bint cancelled=False):
+        """Give the agent an op on up to ``max_blocks`` blocks; False if the ring is full now.
+
+        Raises
+        ------
+        RingCorruptedError
+        """
+        cdef flexkv_msg_op msg
+        cdef flexkv_part parts[3]
+        cdef uint32_t count = <uint32_t>slots.shape[0]
+        if pages.shape[0] != count or count == 0:
+            raise ValueError(f"{count} slots and {pages.shape[0]} pages")
+        msg.op_id, msg.task_id, msg.fence, msg.kind = op_id, task_id, fence, kind
+        msg.count, msg.num_parts, msg.cancelled = count, num_parts, cancelled
+        parts[0].data, parts[0].size = &msg, sizeof(msg)
+        parts[1].data, parts[1].size = &slots[0], 4 * count
+        parts[2].data, parts[2].size = &pages[0], 4 * count
+        return self.push(FLEXKV_MSG_OP, parts, 3)
+
+    def push_cancel(self, uint64_t op_id):
+        """Ask the agent to stop an op; False if the ring is full now."""
+        cdef flexkv_msg_cancel msg
+        cdef flexkv_part part
+        msg.op_id = op_id
+        part.data, part.size = &msg, sizeof(msg)
+        return self.push(FLEXKV_MSG_CANCEL, &part, 1)
+
+    cdef bint push(self, uint32_t kind, const flexkv_part *parts, int num_parts) except -1:
+        cdef int rc
+        with nogil:
+            rc = flexkv_ring_push(&self.submissions, kind, parts, num_parts)
+        if rc == 0:
+            return True
+        if rc == -ENOSPC:
+            return False
+        if rc == -EMSGSIZE:
+            raise ValueError(f"an op of more than {self.max_blocks} blocks; split it")
+        raise RingCorruptedError("the agent's position in the ring of ops is impossible")
+
+    def pop_result(self):
+        """The next result, ``(op_id, first, ok, last)`` with ``ok`` (count,) bool, or None.
+
+        Raises
+        ------
+        RingCorruptedError
+            The agent wrote what is no result.
+        """
+        cdef uint32_t kind
+        cdef int64_t size = flexkv_ring_pop(&self.completions, &kind, self.buffer, self.ring_bytes)
+        cdef flexkv_msg_result msg
+        if size == -EAGAIN:
+            return None
+        if size >= <int64_t>sizeof(msg) and kind == FLEXKV_MSG_RESULT:
+            memcpy(&msg, self.buffer, sizeof(msg))
+            if size == <int64_t>sizeof(msg) + msg.count:
+                ok = np.empty(msg.count, dtype=np.bool_)
+                for i in range(msg.count):
+                    self.buffer[sizeof(msg) + i] = self.buffer[sizeof(msg) + i] == 1
+                if msg.count:
+                    memcpy(<char *><size_t>ok.ctypes.data, self.buffer + sizeof(msg), msg.count)
+                return msg.op_id, msg.first, ok, bool(msg.last)
+        raise RingCorruptedError("the ring of results holds what is no result")
+
+    def set_waiting(self, bint waiting):
+        """Ask for a write to ``completion_event_fd`` at the next result, or waive it; True if one is there now."""
+        return bool(flexkv_ring_set_waiting(&self.completions, waiting))
+
+    def spin(self, Py_ssize_t spin_ns):
+        """Watch for a result for up to ``spin_ns`` nanoseconds, without the GIL; True if there is one."""
+        cdef int64_t until
+        cdef bint found = False
+        with nogil:
+            until = now_ns() + spin_ns
+            while not found:
+                found = flexkv_ring_readable(&self.completions)
+                if not found and now_ns() >= until:
+                    break
+        return found

@@ -1,0 +1,184 @@
+"""Slots of a tier: a bitmap of what is free, with a summary above it, that hands out contiguous runs where it can.
+
+Runs matter because copies of neighbouring slots merge into one. The search starts where the last one ended, looks for
+a run as long as what is asked, in a bounded stretch, and else takes the free runs as they come.
+"""
+import numpy as np
+
+from libc.stdint cimport int32_t, uint64_t
+
+from flexkv._core.arena cimport Arena
+from flexkv.errors import InvariantError
+
+cdef extern from *:
+    int __builtin_ctzll(unsigned long long) nogil
+    int __builtin_popcountll(unsigned long long) nogil
+
+cdef enum:
+    SEARCH_RUNS = 256          # free runs looked at for one that is long enough
+
+
+cdef class SlotAllocator:
+    """Allocator of slots ``0`` to ``capacity - 1``; ``capacity`` can grow up to ``limit``. The caller locks.
+
+    Raises
+    ------
+    InvariantError
+        A slot was freed that is not in use; nothing has changed then.
+    """
+    cdef readonly Py_ssize_t capacity
+    cdef readonly Py_ssize_t limit
+    cdef readonly Py_ssize_t num_free
+    cdef Arena bits_arena
+    cdef Arena summary_arena
+    cdef uint64_t *bits        # bit set: free
+    cdef uint64_t *summary     # bit set: the word has a free slot
+    cdef Py_ssize_t hint
+
+    def __cinit__(self, Py_ssize_t capacity=0, limit=None):
+        self.limit = capacity if limit is None else limit
+        if not 0 <= capacity <= self.limit or self.limit >= 1 << 31:
+            raise ValueError(f"capacity {capacity}, limit {self.limit}: need 0 <= capacity <= limit < 2**31")
+        self.bits_arena = Arena((self.limit // 64 + 2) * 8)
+        self.summary_arena = Arena((self.limit // 4096 + 2) * 8)
+        self.bits = <uint64_t *>self.bits_arena.data
+        self.summary = <uint64_t *>self.summary_arena.data
+        self.grow(capacity)
+
+    def grow(self, Py_ssize_t capacity):
+        """Make slots up to ``capacity - 1`` available."""
+        if not self.capacity <= capacity <= self.limit:
+            raise ValueError(f"grow to {capacity}: allowed is {self.capacity} to {self.limit}")
+        cdef Py_ssize_t slot
+        with nogil:
+            for slot in range(self.capacity, capacity):
+                self.set_free(slot)
+        self.num_free += capacity - self.capacity
+        self.capacity = capacity
+
+    cdef inline void set_free(self, Py_ssize_t slot) noexcept nogil:
+        self.bits[slot >> 6] |= <uint64_t>1 << (slot & 63)
+        self.summary[slot >> 12] |= <uint64_t>1 << ((slot >> 6) & 63)
+
+    cdef inline void set_used(self, Py_ssize_t slot) noexcept nogil:
+        self.bits[slot >> 6] &= ~(<uint64_t>1 << (slot & 63))
+        if self.bits[slot >> 6] == 0:
+            self.summary[slot >> 12] &= ~(<uint64_t>1 << ((slot >> 6) & 63))
+
+    cdef Py_ssize_t next_free(self, Py_ssize_t slot) noexcept nogil:
+        """The first free slot at or after ``slot``; ``capacity`` if there is none."""
+        cdef Py_ssize_t word, group
+        cdef uint64_t found
+        if slot >= self.capacity:
+            return self.capacity
+        word = slot >> 6
+        found = self.bits[word] >> (slot & 63)
+        if found:
+            return slot + __builtin_ctzll(found)
+        word += 1
+        group = word >> 6
+        found = self.summary[group] & (~<uint64_t>0 << (word & 63))
+        while not found:
+            group += 1
+            if group << 12 >= self.capacity:
+                return self.capacity
+            found = self.summary[group]
+        word = (group << 6) + __builtin_ctzll(found)
+        return min((word << 6) + __builtin_ctzll(self.bits[word]), self.capacity)
+
+    cdef Py_ssize_t run_length(self, Py_ssize_t slot, Py_ssize_t enough) noexcept nogil:
+        """Free slots from ``slot`` on, counted up to ``enough``."""
+        cdef Py_ssize_t length = 0
+        cdef uint64_t used
+        while length < enough and slot < self.capacity:
+            used = ~(self.bits[slot >> 6] >> (slot & 63))
+            if used and __builtin_ctzll(used) < 64 - (slot & 63):
+                length += __builtin_ctzll(used)
+                break
+            length += 64 - (slot & 63)
+            slot += 64 - (slot & 63)
+        return min(length, enough)
+
+    def allocate(self, Py_ssize_t count):
+        """Take ``count`` slots.
+
+        Returns
+        -------
+        (count,) int32 ndarray, or None if fewer are free (then none is taken)
+        """
+        if count < 0:
+            raise ValueError(f"allocate {count} slots")
+        if count > self.num_free:
+            return None
+        out_array = np.empty(count, dtype=np.int32)
+        if count == 0:
+            return out_array
+        cdef int32_t[::1] out = out_array
+        with nogil:
+            self.take(&out[0], count)
+        return out_array
+
+    cdef void take(self, int32_t *out, Py_ssize_t count) noexcept nogil:
+        cdef Py_ssize_t start = self.hint, taken = 0, tries, run, best = -1, best_run = 0
+        for tries in range(SEARCH_RUNS):               # one run for all, or the longest of those seen
+            start = self.next_free(start)
+            if start == self.capacity:
+                if self.hint == 0:
+                    break
+                self.hint = start = 0
+                continue
+            run = self.run_length(start, count)
+            if run > best_run:
+                best, best_run = start, run
+            if run == count:
+                break
+            start += run
+        start = best
+        while taken < count:
+            start = self.next_free(start)
+            if start == self.capacity:
+                start = 0
+                continue
+            run = self.run_length(start, count - taken)
+            for start in range(start, start + run):
+                out[taken] = <int32_t>start
+                taken += 1
+                self.set_used(start)
+            start += 1
+        self.hint = start
+        self.num_free -= count
+
+    def free(self, const int32_t[::1] slots not None):
+        """Give slots back."""
+        cdef Py_ssize_t i, n = slots.shape[0], bad = -1
+        with nogil:
+            for i in range(n):
+                if not 0 <= slots[i] < self.capacity or self.bits[slots[i] >> 6] >> (slots[i] & 63) & 1:
+                    bad = i
+                    break
+                self.set_free(slots[i])
+            if bad >= 0:
+                for i in range(bad):
+                    self.set_used(slots[i])
+            else:
+                self.num_free += n
+        if bad >= 0:
+            raise InvariantError(f"slot {slots[bad]} is not in use, and cannot be freed")
+
+    def is_free(self, Py_ssize_t slot):
+        """Whether ``slot`` is free."""
+        if not 0 <= slot < self.capacity:
+            raise ValueError(f"slot {slot}: there are {self.capacity}")
+        return bool(self.bits[slot >> 6] >> (slot & 63) & 1)
+
+    def check_integrity(self):
+        """Recount; raise InvariantError if a count or a summary bit is wrong."""
+        cdef Py_ssize_t word, free = 0
+        for word in range(self.limit // 64 + 1):
+            free += __builtin_popcountll(self.bits[word])
+            if bool(self.bits[word]) != bool(self.summary[word >> 6] >> (word & 63) & 1):
+                raise InvariantError(f"slots: the summary of word {word} is wrong")
+        if free != self.num_free:
+            raise InvariantError(f"slots: {free} are free, {self.num_free} counted")
+        if self.next_free(0) < self.capacity and self.num_free == 0:
+            raise InvariantError("slots: one is free, none counted")

@@ -1,0 +1,56 @@
+"""The native extensions. Everything else about the package is in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+DEBUG = os.environ.get("FLEXKV_BUILD_DEBUG", "") == "1"
+SANITIZE = os.environ.get("FLEXKV_BUILD_SANITIZE", "")  # "address,undefined" or "thread"
+
+FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-sign-compare"]
+FLAGS += ["-O1", "-g", "-DFLEXKV_DEBUG=1"] if DEBUG or SANITIZE else ["-O3"]
+FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
+LINK = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
+
+# module -> C sources that it is built with
+MODULES: dict[str, list[str]] = {
+    "arena": [],
+    "block_table": [],
+    "checksum": [],
+    "device_copy": ["csrc/agent.c", "csrc/ring.c"],
+    "hashing": [],
+    "nodes": [],
+    "radix": [],
+    "ring": ["csrc/ring.c"],
+    "slots": [],
+}
+
+DIRECTIVES = {
+    "language_level": 3,
+    "boundscheck": DEBUG,
+    "wraparound": False,
+    "cdivision": True,
+    "initializedcheck": DEBUG,
+    "freethreading_compatible": False,
+}
+
+HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                f"flexkv._core.{module}",
+                [f"flexkv/_core/{module}.pyx", *sources],
+                include_dirs=["csrc"],
+                depends=HEADERS,
+                extra_compile_args=FLAGS,
+                extra_link_args=[*LINK, "-pthread"],
+            )
+            for module, sources in MODULES.items()
+        ],
+        compiler_directives=DIRECTIVES,
+    ),
+)
