@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -100,7 +101,7 @@ static void keep_outcome(struct flexkv_agent *agent, const struct op *op)
     ok = (uint8_t *)(pages + count);
     memcpy(pages, op->pages, count * sizeof(int32_t));
     memcpy(ok, op->ok, count);
-    *outcome = (struct flexkv_outcome){ NULL, op->msg.task_id, op->msg.kind, count, op->msg.num_parts, pages, ok };
+    *outcome = (struct flexkv_outcome){ NULL, op->msg.task_id, op->msg.kind, count, op->msg.op_blocks, pages, ok };
     pthread_mutex_lock(&agent->lock);
     *agent->last = outcome;
     agent->last = &outcome->next;
@@ -283,6 +284,8 @@ static void *run(void *argument)
         keep_outcome(agent, op);
         free(op);
     }
+    /* from here on nothing touches a slot or a page: this is what the controller waits for */
+    shutdown(agent->options.socket_fd, SHUT_RDWR);
     pthread_mutex_lock(&agent->lock);
     atomic_store(&agent->status, rc);
     pthread_cond_broadcast(&agent->changed);

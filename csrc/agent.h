@@ -19,7 +19,7 @@ struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count]
     uint64_t fence;
     uint32_t kind;
     uint32_t count;
-    uint32_t num_parts;           /* ops that the task was split into for this rank */
+    uint32_t op_blocks;           /* blocks of the whole op, of which this may be a part */
     uint32_t cancelled;           /* do not copy, only report */
 };
 
@@ -78,7 +78,7 @@ struct flexkv_outcome {           /* of an op, for the process that owns the pag
     uint64_t task_id;
     uint32_t kind;
     uint32_t count;
-    uint32_t num_parts;
+    uint32_t op_blocks;
     const int32_t *pages;         /* count of them */
     const uint8_t *ok;
 };

@@ -57,7 +57,7 @@ class KVManager:
             raise NotImplementedError("event_collector: KV events are not available in this version; pass None")
         self._cache_config = cache_config
         self._tokens_per_block = cache_config.tokens_per_block
-        self._secret = cache_config.key_secret
+        self._secret = cache_config.secret
         self._domain = domain(model_config, cache_config)
         self._policy = make_policy(cache_config.eviction_policy, cache_config.hit_reward_seconds)
         self._cache: GlobalCacheEngine | None = None

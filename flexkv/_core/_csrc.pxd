@@ -33,7 +33,7 @@ cdef extern from "agent.h" nogil:
         uint64_t fence
         uint32_t kind
         uint32_t count
-        uint32_t num_parts
+        uint32_t op_blocks
         uint32_t cancelled
 
     struct flexkv_msg_cancel:
@@ -76,7 +76,7 @@ cdef extern from "agent.h" nogil:
         uint64_t task_id
         uint32_t kind
         uint32_t count
-        uint32_t num_parts
+        uint32_t op_blocks
         const int32_t *pages
         const uint8_t *ok
 

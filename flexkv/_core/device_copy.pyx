@@ -94,7 +94,7 @@ cdef class DeviceAgent:
             flexkv_agent_advance(self.agent, load_fence, save_fence)
 
     def take(self):
-        """The oldest outcome not taken yet: ``(task_id, kind, num_parts, pages, ok)``, or None."""
+        """The oldest outcome not taken yet: ``(task_id, kind, op_blocks, pages, ok)``, or None."""
         cdef flexkv_outcome *outcome = flexkv_agent_take(self.agent) if self.agent != NULL else NULL
         if outcome == NULL:
             return None
@@ -102,7 +102,7 @@ cdef class DeviceAgent:
         ok = np.empty(outcome.count, dtype=np.bool_)
         memcpy(<char *><size_t>pages.ctypes.data, outcome.pages, 4 * <size_t>outcome.count)
         memcpy(<char *><size_t>ok.ctypes.data, outcome.ok, outcome.count)
-        result = (outcome.task_id, outcome.kind, outcome.num_parts, pages, ok)
+        result = (outcome.task_id, outcome.kind, outcome.op_blocks, pages, ok)
         free(outcome)
         return result
 

@@ -19,7 +19,7 @@ class ControllerRings:
         fence: int,
         slots: NDArray[np.int32],
         pages: NDArray[np.int32],
-        num_parts: int = 1,
+        op_blocks: int,
         cancelled: bool = False,
     ) -> bool: ...
     def push_cancel(self, op_id: int) -> bool: ...

@@ -1,0 +1,29 @@
+"""Identity of what makes KV bytes comparable."""
+
+import json
+
+from flexkv.config.settings import CacheConfig, ModelConfig
+
+LAYOUT_VERSION = 1
+"""Of the bytes in a slot; raised whenever the same KV would be laid out differently."""
+
+
+def domain(model: ModelConfig, cache: CacheConfig) -> bytes:
+    """What the keys of a model's blocks are seeded with: two deployments share KV only if all of it is equal.
+
+    The same in every process and on every machine.
+    """
+    identity = {
+        "model_id": model.model_id,
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "num_layers": model.num_layers,
+        "num_kv_heads": model.num_kv_heads,
+        "head_size": model.head_size,
+        "use_mla": model.use_mla,
+        "tp_size": model.tp_size,
+        "pp_size": model.pp_size,
+        "tokens_per_block": cache.tokens_per_block,
+        "layout": LAYOUT_VERSION,
+    }
+    return json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()

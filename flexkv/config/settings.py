@@ -1,0 +1,142 @@
+"""The settings, grouped by what they are about."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+from flexkv.config.field import check, setting
+from flexkv.config.memory import memory_limit
+from flexkv.errors import ConfigError
+
+DTYPE_BYTES = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
+}
+"""Bytes of an element, by the name that torch gives the type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    def __post_init__(self) -> None:
+        check(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Settings):
+    """What makes KV of one model comparable, and how it is spread over ranks. Given by the engine's adapter."""
+
+    num_layers: int = setting(1, "Layers that have KV, over all pipeline stages.", low=1)
+    num_kv_heads: int = setting(1, "KV heads of the whole model.", low=1)
+    head_size: int = setting(1, "Elements of a head; with MLA, of the latent vector.", low=1)
+    dtype: str = setting("bfloat16", "Element type of the KV cache, by torch's name.", choices=DTYPE_BYTES)
+    use_mla: bool = setting(False, "One latent vector a token instead of K and V.")
+    tp_size: int = setting(1, "Tensor-parallel ranks.", low=1)
+    pp_size: int = setting(1, "Pipeline-parallel ranks.", low=1)
+    dp_size: int = setting(1, "Data-parallel ranks.", low=1)
+    model_id: str = setting("", "Name or path of the model. Different models never share KV.")
+    revision: str = setting("", "Version of its weights. Different versions never share KV.")
+
+    @property
+    def kv_dim(self) -> int:
+        """Vectors a token, head and layer: K and V, or one with MLA."""
+        return 1 if self.use_mla else 2
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV of one token, over all ranks."""
+        heads = 1 if self.use_mla else self.num_kv_heads
+        return self.num_layers * self.kv_dim * heads * self.head_size * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(_Settings):
+    """What is kept, and where."""
+
+    tokens_per_block: int = setting(16, "Tokens of a block, the unit of caching; the engine's page size.", low=1)
+    cpu_cache_gb: float = setting(16.0, "Memory of the host tier.", unit="GiB", low=0.0)
+    num_cpu_blocks: int | None = setting(None, "Blocks of the host tier; instead of `cpu_cache_gb`.", low=1)
+    eviction_policy: str = setting("lru", "What goes first when a tier is full.", choices=("lru",))
+    evict_start_threshold: float = setting(
+        0.98, "Share of the host tier in use from which blocks are evicted ahead of need.", low=0.0, high=1.0
+    )
+    evict_ratio: float = setting(0.01, "Share of the host tier that one batch of evictions frees.", low=0.0, high=1.0)
+    hit_reward_seconds: float = setting(
+        0.0, "Frequency-aware grace time: each hit lets a block count as this much younger.", unit="s", low=0.0
+    )
+    use_hugepage_cpu_buffer: bool = setting(False, "Host tier in hugepages; the system must have reserved them.")
+    hugepage_size_bytes: int = setting(2 << 20, "Size of those hugepages.", unit="bytes", low=4096)
+    key_secret: str = setting("", "Secret of the deployment: block keys cannot be computed without it.", secret=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.hugepage_size_bytes
+        if size & (size - 1):
+            raise ConfigError("hugepage_size_bytes", size, "must be a power of two, such as 2097152")
+        if self.num_cpu_blocks is None and self.host_bytes > (limit := memory_limit()):
+            raise ConfigError(
+                "cpu_cache_gb", self.cpu_cache_gb,
+                f"must leave room in the {limit / (1 << 30):.1f} GiB that this machine or its control group allows",
+            )
+        if self.num_cpu_blocks is None and self.cpu_cache_gb <= 0:
+            raise ConfigError("cpu_cache_gb", self.cpu_cache_gb, "must be more than 0 (GiB)")
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host tier."""
+        return int(self.cpu_cache_gb * (1 << 30))
+
+    @property
+    def hugepage_bytes(self) -> int:
+        """Size of the pages of the host tier; 0: ordinary ones."""
+        return self.hugepage_size_bytes if self.use_hugepage_cpu_buffer else 0
+
+    @property
+    def secret(self) -> bytes:
+        """``key_secret`` as bytes."""
+        return self.key_secret.encode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig(_Settings):
+    """How controller and ranks meet, and how long anything may take."""
+
+    gpu_register_port: str = setting(
+        "", "Unix socket where ranks register, as a path or an ipc:// address; empty: chosen by the adapter."
+    )
+    handshake_timeout_s: float = setting(5.0, "A connection that says nothing is dropped after this.", unit="s", low=0.01)
+    op_timeout_s: float = setting(20.0, "A transfer that takes longer is reported as failed.", unit="s", low=0.01)
+    connect_timeout_s: float = setting(300.0, "A rank waits this long for the controller.", unit="s", low=0.1)
+    ring_bytes: int = setting(1 << 20, "Size of each shared-memory ring; a power of two.", unit="bytes", low=4096)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ring_bytes & (self.ring_bytes - 1):
+            raise ConfigError("ring_bytes", self.ring_bytes, "must be a power of two, such as 1048576")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig(_Settings):
+    """How the engine adapters behave."""
+
+    save_mode: str = setting(
+        "as_computed",
+        "When KV is saved: as blocks fill during prefill and decode, or when a request finishes (as upstream does).",
+        choices=("as_computed", "at_finish"),
+    )
+    audit: bool = setting(
+        False, "Compare the bytes of every block that is loaded with those that were saved; for tests, slow."
+    )
+    num_log_interval_requests: int = setting(200, "Requests between two log lines on hits; 0: none.", low=0)
+    log_level: str = setting("INFO", "Level of the package's log.", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexKVConfig:
+    """All settings that a user gives."""
+
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
+    connector: ConnectorConfig = dataclasses.field(default_factory=ConnectorConfig)

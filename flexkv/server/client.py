@@ -1,0 +1,327 @@
+"""KVTPClient: registers a rank's KV tensors, and owns the agent that copies them."""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.block_table import TensorSpec, regions_from_tensors
+from flexkv._core.device_copy import DeviceAgent
+from flexkv.errors import AgentLostError, RegistrationError
+from flexkv.storage.layout import KVCacheLayout
+from flexkv.transfer.graph import OpKind
+from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, NUM_FDS, Hello, Welcome, socket_path
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("flexkv.client")
+
+_CONNECT_TIMEOUT_S = 60.0
+
+_RETRY_S = 0.05
+"""Between two tries to connect, while the controller is not there yet: nothing tells when its socket appears."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpResult:
+    """What became of one task on this rank.
+
+    Attributes
+    ----------
+    pages : (n,) int32
+        Pages that it was to move.
+    ok : (n,) bool
+    """
+
+    task_id: int
+    kind: OpKind
+    pages: NDArray[np.int32]
+    ok: NDArray[np.bool_]
+
+    @property
+    def failed_pages(self) -> NDArray[np.int32]:
+        """Pages whose block was not moved; after a failed load their content is undefined."""
+        return self.pages[~self.ok]
+
+
+class KVTPClient:
+    """One rank: its tensors, and the native thread that moves blocks between them and the host tier.
+
+    Parameters
+    ----------
+    gpu_register_port : str
+        Path of the controller's Unix socket (an ``ipc://`` address is taken too).
+    dp_client_id : int
+        Data-parallel rank of the engine.
+    device_id : int
+        Device of this rank; tells ranks apart where ``intra_client_id`` is not given.
+    pp_rank : int
+        Pipeline-parallel rank.
+    intra_client_id : int, optional
+        Rank within the pipeline stage (tensor parallel).
+    """
+
+    def __init__(
+        self,
+        gpu_register_port: str,
+        dp_client_id: int = 0,
+        device_id: int = 0,
+        pp_rank: int = 0,
+        intra_client_id: int | None = None,
+    ) -> None:
+        self._path = socket_path(gpu_register_port)
+        self._dp_client_id = dp_client_id
+        self._pp_rank = pp_rank
+        self._rank = device_id if intra_client_id is None else intra_client_id
+        self._agent: DeviceAgent | None = None
+        self._partial: dict[int, list[OpResult]] = {}
+        self._connected = threading.Event()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._fences = (0, 0)
+        self._keep_alive: object = None
+        self._lock = threading.Lock()
+        self.error: Exception | None = None
+        """Why there is no agent, when connecting has failed for good."""
+
+    # ---- registration -----------------------------------------------------------------------------------------
+
+    def register_to_server(
+        self,
+        kv_caches: "list[torch.Tensor]",
+        kv_layout: KVCacheLayout,
+        override_device_id: int | None = None,
+        layer_groups: None = None,
+        gpu_layouts: None = None,
+        handles_per_group: None = None,
+        swa_caches: None = None,
+        swa_layout: None = None,
+        swa_layer_groups: None = None,
+        swa_gpu_layouts: None = None,
+        swa_handles_per_group: None = None,
+        resume: bool = False,
+        indexer_buffers: None = None,
+        indexer_layout: None = None,
+    ) -> None:
+        """Register tensors as upstream's adapters do, and wait for the controller.
+
+        ``kv_caches`` are tensors whose first dimension counts pages, or token slots
+        (``num_block * tokens_per_block`` of them).
+
+        Raises
+        ------
+        RegistrationError
+            The tensors do not fit the layout, or the controller refuses them or is not there.
+        """
+        unavailable = {
+            "layer_groups": layer_groups, "gpu_layouts": gpu_layouts, "handles_per_group": handles_per_group,
+            "swa_caches": swa_caches, "swa_layout": swa_layout, "swa_layer_groups": swa_layer_groups,
+            "swa_gpu_layouts": swa_gpu_layouts, "swa_handles_per_group": swa_handles_per_group,
+            "indexer_buffers": indexer_buffers, "indexer_layout": indexer_layout,
+        }
+        given = [name for name, value in unavailable.items() if value is not None]
+        if given or resume:
+            raise RegistrationError(f"{', '.join(given) or 'resume'}: not available in this version; leave it out")
+        specs = []
+        for tensor in kv_caches:
+            rows = tensor.shape[0]
+            if rows not in (kv_layout.num_block, kv_layout.num_block * kv_layout.tokens_per_block):
+                raise RegistrationError(
+                    f"a tensor of shape {tuple(tensor.shape)} has neither {kv_layout.num_block} pages nor "
+                    f"{kv_layout.num_block * kv_layout.tokens_per_block} token slots in its first dimension"
+                )
+            tokens = None if rows == kv_layout.num_block else kv_layout.tokens_per_block
+            specs.append(tensor_spec(tensor, tokens_per_page=tokens))
+        if override_device_id is not None:
+            self._rank = override_device_id
+        self.register_tensors(specs, keep_alive=kv_caches)
+        self.wait_connected(_CONNECT_TIMEOUT_S)
+
+    def register_tensors(
+        self, specs: Sequence[TensorSpec], connect_timeout_s: float = _CONNECT_TIMEOUT_S, keep_alive: object = None
+    ) -> None:
+        """Register tensors, and return: a thread connects as soon as the controller is there.
+
+        Parameters
+        ----------
+        specs : sequence of TensorSpec
+            The memory must stay valid until ``close``; ``keep_alive`` is held until then.
+        connect_timeout_s : float
+            When to give up, in seconds.
+
+        Raises
+        ------
+        RegistrationError
+            The tensors cannot be described by pages.
+        """
+        regions, num_pages, segment_bytes = regions_from_tensors(specs)
+        if self._thread is not None:
+            raise RegistrationError("this rank has registered its tensors already")
+        self._keep_alive = keep_alive
+        hello = Hello(self._dp_client_id, self._pp_rank, self._rank, os.getpid(), num_pages, segment_bytes)
+        deadline = time.monotonic() + connect_timeout_s
+        self._thread = threading.Thread(
+            target=self._connect, args=(hello, regions, deadline), name="flexkv-register", daemon=True
+        )
+        self._thread.start()
+
+    def _connect(self, hello: Hello, regions: NDArray[np.void], deadline: float) -> None:
+        try:
+            connection = self._reach(deadline)
+            try:
+                message, fds = self._introduce(connection, hello, deadline)
+                welcome = Welcome.unpack(message)
+                if len(fds) != NUM_FDS or welcome.segment_bytes != hello.segment_bytes:
+                    raise RegistrationError("the controller's welcome does not fit what was registered")
+            except BaseException:
+                connection.close()
+                raise
+            self._start_agent(connection, welcome, fds, hello, regions)
+        except Exception as error:
+            self.error = error
+            if not self._closing.is_set():
+                logger.error("this rank cannot load or save KV: %s", error)
+        finally:
+            self._connected.set()
+
+    def _reach(self, deadline: float) -> socket.socket:
+        while not self._closing.is_set():
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+            try:
+                connection.connect(str(self._path))
+                return connection
+            except (FileNotFoundError, ConnectionRefusedError):
+                connection.close()
+            except BaseException:
+                connection.close()
+                raise
+            if time.monotonic() >= deadline:
+                raise RegistrationError(f"no controller listens at {self._path}; start KVManager, or check the path")
+            self._closing.wait(_RETRY_S)
+        raise RegistrationError("closed while connecting")
+
+    def _introduce(self, connection: socket.socket, hello: Hello, deadline: float) -> tuple[bytes, list[int]]:
+        connection.send(hello.pack())
+        while not self._closing.is_set():
+            connection.settimeout(min(0.2, max(0.01, deadline - time.monotonic())))
+            try:
+                message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, NUM_FDS, socket.MSG_CMSG_CLOEXEC)
+            except TimeoutError:
+                if time.monotonic() >= deadline:
+                    raise RegistrationError("the other ranks did not register in time") from None
+                continue
+            if not message:
+                raise RegistrationError("the controller hung up")
+            return message, list(fds)
+        raise RegistrationError("closed while connecting")
+
+    def _start_agent(
+        self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, regions: NDArray[np.void]
+    ) -> None:
+        agent = DeviceAgent(
+            regions=regions,
+            num_pages=hello.num_pages,
+            pool_fd=fds[0],
+            pool_bytes=welcome.pool_bytes,
+            slot_bytes=welcome.slot_bytes,
+            segment_offset=welcome.segment_offset,
+            ring_fd=fds[1],
+            ring_bytes=welcome.ring_bytes,
+            submission_event_fd=fds[2],
+            completion_event_fd=fds[3],
+            socket_fd=connection.detach(),
+        )
+        with self._lock:
+            self._agent = agent
+            agent.advance(*self._fences)
+
+    def wait_connected(self, timeout_s: float) -> None:
+        """Wait until the agent runs.
+
+        Raises
+        ------
+        RegistrationError
+            It does not, after ``timeout_s`` seconds, or never will.
+        """
+        if not self._connected.wait(timeout_s):
+            raise RegistrationError(f"not registered after {timeout_s:g} s: is the controller there, and every rank?")
+        if self.error is not None:
+            raise RegistrationError(str(self.error)) from self.error
+
+    @property
+    def is_connected(self) -> bool:
+        """The agent runs, and the controller is there."""
+        return self._agent is not None and self._agent.status == 0
+
+    @property
+    def is_lost(self) -> bool:
+        """There will be no more results: connecting failed, the controller is gone, or this is closed."""
+        return self.error is not None or (self._agent is not None and self._agent.status != 0)
+
+    # ---- what the rank's hooks call ---------------------------------------------------------------------------
+
+    def advance_fence(self, load: int | None = None, save: int | None = None) -> None:
+        """Let loads (saves) start whose fence is at most ``load`` (``save``): the compute that used (wrote) their
+        pages is done, or ordered before them."""
+        with self._lock:
+            self._fences = (max(self._fences[0], load or 0), max(self._fences[1], save or 0))
+            if self._agent is not None:
+                self._agent.advance(*self._fences)
+
+    def poll_results(self) -> list[OpResult]:
+        """Tasks that ended on this rank since the last call."""
+        results: list[OpResult] = []
+        while self._agent is not None and (outcome := self._agent.take()) is not None:
+            task_id, kind, op_blocks, pages, ok = outcome
+            parts = self._partial.pop(task_id, [])
+            parts.append(OpResult(task_id, OpKind(kind), pages, ok))
+            if sum(len(part.pages) for part in parts) < op_blocks:
+                self._partial[task_id] = parts
+                continue
+            whole = [np.concatenate([part.pages for part in parts]), np.concatenate([part.ok for part in parts])]
+            results.append(OpResult(task_id, OpKind(kind), whole[0], whole[1]))
+        return results
+
+    def wait_results(self, timeout_s: float) -> bool:
+        """Wait until ``poll_results`` has something, or never will have again; False after ``timeout_s`` seconds."""
+        agent = self._agent
+        if agent is None:
+            return self._connected.wait(timeout_s)
+        return agent.wait(timeout_s)
+
+    def set_slot_mapping(self, task_id: int, slot_mapping: NDArray[np.int64]) -> None:
+        """For ranks on other nodes than the controller's, which this version does not have.
+
+        Raises
+        ------
+        AgentLostError
+            Always.
+        """
+        raise AgentLostError("ranks on other nodes are not available in this version")
+
+    def close(self) -> None:
+        """Stop the agent and let the tensors go. Can be called again."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._agent is not None:
+            self._agent.close()
+        self._keep_alive = None
+
+
+
+def tensor_spec(tensor: "torch.Tensor", page_dim: int = 0, tokens_per_page: int | None = None) -> TensorSpec:
+    """Describe a tensor in this process's memory by its own address and strides."""
+    if tensor.device.type != "cpu":
+        raise RegistrationError(f"a tensor on {tensor.device}: this version moves KV of CPU tensors only")
+    return TensorSpec(
+        tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size(), page_dim, tokens_per_page
+    )

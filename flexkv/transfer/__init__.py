@@ -1,0 +1,1 @@
+"""Data plane: moves blocks between pages and slots, and between tiers."""

@@ -1,0 +1,236 @@
+"""Device executor: gives ops to the agents of the ranks, and collects what they report."""
+
+import itertools
+import logging
+import socket
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.ring import ControllerRings
+from flexkv.errors import RingCorruptedError
+from flexkv.transfer.executor import Executor, Progress
+from flexkv.transfer.graph import OpKind, TransferOp
+from flexkv.transfer.protocol import Hello
+
+logger = logging.getLogger("flexkv.transfer")
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """An op on its way, over all ranks: a block has arrived when it has on every one.
+
+    Attributes
+    ----------
+    missing : (n,) int16
+        Ranks that have not answered yet.
+    """
+
+    op: TransferOp
+    progress: Progress
+    missing: NDArray[np.int16]
+    ok: NDArray[np.bool_]
+    cancelled: bool = False
+    parts: list["Part"] = field(default_factory=list)
+
+    def answer(self, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+        """One rank's results."""
+        self.missing[indices] -= 1
+        self.ok[indices] &= ok
+        complete = indices[self.missing[indices] == 0]
+        if len(complete):
+            self.progress(self.op, complete, self.ok[complete])
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """Some blocks of an op, for one rank, small enough for one record."""
+
+    part_id: int
+    flight: Flight
+    indices: NDArray[np.intp]
+    doomed: bool
+    answered: int = 0
+
+
+class AgentLink:
+    """One rank's agent, as the controller sees it.
+
+    Parameters
+    ----------
+    connection : socket
+        After the handshake; owned by the link.
+    hello : Hello
+    rings : ControllerRings
+        Owned by the link.
+    """
+
+    def __init__(self, connection: socket.socket, hello: Hello, rings: ControllerRings) -> None:
+        self.connection = connection
+        self.hello = hello
+        self.rings = rings
+        self._outstanding: dict[int, Part] = {}
+        self._backlog: deque[Part] = deque()
+        self._cancels: deque[int] = deque()
+        self._condemned = False
+
+    def submit(self, part: Part) -> None:
+        """Give a part to the agent, now or as soon as the ring has room."""
+        self._backlog.append(part)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits for room in the ring."""
+        try:
+            self._flush()
+        except RingCorruptedError as error:
+            self.condemn(str(error))
+
+    def condemn(self, reason: str) -> None:
+        """Ask an agent that cannot be trusted to end. Until it has, its slots and pages stay as they are."""
+        if not self._condemned:
+            self._condemned = True
+            logger.error("agent of %s: %s; it is cut off", self.hello, reason)
+            self.connection.shutdown(socket.SHUT_WR)
+
+    def _flush(self) -> None:
+        while self._cancels and self.rings.push_cancel(self._cancels[0]):
+            self._cancels.popleft()
+        while self._backlog:
+            part = self._backlog[0]
+            op, loading = part.flight.op, part.flight.op.kind is OpKind.H2D
+            whole = len(part.indices) == len(op)
+            src, dst = (op.src, op.dst) if whole else (op.src[part.indices], op.dst[part.indices])
+            slots, pages = (src, dst) if loading else (dst, src)
+            doomed = part.doomed or part.flight.cancelled
+            if not self.rings.push_op(
+                part.part_id, op.task_id, op.kind, op.fence, slots, pages, len(op), doomed
+            ):
+                return
+            self._outstanding[part.part_id] = part
+            self._backlog.popleft()
+
+    def cancel(self, flight: Flight) -> None:
+        """Ask the agent to stop the parts of a flight that it has; the others are sent as cancelled."""
+        for part in flight.parts:
+            if part.part_id in self._outstanding:
+                self._cancels.append(part.part_id)
+        self.flush()
+
+    def drain(self) -> bool:
+        """Take in what the agent reported; True if it was anything. An agent that reports what cannot be is condemned."""
+        if self._condemned:
+            return False
+        try:
+            return self._drain()
+        except RingCorruptedError as error:
+            self.condemn(str(error))
+            return False
+
+    def _drain(self) -> bool:
+        any_result = False
+        while (result := self.rings.pop_result()) is not None:
+            any_result = True
+            part_id, first, ok, last = result
+            part = self._outstanding.get(part_id)
+            if part is None or first != part.answered or first + len(ok) > len(part.indices):
+                raise RingCorruptedError(f"a result for blocks {first} to {first + len(ok)} of part {part_id}")
+            part.answered += len(ok)
+            if last != (part.answered == len(part.indices)):
+                raise RingCorruptedError(f"part {part_id} ends after {part.answered} of {len(part.indices)} blocks")
+            if last:
+                del self._outstanding[part_id]
+            part.flight.answer(part.indices[first : first + len(ok)], ok)
+        if any_result:
+            self.flush()
+        return any_result
+
+    def lose(self) -> None:
+        """The agent's process is gone: what it had not reported has failed, and nothing touches it any more."""
+        parts = [*self._outstanding.values(), *self._backlog]
+        self._outstanding.clear()
+        self._backlog.clear()
+        self._cancels.clear()
+        for part in parts:
+            rest = part.indices[part.answered :]
+            part.flight.answer(rest, np.zeros(len(rest), dtype=np.bool_))
+
+    @property
+    def healthy(self) -> bool:
+        """Whether what it reports is believed."""
+        return not self._condemned
+
+    @property
+    def busy(self) -> bool:
+        """Whether a result is expected."""
+        return bool(self._outstanding)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.connection.close()
+        self.rings.close()
+
+
+class DeviceExecutor(Executor):
+    """Moves blocks between host slots and the pages of all ranks of a data-parallel client.
+
+    Parameters
+    ----------
+    ranks_per_client : int
+        An op needs so many agents; where one is missing its blocks fail.
+    """
+
+    kinds = frozenset({OpKind.D2H, OpKind.H2D})
+
+    def __init__(self, ranks_per_client: int) -> None:
+        self._ranks = ranks_per_client
+        self._links: dict[int, list[AgentLink]] = {}
+        self._flights: dict[TransferOp, Flight] = {}
+        self._part_ids = itertools.count(1)
+
+    def add(self, link: AgentLink) -> None:
+        """An agent has registered."""
+        self._links.setdefault(link.hello.dp_client_id, []).append(link)
+
+    def remove(self, link: AgentLink) -> None:
+        """An agent's process is gone."""
+        self._links[link.hello.dp_client_id].remove(link)
+        link.lose()
+
+    @property
+    def links(self) -> Iterable[AgentLink]:
+        """Agents that are connected."""
+        return [link for links in self._links.values() for link in links]
+
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
+        links = self._links.get(op.dp_client_id, [])
+        flight = self._flights.get(op)
+        if flight is None:
+            flight = Flight(op, progress, np.zeros(len(op), np.int16), np.ones(len(op), np.bool_))
+            self._flights[op] = flight
+        doomed = doomed or len(links) < self._ranks
+        if doomed:
+            flight.ok[indices] = False
+        flight.missing[indices] = len(links)
+        if not links:
+            progress(op, indices, flight.ok[indices])
+            return
+        for link in links:
+            for start in range(0, len(indices), link.rings.max_blocks):
+                piece = indices[start : start + link.rings.max_blocks]
+                part = Part(next(self._part_ids), flight, piece, doomed)
+                flight.parts.append(part)
+                link.submit(part)
+
+    def cancel(self, op: TransferOp) -> None:
+        flight = self._flights.get(op)
+        if flight is not None:
+            flight.cancelled = True
+            for link in self._links.get(op.dp_client_id, []):
+                link.cancel(flight)
+
+    def forget(self, op: TransferOp) -> None:
+        self._flights.pop(op, None)

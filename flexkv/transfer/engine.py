@@ -1,0 +1,365 @@
+"""TransferEngine: runs transfer graphs over executors, and makes sure that each of them ends."""
+
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.config import TransferConfig
+from flexkv.errors import CapacityError, TransferError
+from flexkv.storage.host_pool import HostPool
+from flexkv.transfer.device import AgentLink, DeviceExecutor
+from flexkv.transfer.executor import Executor
+from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.registry import Registry
+
+logger = logging.getLogger("flexkv.transfer")
+
+_SPIN_NS = 50_000
+"""A waiter watches the rings so long before it sleeps: about the time that a 64 KiB block takes."""
+
+_TICK_S = 1.0
+"""Deadlines are looked at at least this often."""
+
+OnDone = Callable[[TransferGraph], None]
+
+
+@dataclass(eq=False, slots=True)
+class _Active:
+    graph: TransferGraph
+    on_done: OnDone
+    deadline: float
+    ops_left: int
+    verdict: OpStatus | None = None     # CANCELLED or TIMEOUT, whichever came first
+
+
+class TransferEngine:
+    """The data plane.
+
+    ``submit``, ``cancel``, ``poll`` and ``wait`` may be called from any thread. Callbacks and ``on_done`` run on
+    whichever thread finds the result, without the engine's lock. One background thread admits ranks, notices those
+    that die, enforces deadlines, and finds results when nobody waits.
+
+    Parameters
+    ----------
+    config : TransferConfig
+    host_bytes : int
+        Size of the host tier.
+    num_slots : int, optional
+        Slots of the host tier; default: as many as fit ``host_bytes``.
+    ranks : int
+        Device agents of each data-parallel client.
+    dp_client_ids : tuple of int
+    hugepage_bytes : int
+        0: ordinary pages.
+    on_capacity : callable
+        Called with the number of usable slots as the pool grows, on a background thread.
+    executors : sequence of Executor
+        More executors, for other kinds of ops.
+    """
+
+    def __init__(
+        self,
+        config: TransferConfig,
+        *,
+        host_bytes: int,
+        num_slots: int | None = None,
+        ranks: int = 1,
+        dp_client_ids: tuple[int, ...] = (0,),
+        hugepage_bytes: int = 0,
+        on_capacity: Callable[[int], None],
+        executors: tuple[Executor, ...] = (),
+    ) -> None:
+        self._config = config
+        self._host_bytes = host_bytes
+        self._num_slots = num_slots
+        self._ranks = ranks
+        self._clients = dp_client_ids
+        self._hugepage_bytes = hugepage_bytes
+        self._on_capacity = on_capacity
+        self._lock = threading.RLock()
+        self._news = threading.Condition(self._lock)
+        self._device = DeviceExecutor(ranks)
+        self._executors: dict[OpKind, Executor] = {
+            kind: executor for executor in (*executors, self._device) for kind in executor.kinds
+        }
+        self._active: dict[int, _Active] = {}
+        self._ended: deque[Callable[[], None]] = deque()
+        self._pool: HostPool | None = None
+        self._registry: Registry | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._epoll: select.epoll | None = None
+        self._wake_fd = -1
+        self._links: dict[int, AgentLink] = {}      # by socket and by eventfd descriptor
+
+    # ---- life -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen for ranks, and return.
+
+        Raises
+        ------
+        RegistrationError
+            The socket cannot be had.
+        """
+        self._registry = Registry(
+            self._config.gpu_register_port,
+            self._clients,
+            self._ranks,
+            self._make_pool,
+            self._config.handshake_timeout_s,
+            self._config.ring_bytes,
+            self._add_link,
+        )
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._epoll.register(self._registry.listener.fileno(), select.EPOLLIN)
+        self._thread = threading.Thread(target=self._run, name="flexkv-transfer", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Every rank is registered, and the host pool exists."""
+        registry = self._registry
+        return registry is not None and not self._closing and registry.complete and self._pool is not None
+
+    @property
+    def host_pool(self) -> HostPool:
+        """The host tier, once the first client's ranks have registered."""
+        if self._pool is None:
+            raise TransferError("no rank has registered yet, so there is no host pool")
+        return self._pool
+
+    def shutdown(self) -> None:
+        """Cancel everything, hang up on the agents, give the memory back. Can be called again."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            unfinished = list(self._active)
+        for task_id in unfinished:
+            self.cancel(task_id)
+        if self._thread is not None:
+            self.wait(lambda: not self._active, self._config.handshake_timeout_s)
+            os.eventfd_write(self._wake_fd, 1)
+            self._thread.join()
+        with self._lock:
+            for link in list(self._device.links):
+                self._device.remove(link)
+                link.close()
+            if self._registry is not None and self._epoll is not None:
+                self._registry.close()
+                self._epoll.close()
+                os.close(self._wake_fd)
+        self._fire()
+        if self._pool is not None:
+            self._pool.close()
+
+    def _make_pool(self, slot_bytes: int) -> HostPool:
+        num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
+        pool = HostPool(slot_bytes, num_slots, self._hugepage_bytes)
+        self._pool = pool
+        pool.populate(self._on_capacity)
+        return pool
+
+    def _add_link(self, link: AgentLink) -> None:
+        assert self._epoll is not None  # narrowing: only the background thread comes here
+        with self._lock:
+            self._device.add(link)
+            for fd in (link.connection.fileno(), link.rings.completion_event_fd):
+                self._links[fd] = link
+        self._epoll.modify(link.connection.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
+        self._epoll.register(link.rings.completion_event_fd, select.EPOLLIN)
+
+    # ---- graphs -----------------------------------------------------------------------------------------------
+
+    def submit(self, graph: TransferGraph, on_done: OnDone) -> None:
+        """Run a graph. ``on_done(graph)`` is called once, when it is quiesced: every block has its result, and
+        nothing touches its slots or pages any more. ``graph.status`` may be final before."""
+        with self._lock:
+            deadline = time.monotonic() + self._config.op_timeout_s
+            active = _Active(graph, on_done, deadline, len(graph.ops), OpStatus.CANCELLED if self._closing else None)
+            self._active[graph.task_id] = active
+            graph.status = OpStatus.RUNNING
+            for op in graph.ops:
+                op.status = OpStatus.RUNNING
+                self._start_blocks(active, op)
+        self._fire()
+
+    def cancel(self, task_id: int) -> None:
+        """Start nothing more of a graph; what is being copied is finished. Unknown or ended graphs are left alone."""
+        with self._lock:
+            active = self._active.get(task_id)
+            if active is not None:
+                self._stop(active, OpStatus.CANCELLED)
+        self._fire()
+
+    def _stop(self, active: _Active, verdict: OpStatus) -> None:
+        if active.verdict is None:
+            active.verdict = verdict
+            active.graph.status = verdict
+            for op in active.graph.ops:
+                if not op.done:
+                    self._executors[op.kind].cancel(op)
+                    self._start_blocks(active, op)
+            self._news.notify_all()
+
+    def _start_blocks(self, active: _Active, op: TransferOp) -> None:
+        startable, doomed = op.startable()
+        if active.verdict is not None:
+            startable, doomed = startable[:0], np.flatnonzero(~op.started)
+        for indices, is_doomed in ((startable, False), (doomed, True)):
+            if len(indices):
+                op.started[indices] = True
+                self._executors[op.kind].submit(op, indices, self._progress, is_doomed)
+
+    def _progress(self, op: TransferOp, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+        op.resolve(indices, ok)
+        active = self._active[op.task_id]
+        for later in active.graph.ops:
+            if op in later.depends_on:
+                self._start_blocks(active, later)
+        if op.done:
+            self._end_op(active, op)
+
+    def _end_op(self, active: _Active, op: TransferOp) -> None:
+        op.status = OpStatus.DONE if op.ok.all() else active.verdict or OpStatus.FAILED
+        self._executors[op.kind].forget(op)
+        for callback in op.callbacks:
+            self._ended.append(partial(callback, op))
+        active.ops_left -= 1
+        if active.ops_left == 0:
+            graph = active.graph
+            del self._active[graph.task_id]
+            if all(op.status is OpStatus.DONE for op in graph.ops):
+                graph.status = OpStatus.DONE
+            else:
+                graph.status = active.verdict or OpStatus.FAILED
+            graph.quiesced = True
+            self._ended.append(partial(active.on_done, graph))
+
+    def _fire(self) -> None:
+        """Run callbacks that are due, and tell those who wait."""
+        fired = False
+        while True:
+            try:
+                callback = self._ended.popleft()
+            except IndexError:
+                break
+            fired = True
+            try:
+                callback()
+            except Exception:
+                logger.exception("a callback of a transfer failed")
+        if fired:
+            with self._lock:
+                self._news.notify_all()
+
+    # ---- results ----------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take in results that are there, and run their callbacks; does not wait."""
+        with self._lock:
+            for link in list(self._device.links):
+                link.drain()
+        self._fire()
+
+    def wait(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until ``predicate()``, which callbacks make true; False after ``timeout_s`` seconds."""
+        deadline = time.monotonic() + timeout_s
+        self.poll()
+        if predicate():
+            return True
+        if timeout_s > 0 and self._spin(predicate):
+            return True
+        with self._news:
+            while not predicate():
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._news.wait(left):
+                    return predicate()
+        return True
+
+    def _spin(self, predicate: Callable[[], bool]) -> bool:
+        """Watch the rings for a short while: for a small block that is sooner than being woken."""
+        links = [link for link in list(self._device.links) if link.busy]
+        for link in links:
+            link.rings.set_waiting(False)
+        until = time.monotonic_ns() + _SPIN_NS
+        while links and time.monotonic_ns() < until and not predicate():
+            if any([link.rings.spin(_SPIN_NS // len(links)) for link in links]):
+                self.poll()
+        if any([link.rings.set_waiting(True) for link in links]):
+            self.poll()
+        return predicate()
+
+    # ---- the background thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        assert self._epoll is not None  # narrowing: start() has made it
+        while not self._closing or self._active:
+            events = self._epoll.poll(self._time_to_next_deadline())
+            for fd, _ in events:
+                self._handle(fd)
+            with self._lock:
+                links = list(self._device.links)
+                for link in links:
+                    while link.drain() or link.rings.set_waiting(True):
+                        if not link.healthy:
+                            break
+                self._enforce_deadlines()
+            self._fire()
+            if self._closing and any(fd == self._wake_fd for fd, _ in events):
+                return
+
+    def _time_to_next_deadline(self) -> float:
+        assert self._registry is not None  # narrowing
+        deadline = self._registry.next_deadline()
+        return _TICK_S if deadline is None else min(_TICK_S, max(0.0, deadline - time.monotonic()))
+
+    def _handle(self, fd: int) -> None:
+        assert self._registry is not None and self._epoll is not None  # narrowing
+        if fd == self._registry.listener.fileno():
+            self._registry.accept(self._epoll)
+        elif self._registry.owns(fd):
+            try:
+                self._registry.readable(fd, self._epoll)
+            except CapacityError as error:
+                logger.error("%s", error)
+        elif fd in self._links:
+            link = self._links[fd]
+            if fd == link.connection.fileno():
+                self._lose(link)
+            else:
+                os.eventfd_read(fd)
+
+    def _lose(self, link: AgentLink) -> None:
+        """An agent hung up: its process has ended, or it has stopped for good."""
+        assert self._registry is not None and self._epoll is not None  # narrowing
+        logger.warning("agent of %s is gone; what it was moving has failed", link.hello)
+        with self._lock:
+            link.drain()
+            for fd in (link.connection.fileno(), link.rings.completion_event_fd):
+                self._epoll.unregister(fd)
+                del self._links[fd]
+            self._device.remove(link)
+            self._registry.lost(link.hello)
+            link.close()
+
+    def _enforce_deadlines(self) -> None:
+        assert self._registry is not None and self._epoll is not None  # narrowing
+        self._registry.drop_silent(self._epoll)
+        now = time.monotonic()
+        for active in list(self._active.values()):
+            if active.deadline <= now and active.verdict is None:
+                logger.error("task %d took more than %g s", active.graph.task_id, self._config.op_timeout_s)
+                self._stop(active, OpStatus.TIMEOUT)
