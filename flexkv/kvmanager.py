@@ -12,13 +12,18 @@ from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import make_policy
 from flexkv.cache.plan import MatchResult
 from flexkv.cache.reasons import StopReason
-from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config
+from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
 from flexkv.errors import SlotMappingError
 from flexkv.kvtask import KVTask, TaskTable
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.transfer.engine import TransferEngine
 
 logger = logging.getLogger("flexkv.kvmanager")
+
+
+def default_register_port(dp_client_id: int) -> str:
+    """Where the ranks of a client register if nobody says otherwise."""
+    return f"ipc://{runtime_directory()}/register-{dp_client_id}.sock"
 
 
 class KVManager:
@@ -62,8 +67,8 @@ class KVManager:
         self._policy = make_policy(cache_config.eviction_policy, cache_config.hit_reward_seconds)
         self._cache: GlobalCacheEngine | None = None
         transfer_config = transfer_config or load_config().transfer
-        if gpu_register_port:
-            transfer_config = transfer_config.replace(gpu_register_port=gpu_register_port)
+        port = gpu_register_port or transfer_config.gpu_register_port or default_register_port(dp_client_id)
+        transfer_config = transfer_config.replace(gpu_register_port=port)
         self._transfer = TransferEngine(
             transfer_config,
             host_bytes=cache_config.host_bytes,
@@ -335,6 +340,10 @@ class KVManager:
             return None
         self._tasks.run(task, pages[task.blocks - start_block], fence)
         return task.task_id
+
+    def task_blocks(self, task_id: int) -> NDArray[np.int32]:
+        """Positions in its sequence of the blocks that a running task moves."""
+        return self._tasks.blocks(task_id)
 
     # ---- results ----------------------------------------------------------------------------------------------
 

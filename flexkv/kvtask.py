@@ -157,6 +157,12 @@ class TaskTable:
             raise KeyError(f"task {task_id} is {'not known' if task is None else 'launched already'}")
         return task
 
+    def blocks(self, task_id: int) -> NDArray[np.int32]:
+        """(m,) int32: positions of the blocks that a task moves; empty if it is not known."""
+        with self._lock:
+            task = self._tasks.get(task_id)
+            return task.blocks if task is not None else np.zeros(0, dtype=np.int32)
+
     def run(self, task: KVTask, pages: NDArray[np.int32], fence: int) -> None:
         """Move the task's blocks between their slots and ``pages`` ((m,) int32)."""
         with self._lock:
@@ -198,6 +204,8 @@ class TaskTable:
         with self._lock:
             task = self._tasks[graph.task_id]
             task.ok = graph.ops[-1].ok
+            if graph.status is OpStatus.CANCELLED and isinstance(task.plan, PutPlan):
+                task.ok = np.zeros_like(task.ok)       # its pages may have been given away before the last copies
             self._settle(task, _STATUS[graph.status])
 
     def _settle(self, task: KVTask, status: KVResponseStatus) -> None:

@@ -1,6 +1,7 @@
 """The device agent: the native thread that copies between an engine's pages and host slots."""
 import mmap
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -137,6 +138,6 @@ cdef class DeviceAgent:
             flexkv_agent_stop(self.agent)
 
     def __del__(self):
-        if self.agent != NULL:
+        if self.agent != NULL and not sys.is_finalizing():
             warnings.warn("a DeviceAgent was not closed", ResourceWarning, stacklevel=2)
         self.close()

@@ -1,0 +1,68 @@
+"""Independent check of what comes back: page bytes, read through torch, against what they were when they were saved."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.block_table import TensorSpec
+from flexkv._core.checksum import xxh3_64
+
+if TYPE_CHECKING:
+    import torch
+
+
+class PageAudit:
+    """Remembers a checksum of each saved page by the key of its block. Reads the tensors itself, by logical index: it
+    shares nothing with the code that copies them.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+    specs : sequence of TensorSpec
+        Which dimension of each counts pages.
+    """
+
+    def __init__(self, tensors: "Sequence[torch.Tensor]", specs: Sequence[TensorSpec]) -> None:
+        self._tensors = list(zip(tensors, specs, strict=True))
+        self._checksums: dict[bytes, int] = {}
+        self._checked_blocks = self._wrong_blocks = self._wrong_bytes = self._unknown_blocks = 0
+
+    def _page(self, page: int) -> NDArray[np.uint8]:
+        import torch
+
+        rows = []
+        for tensor, spec in self._tensors:
+            parts = spec.tokens_per_page or 1
+            view = tensor.narrow(spec.page_dim, page * parts, parts)
+            rows.append(view.contiguous().view(torch.uint8).reshape(-1).cpu().numpy())
+        return np.concatenate(rows)
+
+    def record(self, keys: NDArray[np.uint64], pages: NDArray[np.int32]) -> None:
+        """Pages that are about to be saved under ``keys``."""
+        for key, page in zip(keys, pages, strict=True):
+            self._checksums[key.tobytes()] = xxh3_64(self._page(int(page)))
+
+    def compare(self, keys: NDArray[np.uint64], pages: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
+        """Pages that were loaded, where ``ok``, with blocks of ``keys``."""
+        for key, page, loaded in zip(keys, pages, ok, strict=True):
+            if not loaded:
+                continue
+            expected = self._checksums.get(key.tobytes())
+            content = self._page(int(page))
+            if expected is None:
+                self._unknown_blocks += 1
+            elif xxh3_64(content) != expected:
+                self._wrong_blocks += 1
+                self._wrong_bytes += len(content)
+            self._checked_blocks += 1
+
+    def counts(self) -> dict[str, int]:
+        """``checked_blocks``, of which ``wrong_blocks`` (``wrong_bytes``) differ, and ``unknown_blocks`` have no record."""
+        return {
+            "checked_blocks": self._checked_blocks,
+            "wrong_blocks": self._wrong_blocks,
+            "wrong_bytes": self._wrong_bytes,
+            "unknown_blocks": self._unknown_blocks,
+        }

@@ -1,0 +1,207 @@
+"""Scheduler side: decides what is loaded and saved, and launches it."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flexkv.config import ConnectorConfig
+from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob, SavedBlocks
+from flexkv.integration.vllm.tracked_request import TrackedRequest, is_cacheable
+from flexkv.kvmanager import KVManager
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("flexkv.vllm")
+
+_DRAIN_TIMEOUT_S = 5.0
+"""How long a step may be held back until saves of preempted requests have let go of their pages."""
+
+_NO_TASK = (1 << 63) - 1
+"""Later than any task."""
+
+
+class SchedulerSide:
+    """Owns the KVManager; called by vLLM's scheduler, all on one thread.
+
+    Parameters
+    ----------
+    manager : KVManager
+        Started.
+    block_size : int
+        Tokens of a vLLM block.
+    config : ConnectorConfig
+    """
+
+    def __init__(self, manager: KVManager, block_size: int, config: ConnectorConfig) -> None:
+        self._manager = manager
+        self._block_size = block_size
+        self._config = config
+        self._requests: dict[str, TrackedRequest] = {}
+        self._step = 0
+        self._loads: list[LoadJob] = []
+        self._saved: list[SavedBlocks] = []
+        self._finishing: dict[str, list[int]] = {}
+        self._outstanding: set[int] = set()
+        self._num_requests = self._num_prompt_tokens = self._num_hit_tokens = 0
+
+    # ---- what can be loaded -----------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+        """Tokens beyond ``num_computed_tokens`` that can be loaded. Holds nothing; may be asked any number of times."""
+        if not self._manager.is_ready() or not is_cacheable(request):
+            return 0, False
+        tracked = self._track(request)
+        tracked.num_computed = num_computed_tokens
+        match = self._manager.lookup(tracked.keys())
+        num_new = match.num_ready * self._block_size - num_computed_tokens
+        return (num_new, True) if num_new > 0 else (0, False)
+
+    def _track(self, request: "Request") -> TrackedRequest:
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.request is not request:
+            tracked = TrackedRequest(request, self._manager, self._block_size)
+            self._requests[request.request_id] = tracked
+        return tracked
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        """Blocks were given to the request; if some are for tokens to be loaded, launch the load.
+
+        It starts when the workers reach the coming step, after the compute that last used these blocks.
+        """
+        if not is_cacheable(request):
+            return
+        tracked = self._track(request)
+        tracked.set_pages(blocks.get_block_ids()[0])
+        if num_external_tokens == 0:
+            return
+        first = tracked.num_computed // self._block_size
+        last = first + -(-num_external_tokens // self._block_size)
+        pages, keys = tracked.pages[first:last].copy(), tracked.keys()[:last]
+        task_id = self._manager.get_blocks(keys, first, pages, fence=self._step + 1)
+        tracked.load = task_id
+        tracked.num_offered = last
+        self._outstanding.add(task_id)
+        self._loads.append(
+            LoadJob(request.request_id, task_id, pages, keys[first:].copy() if self._config.audit else None)
+        )
+        self._num_hit_tokens += num_external_tokens
+
+    # ---- steps ------------------------------------------------------------------------------------------------
+
+    def build_connector_meta(self, output: "SchedulerOutput") -> FlexKVConnectorMetadata:
+        """Launch the saves of the coming step, and say what the workers must know of it."""
+        self._step += 1
+        self._collect()
+        self._release_preempted(output)
+        cached = output.scheduled_cached_reqs
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        for req_id, new_block_ids, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            computed[req_id] = num_computed
+            tracked = self._requests.get(req_id)
+            if tracked is not None and new_block_ids is not None and req_id not in cached.resumed_req_ids:
+                tracked.add_pages(new_block_ids[0])
+        if self._config.save_mode == "as_computed":
+            for req_id, num_scheduled in output.num_scheduled_tokens.items():
+                tracked = self._requests.get(req_id)
+                if tracked is not None:
+                    self._save(tracked, computed[req_id] + num_scheduled)
+        meta = FlexKVConnectorMetadata(
+            step=self._step,
+            has_forward=output.total_num_scheduled_tokens > 0,
+            loads=self._loads,
+            finishing=self._finishing,
+            oldest_task=min(self._outstanding, default=_NO_TASK),
+            saved=self._saved,
+        )
+        self._loads, self._finishing, self._saved = [], {}, []
+        return meta
+
+    def _save(self, tracked: TrackedRequest, num_tokens: int) -> None:
+        """Save the blocks that are full once the first ``num_tokens`` tokens are computed."""
+        keys = tracked.keys()
+        last = min(num_tokens // self._block_size, len(keys), len(tracked.pages))
+        if last <= tracked.num_offered or not self._manager.is_ready():
+            return
+        first, tracked.num_offered = tracked.num_offered, last
+        task_id = self._manager.put_blocks(keys[:last], first, tracked.pages[first:last], fence=self._step)
+        if task_id is None and first > 0:
+            # either all is there, or what comes before was evicted meanwhile: then it has to be saved again too
+            task_id = self._manager.put_blocks(keys[:last], 0, tracked.pages[:last], fence=self._step)
+        if task_id is None:
+            return
+        tracked.saves.add(task_id)
+        self._outstanding.add(task_id)
+        if self._config.audit:
+            positions = self._manager.task_blocks(task_id)
+            self._saved.append(SavedBlocks(tracked.pages[positions].copy(), keys[positions].copy()))
+
+    def _collect(self) -> None:
+        """Take the results of tasks that have ended."""
+        ended = self._manager.try_wait(self._outstanding)
+        self._outstanding.difference_update(ended)
+
+    def _release_preempted(self, output: "SchedulerOutput") -> None:
+        """Preempted requests lose their pages in the coming step: no save may still read them."""
+        for req_id in output.preempted_req_ids or ():
+            tracked = self._requests.get(req_id)
+            if tracked is None:
+                continue
+            saves = tracked.saves & self._outstanding
+            if saves:
+                self._manager.cancel(saves)
+                self._manager.wait(saves, timeout=_DRAIN_TIMEOUT_S, completely=True)
+                self._outstanding -= saves
+            tracked.saves.clear()
+            tracked.num_offered = 0
+            tracked.set_pages([])
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Whether saves still read the request's blocks; the workers report it when they are done."""
+        tracked = self._requests.pop(request.request_id, None)
+        self._count(request)
+        if tracked is None:
+            return False, None
+        if block_ids and self._worth_saving(request):
+            tracked.set_pages(block_ids)
+            self._save(tracked, request.num_computed_tokens)
+        self._collect()
+        pending = sorted(tracked.saves & self._outstanding)
+        if pending:
+            self._finishing[request.request_id] = pending
+        return bool(pending), None
+
+    def _worth_saving(self, request: "Request") -> bool:
+        from vllm.v1.request import RequestStatus
+
+        return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+    def _count(self, request: "Request") -> None:
+        self._num_requests += 1
+        self._num_prompt_tokens += request.num_prompt_tokens
+        every = self._config.num_log_interval_requests
+        if every and self._num_requests % every == 0:
+            logger.info(
+                "%d requests, %d prompt tokens, %d loaded; %s",
+                self._num_requests, self._num_prompt_tokens, self._num_hit_tokens, self._manager.stats(),
+            )
+
+    def reset_cache(self) -> bool:
+        """Forget all KV (after a change of weights)."""
+        self._manager.reset()
+        for tracked in self._requests.values():
+            tracked.num_offered = int(np.iinfo(np.int32).max)  # computed with the old weights: not to be saved
+        return True
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start, and of the manager now."""
+        return {"requests": self._num_requests, "hit_tokens": self._num_hit_tokens, **self._manager.stats()}
+
+    def shutdown(self) -> None:
+        """Stop the manager."""
+        self._manager.shutdown()

@@ -1,0 +1,196 @@
+"""The class that vLLM's own ``FlexKVConnectorV1`` makes and calls: one for the scheduler, one for each worker."""
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from flexkv.config import CacheConfig, FlexKVConfig, ModelConfig, load_config, runtime_directory
+from flexkv.errors import FlexKVError
+from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata
+from flexkv.integration.vllm.scheduler import SchedulerSide
+from flexkv.integration.vllm.worker import WorkerSide, find_metadata
+from flexkv.kvmanager import KVManager
+from flexkv.server.client import KVTPClient
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("flexkv.vllm")
+
+
+def _settings(vllm_config: "VllmConfig") -> FlexKVConfig:
+    """Settings of this engine: ``kv_connector_extra_config`` wins over file and environment."""
+    config = load_config(**(vllm_config.kv_transfer_config.kv_connector_extra_config or {}))
+    logging.getLogger("flexkv").setLevel(config.connector.log_level)
+    return config
+
+
+def _register_port(vllm_config: "VllmConfig", config: FlexKVConfig) -> str:
+    """Where the engine's ranks meet its scheduler: derived from the engine id, which vLLM gives to all of them."""
+    if config.transfer.gpu_register_port:
+        return config.transfer.gpu_register_port
+    engine = hashlib.sha256(str(vllm_config.kv_transfer_config.engine_id).encode()).hexdigest()[:24]
+    return f"{runtime_directory()}/vllm-{engine}.sock"
+
+
+def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    dtype = vllm_config.cache_config.cache_dtype
+    name = str(model.dtype).removeprefix("torch.") if dtype == "auto" else str(dtype)
+    named = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+    return ModelConfig(
+        num_layers=model.get_num_layers(parallel) * parallel.pipeline_parallel_size,
+        num_kv_heads=model.get_total_num_kv_heads(),
+        head_size=model.get_head_size(),
+        dtype=named.get(name, name),
+        use_mla=bool(model.use_mla),
+        tp_size=parallel.tensor_parallel_size,
+        pp_size=parallel.pipeline_parallel_size,
+        model_id=str(model.model),
+        revision=str(model.revision or ""),
+    )
+
+
+class FlexKVConnectorV1Impl:
+    """What ``FlexKVConnectorV1`` forwards to.
+
+    Parameters
+    ----------
+    vllm_config : VllmConfig
+    role : KVConnectorRole
+        SCHEDULER: owns the KVManager. WORKER: owns the rank's device agent.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole) -> None:
+        config = _settings(vllm_config)
+        self._config = config
+        self._vllm_config = vllm_config
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        port = _register_port(vllm_config, config)
+        if role == KVConnectorRole.SCHEDULER:
+            block_size = vllm_config.cache_config.block_size
+            cache: CacheConfig = config.cache.replace(tokens_per_block=block_size)
+            manager = KVManager(_model_config(vllm_config), cache, gpu_register_port=port,
+                                transfer_config=config.transfer)
+            manager.start()
+            self._scheduler = SchedulerSide(manager, block_size, config.connector)
+        else:
+            from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+
+            client = KVTPClient(
+                port, pp_rank=get_pp_group().rank_in_group, intra_client_id=get_tensor_model_parallel_rank()
+            )
+            self._worker = WorkerSide(client, config.connector)
+
+    @property
+    def scheduler(self) -> SchedulerSide:
+        """The scheduler's half.
+
+        Raises
+        ------
+        FlexKVError
+            This is a worker's connector.
+        """
+        if self._scheduler is None:
+            raise FlexKVError("a scheduler's method was called on a worker's connector")
+        return self._scheduler
+
+    @property
+    def worker(self) -> WorkerSide:
+        """The worker's half.
+
+        Raises
+        ------
+        FlexKVError
+            This is the scheduler's connector.
+        """
+        if self._worker is None:
+            raise FlexKVError("a worker's method was called on the scheduler's connector")
+        return self._worker
+
+    def shutdown(self) -> None:
+        """Stop threads, give memory back."""
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.shutdown()
+
+    # ---- worker -----------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
+        """The KV cache of each layer."""
+        self.worker.register_kv_caches(
+            kv_caches, self._vllm_config.cache_config.num_gpu_blocks, self._config.transfer.connect_timeout_s
+        )
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        """Called in each step, before compute that needs loads, or after compute was launched."""
+        meta = find_metadata(self)
+        if meta is not None:
+            self.worker.start_load(meta)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing to wait for: a request runs only after its load is complete."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: "torch.Tensor", attn_metadata: "AttentionMetadata", **kwargs: Any
+    ) -> None:
+        """Nothing to do: blocks are saved whole, after the step."""
+
+    def wait_for_save(self) -> None:
+        """Called in each step, after its compute."""
+        self.worker.wait_for_save()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose saves and whose loads have ended."""
+        saved, loaded = self.worker.get_finished()
+        return saved or None, loaded or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that could not be loaded; vLLM computes them (``kv_load_failure_policy: recompute``)."""
+        return self.worker.take_failed_pages()
+
+    # ---- scheduler --------------------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
+        """How many tokens can be loaded, and that it happens while others compute."""
+        return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        """Blocks were allocated, ``num_external_tokens`` of them to be loaded."""
+        self.scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> FlexKVConnectorMetadata:
+        """What the workers must know of the coming step."""
+        return self.scheduler.build_connector_meta(scheduler_output)
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        """Nothing to add: the workers have reported what ended."""
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the request's blocks must stay until its saves are done."""
+        return self.scheduler.request_finished(request, block_ids)
+
+    def reset_cache(self) -> bool:
+        """Forget all KV. The stock wrapper does not pass this on; ``connector.FlexKVConnector`` does."""
+        return self.scheduler.reset_cache()
+
+    def take_events(self) -> "Iterable[KVCacheEvent]":
+        """No events in this version."""
+        return ()
+
+    def get_kv_connector_stats(self) -> "KVConnectorStats | None":
+        """No statistics in this version."""
+        return None

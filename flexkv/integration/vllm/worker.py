@@ -1,0 +1,162 @@
+"""Worker side: the rank's tensors, the fences around its compute, and the reports that vLLM waits for."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from flexkv._core.block_table import TensorSpec
+from flexkv.config import ConnectorConfig
+from flexkv.errors import RegistrationError
+from flexkv.integration.vllm.audit import PageAudit
+from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob
+from flexkv.server.client import KVTPClient, OpResult, tensor_spec
+from flexkv.transfer.graph import OpKind
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("flexkv.vllm")
+
+_IDLE_WAIT_S = 0.005
+"""A step without compute waits so long for a transfer, instead of coming back at once."""
+
+
+def page_spec(tensor: "torch.Tensor", num_blocks: int | None) -> TensorSpec:
+    """Describe one layer's KV cache: which dimension counts vLLM's blocks.
+
+    4-D and 3-D tensors, and 5-D ``[blocks, 2, ...]``, count them first; ``[2, blocks, ...]`` second.
+
+    Raises
+    ------
+    RegistrationError
+        The shape does not tell, or does not fit ``num_blocks``.
+    """
+    shape = tuple(tensor.shape)
+    page_dim = 0
+    if len(shape) == 5 and shape[0] == 2:
+        if shape[1] == 2:
+            raise RegistrationError(f"KV cache of shape {shape}: cannot tell K and V from two blocks; use more blocks")
+        page_dim = 1
+    parts = None
+    if num_blocks is not None and shape[page_dim] != num_blocks:
+        if shape[page_dim] % num_blocks:
+            raise RegistrationError(f"KV cache of shape {shape} does not hold {num_blocks} blocks")
+        parts = shape[page_dim] // num_blocks          # the kernel's blocks are smaller than vLLM's
+    return tensor_spec(tensor, page_dim, parts)
+
+
+class WorkerSide:
+    """One rank; every method is called on the worker's main thread.
+
+    Parameters
+    ----------
+    client : KVTPClient
+    config : ConnectorConfig
+    """
+
+    def __init__(self, client: KVTPClient, config: ConnectorConfig) -> None:
+        self._client = client
+        self._config = config
+        self._meta: FlexKVConnectorMetadata | None = None
+        self._loads: dict[int, LoadJob] = {}                # launched, not reported
+        self._outcomes: dict[int, OpResult] = {}            # of loads that are not known yet
+        self._saved: set[int] = set()                       # tasks that ended here
+        self._finishing: dict[str, set[int]] = {}
+        self._failed_pages: set[int] = set()
+        self._audit: PageAudit | None = None
+
+    def register_kv_caches(
+        self, kv_caches: "dict[str, torch.Tensor]", num_blocks: int | None, connect_timeout_s: float
+    ) -> None:
+        """Register the tensors; the controller is reached in the background."""
+        tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        for tensor in kv_caches.values():                   # layers may share one
+            tensors.setdefault((tensor.data_ptr(), tuple(tensor.shape)), tensor)
+        specs = [page_spec(tensor, num_blocks) for tensor in tensors.values()]
+        if self._config.audit:
+            self._audit = PageAudit(list(tensors.values()), specs)
+        self._client.register_tensors(specs, connect_timeout_s, keep_alive=list(tensors.values()))
+
+    # ---- the hooks of a step, in the order in which vLLM calls them ----------------------------------------------
+
+    def start_load(self, meta: FlexKVConnectorMetadata) -> None:
+        """Compute that used the step's pages is done, or ordered before: its loads may start."""
+        self._meta = meta
+        for job in meta.loads:
+            self._loads[job.task_id] = job
+        for req_id, task_ids in meta.finishing.items():
+            self._finishing[req_id] = set(task_ids)
+        self._client.advance_fence(load=meta.step)
+
+    def wait_for_save(self) -> None:
+        """Compute of the step is done: its saves may start."""
+        if self._meta is not None:
+            if self._audit is not None:
+                for saved in self._meta.saved:
+                    self._audit.record(saved.keys, saved.pages)
+            self._client.advance_fence(save=self._meta.step)
+
+    def get_finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose saves, and whose loads, have ended on this rank; each is reported once."""
+        pending = self._loads or self._finishing
+        if pending and self._meta is not None and not self._meta.has_forward:
+            self._client.wait_results(_IDLE_WAIT_S)
+        lost = self._client.is_lost                         # before the poll: what it has is then taken
+        for result in self._client.poll_results():
+            if result.kind is OpKind.H2D:
+                self._outcomes[result.task_id] = result
+            else:
+                self._saved.add(result.task_id)
+        loaded = {job.req_id for job in list(self._loads.values()) if self._end_load(job, lost)}
+        saved = {req_id for req_id, task_ids in self._finishing.items() if lost or task_ids <= self._saved}
+        for req_id in saved:
+            del self._finishing[req_id]
+        self._forget_old()
+        return saved, loaded
+
+    def _end_load(self, job: LoadJob, lost: bool) -> bool:
+        result = self._outcomes.pop(job.task_id, None)
+        if result is None and not lost:
+            return False
+        del self._loads[job.task_id]
+        failed = set(job.pages.tolist())
+        if result is not None:
+            failed -= set(result.pages[result.ok].tolist())
+            if self._audit is not None and job.keys is not None:
+                self._audit.compare(job.keys, job.pages, result.ok)
+        if failed:
+            logger.warning("%d of %d blocks of request %s were not loaded", len(failed), len(job.pages), job.req_id)
+            self._failed_pages |= failed
+        return True
+
+    def _forget_old(self) -> None:
+        if self._meta is not None:
+            oldest = self._meta.oldest_task
+            asked = set().union(*self._finishing.values()) if self._finishing else set()
+            self._saved = {task_id for task_id in self._saved if task_id >= oldest or task_id in asked}
+
+    def take_failed_pages(self) -> set[int]:
+        """Blocks that could not be loaded, of the requests just reported."""
+        failed, self._failed_pages = self._failed_pages, set()
+        return failed
+
+    def audit_counts(self) -> dict[str, int]:
+        """What the audit has found; empty when it is off."""
+        return self._audit.counts() if self._audit is not None else {}
+
+    def shutdown(self) -> None:
+        """Stop the agent."""
+        self._client.close()
+
+
+def find_metadata(owner: Any) -> FlexKVConnectorMetadata | None:
+    """The step's metadata, which vLLM binds to the connector that wraps ``owner``, alone or among several."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    if not has_kv_transfer_group():
+        return None
+    group = get_kv_transfer_group()
+    for connector in (group, *getattr(group, "_connectors", ())):
+        if getattr(connector, "_flexkv_connector", None) is owner:
+            meta = getattr(connector, "_connector_metadata", None)
+            return meta if isinstance(meta, FlexKVConnectorMetadata) else None
+    return None
