@@ -280,7 +280,7 @@ class KVManager:
         seed = chain_seed(self._domain, tuple(namespace or ()), self._secret)
         return hash_blocks(tokens, self._tokens_per_block, seed, extras=extras, secret=self._secret)
 
-    def _pages(self, task: KVTask, slot_mapping: ArrayLike) -> NDArray[np.int32]:
+    def _pages(self, task: KVTask, slot_mapping: object) -> NDArray[np.int32]:
         pages = pages_from_slot_mapping(np.asarray(slot_mapping), self._tokens_per_block)
         if len(pages) != len(task.blocks):
             raise SlotMappingError(

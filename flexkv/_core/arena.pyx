@@ -1,7 +1,7 @@
 """Address space reserved once and touched on demand, so that an array can grow without ever moving."""
 from cpython.buffer cimport PyBuffer_FillInfo
 
-from flexkv._core.arena cimport Arena
+from flexkv._core.arena cimport Arena  # no-cython-lint
 
 
 cdef extern from "<sys/mman.h>" nogil:

@@ -54,7 +54,7 @@ def pages_from_slot_mapping(slot_mapping, Py_ssize_t tokens_per_block):
     if mapping.size == 0:
         return np.empty(0, dtype=np.int32)
     if mapping.ndim != 1 or mapping.dtype not in (np.dtype(np.int32), np.dtype(np.int64)):
-        raise SlotMappingError(f"the slot mapping is {mapping.dtype} {mapping.shape}; give int32 or int64 (num_tokens,)")
+        raise SlotMappingError(f"a slot mapping of {mapping.dtype} {mapping.shape}; give int32 or int64 (num_tokens,)")
     if tokens_per_block < 1 or mapping.size % tokens_per_block:
         raise SlotMappingError(f"{mapping.size} token slots are not whole blocks of {tokens_per_block} tokens")
     cdef Py_ssize_t num_pages = mapping.size // tokens_per_block, bad
@@ -72,8 +72,8 @@ def pages_from_slot_mapping(slot_mapping, Py_ssize_t tokens_per_block):
             bad = fill_pages(&int64s[0], num_pages, tokens_per_block, &pages[0])
     if bad >= 0:
         raise SlotMappingError(
-            f"tokens {bad} to {bad + tokens_per_block - 1} have slots {mapping[bad : bad + tokens_per_block].tolist()}: "
-            f"not one whole page of {tokens_per_block} tokens in order"
+            f"tokens {bad} to {bad + tokens_per_block - 1} have slots "
+            f"{mapping[bad : bad + tokens_per_block].tolist()}: not one whole page of {tokens_per_block} tokens in order"
         )
     return pages_array
 

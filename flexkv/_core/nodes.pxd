@@ -26,7 +26,7 @@ cdef struct Node:
     uint32_t pinned                   # blocks with at least one pin
     uint32_t resident[MAX_TIERS]      # blocks with a slot on the tier, ready or being written
     uint32_t ready[MAX_TIERS]
-    uint32_t live_children[MAX_TIERS] # children whose subtree holds anything on the tier
+    uint32_t live_children[MAX_TIERS]  # children whose subtree holds anything on the tier
 
 
 cdef class NodeStore:

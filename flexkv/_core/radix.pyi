@@ -8,7 +8,6 @@ REASON_NEVER_SEEN: Final = 1
 REASON_EVICTED: Final = 2
 REASON_NOT_READY: Final = 3
 REASON_FAILED: Final = 4
-NODE_DTYPE: np.dtype[np.void]
 
 class Match:
     num_blocks: int

@@ -15,7 +15,6 @@ import numpy as np
 from libc.string cimport memcpy, memset
 
 from flexkv._core.nodes cimport WHY_EVICTED, WHY_FAILED, Node, NodeStore
-from flexkv._core.nodes import NODE_DTYPE  # noqa: F401  (public name of this module)
 from flexkv.errors import CapacityError, InvariantError
 
 cdef extern from *:
@@ -435,4 +434,3 @@ cdef class RadixTree(NodeStore):
         if not 0 <= tier < self.num_tiers:
             raise ValueError(f"tier {tier}; this tree has tiers 0 to {self.num_tiers - 1}")
         return 0
-

@@ -119,8 +119,8 @@ cdef class SlotAllocator:
         return out_array
 
     cdef void take(self, int32_t *out, Py_ssize_t count) noexcept nogil:
-        cdef Py_ssize_t start = self.hint, taken = 0, tries, run, best = -1, best_run = 0
-        for tries in range(SEARCH_RUNS):               # one run for all, or the longest of those seen
+        cdef Py_ssize_t start = self.hint, taken = 0, run, best = -1, best_run = 0, _
+        for _ in range(SEARCH_RUNS):               # one run for all, or the longest of those seen
             start = self.next_free(start)
             if start == self.capacity:
                 if self.hint == 0:

@@ -106,7 +106,9 @@ class TransferConfig(_Settings):
     gpu_register_port: str = setting(
         "", "Unix socket where ranks register, as a path or an ipc:// address; empty: chosen by the adapter."
     )
-    handshake_timeout_s: float = setting(5.0, "A connection that says nothing is dropped after this.", unit="s", low=0.01)
+    handshake_timeout_s: float = setting(
+        5.0, "A connection that says nothing is dropped after this.", unit="s", low=0.01
+    )
     op_timeout_s: float = setting(20.0, "A transfer that takes longer is reported as failed.", unit="s", low=0.01)
     connect_timeout_s: float = setting(300.0, "A rank waits this long for the controller.", unit="s", low=0.1)
     ring_bytes: int = setting(1 << 20, "Size of each shared-memory ring; a power of two.", unit="bytes", low=4096)

@@ -29,7 +29,7 @@ class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that is given twice is an error, not the last one's win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise ConfigError(str(key), "given twice", "must be there once")

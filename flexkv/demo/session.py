@@ -20,7 +20,7 @@ def audit_counts(worker: Any) -> dict[str, int]:
     """Runs in the worker: what its audit has found."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-    counts: dict[str, int] = get_kv_transfer_group()._flexkv_connector.worker.audit_counts()  # type: ignore[attr-defined]
+    counts: dict[str, int] = get_kv_transfer_group()._flexkv_connector.worker.audit_counts()
     return counts
 
 
@@ -78,7 +78,8 @@ class Session:
                     first = time.perf_counter() - start
                 last = output
         assert first is not None  # narrowing: an answer has at least one token
-        return {"ttft_ms": first * 1e3, "tokens": list(last.outputs[0].token_ids), "cached": last.num_cached_tokens or 0}
+        tokens = list(last.outputs[0].token_ids)
+        return {"ttft_ms": first * 1e3, "tokens": tokens, "cached": last.num_cached_tokens or 0}
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ class AgentLink:
         self.flush()
 
     def drain(self) -> bool:
-        """Take in what the agent reported; True if it was anything. An agent that reports what cannot be is condemned."""
+        """Take in what the agent reported; True if it was anything. One that reports what cannot be is condemned."""
         if self._condemned:
             return False
         try:

@@ -29,5 +29,5 @@ class Executor(ABC):
     def cancel(self, op: TransferOp) -> None:
         """Start nothing more of ``op``; what is under way is finished, and every block still gets its result."""
 
-    def forget(self, op: TransferOp) -> None:
+    def forget(self, op: TransferOp) -> None:  # noqa: B027  (most keep nothing)
         """The op has ended: drop what is kept for it."""

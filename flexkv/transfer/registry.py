@@ -145,7 +145,9 @@ class Registry:
         if self._layout is not None:
             index = self._index.get(rank_id)
             if index is None or self._layout.segment_bytes[index] != hello.segment_bytes:
-                raise RegistrationError(f"rank {rank_id} with {hello.segment_bytes} bytes a block does not fit the pool")
+                raise RegistrationError(
+                    f"rank {rank_id} with {hello.segment_bytes} bytes a block does not fit the pool"
+                )
         self._waiting[rank_id] = (connection, hello)
         mine = [rank for rank in self._waiting if rank[0] == hello.dp_client_id]
         if self._layout is None and len(mine) == self._ranks:

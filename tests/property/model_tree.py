@@ -49,8 +49,10 @@ class ModelTree:
     def evict(self, slot: int) -> None:
         """Check that the block in ``slot`` may go now, and let it."""
         prefix, block = next((p, b) for p, b in self.blocks.items() if b.slot == slot)
-        assert block.ready and block.pins == 0, prefix
-        below = [p for p, b in self.blocks.items() if p[: len(prefix)] == prefix and len(p) > len(prefix) and b.slot >= 0]
+        assert block.ready, prefix
+        assert block.pins == 0, prefix
+        n = len(prefix)
+        below = [p for p, b in self.blocks.items() if p[:n] == prefix and len(p) > n and b.slot >= 0]
         assert not below, (prefix, below)
         block.slot, block.ready = -1, False
 

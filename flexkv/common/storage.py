@@ -1,0 +1,5 @@
+"""Upstream's path to the layouts."""
+
+from flexkv.storage.layout import KVCacheLayout, KVCacheLayoutType
+
+__all__ = ["KVCacheLayout", "KVCacheLayoutType"]

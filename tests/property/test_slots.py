@@ -1,0 +1,57 @@
+"""The slot allocator against a set of free numbers, for random sequences of operations."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexkv._core.slots import SlotAllocator
+from flexkv.errors import InvariantError
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["allocate", "allocate", "free", "grow", "double free"]), st.integers(0, 150)),
+    max_size=30,
+)
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(st.integers(0, 300), OPERATIONS)
+def test_allocator_agrees_with_set(capacity: int, operations: list[tuple[str, int]]) -> None:
+    slots = SlotAllocator(capacity, 500)
+    free = set(range(capacity))
+    held: list[np.ndarray] = []
+    for name, n in operations:
+        if name == "allocate":
+            got = slots.allocate(n)
+            assert (got is None) == (n > len(free))
+            if got is not None:
+                assert len(set(got.tolist())) == n
+                assert set(got.tolist()) <= free
+                free -= set(got.tolist())
+                held.append(got)
+        elif name == "free" and held:
+            back = held.pop(n % len(held))
+            slots.free(back)
+            free |= set(back.tolist())
+        elif name == "grow":
+            bigger = min(500, slots.capacity + n)
+            free |= set(range(slots.capacity, bigger))
+            slots.grow(bigger)
+        elif name == "double free" and free and held:
+            wrong = np.concatenate([held[0], np.array([next(iter(free))], dtype=np.int32)])
+            with pytest.raises(InvariantError):
+                slots.free(wrong)
+        assert slots.num_free == len(free)
+    slots.check_integrity()
+    assert {slot for slot in range(slots.capacity) if slots.is_free(slot)} == free
+    assert slots.num_free + sum(map(len, held)) == slots.capacity
+
+
+def test_prefers_a_run_that_is_long_enough() -> None:
+    slots = SlotAllocator(1000)
+    everything = slots.allocate(1000)
+    assert everything is not None
+    slots.free(np.concatenate([everything[10:15], everything[300:340], everything[700:705]]))
+    got = slots.allocate(40)
+    assert got is not None
+    assert got.tolist() == list(range(300, 340))

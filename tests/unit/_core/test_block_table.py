@@ -1,0 +1,133 @@
+"""Pages and regions: what regions gather must be the tensors' own elements, whatever their layout in memory."""
+
+import ctypes
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexkv._core.block_table import TensorSpec, merge_runs, pages_from_slot_mapping, regions_from_tensors
+from flexkv.errors import RegistrationError, SlotMappingError
+from flexkv.server.client import tensor_spec
+
+L, B, H, N, C = 3, 5, 2, 4, 6
+LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
+
+
+def layers_in(layout: str) -> list[torch.Tensor]:
+    """vLLM 0.32: one storage permuted as ``layout`` says, a logical [B, H, N, C] view of it for each layer."""
+    sizes = dict(zip("LBHNC", (L, B, H, N, C), strict=True))
+    flat = torch.arange(L * B * H * N * C, dtype=torch.int32).reshape([sizes[d] for d in "LBHNC"])
+    memory = flat.permute(["LBHNC".index(d) for d in layout]).contiguous()
+    logical = memory.permute([layout.index(d) for d in "LBHNC"])
+    return list(logical.unbind(0))
+
+
+def gather(specs: list[TensorSpec], page: int) -> bytes:
+    regions, num_pages, segment_bytes = regions_from_tensors(specs)
+    assert page < num_pages
+    segment = bytearray(segment_bytes)
+    for base, stride, size, offset in regions.tolist():
+        segment[offset : offset + size] = ctypes.string_at(base + page * stride, size)
+    return bytes(segment)
+
+
+def logical_bytes(tensors: list[torch.Tensor], page_dim: int, page: int) -> bytes:
+    return b"".join(tensor.select(page_dim, page).contiguous().numpy().tobytes() for tensor in tensors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vllm_layouts(layout: str) -> None:
+    tensors = layers_in(layout)
+    for page in range(B):
+        assert gather([tensor_spec(t) for t in tensors], page) == logical_bytes(tensors, 0, page)
+
+
+def test_the_slot_does_not_depend_on_the_layout_in_memory() -> None:
+    gathered = {gather([tensor_spec(t) for t in layers_in(layout)], 3) for layout in LAYOUTS}
+    assert len(gathered) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "page_dim"),
+    [((B, 2, N, H, C), 0), ((2, B, N, H, C), 1), ((B, N, C), 0), ((B, L, 2, H * N * C), 0)],
+)
+def test_other_layouts(shape: tuple[int, ...], page_dim: int) -> None:
+    tensors = [torch.randint(0, 1000, shape, dtype=torch.int16) for _ in range(L)]
+    for page in range(B):
+        specs = [tensor_spec(t, page_dim) for t in tensors]
+        assert gather(specs, page) == logical_bytes(tensors, page_dim, page)
+
+
+def test_token_major_k_and_v_lists() -> None:
+    tensors = [torch.randint(0, 1000, (B * N + 3, H, C), dtype=torch.int16) for _ in range(2 * L)]
+    for page in range(B):
+        expected = b"".join(t[page * N : (page + 1) * N].contiguous().numpy().tobytes() for t in tensors)
+        assert gather([tensor_spec(t, tokens_per_page=N) for t in tensors], page) == expected
+
+
+def test_a_block_of_all_layers_in_one_piece_is_one_chunk() -> None:
+    regions, _, _ = regions_from_tensors([tensor_spec(t) for t in layers_in("BLHNC")])
+    assert len(regions) == 1
+    regions, _, _ = regions_from_tensors([tensor_spec(t) for t in layers_in("LBHNC")])
+    assert len(regions) == L
+
+
+@given(st.permutations(range(4)), st.lists(st.integers(1, 4), min_size=4, max_size=4), st.integers(0, 3),
+       st.lists(st.integers(0, 2), min_size=4, max_size=4))
+def test_any_strides(order: list[int], shape: list[int], page_dim: int, gaps: list[int]) -> None:
+    strides, step = [0] * 4, 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim] + gaps[dim]
+    if page_dim != order[0] and shape[page_dim] > 1 and any(shape[d] > 1 for d in order[: order.index(page_dim)]):
+        return                                         # pages interleave: refused, see below
+    memory = torch.randint(0, 1000, (step + 8,), dtype=torch.int32)
+    tensor = memory.as_strided(shape, strides)
+    for page in range(shape[page_dim]):
+        assert gather([tensor_spec(tensor, page_dim)], page) == logical_bytes([tensor], page_dim, page)
+
+
+def test_what_cannot_be_registered_is_refused() -> None:
+    page = torch.zeros(4, 8)
+    cases = [
+        [],
+        [tensor_spec(page), tensor_spec(torch.zeros(5, 8))],
+        [tensor_spec(page.expand(4, 8)[:1].expand(3, 8))],
+        [TensorSpec(page.data_ptr(), (4, 8), (8,), 4)],
+        [TensorSpec(page.data_ptr(), (4, 8), (8, 1), 4, page_dim=2)],
+        [TensorSpec(0, (4, 8), (8, 1), 4)],
+        [TensorSpec(page.data_ptr(), (4, 8), (4, 1), 4)],
+        [tensor_spec(page, tokens_per_page=5)],
+    ]
+    for specs in cases:
+        with pytest.raises(RegistrationError):
+            regions_from_tensors(specs)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_slot_mapping(dtype: type) -> None:
+    pages = np.array([7, 0, 3], dtype=np.int32)
+    mapping = (pages[:, None] * 16 + np.arange(16)).ravel().astype(dtype)
+    assert pages_from_slot_mapping(mapping, 16).tolist() == pages.tolist()
+    for wrong in (mapping[:-1], mapping + 1, np.roll(mapping, 1), -mapping, mapping.astype(np.float64),
+                  mapping.reshape(3, 16)):
+        with pytest.raises(SlotMappingError):
+            pages_from_slot_mapping(wrong, 16)
+    broken = mapping.copy()
+    broken[20] += 1
+    with pytest.raises(SlotMappingError, match="tokens 16 to 31"):
+        pages_from_slot_mapping(broken, 16)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20))))
+def test_runs_cover_all_pairs_in_order(pairs: list[tuple[int, int]]) -> None:
+    a = np.array([p[0] for p in pairs], dtype=np.int32)
+    b = np.array([p[1] for p in pairs], dtype=np.int32)
+    runs = merge_runs(a, b).tolist()
+    assert list(itertools.chain(*([(x + i, y + i) for i in range(n)] for x, y, n in runs))) == pairs
+    for (x, y, n), (x2, y2, _) in itertools.pairwise(runs):
+        assert (x + n, y + n) != (x2, y2)
