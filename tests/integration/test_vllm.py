@@ -1,0 +1,110 @@
+"""Real vLLM on the CPU, with the stock connector: what it reads back is what it wrote, whatever happens in between."""
+
+import copy
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexkv.config import process_environment
+from tests.integration.vllm_session import RESULT
+
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
+
+
+def run(**options: Any) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.integration.vllm_session", json.dumps(options)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=process_environment(**ENVIRONMENT), capture_output=True, text=True, timeout=400
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert len(lines) == 1, done.stderr[-6000:]
+    result: dict[str, Any] = json.loads(lines[0].removeprefix(RESULT))
+    return result
+
+
+def stage(seed: int, **more: Any) -> dict[str, Any]:
+    return {"seed": seed, "count": 6, "length": 600, "tokens": 8, **more}
+
+
+@cache
+def answers_without_flexkv(text: str) -> list[Any]:
+    stages = json.loads(text)
+    result = run(flexkv=False, block_size=32, gpu_blocks=200, passes=stages)
+    return [one["answers"] for one in result["passes"]]
+
+
+def expect_clean(report: dict[str, Any]) -> None:
+    assert report["checked_blocks"] > 0
+    assert report["wrong_bytes"] == 0
+    assert report["unknown_blocks"] == 0
+    assert report["tracked"] == 0
+    assert report["outstanding"] == 0
+    assert report["leaked_pages"] == 0
+    assert report["free_slots"] + report["indexed_blocks"] == report["num_slots"]
+
+
+STAGES = [stage(1, one_by_one=True), stage(2, one_by_one=True), stage(1, one_by_one=True), stage(2)]
+
+
+@pytest.mark.parametrize(("block_size", "chunked"), [(32, True), (32, False), (128, True), (128, False)])
+def test_reads_back_what_it_wrote(block_size: int, chunked: bool) -> None:
+    result = run(
+        block_size=block_size, chunked=chunked, batched_tokens=256 if chunked else 1024, gpu_blocks=1024 // block_size + 2,
+        passes=copy.deepcopy(STAGES),
+    )
+    expect_clean(result["report"])
+    assert result["report"]["hit_tokens"] > 3 * 500
+    cold, _, warm, _ = [one["answers"] for one in result["passes"]]
+    assert warm == cold
+    assert [one["answers"] for one in result["passes"]] == answers_without_flexkv(json.dumps(STAGES))
+
+
+def test_pressure_preemption_and_aborts() -> None:
+    """A host tier and an engine cache that are both far too small, and requests that go away."""
+    stages = [
+        stage(3, count=12, tokens=40), stage(4, count=12, tokens=40), stage(3, count=12, tokens=40, abort_after=4),
+        stage(4, count=12, tokens=40, abort_after=15), stage(3, count=12, tokens=40), stage(5, one_by_one=True),
+        stage(3, count=4, tokens=40, one_by_one=True), stage(3, count=4, tokens=40, one_by_one=True),
+    ]
+    result = run(
+        block_size=32, gpu_blocks=44, max_seqs=8, batched_tokens=256, settings={"num_cpu_blocks": 60},
+        passes=copy.deepcopy(stages),
+    )
+    expect_clean(result["report"])
+    assert result["report"]["evicted_blocks"] > 60
+    expected = answers_without_flexkv(json.dumps([{k: v for k, v in s.items() if k != "abort_after"} for s in stages]))
+    for got, want in zip(result["passes"], expected, strict=True):
+        for mine, theirs in zip(got["answers"], want, strict=True):
+            assert mine is None or mine == theirs or len(mine) < 40
+
+
+def test_salts_separate_and_reset_forgets() -> None:
+    stages = [
+        stage(6, one_by_one=True, salt="a"),
+        stage(6, one_by_one=True, salt="b", reset_prefix_cache=True),
+        stage(6, one_by_one=True, salt="a", reset_prefix_cache=True),
+        stage(6, one_by_one=True, salt="a", reset_prefix_cache=True, reset_connector=True),
+    ]
+    result = run(
+        module="flexkv.integration.vllm.connector", connector="FlexKVConnector", block_size=32, gpu_blocks=200,
+        settings={"save_mode": "at_finish"}, passes=stages,
+    )
+    expect_clean(result["report"])
+    first, other_salt, same_salt, after_reset = [one["cached"] for one in result["passes"]]
+    assert other_salt == first              # only what the prompts share among themselves
+    assert same_salt > first + 1500
+    assert after_reset == first
+    answers = [one["answers"] for one in result["passes"]]
+    assert answers[0] == answers[1] == answers[2] == answers[3]

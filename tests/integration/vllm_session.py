@@ -1,0 +1,140 @@
+"""Runs one scenario on a real vLLM, in a process of its own, and prints what happened as one line of JSON.
+
+usage: python -m tests.integration.vllm_session '{"block_size": 32, ...}'
+"""
+
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RESULT = "@result "
+
+
+def make_model(directory: Path) -> str:
+    """A small Llama with random weights, wide enough apart that its answers depend on the whole prompt."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.15,
+        bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)
+    return str(directory)
+
+
+def make_prompts(seed: int, count: int, length: int) -> list[list[int]]:
+    """Prompts of which each shares a prefix of some length with an earlier one."""
+    rng = random.Random(seed)
+    prompts: list[list[int]] = []
+    for i in range(count):
+        shared = prompts[rng.randrange(i)][: rng.randrange(0, length)] if i % 2 else []
+        size = length - rng.randrange(0, length // 3)
+        prompts.append(shared + [rng.randrange(3, 512) for _ in range(max(1, size - len(shared)))])
+    return prompts
+
+
+class Engine:
+    """A vLLM engine whose scheduler is in this process, and whose worker is not."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        transfer = None
+        if options.get("flexkv", True):
+            transfer = KVTransferConfig(
+                kv_connector=options.get("connector", "FlexKVConnectorV1"),
+                kv_connector_module_path=options.get("module"),
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config={"audit": True, "cpu_cache_gb": 0.25, **options.get("settings", {})},
+            )
+        with tempfile.TemporaryDirectory() as directory:
+            self.llm = LLM(
+                make_model(Path(directory)), skip_tokenizer_init=True, dtype="float32",
+                block_size=options["block_size"], max_model_len=options.get("max_len", 1024),
+                num_gpu_blocks_override=options["gpu_blocks"], max_num_seqs=options.get("max_seqs", 4),
+                enable_chunked_prefill=options.get("chunked", True),
+                max_num_batched_tokens=options.get("batched_tokens", 1024),
+                enforce_eager=True, enable_prefix_caching=True, disable_log_stats=True, kv_transfer_config=transfer,
+            )
+        self.engine = self.llm.llm_engine
+        self.core = self.engine.engine_core.engine_core
+        self.ids = iter(range(1 << 30))
+        self.preempted = 0
+
+    def params(self, tokens: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+
+    def run(self, prompts: list[list[int]], tokens: int, salt: str | None = None, abort_after: int = 0) -> Any:
+        """Answer prompts together; the odd ones are aborted after ``abort_after`` steps."""
+        names = [f"r{next(self.ids)}" for _ in prompts]
+        for name, prompt in zip(names, prompts, strict=True):
+            request = {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
+            self.engine.add_request(name, request, self.params(tokens))
+        answers: dict[str, list[int]] = {}
+        cached = steps = 0
+        while self.engine.has_unfinished_requests():
+            for output in self.engine.step():
+                if output.finished:
+                    answers[output.request_id] = list(output.outputs[0].token_ids)
+                    cached += output.num_cached_tokens or 0
+            steps += 1
+            if steps == abort_after:
+                self.engine.abort_request(names[1::2])
+        self.settle()
+        return [answers.get(name) for name in names], cached
+
+    def settle(self) -> None:
+        """Step until saves of finished requests have let go of their blocks."""
+        while self.core.scheduler.has_finished_requests():
+            self.engine.step()
+
+    def flexkv(self) -> Any:
+        return self.core.scheduler.connector._flexkv_connector.scheduler
+
+    def report(self) -> dict[str, Any]:
+        from flexkv.demo.session import audit_counts
+
+        side = self.flexkv()
+        manager = side._manager
+        unsettled = manager._tasks.unsettled()
+        manager.wait(unsettled, 10.0, completely=True)
+        manager.check_integrity()
+        pool = self.core.scheduler.kv_cache_manager.block_pool
+        return {
+            **side.stats(), **self.llm.collective_rpc(audit_counts)[0], "tracked": len(side._requests),
+            "outstanding": len(manager._tasks.unsettled()),
+            "leaked_pages": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+        }
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    engine = Engine(options)
+    passes = []
+    for stage in options["passes"]:
+        if stage.pop("reset_prefix_cache", False):
+            assert engine.llm.reset_prefix_cache(reset_connector=stage.pop("reset_connector", False))
+        prompts = make_prompts(stage["seed"], stage["count"], stage["length"])
+        if stage.get("one_by_one"):
+            results = [engine.run([prompt], stage["tokens"], stage.get("salt")) for prompt in prompts]
+            answers, cached = [r[0][0] for r in results], sum(r[1] for r in results)
+        else:
+            answers, cached = engine.run(prompts, stage["tokens"], stage.get("salt"), stage.get("abort_after", 0))
+        passes.append({"answers": answers, "cached": cached})
+    report = engine.report() if options.get("flexkv", True) else {}
+    print(RESULT + json.dumps({"passes": passes, "report": report}), flush=True)
+    engine.engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The house rules, read off the source tree: layers, one reader of the environment, nothing unused, nothing too long."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "flexkv"
+
+LAYERS = [
+    {"errors"},
+    {"config"},
+    {"_core"},
+    {"cache", "storage", "response"},
+    {"transfer"},
+    {"kvtask"},
+    {"kvmanager"},
+    {"server"},
+    {"bench", "demo", "integration", "common"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+# What nobody in the package imports, because it is for others.
+ENTRY_POINTS = {
+    "flexkv.cli", "flexkv.common.config", "flexkv.common.request", "flexkv.common.storage",
+    "flexkv.integration.vllm.vllm_v1_adapter", "flexkv.integration.vllm.connector",
+    "flexkv._core.checksum",
+}
+
+BUDGETS = {".py": 400, ".pyx": 600, ".c": 800, ".h": 800}
+FUNCTION_LINES = 60
+TOO_LONG: dict[str, int] = {}          # "file" -> lines; only ever shrinks
+LONG_FUNCTIONS: dict[str, int] = {}    # "file:function" -> lines; only ever shrinks
+
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
+NATIVE = sorted((PACKAGE / "_core").glob("*.pyx"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        found = re.findall(r"^(?:from (flexkv[\w.]*) c?import|import (flexkv[\w.]*))", text, re.M)
+        return {a or b for a, b in found}
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"flexkv[.\w]+", node.value):
+            names.add(node.value)
+    return {name for name in names if name.split(".")[0] == "flexkv"}
+
+
+def layer(name: str) -> int | None:
+    parts = name.split(".")
+    return LEVEL.get(parts[1]) if len(parts) > 1 else None
+
+
+@pytest.mark.parametrize("path", SOURCES + NATIVE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    if path == PACKAGE / "__init__.py":
+        return
+    mine = layer(module_name(path))
+    assert mine is not None, f"{path} is in no layer: add its folder to LAYERS"
+    for name in imports(path):
+        theirs = layer(name)
+        same = name.split(".")[1:2] == module_name(path).split(".")[1:2]
+        assert theirs is None or theirs < mine or same, f"{module_name(path)} imports {name}, which is not below it"
+
+
+def test_every_folder_of_the_package_has_a_layer() -> None:
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert names - {"__init__"} <= set(LEVEL)
+
+
+def test_only_the_config_reads_the_environment() -> None:
+    for path in SOURCES + NATIVE:
+        if re.search(r"\benviron\b|\bgetenv\b", path.read_text()):
+            assert path.parent == PACKAGE / "config", f"{path} reads the environment"
+
+
+def test_no_module_is_unused() -> None:
+    used = set().union(*(imports(path) for path in SOURCES + NATIVE))
+    modules = {module_name(path) for path in SOURCES + NATIVE if path.name != "__init__.py"}
+    run_by_path = {name for name in modules if name.endswith(".session")}
+    assert modules - used - ENTRY_POINTS - run_by_path == set()
+
+
+def test_files_stay_short() -> None:
+    files = [path for folder in ("flexkv", "csrc", "tests") for path in (ROOT / folder).rglob("*")]
+    too_long = {}
+    for path in files:
+        if path.suffix in BUDGETS and not (path.parent.name == "_core" and path.suffix == ".c"):
+            lines = len(path.read_text().splitlines())
+            if lines > BUDGETS[path.suffix]:
+                too_long[str(path.relative_to(ROOT))] = lines
+    allowed = {name: lines for name, lines in TOO_LONG.items() if lines}
+    assert {name: lines for name, lines in too_long.items() if lines > allowed.get(name, 0)} == {}
+    assert set(allowed) <= set(too_long), "take what is short enough by now out of TOO_LONG"
+
+
+def test_functions_stay_short() -> None:
+    long = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1] if len(node.body) > 1 and ast.get_docstring(node) else node.body[0]
+                lines = (node.end_lineno or 0) - first.lineno + 1
+                if lines > FUNCTION_LINES:
+                    long[f"{path.relative_to(ROOT)}:{node.name}"] = lines
+    assert long.keys() == LONG_FUNCTIONS.keys()
+
+
+def test_every_extension_has_a_stub_and_is_built() -> None:
+    table = (ROOT / "setup.py").read_text()
+    for path in NATIVE:
+        assert path.with_suffix(".pyi").exists(), f"{path} has no .pyi"
+        assert f'"{path.stem}"' in table, f"{path} is not in setup.py"
+
+
+def test_names_say_what_is_inside() -> None:
+    for path in PACKAGE.rglob("*"):
+        assert path.stem not in ("utils", "util", "helpers", "helper", "misc", "common2", "manager2"), path
+
+
+def test_upstream_paths_are_thin() -> None:
+    for path in (PACKAGE / "common").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 20, path
+
+
+def test_import_is_light() -> None:
+    code = "import sys, flexkv; sys.exit(any(name in sys.modules for name in ('torch', 'cuda', 'numpy')))"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
+
+
+def test_upstream_names_are_there() -> None:
+    from flexkv import KVManager, KVTPClient
+    from flexkv.common.config import CacheConfig, ModelConfig
+    from flexkv.common.request import KVResponse, KVResponseStatus
+    from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
+
+    assert {status.name for status in KVResponseStatus} == {
+        "SUCCESS", "NOTFOUND", "UNREADY", "TIMEOUT", "CANCELLED", "FAILED"
+    }
+    for name in ("start", "is_ready", "shutdown", "reset", "get_match", "put_match", "get_async", "put_async",
+                 "prefetch_async", "launch", "wait", "try_wait", "cancel"):
+        assert callable(getattr(KVManager, name))
+    assert all((KVTPClient, CacheConfig, ModelConfig, KVResponse, KVCacheLayout, KVCacheLayoutType))

@@ -1,0 +1,249 @@
+"""KVManager: what its callers are promised, with bytes compared."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flexkv.cache.reasons import StopReason
+from flexkv.errors import SlotMappingError
+from flexkv.response import KVResponseStatus as Status
+from tests.harness import PAGES, TOKENS, local, mapping, remote, tokens_of
+
+
+def test_round_trip_in_one_process(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, _, tensors):
+        pages, tokens = [5, 3, 9, 10, 11], tokens_of(5)
+        tensors.fill(pages, 1)
+        before = tensors.read(pages)
+        task, mask = manager.put_match(tokens)
+        assert mask.all()
+        assert manager.launch(task, mapping(pages)) == [task]
+        response = manager.wait([task])[task]
+        assert response.status is Status.SUCCESS
+        assert response.return_mask is not None
+        assert response.return_mask.all()
+        tensors.zero()
+        task, mask = manager.get_match(tokens)
+        assert mask.all()
+        elsewhere = [60, 1, 2, 63, 0]
+        manager.launch([task], [mapping(elsewhere)])
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        assert tensors.read(elsewhere) == before
+        assert manager.wait([task])[task].status is Status.NOTFOUND        # a result is given once
+
+
+def test_round_trip_with_two_ranks_in_other_processes(tmp_path: Path) -> None:
+    with remote(tmp_path, ranks=2) as (manager, first, second):
+        pages = list(range(7, 27))
+        first("tensors", "fill", pages, 1)
+        second("tensors", "fill", pages, 2)
+        before = [rank("tensors", "read", pages) for rank in (first, second)]
+        assert before[0] != before[1]
+        task = manager.put_async(tokens_of(20), mapping(pages))
+        assert manager.wait([task])[task].status is Status.SUCCESS
+        for rank in (first, second):
+            rank("tensors", "zero")
+        task = manager.get_async(tokens_of(20), mapping(pages[::-1]))
+        assert manager.wait([task])[task].status is Status.SUCCESS
+        assert [rank("tensors", "read", pages[::-1]) for rank in (first, second)] == before
+
+
+def test_only_what_is_missing_moves(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, _, _tensors):
+        tokens = tokens_of(6)
+        task = manager.put_async(tokens[: 3 * TOKENS], mapping([0, 1, 2]))
+        manager.wait(task)
+        task, mask = manager.put_match(tokens[:-1])                         # the last block is not full
+        assert mask.tolist() == [False] * 3 * TOKENS + [True] * 2 * TOKENS + [False] * (TOKENS - 1)
+        manager.launch(task, mapping([3, 4]))
+        manager.wait(task)
+        computed = np.ones(len(tokens), dtype=np.bool_)
+        computed[: TOKENS + 1] = False                                      # not at the end of a block
+        task, mask = manager.get_match(tokens, computed)
+        assert mask.tolist() == [False] * 2 * TOKENS + [True] * 3 * TOKENS + [False] * TOKENS
+        assert manager.try_wait(task) == {}
+        assert manager.wait(task, timeout=0)[task].status is Status.UNREADY
+        manager.cancel(task)
+        assert manager.wait(task)[task].status is Status.NOTFOUND
+
+
+def test_nothing_to_do_succeeds(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, _, _tensors):
+        task, mask = manager.get_match(tokens_of(3))
+        assert not mask.any()
+        manager.launch(task, mapping([]))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        task = manager.prefetch_async(tokens_of(3))
+        assert manager.try_wait(task)[task].status is Status.SUCCESS
+        assert manager.put_blocks(manager.hasher().keys, 0, np.zeros(0, dtype=np.int32)) is None
+
+
+def test_bad_arguments_change_nothing(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, _, _tensors):
+        first, _ = manager.put_match(tokens_of(2, 1))
+        second, _ = manager.put_match(tokens_of(2, 2))
+        for wrong in (mapping([0, 1]) + 1, mapping([0]), mapping([0, 1, 2]), mapping([0, 1])[::-1]):
+            with pytest.raises(SlotMappingError):
+                manager.launch([first, second], [mapping([0, 1]), wrong])
+        with pytest.raises(SlotMappingError):
+            manager.launch([first, second], [mapping([0, 1])])
+        with pytest.raises(KeyError):
+            manager.launch([first, 999], [mapping([0, 1])] * 2)
+        with pytest.raises(SlotMappingError):
+            manager.put_async(tokens_of(2, 3), mapping([0]))
+        with pytest.raises(ValueError, match="token_mask"):
+            manager.get_match(tokens_of(2), np.ones(3, dtype=np.bool_))
+        holes = np.array([True, False] * TOKENS)
+        with pytest.raises(ValueError, match="False after True"):
+            manager.get_match(tokens_of(2), holes)
+        with pytest.raises(NotImplementedError):
+            manager.get_match(tokens_of(2), swa_aware=True)
+        with pytest.raises(NotImplementedError):
+            manager.launch([first], [mapping([0, 1])], layerwise_transfer=True)
+        assert manager.wait([first, second], timeout=0)[first].status is Status.UNREADY
+        manager.launch([first, second], [mapping([0, 1]), mapping([2, 3])], as_batch=True)
+        with pytest.raises(KeyError, match="launched already"):
+            manager.launch([first], [mapping([0, 1])])
+        assert {r.status for r in manager.wait([first, second]).values()} == {Status.SUCCESS}
+
+
+def test_a_page_that_does_not_exist_fails_alone(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, client, tensors):
+        tokens = tokens_of(3)
+        tensors.fill([0, 1], 1)
+        before = tensors.read([0])
+        task = manager.put_async(tokens, mapping([0, PAGES, 1]))
+        response = manager.wait(task)[task]
+        assert response.status is Status.FAILED
+        assert response.return_mask is not None
+        assert response.return_mask.tolist() == [True] * TOKENS + [False] * TOKENS + [True] * TOKENS
+        hasher = manager.hasher()
+        hasher.extend(tokens)
+        found = manager.lookup(hasher.keys)
+        assert (found.num_ready, found.reason) == (1, StopReason.FAILED)
+        client.poll_results()
+        tensors.zero()
+        task = manager.get_blocks(hasher.keys, 0, np.array([8, 9, 10], dtype=np.int32))
+        assert manager.wait(task)[task].status is Status.FAILED
+        [result] = client.poll_results()
+        assert result.task_id == task
+        assert result.failed_pages.tolist() == [9, 10]
+        assert tensors.read([8]) == before
+
+
+def test_namespaces_and_extras_separate(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, _, _tensors):
+        tokens = tokens_of(2)
+        manager.wait(manager.put_async(tokens, mapping([0, 1]), namespace=["tenant"]))
+        assert not manager.get_match(tokens)[1].any()
+        assert not manager.get_match(tokens, namespace=["other"])[1].any()
+        assert not manager.get_match(tokens, namespace=["tenant"], block_extras={0: b"image"})[1].any()
+        task, mask = manager.get_match(tokens, namespace=["tenant"])
+        assert mask.all()
+        for task_id in range(1, task + 1):
+            manager.cancel(task_id)
+
+
+def test_fences_hold_transfers_back(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, client, tensors):
+        tokens, pages = tokens_of(2), np.array([4, 5], dtype=np.int32)
+        hasher = manager.hasher()
+        hasher.extend(tokens)
+        task = manager.put_blocks(hasher.keys, 0, pages, fence=7)
+        assert task is not None
+        client.advance_fence(load=100, save=6)
+        assert manager.wait(task, timeout=0.1)[task].status is Status.TIMEOUT
+        assert manager.lookup(hasher.keys).reason is StopReason.NOT_READY
+        tensors.fill(pages, 3)                                             # what the "compute" of step 7 writes
+        before = tensors.read(pages)
+        client.advance_fence(save=7)
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        tensors.zero()
+        task = manager.get_blocks(hasher.keys, 0, pages, fence=101)
+        assert manager.wait(task, timeout=0.1)[task].status is Status.TIMEOUT
+        assert tensors.read(pages) == bytes(len(before))
+        client.advance_fence(load=101)
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        assert tensors.read(pages) == before
+
+
+def test_a_full_pool_evicts_and_a_pinned_one_misses(tmp_path: Path) -> None:
+    with local(tmp_path, num_slots=8) as (manager, _, tensors):
+        for seed in range(6):
+            tensors.fill(range(4), seed)
+            task = manager.put_async(tokens_of(4, seed), mapping(range(4)))
+            assert manager.wait(task)[task].status is Status.SUCCESS
+            before = tensors.read(range(4))
+            tensors.zero()
+            task = manager.get_async(tokens_of(4, seed), mapping(range(10, 14)))
+            assert manager.wait(task)[task].status is Status.SUCCESS
+            assert tensors.read(range(10, 14)) == before
+        assert manager.stats()["evicted_blocks"] >= 16
+        pinned = [manager.get_match(tokens_of(4, seed)) for seed in (4, 5)]
+        assert sum(mask.sum() for _, mask in pinned) == 7 * TOKENS         # one was evicted ahead of need
+        task, mask = manager.put_match(tokens_of(4, 9))
+        assert mask.sum() == TOKENS                                         # what has room, and no error
+        manager.cancel([task, *(task for task, _ in pinned)])
+
+
+def test_reset_forgets_what_is_in_flight(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, client, _tensors):
+        hasher = manager.hasher()
+        hasher.extend(tokens_of(2))
+        done = manager.put_blocks(hasher.keys, 0, np.array([0, 1], dtype=np.int32))
+        assert done is not None
+        manager.wait(done)
+        pinned, _ = manager.get_match(tokens_of(2))
+        other = manager.hasher()
+        other.extend(tokens_of(2, 5))
+        held = manager.put_blocks(other.keys, 0, np.array([2, 3], dtype=np.int32), fence=1)
+        assert held is not None
+        manager.reset()
+        assert manager.wait(held)[held].status is Status.CANCELLED
+        assert manager.wait(pinned)[pinned].status is Status.NOTFOUND
+        client.advance_fence(save=1)
+        for keys in (hasher.keys, other.keys):
+            assert manager.lookup(keys).num_ready == 0
+
+
+def test_two_clients_put_the_same_prefix_at_once(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, _, tensors):
+        tensors.fill(range(8), 1)
+        expected = tensors.read(range(8))
+        tensors.fill(range(8, 16), 1)
+        barrier = threading.Barrier(2)
+        statuses: list[Status] = []
+
+        def put(first_page: int) -> None:
+            barrier.wait()
+            task = manager.put_async(tokens_of(8), mapping(range(first_page, first_page + 8)))
+            statuses.append(manager.wait(task)[task].status)
+
+        threads = [threading.Thread(target=put, args=(page,)) for page in (0, 8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert statuses == [Status.SUCCESS] * 2
+        assert manager.stats()["indexed_blocks"] == 8
+        task = manager.get_async(tokens_of(8), mapping(range(20, 28)))
+        manager.wait(task)
+        assert tensors.read(range(20, 28)) == expected
+
+
+def test_before_the_ranks_are_there_nothing_is_found(tmp_path: Path) -> None:
+    from tests.harness import make_manager
+
+    manager = make_manager(tmp_path / "s")
+    try:
+        assert not manager.is_ready()
+        task, mask = manager.put_match(tokens_of(2))
+        assert not mask.any()
+        assert not manager.get_match(tokens_of(2))[1].any()
+        manager.launch(task, mapping([]))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+    finally:
+        manager.shutdown()
+        manager.shutdown()
