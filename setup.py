@@ -21,6 +21,7 @@ MODULES: dict[str, list[str]] = {
     "checksum": [],
     "device_copy": ["csrc/agent.c", "csrc/ring.c"],
     "hashing": [],
+    "mapping": [],
     "nodes": [],
     "radix": [],
     "ring": ["csrc/ring.c"],

@@ -50,11 +50,21 @@ class Tensors:
             array[:] = 0
 
 
+class Failed:
+    """Pages that were not moved, of each task that ended on a rank."""
+
+    def __init__(self, client: KVTPClient) -> None:
+        self._client = client
+
+    def pages(self) -> list[list[int]]:
+        return [result.failed_pages.tolist() for result in self._client.poll_results()]
+
+
 def _serve(pipe: Connection, port: str, rank: int, shape: tuple[int, tuple[int, ...]]) -> None:
     tensors = Tensors(*shape)
     client = KVTPClient(port, intra_client_id=rank)
     client.register_tensors(tensors.specs(), 20.0, keep_alive=tensors)
-    targets = {"tensors": tensors, "client": client}
+    targets = {"tensors": tensors, "client": client, "failed": Failed(client)}
     while True:
         try:
             target, name, args = pipe.recv()

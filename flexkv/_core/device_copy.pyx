@@ -1,5 +1,4 @@
 """The device agent: the native thread that copies between an engine's pages and host slots."""
-import mmap
 import os
 import sys
 import warnings
@@ -24,6 +23,7 @@ from flexkv._core._csrc cimport (
     flexkv_region,
 )
 from flexkv._core.block_table import REGION_DTYPE
+from flexkv._core.mapping cimport SharedMapping
 from flexkv.errors import TransferError
 
 
@@ -46,30 +46,28 @@ cdef class DeviceAgent:
     """
     cdef flexkv_agent *agent
     cdef int ended
-    cdef object regions, pool, rings, pool_view, ring_view
+    cdef object regions
+    cdef SharedMapping pool, rings
     cdef list fds
 
     def __cinit__(self, *, regions, uint64_t num_pages, int pool_fd, uint64_t pool_bytes, uint64_t slot_bytes,
                   uint64_t segment_offset, int ring_fd, uint64_t ring_bytes, int submission_event_fd,
                   int completion_event_fd, int socket_fd):
         cdef flexkv_agent_options options
-        cdef uint8_t[::1] pool_view, ring_view
         cdef uint8_t[::1] region_view
         cdef int rc
         self.agent = NULL
         self.ended = 0
         self.fds = [submission_event_fd, completion_event_fd, socket_fd]
         try:
-            self.pool = mmap.mmap(pool_fd, pool_bytes)
-            self.rings = mmap.mmap(ring_fd, 2 * ring_bytes)
+            self.pool = SharedMapping(pool_fd, pool_bytes)
+            self.rings = SharedMapping(ring_fd, 2 * ring_bytes)
         finally:
             os.close(pool_fd)
             os.close(ring_fd)
         self.regions = np.ascontiguousarray(regions, dtype=REGION_DTYPE).copy()
         region_view = self.regions.view(np.uint8)
-        pool_view, ring_view = self.pool, self.rings
-        self.pool_view, self.ring_view = pool_view, ring_view
-        options.at.pool = &pool_view[0]
+        options.at.pool = self.pool.data
         options.at.slot_bytes = slot_bytes
         options.at.num_slots = pool_bytes // slot_bytes
         options.at.segment_offset = segment_offset
@@ -77,8 +75,8 @@ cdef class DeviceAgent:
         options.at.num_regions = len(self.regions)
         options.at.num_pages = num_pages
         options.backend = flexkv_host_backend
-        options.submissions = &ring_view[0]
-        options.completions = &ring_view[ring_bytes]
+        options.submissions = self.rings.data
+        options.completions = self.rings.data + ring_bytes
         options.ring_bytes = ring_bytes
         options.submission_event_fd = submission_event_fd
         options.completion_event_fd = completion_event_fd
@@ -129,6 +127,7 @@ cdef class DeviceAgent:
             self.ended = -125                          # ECANCELED
             with nogil:
                 flexkv_agent_stop(agent)
+        self.pool = self.rings = None
         fds, self.fds = self.fds, []
         for fd in fds:
             os.close(fd)

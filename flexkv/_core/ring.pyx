@@ -1,5 +1,4 @@
 """The controller's end of the two shared-memory rings to one device agent."""
-import mmap
 import os
 
 import numpy as np
@@ -28,6 +27,7 @@ from flexkv._core._csrc cimport (
     flexkv_ring_readable,
     flexkv_ring_set_waiting,
 )
+from flexkv._core.mapping cimport SharedMapping
 from flexkv.errors import RingCorruptedError
 
 RING_HEADER_BYTES = FLEXKV_RING_HEADER
@@ -58,8 +58,7 @@ cdef class ControllerRings:
     """
     cdef readonly int fd, submission_event_fd, completion_event_fd
     cdef readonly Py_ssize_t ring_bytes, max_blocks
-    cdef object memory
-    cdef object view
+    cdef SharedMapping memory
     cdef uint8_t *buffer
     cdef flexkv_ring submissions, completions
 
@@ -71,22 +70,22 @@ cdef class ControllerRings:
             raise MemoryError("no memory for a ring")
         self.fd = os.memfd_create("flexkv-rings", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, 2 * self.ring_bytes)
-        self.memory = mmap.mmap(self.fd, 2 * self.ring_bytes)
-        cdef uint8_t[::1] view = self.memory
-        self.view = view
+        self.memory = SharedMapping(self.fd, 2 * self.ring_bytes)
+        cdef uint8_t *first = self.memory.data
+        cdef uint8_t *second = first + self.ring_bytes
         self.submission_event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.completion_event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        if flexkv_ring_create(&view[0], self.ring_bytes) or flexkv_ring_create(&view[self.ring_bytes], self.ring_bytes):
+        if flexkv_ring_create(first, self.ring_bytes) or flexkv_ring_create(second, self.ring_bytes):
             raise ValueError(f"a ring of {data_bytes} bytes; give a power of two, at least 4096")
-        flexkv_ring_attach(&self.submissions, &view[0], self.ring_bytes, self.submission_event_fd)
-        flexkv_ring_attach(&self.completions, &view[self.ring_bytes], self.ring_bytes, self.completion_event_fd)
+        flexkv_ring_attach(&self.submissions, first, self.ring_bytes, self.submission_event_fd)
+        flexkv_ring_attach(&self.completions, second, self.ring_bytes, self.completion_event_fd)
         self.max_blocks = (flexkv_ring_max_record(&self.submissions) - sizeof(flexkv_msg_op)) // 8
 
     def __dealloc__(self):
         free(self.buffer)
 
     def close(self):
-        """Close descriptors; the memory goes with the object."""
+        """Close descriptors; the memory goes with the object, for a waiter may be watching it."""
         for fd in (self.fd, self.submission_event_fd, self.completion_event_fd):
             if fd >= 0:
                 os.close(fd)

@@ -84,6 +84,7 @@ def test_pressure_preemption_and_aborts() -> None:
     )
     expect_clean(result["report"])
     assert result["report"]["evicted_blocks"] > 60
+    assert result["report"]["preemptions"] > 0
     expected = answers_without_flexkv(json.dumps([{k: v for k, v in s.items() if k != "abort_after"} for s in stages]))
     for got, want in zip(result["passes"], expected, strict=True):
         for mine, theirs in zip(got["answers"], want, strict=True):

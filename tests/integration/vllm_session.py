@@ -67,7 +67,14 @@ class Engine:
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.ids = iter(range(1 << 30))
-        self.preempted = 0
+        self.preemptions = 0
+        preempt = self.core.scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.preemptions += 1
+            return preempt(*args, **kwargs)
+
+        self.core.scheduler._preempt_request = counted
 
     def params(self, tokens: int) -> Any:
         from vllm import SamplingParams
@@ -112,6 +119,7 @@ class Engine:
         pool = self.core.scheduler.kv_cache_manager.block_pool
         return {
             **side.stats(), **self.llm.collective_rpc(audit_counts)[0], "tracked": len(side._requests),
+            "preemptions": self.preemptions,
             "outstanding": len(manager._tasks.unsettled()),
             "leaked_pages": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         }

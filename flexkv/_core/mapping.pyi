@@ -1,0 +1,3 @@
+class SharedMapping:
+    num_bytes: int
+    def __init__(self, fd: int, num_bytes: int) -> None: ...
