@@ -147,7 +147,7 @@ sanitize_with() { # $1: address or thread
     (cd "$tree" && FLEXKV_BUILD_SANITIZE=$flags run "$PYTHON" setup.py build_ext --inplace)
     (
         cd "$tree"
-        export PYTHONPATH=$PWD PYTHONMALLOC=malloc HYPOTHESIS_MAX_EXAMPLES_SHARE=0.05
+        export PYTHONPATH=$PWD PYTHONMALLOC=malloc PROPERTY_EXAMPLES=300
         export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
         export TSAN_OPTIONS="halt_on_error=1 suppressions=$PWD/tests/tsan.supp"
         LD_PRELOAD=$(cc -print-file-name=$library) "$PYTHON" -m pytest -p no:cacheprovider \

@@ -1,15 +1,14 @@
 # cython: wraparound=True
 """Keys of blocks: XXH3-128, chained, so that a key names a block and its whole prefix.
 
-``key[i] = XXH3-128(key[i-1] | tokens of block i | digest of its extras)``, tokens as 32-bit little-endian numbers
-whatever type they came in, ``key[-1]`` the seed of the domain and namespace. Keys do not depend on the process, the
-machine's hash seed, or the time. xxhash is specified in https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md.
+``key[i] = H(key[i-1] | H(tokens of block i | digest of its extras))``, H being XXH3-128, tokens as 32-bit little-endian
+numbers whatever type they came in, ``key[-1]`` the seed of the domain and namespace. Keys do not depend on the
+process, the machine's hash seed, or the time. The loop is in csrc/key_chain.h. xxhash is specified in https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md.
 """
 import numpy as np
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
 
 from flexkv._core.xxhash cimport (
     XXH3_SECRET_DEFAULT_SIZE,
@@ -19,10 +18,10 @@ from flexkv._core.xxhash cimport (
     XXH3_generateSecret,
 )
 
-ctypedef fused token_t:
-    int32_t
-    int64_t
-    uint32_t
+cdef extern from "key_chain.h" nogil:
+    long flexkv_key_chain(const void *tokens, int token_bytes, int is_signed, long num_blocks, long tokens_per_block,
+                          const void *seed, const uint8_t *const *extras, const void *secret, size_t secret_bytes,
+                          uint64_t *keys, uint8_t *scratch)
 
 cdef enum:
     KEY_BYTES = 16
@@ -75,39 +74,6 @@ cdef object as_tokens(tokens):
     return array
 
 
-cdef Py_ssize_t hash_chain(const token_t *tokens, Py_ssize_t num_blocks, Py_ssize_t tokens_per_block,
-                           const uint8_t *previous, const uint8_t **digests, Secret secret, uint64_t *keys,
-                           uint8_t *scratch) noexcept nogil:
-    """Fill ``keys``; return the index of the first token that is no token, or -1."""
-    cdef uint32_t *narrow = <uint32_t *>(scratch + KEY_BYTES)
-    cdef size_t length = KEY_BYTES + 4 * tokens_per_block
-    cdef Py_ssize_t block, i
-    cdef const token_t *mine
-    cdef uint64_t wide, bits
-    cdef XXH128_hash_t key
-    memcpy(&key, previous, KEY_BYTES)
-    for block in range(num_blocks):
-        mine = tokens + block * tokens_per_block
-        bits = 0
-        for i in range(tokens_per_block):
-            wide = <uint64_t><int64_t>mine[i]
-            bits |= wide
-            narrow[i] = <uint32_t>wide
-        if bits >> 32:
-            for i in range(tokens_per_block):
-                if <uint64_t><int64_t>mine[i] >> 32:
-                    return block * tokens_per_block + i
-        memcpy(scratch, &key, KEY_BYTES)
-        if digests != NULL and digests[block] != NULL:
-            memcpy(scratch + length, digests[block], KEY_BYTES)
-            key = secret.hash(scratch, length + KEY_BYTES)
-        else:
-            key = secret.hash(scratch, length)
-        keys[2 * block] = key.low64
-        keys[2 * block + 1] = key.high64
-    return -1
-
-
 cdef object hash_from(tokens, Py_ssize_t tokens_per_block, bytes previous, dict digests, Secret secret):
     cdef Py_ssize_t num_blocks = len(tokens) // tokens_per_block, bad = -1
     keys_array = np.empty((num_blocks, 2), dtype=np.uint64)
@@ -115,11 +81,11 @@ cdef object hash_from(tokens, Py_ssize_t tokens_per_block, bytes previous, dict 
         return keys_array
     cdef uint64_t[:, ::1] keys = keys_array
     cdef const uint8_t *seed = <const uint8_t *><const char *>previous
-    cdef uint8_t *scratch = <uint8_t *>malloc(2 * KEY_BYTES + 4 * tokens_per_block)
+    cdef uint8_t *scratch = <uint8_t *>malloc(KEY_BYTES + 4 * tokens_per_block)
     cdef const uint8_t **table = NULL
-    cdef const int32_t[::1] int32s
-    cdef const int64_t[::1] int64s
-    cdef const uint32_t[::1] uint32s
+    cdef const uint8_t[::1] data = tokens.view(np.uint8)
+    cdef int token_bytes = tokens.dtype.itemsize, is_signed = tokens.dtype.kind == "i"
+    cdef const uint8_t *mixed = secret.data if secret.used else NULL
     if digests:
         table = <const uint8_t **>malloc(num_blocks * sizeof(void *))
     try:
@@ -127,22 +93,15 @@ cdef object hash_from(tokens, Py_ssize_t tokens_per_block, bytes previous, dict 
             raise MemoryError("no memory to hash tokens")
         for i in range(num_blocks if digests else 0):
             table[i] = <const uint8_t *><const char *>(<bytes>digests[i]) if i in digests else NULL
-        if tokens.dtype == np.int64:
-            int64s = tokens
-            with nogil:
-                bad = hash_chain(&int64s[0], num_blocks, tokens_per_block, seed, table, secret, &keys[0, 0], scratch)
-        elif tokens.dtype == np.int32:
-            int32s = tokens
-            with nogil:
-                bad = hash_chain(&int32s[0], num_blocks, tokens_per_block, seed, table, secret, &keys[0, 0], scratch)
-        else:
-            uint32s = tokens
-            with nogil:
-                bad = hash_chain(&uint32s[0], num_blocks, tokens_per_block, seed, table, secret, &keys[0, 0], scratch)
+        with nogil:
+            bad = flexkv_key_chain(&data[0], token_bytes, is_signed, num_blocks, tokens_per_block, seed, table, mixed,
+                                   XXH3_SECRET_DEFAULT_SIZE, &keys[0, 0], scratch)
     finally:
         free(scratch)
         free(table)
     if bad >= 0:
+        wrong = tokens[bad * tokens_per_block : (bad + 1) * tokens_per_block].astype(np.int64)
+        bad = bad * tokens_per_block + int(np.flatnonzero((wrong < 0) | (wrong >> 32 != 0))[0])
         raise ValueError(f"token {bad} is {tokens[bad]}: not in 0 to 2**32 - 1")
     return keys_array
 

@@ -1,4 +1,4 @@
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 from flexkv._core.arena cimport Arena
 
@@ -45,6 +45,7 @@ cdef class NodeStore:
     cdef int32_t *table
     cdef uint64_t table_mask
     cdef Py_ssize_t block_storage     # blocks allocated in all nodes
+    cdef uintptr_t present_end        # memory of the heap up to here was used before
     cdef object view
 
     cdef int32_t *slots_of(self, Node *node, int tier) noexcept nogil

@@ -1,6 +1,7 @@
 """Nodes of the radix tree: their arrays, links, the table that finds them, and the counts that must always hold."""
 import numpy as np
 
+from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -19,9 +20,15 @@ NODE_DTYPE = np.dtype(
 )
 
 
+cdef extern from "<sys/mman.h>" nogil:
+    int madvise(void *addr, size_t length, int advice)
+
 cdef enum:
     ROOT = 0
     NONE = -1
+    PAGE = 4096
+    POPULATE_BYTES = 32768
+    MADV_POPULATE_WRITE = 23           # of <linux/mman.h> 5.14; newer than Debian 12's libc headers need to be
 
 cdef class NodeStore:
     """What ``RadixTree`` is built from; every method leaves links and counts consistent, none of them locks."""
@@ -75,7 +82,17 @@ cdef class NodeStore:
         return <uint8_t *>(self.pins_of(node) + node.capacity)
 
     cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil:
-        return <uint64_t *>malloc(<size_t>capacity * (16 + 4 * self.num_tiers + 2 + 1))
+        """Blocks of memory that was never used are made present in one call, not by a fault for every page."""
+        cdef size_t size = <size_t>capacity * (16 + 4 * self.num_tiers + 2 + 1)
+        cdef uint64_t *storage = <uint64_t *>malloc(size)
+        cdef uintptr_t start = <uintptr_t>storage
+        cdef uintptr_t end = start + size
+        if size >= POPULATE_BYTES and start != 0 and end > self.present_end:
+            start = (max(start, self.present_end) + PAGE - 1) // PAGE * PAGE
+            if start < end:
+                madvise(<void *>start, end - start, MADV_POPULATE_WRITE)   # a kernel before 5.14 refuses: no harm
+            self.present_end = end
+        return storage
 
     cdef void copy_blocks(self, Node *dst, uint32_t dst_at, Node *src, uint32_t src_at, uint32_t count) noexcept nogil:
         cdef int t

@@ -8,6 +8,7 @@ from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import GetPlan, PutPlan
 
+from .examples import EXAMPLES
 from .model_tree import Prefix, keys_of
 
 NUM_SLOTS = 12
@@ -99,7 +100,7 @@ class Checked:
         self.engine.check_integrity()
 
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(OPERATIONS)
 def test_planner_never_offers_wrong_blocks(operations: list[tuple[str, Prefix, int]]) -> None:
     checked = Checked()

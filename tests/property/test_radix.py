@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from flexkv._core.radix import RadixTree
 from flexkv.errors import InvariantError
 
+from .examples import EXAMPLES
 from .model_tree import ModelBlock, ModelTree, Prefix, keys_of
 
 # Few symbols and short sequences, so that most operations meet what earlier ones left.
@@ -116,7 +117,7 @@ class Pair:
         assert self.tree.num_nodes == 0
 
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(OPERATIONS)
 def test_tree_agrees_with_model(operations: list[tuple[str, Prefix, int]]) -> None:
     pair = Pair()

@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 from flexkv._core.slots import SlotAllocator
 from flexkv.errors import InvariantError
 
+from .examples import EXAMPLES
+
 OPERATIONS = st.lists(
     st.tuples(st.sampled_from(["allocate", "allocate", "free", "grow", "double free"]), st.integers(0, 150)),
     max_size=30,
 )
 
 
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(st.integers(0, 300), OPERATIONS)
 def test_allocator_agrees_with_set(capacity: int, operations: list[tuple[str, int]]) -> None:
     slots = SlotAllocator(capacity, 500)

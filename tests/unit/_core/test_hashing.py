@@ -17,7 +17,8 @@ def reference(tokens: np.ndarray, tokens_per_block: int, extras: dict[int, bytes
         block = tokens[i * tokens_per_block : (i + 1) * tokens_per_block].astype("<u4").tobytes()
         extra = (extras or {}).get(i)
         digest = b"" if extra is None else xxhash.xxh3_128_intdigest(extra).to_bytes(16, "little")
-        keys.append(xxhash.xxh3_128_intdigest(previous + block + digest))
+        inner = xxhash.xxh3_128_intdigest(block + digest).to_bytes(16, "little")
+        keys.append(xxhash.xxh3_128_intdigest(previous + inner))
         previous = keys[-1].to_bytes(16, "little")
     return keys
 

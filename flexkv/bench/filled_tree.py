@@ -1,0 +1,66 @@
+"""An index with many sequences, for the benches."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.radix import RadixTree
+
+SEQUENCE = 2048
+SHARED = 128
+NEW = SEQUENCE - SHARED
+NUM_TIERS = 3
+
+
+def random_keys(rng: np.random.Generator, count: int) -> NDArray[np.uint64]:
+    """(count, 2) uint64. Keys are digests: random numbers are as good."""
+    return rng.integers(0, 1 << 63, (count, 2), dtype=np.uint64)
+
+
+class FilledTree:
+    """``num_blocks`` blocks in sequences of 2,048 that share their first 128; every block on the first tier;
+    room for ``spare`` more.
+
+    Attributes
+    ----------
+    sequences : list of (2048, 2) uint64
+        Up to 256 of them, spread over the whole.
+    """
+
+    def __init__(self, num_blocks: int, spare: int = 0, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.tree = RadixTree(num_blocks + spare + 2 * SEQUENCE, NUM_TIERS)
+        self.shared = random_keys(self.rng, SHARED)
+        self.sequences: list[NDArray[np.uint64]] = []
+        self.now = 0.0
+        total = max(1, (num_blocks - SHARED) // NEW)
+        for i in range(total):
+            keys = self.new_sequence()
+            self.insert(keys)
+            if i % max(1, total // 256) == 0:
+                self.sequences.append(keys)
+
+    def new_sequence(self) -> NDArray[np.uint64]:
+        """Keys that the tree lacks, after the shared ones."""
+        return np.concatenate([self.shared, random_keys(self.rng, NEW)])
+
+    def slots_for(self, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
+        """A slot for each absent block, -1 for the others."""
+        slots = np.full(len(keys), -1, dtype=np.int32)
+        absent = self.tree.absent(keys)
+        slots[absent] = np.arange(len(absent)) + int(self.now) * SEQUENCE
+        return slots
+
+    def insert(self, keys: NDArray[np.uint64]) -> None:
+        """Write a sequence and make it ready."""
+        slots = self.slots_for(keys)
+        self.now += 1
+        self.tree.insert(keys, slots, 0, self.now)
+        self.tree.set_ready(keys, slots, 0)
+
+    def evict_oldest(self, count: int) -> None:
+        """Free ``count`` slots of the sequences that were used longest ago."""
+        ids = self.tree.evictable(0)
+        order = np.argsort(self.tree.nodes_view()["last_access"][ids])
+        freed = self.tree.evict(0, ids[order], count)
+        if len(freed) != count:
+            raise AssertionError(f"{len(freed)} slots were freed, not {count}")
