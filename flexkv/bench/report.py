@@ -58,13 +58,13 @@ def line_of(bench: str, case: str, took: NDArray[np.float64], ceiling: float | N
 def show(lines: Iterable[Line], as_json: bool) -> None:
     """Print each line as soon as it is there, as JSON or as a table row."""
     if not as_json:
-        print(f"{'bench':<8} {'case':<44} {'value':>10} {'unit':<12} {'ceiling':>9} {'ratio':>6} {'p99':>10} {'n':>6}")
+        print(f"{'bench':<8} {'case':<54} {'value':>10} {'unit':<12}{'ceiling':>9} {'ratio':>6} {'p99':>10} {'n':>6}")
     for line in lines:
         if as_json:
             print(json.dumps(asdict(line)), flush=True)
             continue
         ceiling, ratio, p99, n = ("" if x is None else x for x in (line.ceiling, line.ratio, line.p99, line.n))
         print(
-            f"{line.bench:<8} {line.case:<44} {line.value:>10} {line.unit:<12} {ceiling:>9} {ratio:>6} {p99:>10} {n:>6}",
+            f"{line.bench:<8} {line.case:<54} {line.value:>10} {line.unit:<12}{ceiling:>9} {ratio:>6} {p99:>10} {n:>6}",
             flush=True,
         )

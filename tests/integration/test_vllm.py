@@ -61,7 +61,8 @@ STAGES = [stage(1, one_by_one=True), stage(2, one_by_one=True), stage(1, one_by_
 @pytest.mark.parametrize(("block_size", "chunked"), [(32, True), (32, False), (128, True), (128, False)])
 def test_reads_back_what_it_wrote(block_size: int, chunked: bool) -> None:
     result = run(
-        block_size=block_size, chunked=chunked, batched_tokens=256 if chunked else 1024, gpu_blocks=1024 // block_size + 2,
+        block_size=block_size, chunked=chunked, batched_tokens=256 if chunked else 1024,
+        gpu_blocks=1024 // block_size + 2,
         passes=copy.deepcopy(STAGES),
     )
     expect_clean(result["report"])

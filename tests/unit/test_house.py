@@ -1,4 +1,4 @@
-"""The house rules, read off the source tree: layers, one reader of the environment, nothing unused, nothing too long."""
+"""The house rules, read off the source tree: layers, one reader of the environment, nothing unused or too long."""
 
 import ast
 import re
@@ -58,8 +58,8 @@ def imports(path: Path) -> set[str]:
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"flexkv[.\w]+", node.value):
-            names.add(node.value)
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"flexkv[.\w]+", str(node.value)):
+            names.add(str(node.value))
     return {name for name in names if name.split(".")[0] == "flexkv"}
 
 

@@ -47,7 +47,8 @@ def test_vllm_layouts(layout: str) -> None:
 
 
 def test_the_slot_does_not_depend_on_the_layout_in_memory() -> None:
-    gathered = {gather([tensor_spec(t) for t in layers_in(layout)], 3) for layout in LAYOUTS}
+    layers = [layers_in(layout) for layout in LAYOUTS]
+    gathered = {gather([tensor_spec(t) for t in tensors], 3) for tensors in layers}
     assert len(gathered) == 1
 
 
