@@ -73,7 +73,7 @@ def pages_from_slot_mapping(slot_mapping, Py_ssize_t tokens_per_block):
     if bad >= 0:
         raise SlotMappingError(
             f"tokens {bad} to {bad + tokens_per_block - 1} have slots "
-            f"{mapping[bad : bad + tokens_per_block].tolist()}: not one whole page of {tokens_per_block} tokens in order"
+            f"{mapping[bad : bad + tokens_per_block].tolist()}: no whole page of {tokens_per_block} tokens in order"
         )
     return pages_array
 

@@ -3,7 +3,8 @@
 
 ``key[i] = H(key[i-1] | H(tokens of block i | digest of its extras))``, H being XXH3-128, tokens as 32-bit little-endian
 numbers whatever type they came in, ``key[-1]`` the seed of the domain and namespace. Keys do not depend on the
-process, the machine's hash seed, or the time. The loop is in csrc/key_chain.h. xxhash is specified in https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md.
+process, the machine's hash seed, or the time. The loop is in csrc/key_chain.h.
+xxhash is specified in https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md.
 """
 import numpy as np
 

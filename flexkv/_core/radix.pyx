@@ -245,7 +245,7 @@ cdef class RadixTree(NodeStore):
 
     cdef Py_ssize_t finish(self, const uint64_t[:, ::1] keys, const int32_t[::1] slots, int tier, bint ready,
                            uint32_t why) except -1:
-        cdef Py_ssize_t n = keys.shape[0], pos = 0, m, i, count = 0
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m, count = 0
         cdef int32_t node = ROOT, last = ROOT
         cdef Node *p
         self.check_tier(tier)

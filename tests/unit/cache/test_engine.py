@@ -1,0 +1,149 @@
+"""The control plane: eviction ahead of need, the order of eviction, reasons, prefixes that went away."""
+
+import numpy as np
+import pytest
+
+from flexkv._core.nodes import NODE_DTYPE
+from flexkv._core.radix import RadixTree
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.eviction import LRU, make_policy
+from flexkv.cache.reasons import StopReason
+from flexkv.errors import CapacityError, ConfigError
+from tests.property.model_tree import keys_of
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def engine(num_slots: int, reward: float = 0.0, threshold: float = 1.0, ratio: float = 0.0) -> GlobalCacheEngine:
+    made = GlobalCacheEngine(num_slots, LRU(reward), threshold, ratio, clock=Clock())
+    made.grow(num_slots)
+    return made
+
+
+def put(cache: GlobalCacheEngine, *sequence: int) -> int:
+    plan = cache.begin_put(keys_of(sequence), 0, len(sequence))
+    cache.end_put(plan, np.ones(len(plan), dtype=np.bool_))
+    return len(plan)
+
+
+def get(cache: GlobalCacheEngine, *sequence: int) -> int:
+    plan = cache.begin_get(keys_of(sequence), 0, len(sequence))
+    cache.end_get(plan)
+    return len(plan)
+
+
+def test_least_recently_used_goes_first() -> None:
+    cache = engine(4)
+    put(cache, 1, 1)
+    put(cache, 2, 2)
+    assert get(cache, 1, 1) == 2
+    put(cache, 3)
+    assert cache.match(keys_of((2, 2))).num_ready == 1      # from its end
+    assert cache.match(keys_of((2, 2))).reason is StopReason.EVICTED
+    put(cache, 4, 4)
+    assert cache.match(keys_of((2,))).num_ready == 0
+    assert cache.match(keys_of((1, 1))).num_ready == 1
+
+
+def test_hits_buy_time() -> None:
+    for reward, survivor in ((0.0, 2), (100.0, 1)):
+        cache = engine(2, reward)
+        put(cache, 1)
+        for _ in range(3):
+            get(cache, 1)
+        put(cache, 2)
+        put(cache, 3)
+        assert cache.match(keys_of((survivor,))).num_ready == 1
+
+
+def test_eviction_ahead_of_need_frees_a_batch_at_the_watermark() -> None:
+    cache = engine(100, threshold=0.8, ratio=0.1)
+    for i in range(80):
+        put(cache, i)
+    assert cache.evict_ahead() == 0
+    put(cache, 99)
+    assert cache.evict_ahead() == 10
+    assert cache.stats()["free_slots"] == 29
+    cache.check_integrity()
+
+
+def test_reasons() -> None:
+    cache = engine(10)
+    assert cache.match(keys_of((1, 2))).reason is StopReason.NEVER_SEEN
+    plan = cache.begin_put(keys_of((1, 2)), 0, 2)
+    assert cache.match(keys_of((1, 2))).reason is StopReason.NOT_READY
+    cache.end_put(plan, np.array([True, False]))
+    found = cache.match(keys_of((1, 2)))
+    assert (found.num_ready, found.reason) == (1, StopReason.FAILED)
+    put(cache, 1, 2)
+    assert cache.match(keys_of((1, 2))).reason is StopReason.FULL_HIT
+    assert cache.match(keys_of((1, 2, 3))).reason is StopReason.NEVER_SEEN
+
+
+def test_a_put_does_not_follow_on_a_hole() -> None:
+    cache = engine(4)
+    keys = keys_of((1, 2, 3, 4))
+    plan = cache.begin_put(keys, 2, 4)
+    assert len(plan) == 0
+    cache.end_put(plan, np.zeros(0, dtype=np.bool_))
+    assert put(cache, 1, 2) == 2
+    plan = cache.begin_put(keys, 2, 4)
+    assert plan.blocks.tolist() == [2, 3]
+    cache.end_put(plan, np.ones(2, dtype=np.bool_))
+
+
+def test_policies_are_named() -> None:
+    assert isinstance(make_policy("lru", 1.0), LRU)
+    with pytest.raises(ConfigError, match="one of lru"):
+        make_policy("random", 0.0)
+
+
+def test_views_of_the_index_stay_valid_while_it_grows() -> None:
+    tree = RadixTree(10_000, 3)
+    view = tree.nodes_view()
+    assert view.dtype == NODE_DTYPE
+    for i in range(2000):
+        slots = np.array([-1 if i >= 250 else 2 * i, 2 * i + 1], dtype=np.int32)
+        tree.insert(keys_of((i % 250, i // 250)), slots, 0, i)
+    ids = tree.evictable(0)
+    assert len(ids) == 0                                     # all is being written
+    assert view["length"].sum() == tree.num_blocks == 2250
+    assert tree.resident(0) == 2250
+    assert tree.resident(1) == 0
+    del tree
+    assert view["length"].sum() == 2250
+
+
+def test_the_index_has_a_limit_and_says_so() -> None:
+    tree = RadixTree(3)
+    slots = np.arange(4, dtype=np.int32)
+    with pytest.raises(CapacityError):
+        tree.insert(keys_of((1, 2, 3, 4)), slots, 0, 0.0)
+    assert tree.num_blocks == 0
+    tree.insert(keys_of((1, 2, 3)), slots[:3], 0, 0.0)
+    with pytest.raises(ValueError, match="tier 1"):
+        tree.evictable(1)
+    with pytest.raises(ValueError, match="num_tiers"):
+        RadixTree(3, 9)
+
+
+def test_one_walk_answers_for_all_tiers() -> None:
+    tree = RadixTree(100, 3)
+    keys = keys_of((1, 2, 3, 4))
+    tree.insert(keys, np.arange(4, dtype=np.int32), 1, 0.0)
+    tree.set_ready(keys, np.arange(4, dtype=np.int32), 1)
+    host = np.array([10, -1, 12, -1], dtype=np.int32)
+    tree.insert(keys, host, 0, 0.0)
+    tree.set_ready(keys, np.array([10, -1, -1, -1], dtype=np.int32), 0)
+    match = tree.match(keys)
+    assert match.tiers.tolist() == [0, 1, 1, 1]
+    assert match.slots.tolist() == [10, 1, 2, 3]
+    assert tree.drop(keys, np.array([-1, 1, -1, -1], dtype=np.int32), 1) == 1
+    assert tree.match(keys).num_ready == 1
+    assert [len(slots) for slots in tree.check_integrity()] == [2, 3, 0]

@@ -1,0 +1,56 @@
+"""The host pool and the layouts of slots."""
+
+import mmap
+from pathlib import Path
+
+import pytest
+
+from flexkv.errors import CapacityError, RegistrationError
+from flexkv.storage.host_pool import HostPool
+from flexkv.storage.layout import KVCacheLayout, KVCacheLayoutType, SlotLayout
+from tests.harness import until
+
+
+def test_pool_grows_in_the_background_and_is_shared() -> None:
+    pool = HostPool(3 << 20, 50)
+    extents: list[int] = []
+    pool.populate(extents.append)
+    until(lambda: bool(extents) and extents[-1] == 50)
+    assert extents == sorted(extents)
+    assert len(extents) > 1
+    pool.slot(49)[-3:] = b"end"
+    with mmap.mmap(pool.fd, pool.num_bytes) as other:
+        assert other[50 * (3 << 20) - 3 : 50 * (3 << 20)] == b"end"
+    with pytest.raises(IndexError):
+        pool.slot(50)
+    pool.close()
+    pool.close()
+
+
+def test_closing_stops_growth() -> None:
+    pool = HostPool(1 << 20, 4096)
+    pool.populate(lambda slots: None)
+    pool.close()
+    assert pool._thread is not None
+    assert not pool._thread.is_alive()
+
+
+def test_memory_that_cannot_be_had_is_an_error() -> None:
+    for slots in (0, -1, 1 << 50):
+        with pytest.raises(CapacityError):
+            HostPool(4096, slots)
+    if Path("/proc/sys/vm/nr_hugepages").read_text().strip() == "0":
+        with pytest.raises(CapacityError, match="nr_hugepages"):
+            HostPool(4096, 16, hugepage_bytes=2 << 20)
+
+
+def test_slot_layout() -> None:
+    layout = SlotLayout.of([100, 5000, 64])
+    assert layout.segment_offsets == (0, 128, 5184)
+    assert layout.slot_bytes == 8192
+    with pytest.raises(RegistrationError):
+        SlotLayout.of([])
+    with pytest.raises(RegistrationError):
+        SlotLayout.of([4096, 0])
+    with pytest.raises(RegistrationError, match="num_head"):
+        KVCacheLayout(KVCacheLayoutType.LAYERFIRST, 1, 1, 1, 0, 1)

@@ -1,0 +1,155 @@
+"""The scheduler of graphs, with executors that do as the test says: pipelining, failures, cancels, callbacks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flexkv.config import TransferConfig
+from flexkv.errors import InvariantError
+from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.executor import Executor, Progress
+from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+
+IDS = np.arange(4, dtype=np.int32)
+
+
+class Leg(Executor):
+    """Holds what it is given until the test lets it arrive."""
+
+    def __init__(self, kind: OpKind) -> None:
+        self.kinds = frozenset({kind})
+        self.given: list[int] = []
+        self.doomed: list[int] = []
+        self.cancelled = False
+        self._progress: Progress | None = None
+        self._op: TransferOp | None = None
+
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
+        self._op, self._progress = op, progress
+        (self.doomed if doomed else self.given).extend(indices.tolist())
+        if doomed:
+            progress(op, indices, np.zeros(len(indices), dtype=np.bool_))
+
+    def cancel(self, op: TransferOp) -> None:
+        self.cancelled = True
+
+    def arrive(self, engine: TransferEngine, *indices: int, ok: bool = True) -> None:
+        assert self._op is not None
+        assert self._progress is not None
+        with engine._lock:
+            self._progress(self._op, np.array(indices), np.full(len(indices), ok))
+        engine.poll()
+
+
+class Pipeline:
+    """Two legs, the second after the first."""
+
+    def __init__(self, engine: TransferEngine, first: Leg, second: Leg) -> None:
+        self.engine, self.first, self.second = engine, first, second
+        one = TransferOp(OpKind.D2H, IDS, IDS)
+        two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[one])
+        self.graph = TransferGraph(7, [one, two])
+        self.done: list[TransferGraph] = []
+        self.ended: list[TransferOp] = []
+        for op in (one, two):
+            op.add_callback(self.ended.append)
+        engine.submit(self.graph, self.done.append)
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Iterator[Pipeline]:
+    legs = Leg(OpKind.D2H), Leg(OpKind.H2D)
+    engine = TransferEngine(
+        TransferConfig(gpu_register_port=str(tmp_path / "s"), op_timeout_s=0.3), host_bytes=1 << 20,
+        on_capacity=lambda slots: None, executors=legs,
+    )
+    for leg in legs:
+        engine._executors.update(dict.fromkeys(leg.kinds, leg))
+    engine.start()
+    yield Pipeline(engine, *legs)
+    for leg in legs:
+        rest = [i for i in leg.given if leg._op is not None and not leg._op.resolved[i]]
+        if rest:
+            leg.arrive(engine, *rest, ok=False)
+    engine.shutdown()
+
+
+def test_a_block_goes_on_when_it_has_arrived(pipeline: Pipeline) -> None:
+    assert pipeline.first.given == [0, 1, 2, 3]
+    assert pipeline.second.given == []
+    pipeline.first.arrive(pipeline.engine, 2)
+    assert pipeline.second.given == [2]
+    pipeline.second.arrive(pipeline.engine, 2)
+    assert not pipeline.graph.done
+    pipeline.first.arrive(pipeline.engine, 0, 3, 1)
+    assert pipeline.ended == [pipeline.graph.ops[0]]
+    pipeline.second.arrive(pipeline.engine, 1, 0, 3)
+    assert pipeline.done == [pipeline.graph]
+    assert pipeline.ended == list(pipeline.graph.ops)
+    assert pipeline.graph.status is OpStatus.DONE
+    assert pipeline.graph.quiesced
+    pipeline.graph.check_integrity()
+
+
+def test_a_failed_block_takes_only_its_own_successor_along(pipeline: Pipeline) -> None:
+    pipeline.first.arrive(pipeline.engine, 1, ok=False)
+    assert pipeline.second.doomed == [1]
+    pipeline.first.arrive(pipeline.engine, 0, 2, 3)
+    assert pipeline.second.given == [0, 2, 3]
+    pipeline.second.arrive(pipeline.engine, 0, 2, 3)
+    assert pipeline.graph.status is OpStatus.FAILED
+    assert pipeline.graph.ops[1].ok.tolist() == [True, False, True, True]
+
+
+def test_cancel_starts_nothing_more_and_waits_for_what_runs(pipeline: Pipeline) -> None:
+    pipeline.first.arrive(pipeline.engine, 0)
+    pipeline.engine.cancel(7)
+    assert pipeline.first.cancelled
+    assert pipeline.second.doomed == [1, 2, 3]
+    assert pipeline.graph.status is OpStatus.CANCELLED
+    assert not pipeline.graph.quiesced
+    pipeline.first.arrive(pipeline.engine, 1, 2, 3)
+    assert pipeline.done == []                       # block 0 of the second leg is still under way
+    pipeline.second.arrive(pipeline.engine, 0)
+    assert pipeline.done == [pipeline.graph]
+    assert pipeline.graph.ops[1].ok.tolist() == [True, False, False, False]
+    pipeline.engine.cancel(7)
+    pipeline.engine.cancel(8)
+
+
+def test_a_late_graph_is_reported_before_it_is_quiesced(pipeline: Pipeline) -> None:
+    assert pipeline.engine.wait(lambda: pipeline.graph.done, 5.0)
+    assert pipeline.graph.status is OpStatus.TIMEOUT
+    assert not pipeline.graph.quiesced
+    assert not pipeline.done
+    pipeline.first.arrive(pipeline.engine, 0, 1, 2, 3)
+    assert pipeline.graph.status is OpStatus.TIMEOUT
+    assert pipeline.done == [pipeline.graph]
+
+
+def test_a_callback_that_raises_does_not_stop_the_others(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(op: TransferOp) -> None:
+        raise RuntimeError("not my day")
+
+    pipeline.graph.ops[0].callbacks.insert(0, broken)
+    pipeline.first.arrive(pipeline.engine, 0, 1, 2, 3)
+    pipeline.second.arrive(pipeline.engine, 0, 1, 2, 3)
+    assert pipeline.done == [pipeline.graph]
+    assert "not my day" in caplog.text
+
+
+def test_a_graph_must_be_in_order() -> None:
+    one = TransferOp(OpKind.D2H, IDS, IDS)
+    two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[one])
+    with pytest.raises(InvariantError):
+        TransferGraph(1, [two, one])
+    with pytest.raises(InvariantError):
+        TransferGraph(1, [])
+    with pytest.raises(ValueError, match="must match"):
+        TransferOp(OpKind.D2H, IDS, IDS[:2])
+    one.resolve(np.array([1]), True)
+    with pytest.raises(InvariantError, match="two results"):
+        one.resolve(np.array([1]), True)
