@@ -68,7 +68,7 @@ flexkv_key_chain_of(const void *tokens, int token_bytes, int is_signed, long num
 }
 
 /* As above; XXH3 is a third faster when the compiler knows the length, and 16 tokens a block is the usual one. */
-static inline long flexkv_key_chain(const void *tokens, int token_bytes, int is_signed, long num_blocks,
+static __attribute__((noinline)) long flexkv_key_chain(const void *tokens, int token_bytes, int is_signed, long num_blocks,
                                     long tokens_per_block, const void *seed, const uint8_t *const *extras,
                                     const void *secret, size_t secret_bytes, uint64_t *keys, uint8_t *scratch)
 {

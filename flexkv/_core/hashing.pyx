@@ -64,13 +64,17 @@ def chain_seed(bytes domain not None, namespace=(), bytes secret not None=b""):
     return Secret(secret).digest(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
 
 
+cdef frozenset TOKEN_DTYPES = frozenset([np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint32)])
+cdef object UINT8 = np.dtype(np.uint8)
+
+
 cdef object as_tokens(tokens):
     array = np.ascontiguousarray(tokens)
     if array.ndim != 1:
         raise ValueError(f"tokens have {array.ndim} dimensions; give one")
     if array.size == 0:
         return array.astype(np.int64)
-    if array.dtype not in (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint32)):
+    if array.dtype not in TOKEN_DTYPES:
         raise TypeError(f"tokens are {array.dtype}; give int32 or int64")
     return array
 
@@ -84,7 +88,7 @@ cdef object hash_from(tokens, Py_ssize_t tokens_per_block, bytes previous, dict 
     cdef const uint8_t *seed = <const uint8_t *><const char *>previous
     cdef uint8_t *scratch = <uint8_t *>malloc(KEY_BYTES + 4 * tokens_per_block)
     cdef const uint8_t **table = NULL
-    cdef const uint8_t[::1] data = tokens.view(np.uint8)
+    cdef const uint8_t[::1] data = tokens.view(UINT8)
     cdef int token_bytes = tokens.dtype.itemsize, is_signed = tokens.dtype.kind == "i"
     cdef const uint8_t *mixed = secret.data if secret.used else NULL
     if digests:

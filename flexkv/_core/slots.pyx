@@ -14,6 +14,16 @@ cdef extern from *:
     int __builtin_ctzll(unsigned long long) nogil
     int __builtin_popcountll(unsigned long long) nogil
 
+cdef extern from *:
+    """
+    #ifdef FLEXKV_DEBUG
+    #define FLEXKV_CHECKS 1
+    #else
+    #define FLEXKV_CHECKS 0
+    #endif
+    """
+    enum: FLEXKV_CHECKS
+
 cdef enum:
     SEARCH_RUNS = 256          # free runs looked at for one that is long enough
 
@@ -116,6 +126,8 @@ cdef class SlotAllocator:
         cdef int32_t[::1] out = out_array
         with nogil:
             self.take(&out[0], count)
+        if FLEXKV_CHECKS:
+            self.check_integrity()
         return out_array
 
     cdef void take(self, int32_t *out, Py_ssize_t count) noexcept nogil:
@@ -164,6 +176,8 @@ cdef class SlotAllocator:
                 self.num_free += n
         if bad >= 0:
             raise InvariantError(f"slot {slots[bad]} is not in use, and cannot be freed")
+        if FLEXKV_CHECKS:
+            self.check_integrity()
 
     def is_free(self, Py_ssize_t slot):
         """Whether ``slot`` is free."""

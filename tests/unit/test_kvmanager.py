@@ -233,6 +233,37 @@ def test_two_clients_put_the_same_prefix_at_once(tmp_path: Path) -> None:
         assert tensors.read(range(20, 28)) == expected
 
 
+def test_upstream_registration_of_token_slots(tmp_path: Path) -> None:
+    """K list and V list, token-major, as SGLang has them; slot mappings name token slots."""
+    import torch
+
+    from flexkv import KVTPClient
+    from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
+    from flexkv.errors import RegistrationError
+    from tests.harness import make_manager, wait_ready
+
+    manager = make_manager(tmp_path / "s")
+    tensors = [torch.randint(0, 1000, (10 * TOKENS, 2, 8), dtype=torch.int16) for _ in range(4)]
+    layout = KVCacheLayout(KVCacheLayoutType.LAYERFIRST, 2, 10, TOKENS, 2, 8, is_mla=False)
+    client = KVTPClient(f"ipc://{tmp_path}/s", device_id=0)
+    with pytest.raises(RegistrationError, match="neither 10 pages"):
+        client.register_to_server([torch.zeros(7, 2, 8)], layout)
+    with pytest.raises(RegistrationError, match="swa_caches"):
+        client.register_to_server(tensors, layout, swa_caches=tensors)  # type: ignore[arg-type]
+    try:
+        client.register_to_server(tensors, layout)
+        wait_ready(manager)
+        before = [tensor[: 2 * TOKENS].clone() for tensor in tensors]
+        task = manager.put_async(tokens_of(2), mapping([0, 1]))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        task = manager.get_async(tokens_of(2), torch.from_numpy(mapping([8, 9])))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        assert all(bool((new[8 * TOKENS :] == old).all()) for new, old in zip(tensors, before, strict=True))
+    finally:
+        client.close()
+        manager.shutdown()
+
+
 def test_before_the_ranks_are_there_nothing_is_found(tmp_path: Path) -> None:
     from tests.harness import make_manager
 
