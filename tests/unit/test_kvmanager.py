@@ -9,7 +9,7 @@ import pytest
 from flexkv.cache.reasons import StopReason
 from flexkv.errors import SlotMappingError
 from flexkv.response import KVResponseStatus as Status
-from tests.harness import PAGES, TOKENS, local, mapping, remote, tokens_of
+from tests.harness import PAGES, TOKENS, local, mapping, remote, result_of, tokens_of
 
 
 def test_round_trip_in_one_process(tmp_path: Path) -> None:
@@ -123,13 +123,10 @@ def test_a_page_that_does_not_exist_fails_alone(tmp_path: Path) -> None:
         hasher.extend(tokens)
         found = manager.lookup(hasher.keys)
         assert (found.num_ready, found.reason) == (1, StopReason.FAILED)
-        client.poll_results()
         tensors.zero()
         task = manager.get_blocks(hasher.keys, 0, np.array([8, 9, 10], dtype=np.int32))
         assert manager.wait(task)[task].status is Status.FAILED
-        [result] = client.poll_results()
-        assert result.task_id == task
-        assert result.failed_pages.tolist() == [9, 10]
+        assert result_of(client, task).failed_pages.tolist() == [9, 10]
         assert tensors.read([8]) == before
 
 
