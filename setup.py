@@ -19,7 +19,8 @@ MODULES: dict[str, list[str]] = {
     "arena": [],
     "block_table": [],
     "checksum": [],
-    "device_copy": ["csrc/agent.c", "csrc/ring.c"],
+    "cuda_driver": [],
+    "device_copy": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
     "hashing": [],
     "mapping": [],
     "nodes": [],
@@ -37,7 +38,7 @@ DIRECTIVES = {
     "freethreading_compatible": False,
 }
 
-HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
+HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h"))] + ["csrc/move_blocks.cu"]
 
 setup(
     ext_modules=cythonize(

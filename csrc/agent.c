@@ -12,17 +12,26 @@
 #include <time.h>
 #include <unistd.h>
 
-#define BATCH_BYTES (1u << 20)    /* copied between two looks at cancels and at the socket */
+#define BATCH_BYTES (1u << 20)    /* copied by the CPU between two looks at cancels and at the socket */
+#define SPIN_NS 100000            /* a window that ends so soon is noticed at once */
+#define POLL_NS 20000             /* between two looks at windows under way, later on */
 #define FULL_RING_WAIT_MS 1       /* the controller reads its ring without being asked; it is only late */
 
 struct op {
     struct op *next;
     struct flexkv_msg_op msg;
+    uint32_t started;             /* blocks that the backend was given, or that cannot be moved */
     uint32_t done;                /* blocks that have a result */
-    int cancelled;
+    int cancelled;                /* or failed: no more of it starts */
     int32_t *slots;
     int32_t *pages;
     uint8_t *ok;
+};
+
+struct window {                   /* blocks [op->done, until) of an op, under way */
+    struct window *next;
+    struct op *op;
+    uint32_t until;
 };
 
 struct flexkv_agent {
@@ -36,6 +45,8 @@ struct flexkv_agent {
     int wake_fd;
     pthread_t thread;
     struct op *ops;               /* given and not finished, oldest first; of the thread alone */
+    struct window *windows[FLEXKV_H2D + 1];  /* under way of each kind, oldest first */
+    uint64_t last_news_ns;        /* when something started or ended */
     uint8_t *buffer;              /* for a record */
     uint64_t buffer_size;
     pthread_mutex_t lock;         /* for what follows */
@@ -44,10 +55,14 @@ struct flexkv_agent {
     struct flexkv_outcome **last;
 };
 
-static void copy_with_cpu(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, const int32_t *slots,
-                          const int32_t *pages, uint32_t count, uint8_t *ok)
+/* The CPU as the device: a window has arrived when start returns. */
+static int copy_with_cpu(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, const int32_t *slots,
+                         const int32_t *pages, uint32_t count)
 {
+    uint32_t batch = BATCH_BYTES / at->slot_bytes + 1;
+
     (void)context;
+    count = count < batch ? count : batch;
     for (uint32_t i = 0; i < count; i++) {
         uint8_t *segment = at->pool + (uint64_t)slots[i] * at->slot_bytes + at->segment_offset;
 
@@ -60,31 +75,30 @@ static void copy_with_cpu(void *context, const struct flexkv_pages *at, enum fle
             else
                 memcpy(page, segment + region->slot_offset, region->chunk_bytes);
         }
-        ok[i] = 1;
     }
+    return (int)count;
 }
 
-const struct flexkv_backend flexkv_host_backend = { copy_with_cpu, NULL };
+static int arrived(void *context, enum flexkv_kind kind)
+{
+    (void)context;
+    (void)kind;
+    return 1;
+}
+
+const struct flexkv_backend flexkv_host_backend = { NULL, copy_with_cpu, arrived, NULL };
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
 
 static int in_range(const struct flexkv_pages *at, int32_t slot, int32_t page)
 {
     return slot >= 0 && (uint64_t)slot < at->num_slots && page >= 0 && (uint64_t)page < at->num_pages;
-}
-
-/* Copy blocks [op->done, until); a block that is out of range is not ok. */
-static void copy_blocks(struct flexkv_agent *agent, struct op *op, uint32_t until)
-{
-    const struct flexkv_pages *at = &agent->options.at;
-    uint32_t i = op->done, run;
-
-    while (i < until) {
-        for (run = i; run < until && in_range(at, op->slots[run], op->pages[run]); run++)
-            ;
-        if (run > i)
-            agent->options.backend.copy(agent->options.backend.context, at, op->msg.kind, op->slots + i,
-                                        op->pages + i, run - i, op->ok + i);
-        i = run + (run < until);
-    }
 }
 
 /* Keep the op's outcome for the process itself. */
@@ -217,46 +231,129 @@ static int drain_submissions(struct flexkv_agent *agent)
     return rc;
 }
 
-/* The op to work on now: one to be cancelled, else the oldest load, else the oldest save, of those that may start. */
-static struct op *next_op(struct flexkv_agent *agent)
+/* The oldest op of the kind that may start and has blocks that have not. */
+static struct op *next_op(struct flexkv_agent *agent, enum flexkv_kind kind)
 {
-    uint64_t load_fence = atomic_load(&agent->load_fence), save_fence = atomic_load(&agent->save_fence);
-    struct op *load = NULL, *save = NULL;
+    uint64_t fence = atomic_load(kind == FLEXKV_H2D ? &agent->load_fence : &agent->save_fence);
 
-    for (struct op *op = agent->ops; op; op = op->next) {
-        if (op->cancelled)
+    for (struct op *op = agent->ops; op; op = op->next)
+        if (op->msg.kind == kind && !op->cancelled && op->msg.fence <= fence && op->started < op->msg.count)
             return op;
-        if (op->msg.kind == FLEXKV_H2D && !load && op->msg.fence <= load_fence)
-            load = op;
-        else if (op->msg.kind == FLEXKV_D2H && !save && op->msg.fence <= save_fence)
-            save = op;
-    }
-    return load ? load : save;
+    return NULL;
 }
 
-static int work_on(struct flexkv_agent *agent, struct op *op)
+static int under_way(const struct flexkv_agent *agent, const struct op *op)
 {
-    uint32_t first = op->done, batch = BATCH_BYTES / agent->options.at.slot_bytes + 1;
-    uint32_t until = op->msg.count - first > batch ? first + batch : op->msg.count;
+    for (const struct window *window = agent->windows[op->msg.kind]; window; window = window->next)
+        if (window->op == op)
+            return 1;
+    return 0;
+}
 
-    if (op->cancelled)
-        return finish(agent, op, first);
-    copy_blocks(agent, op, until);
+/* Give the backend the next blocks of an op of the kind: 1, or 0 when there are none or it has no room. */
+static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
+{
+    const struct flexkv_backend *backend = &agent->options.backend;
+    const struct flexkv_pages *at = &agent->options.at;
+    struct op *op = next_op(agent, kind);
+    struct window *window, **end;
+    uint32_t run;
+    int taken;
+
+    if (!op)
+        return 0;
+    run = op->started;
+    while (run < op->msg.count && in_range(at, op->slots[run], op->pages[run]))
+        run++;
+    if (run == op->started) {     /* a block that is out of range: not ok, over with the next window or the op */
+        op->started++;
+        return 1;
+    }
+    window = malloc(sizeof(*window));
+    taken = !window ? -ENOMEM
+                    : backend->start(backend->context, at, kind, op->slots + op->started, op->pages + op->started,
+                                     run - op->started);
+    if (taken <= 0) {
+        free(window);
+        op->cancelled |= taken < 0;
+        return taken < 0;
+    }
+    memset(op->ok + op->started, 1, (uint32_t)taken);         /* told to nobody before they have arrived */
+    op->started += (uint32_t)taken;
+    *window = (struct window){ NULL, op, op->started };
+    for (end = &agent->windows[kind]; *end; end = &(*end)->next)
+        ;
+    *end = window;
+    return 1;
+}
+
+/* Take note of a window of the kind that has ended: 1, 0 when none has, or negative errno. */
+static int end_window(struct flexkv_agent *agent, enum flexkv_kind kind)
+{
+    struct window *window = agent->windows[kind];
+    uint32_t first, until;
+    struct op *op;
+    int rc;
+
+    if (!window || !(rc = agent->options.backend.poll(agent->options.backend.context, kind)))
+        return 0;
+    op = window->op;
+    first = op->done;
+    until = window->until;
+    agent->windows[kind] = window->next;
+    free(window);
+    if (rc < 0) {
+        memset(op->ok + first, 0, until - first);
+        op->cancelled = 1;
+    }
     if (until == op->msg.count)
-        return finish(agent, op, first);
+        return (rc = finish(agent, op, first)) ? rc : 1;
     op->done = until;
-    return report(agent, op, first, 0);
+    return (rc = report(agent, op, first, 0)) ? rc : 1;
+}
+
+/* Finish ops that have nothing under way and nothing left to start: 1 if there was one, or negative errno. */
+static int finish_idle(struct flexkv_agent *agent)
+{
+    for (struct op *op = agent->ops; op; op = op->next)
+        if ((op->cancelled || op->started == op->msg.count) && !under_way(agent, op)) {
+            int rc = finish(agent, op, op->done);
+
+            return rc ? rc : 1;
+        }
+    return 0;
+}
+
+/* One round of work: 1 if something has changed, 0 if there is nothing to do now, or negative errno. */
+static int work(struct flexkv_agent *agent)
+{
+    static const enum flexkv_kind kinds[] = { FLEXKV_H2D, FLEXKV_D2H };
+    int changed = 0, rc;
+
+    if ((rc = finish_idle(agent)))
+        return rc;
+    for (int i = 0; i < 2; i++) {
+        changed |= start_some(agent, kinds[i]);
+        if ((rc = end_window(agent, kinds[i])) < 0)
+            return rc;
+        changed |= rc;
+    }
+    return changed;
 }
 
 static int sleep_until_news(struct flexkv_agent *agent)
 {
+    struct timespec pause = { 0, POLL_NS };
+    int busy = agent->windows[FLEXKV_D2H] || agent->windows[FLEXKV_H2D];
     struct pollfd fds[] = { { agent->options.submission_event_fd, POLLIN, 0 }, { agent->wake_fd, POLLIN, 0 },
                             { agent->options.socket_fd, POLLIN | POLLRDHUP, 0 } };
     eventfd_t count;
 
+    if (busy && now_ns() - agent->last_news_ns < SPIN_NS)
+        return 0;
     if (flexkv_ring_set_waiting(&agent->submissions, 1))
         return 0;
-    if (poll(fds, 3, -1) < 0 && errno != EINTR)
+    if (ppoll(fds, 3, busy ? &pause : NULL, NULL) < 0 && errno != EINTR)
         return -errno;
     if (fds[0].revents)
         eventfd_read(agent->options.submission_event_fd, &count);
@@ -268,15 +365,26 @@ static int sleep_until_news(struct flexkv_agent *agent)
 static void *run(void *argument)
 {
     struct flexkv_agent *agent = argument;
+    struct flexkv_backend *backend = &agent->options.backend;
+    struct timespec pause = { 0, POLL_NS };
+    struct window *window;
     struct op *op;
-    int rc = 0;
+    int rc = backend->attach ? backend->attach(backend->context) : 0;
 
     while (!rc) {
-        if ((rc = hung_up(agent)) || (rc = drain_submissions(agent)))
+        if ((rc = hung_up(agent)) || (rc = drain_submissions(agent)) || (rc = work(agent)) < 0)
             break;
-        op = next_op(agent);
-        rc = op ? work_on(agent, op) : sleep_until_news(agent);
+        if (rc)
+            agent->last_news_ns = now_ns();
+        rc = rc ? 0 : sleep_until_news(agent);
     }
+    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
+        while ((window = agent->windows[kind])) {
+            while (!backend->poll(backend->context, (enum flexkv_kind)kind))
+                nanosleep(&pause, NULL);
+            agent->windows[kind] = window->next;
+            free(window);
+        }
     /* what was given and not finished has failed, and its owner must learn of it */
     while ((op = agent->ops)) {
         memset(op->ok, 0, op->msg.count);

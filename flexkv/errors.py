@@ -41,6 +41,25 @@ class TransferError(FlexKVError, RuntimeError):
     """Blocks could not be moved."""
 
 
+class CudaUnavailableError(FlexKVError, RuntimeError):
+    """KV lies on a GPU, and CUDA cannot be used from here."""
+
+
+class CudaError(TransferError):
+    """A call of the CUDA driver or of NVRTC failed.
+
+    Parameters
+    ----------
+    function, name, text : str
+        What was called, and the error in the driver's words.
+    """
+
+    def __init__(self, function: str, name: str, text: str) -> None:
+        super().__init__(f"{function} failed with {name}: {text}")
+        self.function = function
+        self.name = name
+
+
 class AgentLostError(TransferError):
     """The process at the other end has gone."""
 

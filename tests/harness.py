@@ -26,12 +26,16 @@ PAGE_SHAPE = (2, TOKENS, 2, 64)
 class Tensors:
     """KV of a rank: one array a layer, page first."""
 
-    def __init__(self, num_pages: int = PAGES, page_shape: tuple[int, ...] = PAGE_SHAPE) -> None:
+    def __init__(
+        self, num_pages: int = PAGES, page_shape: tuple[int, ...] = PAGE_SHAPE, device: int | None = None
+    ) -> None:
+        self.device = device
         self.layers = [np.zeros((num_pages, *page_shape), dtype=np.int16) for _ in range(LAYERS)]
 
     def specs(self) -> list[TensorSpec]:
         return [
-            TensorSpec(a.ctypes.data, a.shape, tuple(s // a.itemsize for s in a.strides), a.itemsize)
+            TensorSpec(a.ctypes.data, a.shape, tuple(s // a.itemsize for s in a.strides), a.itemsize,
+                       device=self.device)
             for a in self.layers
         ]
 
@@ -142,10 +146,12 @@ def wait_ready(manager: KVManager, num_slots: int = 48) -> None:
 
 
 @contextmanager
-def local(tmp_path: Path, num_slots: int = 48, **transfer: Any) -> Iterator[tuple[KVManager, KVTPClient, Tensors]]:
+def local(
+    tmp_path: Path, num_slots: int = 48, tensors: Tensors | None = None, **transfer: Any
+) -> Iterator[tuple[KVManager, KVTPClient, Tensors]]:
     """Manager and rank in this process; checks at the end that nothing leaked."""
-    manager, tensors = make_manager(tmp_path / "s", num_slots, **transfer), Tensors()
-    client = KVTPClient(str(tmp_path / "s"))
+    manager, tensors = make_manager(tmp_path / "s", num_slots, **transfer), tensors or Tensors()
+    client = KVTPClient(str(tmp_path / "s"), transfer_config=TransferConfig(**transfer))
     client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
     try:
         wait_ready(manager, num_slots)

@@ -21,7 +21,39 @@ cdef extern from "ring.h" nogil:
     int flexkv_ring_readable(const flexkv_ring *ring)
 
 
+cdef extern from "cuda_api.h" nogil:
+    struct cu_context_s:
+        pass
+    struct cu_stream_s:
+        pass
+    struct cu_module_s:
+        pass
+    struct cu_function_s:
+        pass
+    ctypedef cu_context_s *cu_context
+    ctypedef cu_stream_s *cu_stream
+    ctypedef cu_module_s *cu_module
+    ctypedef cu_function_s *cu_function
+
+    struct flexkv_cuda:
+        int (*cuGetErrorName)(int error, const char **name)
+        int (*cuGetErrorString)(int error, const char **text)
+        int (*cuDriverGetVersion)(int *version)
+        int (*cuDeviceGet)(int *device, int ordinal)
+        int (*cuDeviceGetAttribute)(int *value, int attribute, int device)
+        int (*cuDevicePrimaryCtxRetain)(cu_context *context, int device)
+        int (*cuCtxPushCurrent)(cu_context context)
+        int (*cuCtxPopCurrent)(cu_context *context)
+        int (*cuModuleLoadData)(cu_module *module, const void *image)
+        int (*cuModuleGetFunction)(cu_function *function, cu_module module, const char *name)
+        void *cuMemcpyBatchAsync
+
+
 cdef extern from "agent.h" nogil:
+    enum flexkv_kind:
+        FLEXKV_D2H
+        FLEXKV_H2D
+
     enum:
         FLEXKV_MSG_OP
         FLEXKV_MSG_CANCEL
@@ -89,3 +121,23 @@ cdef extern from "agent.h" nogil:
     int flexkv_agent_wait(flexkv_agent *agent, int timeout_ms)
     int flexkv_agent_status(flexkv_agent *agent)
     void flexkv_agent_stop(flexkv_agent *agent)
+
+
+cdef extern from "cuda_copy.h" nogil:
+    struct flexkv_cuda_options:
+        cu_context context
+        cu_function move
+        uint64_t window_bytes
+        uint32_t num_ctas
+        uint32_t strategy
+
+    struct flexkv_cuda_copy:
+        pass
+
+    int flexkv_cuda_copy_create(flexkv_cuda_copy **result, const flexkv_cuda *api, const flexkv_cuda_options *options,
+                                const flexkv_pages *at, int *error)
+    int flexkv_cuda_copy_register(flexkv_cuda_copy *copy, int *error)
+    int flexkv_cuda_copy_fence(flexkv_cuda_copy *copy, flexkv_kind kind, cu_stream stream)
+    int flexkv_cuda_copy_error(flexkv_cuda_copy *copy, const char **function)
+    void flexkv_cuda_copy_destroy(flexkv_cuda_copy *copy)
+    flexkv_backend flexkv_cuda_backend(flexkv_cuda_copy *copy)

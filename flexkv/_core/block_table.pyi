@@ -17,5 +17,6 @@ class TensorSpec:
     itemsize: int
     page_dim: int = 0
     tokens_per_page: int | None = None
+    device: int | None = None
 
 def regions_from_tensors(specs: Sequence[TensorSpec]) -> tuple[NDArray[np.void], int, int]: ...

@@ -117,6 +117,8 @@ class TensorSpec:
         The dimension that counts pages, or tokens if ``tokens_per_page`` is given.
     tokens_per_page : int, optional
         ``page_dim`` counts tokens; so many of them are a page.
+    device : int, optional
+        The GPU that has the memory; without it, the process.
     """
 
     ptr: int
@@ -125,6 +127,7 @@ class TensorSpec:
     itemsize: int
     page_dim: int = 0
     tokens_per_page: object = None
+    device: object = None
 
 
 def _chunks(spec):

@@ -1,6 +1,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv._core.cuda_driver import Device
+
+STRATEGIES: tuple[str, ...]
+
 class DeviceAgent:
     def __init__(
         self,
@@ -16,7 +20,16 @@ class DeviceAgent:
         submission_event_fd: int,
         completion_event_fd: int,
         socket_fd: int,
+        device: Device | None = None,
+        move_function: int = 0,
+        strategy: str = "auto",
+        window_bytes: int = 0,
+        num_ctas: int = 0,
     ) -> None: ...
+    def register_some(self) -> bool: ...
+    def fence(self, stream: int, load: bool) -> None: ...
+    @property
+    def device_error(self) -> tuple[str, int] | None: ...
     def advance(self, load_fence: int, save_fence: int) -> None: ...
     def take(self) -> tuple[int, int, int, NDArray[np.int32], NDArray[np.bool_]] | None: ...
     def wait(self, timeout_s: float) -> bool: ...

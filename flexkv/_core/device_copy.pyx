@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
@@ -18,13 +18,31 @@ from flexkv._core._csrc cimport (
     flexkv_agent_stop,
     flexkv_agent_take,
     flexkv_agent_wait,
+    flexkv_cuda_backend,
+    flexkv_cuda_copy,
+    flexkv_cuda_copy_create,
+    flexkv_cuda_copy_destroy,
+    flexkv_cuda_copy_error,
+    flexkv_cuda_copy_fence,
+    flexkv_cuda_copy_register,
+    flexkv_cuda_options,
     flexkv_host_backend,
+    flexkv_kind,
     flexkv_outcome,
+    flexkv_pages,
     flexkv_region,
+    FLEXKV_D2H,
+    FLEXKV_H2D,
+    cu_function,
+    cu_stream,
 )
 from flexkv._core.block_table import REGION_DTYPE
+from flexkv._core.cuda_driver cimport Device, Driver
 from flexkv._core.mapping cimport SharedMapping
 from flexkv.errors import TransferError
+
+STRATEGIES = ("auto", "staged", "direct", "batch")
+"""Ways over the bus, in the order of ``enum flexkv_strategy``."""
 
 
 cdef class DeviceAgent:
@@ -41,10 +59,21 @@ cdef class DeviceAgent:
     ring_fd, ring_bytes : int
         A memfd with the two rings, of ``ring_bytes`` each.
     submission_event_fd, completion_event_fd, socket_fd : int
+    device : Device, optional
+        The GPU whose memory the regions are in; without it, this process's memory.
+    move_function : int
+        Handle of the kernel, on that device.
+    strategy : str
+        One of STRATEGIES.
+    window_bytes, num_ctas : int
+        Size of a staging buffer (three for each direction), thread blocks of the kernel.
 
     All descriptors become the agent's, also when this raises.
     """
     cdef flexkv_agent *agent
+    cdef flexkv_cuda_copy *cuda
+    cdef flexkv_pages at
+    cdef Driver driver
     cdef int ended
     cdef object regions
     cdef SharedMapping pool, rings
@@ -52,11 +81,13 @@ cdef class DeviceAgent:
 
     def __cinit__(self, *, regions, uint64_t num_pages, int pool_fd, uint64_t pool_bytes, uint64_t slot_bytes,
                   uint64_t segment_offset, int ring_fd, uint64_t ring_bytes, int submission_event_fd,
-                  int completion_event_fd, int socket_fd):
+                  int completion_event_fd, int socket_fd, Device device=None, uint64_t move_function=0,
+                  str strategy="auto", uint64_t window_bytes=0, uint32_t num_ctas=0):
         cdef flexkv_agent_options options
         cdef uint8_t[::1] region_view
         cdef int rc
         self.agent = NULL
+        self.cuda = NULL
         self.ended = 0
         self.fds = [submission_event_fd, completion_event_fd, socket_fd]
         try:
@@ -67,14 +98,22 @@ cdef class DeviceAgent:
             os.close(ring_fd)
         self.regions = np.ascontiguousarray(regions, dtype=REGION_DTYPE).copy()
         region_view = self.regions.view(np.uint8)
-        options.at.pool = self.pool.data
-        options.at.slot_bytes = slot_bytes
-        options.at.num_slots = pool_bytes // slot_bytes
-        options.at.segment_offset = segment_offset
-        options.at.regions = <const flexkv_region *>&region_view[0]
-        options.at.num_regions = len(self.regions)
-        options.at.num_pages = num_pages
+        self.at.pool = self.pool.data
+        self.at.slot_bytes = slot_bytes
+        self.at.num_slots = pool_bytes // slot_bytes
+        self.at.segment_offset = segment_offset
+        self.at.regions = <const flexkv_region *>&region_view[0]
+        self.at.num_regions = len(self.regions)
+        self.at.num_pages = num_pages
+        options.at = self.at
         options.backend = flexkv_host_backend
+        if device is not None:
+            try:
+                self.open_device(device, move_function, strategy, window_bytes, num_ctas)
+            except BaseException:
+                self.close()
+                raise
+            options.backend = flexkv_cuda_backend(self.cuda)
         options.submissions = self.rings.data
         options.completions = self.rings.data + ring_bytes
         options.ring_bytes = ring_bytes
@@ -86,6 +125,58 @@ cdef class DeviceAgent:
             self.agent = NULL
             self.close()
             raise TransferError(f"the device agent did not start: {os.strerror(-rc)}")
+
+    cdef open_device(self, Device device, uint64_t move_function, str strategy, uint64_t window_bytes,
+                     uint32_t num_ctas):
+        cdef flexkv_cuda_options options
+        cdef int rc, error = 0
+        options.context = device.context
+        options.move = <cu_function>move_function
+        options.window_bytes = window_bytes
+        options.num_ctas = num_ctas
+        options.strategy = STRATEGIES.index(strategy)
+        self.driver = device.driver
+        rc = flexkv_cuda_copy_create(&self.cuda, &device.driver.table, &options, &self.at, &error)
+        device.driver.check(error, "setting up streams and staging buffers")
+        if rc:
+            raise MemoryError
+
+    def register_some(self):
+        """Pin the next part of the pool; True until all of it is. Meant for a thread of its own.
+
+        Raises
+        ------
+        CudaError
+            The rest stays as it is: copies from and to it are slow, not wrong.
+        """
+        cdef flexkv_cuda_copy *cuda = self.cuda
+        cdef int rc, error = 0
+        if cuda == NULL:
+            return False
+        with nogil:
+            rc = flexkv_cuda_copy_register(cuda, &error)
+        self.driver.check(error, "cuMemHostRegister")
+        return rc == 1
+
+    def fence(self, uint64_t stream, bint load):
+        """Loads (else saves) that start from now on wait for what the compute stream was given until now.
+
+        Raises
+        ------
+        CudaError
+        """
+        cdef flexkv_kind kind = FLEXKV_H2D if load else FLEXKV_D2H
+        if self.cuda != NULL:
+            self.driver.check(flexkv_cuda_copy_fence(self.cuda, kind, <cu_stream>stream), "cuEventRecord")
+
+    @property
+    def device_error(self):
+        """(function, error) of the first call that failed while blocks were moved, or None."""
+        cdef const char *function = NULL
+        cdef int error = flexkv_cuda_copy_error(self.cuda, &function) if self.cuda != NULL else 0
+        if not error:
+            return None
+        return (<bytes>function).decode(), error
 
     def advance(self, uint64_t load_fence, uint64_t save_fence):
         """Let ops start whose fence is at most this; a fence never goes back."""
@@ -127,6 +218,9 @@ cdef class DeviceAgent:
             self.ended = -125                          # ECANCELED
             with nogil:
                 flexkv_agent_stop(agent)
+        if self.cuda != NULL:
+            flexkv_cuda_copy_destroy(self.cuda)
+            self.cuda = NULL
         self.pool = self.rings = None
         fds, self.fds = self.fds, []
         for fd in fds:

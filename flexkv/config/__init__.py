@@ -2,7 +2,7 @@
 
 from flexkv.config.domain import domain
 from flexkv.config.settings import CacheConfig, ConnectorConfig, FlexKVConfig, ModelConfig, TransferConfig
-from flexkv.config.sources import load_config, process_environment, runtime_directory
+from flexkv.config.sources import cache_directory, load_config, process_environment, runtime_directory
 
 __all__ = [
     "CacheConfig",
@@ -10,6 +10,7 @@ __all__ = [
     "FlexKVConfig",
     "ModelConfig",
     "TransferConfig",
+    "cache_directory",
     "domain",
     "load_config",
     "process_environment",

@@ -111,6 +111,15 @@ class TransferConfig(_Settings):
     )
     op_timeout_s: float = setting(20.0, "A transfer that takes longer is reported as failed.", unit="s", low=0.01)
     connect_timeout_s: float = setting(300.0, "A rank waits this long for the controller.", unit="s", low=0.1)
+    gpu_strategy: str = setting(
+        "auto", "How blocks cross the bus: a kernel gathers into a staging buffer that the copy engine moves, the "
+        "kernel moves them itself, or the copy engine moves each chunk; auto: by size.",
+        choices=("auto", "staged", "direct", "batch"),
+    )
+    gpu_window_mb: int = setting(
+        32, "Size of a staging buffer in GPU memory; there are six.", unit="MiB", low=1, high=1024
+    )
+    gpu_num_ctas: int = setting(16, "Thread blocks of the copy kernel.", low=1, high=1024)
     ring_bytes: int = setting(1 << 20, "Size of each shared-memory ring; a power of two.", unit="bytes", low=4096)
 
     def __post_init__(self) -> None:

@@ -136,6 +136,12 @@ def runtime_directory() -> Path:
     return directory
 
 
+def cache_directory() -> Path:
+    """Where files go that can be made again: ``XDG_CACHE_HOME``, or ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "flexkv"
+
+
 def process_environment(**changes: str) -> dict[str, str]:
     """A copy of this process's environment, changed, for a child process."""
     return {**os.environ, **changes}

@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.block_table import TensorSpec, regions_from_tensors
+from flexkv._core.cuda_driver import Device, load_driver
 from flexkv._core.device_copy import DeviceAgent
-from flexkv.errors import AgentLostError, RegistrationError
+from flexkv.config import TransferConfig
+from flexkv.errors import AgentLostError, CudaError, RegistrationError
 from flexkv.storage.layout import KVCacheLayout
+from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
 from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, NUM_FDS, Hello, Welcome, socket_path
 
@@ -67,6 +70,8 @@ class KVTPClient:
         Pipeline-parallel rank.
     intra_client_id : int, optional
         Rank within the pipeline stage (tensor parallel).
+    transfer_config : TransferConfig, optional
+        How blocks are to cross the bus.
     """
 
     def __init__(
@@ -76,11 +81,15 @@ class KVTPClient:
         device_id: int = 0,
         pp_rank: int = 0,
         intra_client_id: int | None = None,
+        transfer_config: TransferConfig | None = None,
     ) -> None:
         self._path = socket_path(gpu_register_port)
         self._dp_client_id = dp_client_id
         self._pp_rank = pp_rank
         self._rank = device_id if intra_client_id is None else intra_client_id
+        self._config = transfer_config or TransferConfig()
+        self._device: Device | None = None
+        self._streams: dict[bool, int] = {}          # that the last fence of loads, of saves, was on
         self._agent: DeviceAgent | None = None
         self._partial: dict[int, list[OpResult]] = {}
         self._connected = threading.Event()
@@ -160,11 +169,18 @@ class KVTPClient:
         Raises
         ------
         RegistrationError
-            The tensors cannot be described by pages.
+            The tensors cannot be described by pages, or are on several devices.
+        CudaUnavailableError, CudaError
+            They are on a GPU, and it cannot be used.
         """
         regions, num_pages, segment_bytes = regions_from_tensors(specs)
         if self._thread is not None:
             raise RegistrationError("this rank has registered its tensors already")
+        devices = {spec.device for spec in specs}
+        if len(devices) > 1:
+            raise RegistrationError(f"tensors on devices {devices}: a rank's tensors must be on one")
+        ordinal = devices.pop()
+        self._device = None if ordinal is None else load_driver().device(ordinal)
         self._keep_alive = keep_alive
         hello = Hello(self._dp_client_id, self._pp_rank, self._rank, os.getpid(), num_pages, segment_bytes)
         deadline = time.monotonic() + connect_timeout_s
@@ -238,10 +254,27 @@ class KVTPClient:
             submission_event_fd=fds[2],
             completion_event_fd=fds[3],
             socket_fd=connection.detach(),
+            device=self._device,
+            move_function=0 if self._device is None else move_function(self._device),
+            strategy=self._config.gpu_strategy,
+            window_bytes=self._config.gpu_window_mb << 20,
+            num_ctas=self._config.gpu_num_ctas,
         )
         with self._lock:
             self._agent = agent
+            for load, stream in self._streams.items():
+                agent.fence(stream, load)
             agent.advance(*self._fences)
+        self._connected.set()
+        self._pin_pool(agent)
+
+    def _pin_pool(self, agent: DeviceAgent) -> None:
+        """Part by part, so that the first blocks can move at once and the engine is never held up for long."""
+        try:
+            while not self._closing.is_set() and agent.register_some():
+                pass
+        except CudaError as error:
+            logger.warning("part of the host pool cannot be pinned, its blocks move slowly: %s", error)
 
     def wait_connected(self, timeout_s: float) -> None:
         """Wait until the agent runs.
@@ -268,10 +301,20 @@ class KVTPClient:
 
     # ---- what the rank's hooks call ---------------------------------------------------------------------------
 
-    def advance_fence(self, load: int | None = None, save: int | None = None) -> None:
+    def advance_fence(self, load: int | None = None, save: int | None = None, stream: int | None = None) -> None:
         """Let loads (saves) start whose fence is at most ``load`` (``save``): the compute that used (wrote) their
-        pages is done, or ordered before them."""
+        pages is done, or was given to the CUDA stream with the handle ``stream``, which they then wait for.
+
+        Raises
+        ------
+        CudaError
+        """
         with self._lock:
+            for is_load, fence in ((True, load), (False, save)):
+                if fence is not None and stream is not None:
+                    self._streams[is_load] = stream
+                    if self._agent is not None:
+                        self._agent.fence(stream, is_load)
             self._fences = (max(self._fences[0], load or 0), max(self._fences[1], save or 0))
             if self._agent is not None:
                 self._agent.advance(*self._fences)
@@ -317,11 +360,12 @@ class KVTPClient:
         self._keep_alive = None
 
 
-
 def tensor_spec(tensor: "torch.Tensor", page_dim: int = 0, tokens_per_page: int | None = None) -> TensorSpec:
-    """Describe a tensor in this process's memory by its own address and strides."""
-    if tensor.device.type != "cpu":
-        raise RegistrationError(f"a tensor on {tensor.device}: this version moves KV of CPU tensors only")
+    """Describe a tensor, in this process's memory or on a GPU, by its own address and strides."""
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise RegistrationError(f"a tensor on {tensor.device}: KV can be on the CPU or on an NVIDIA GPU")
+    device = None if tensor.device.type == "cpu" else tensor.device.index
     return TensorSpec(
-        tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size(), page_dim, tokens_per_page
+        tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size(), page_dim,
+        tokens_per_page, device,
     )

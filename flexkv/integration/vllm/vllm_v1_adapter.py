@@ -91,7 +91,8 @@ class FlexKVConnectorV1Impl:
             from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
             client = KVTPClient(
-                port, pp_rank=get_pp_group().rank_in_group, intra_client_id=get_tensor_model_parallel_rank()
+                port, pp_rank=get_pp_group().rank_in_group, intra_client_id=get_tensor_model_parallel_rank(),
+                transfer_config=config.transfer,
             )
             self._worker = WorkerSide(client, config.connector)
 

@@ -63,6 +63,7 @@ class WorkerSide:
         self._finishing: dict[str, set[int]] = {}
         self._failed_pages: set[int] = set()
         self._audit: PageAudit | None = None
+        self._device: torch.device | None = None            # where the tensors are, if on a GPU
 
     def register_kv_caches(
         self, kv_caches: "dict[str, torch.Tensor]", num_blocks: int | None, connect_timeout_s: float
@@ -72,6 +73,7 @@ class WorkerSide:
         for tensor in kv_caches.values():                   # layers may share one
             tensors.setdefault((tensor.data_ptr(), tuple(tensor.shape)), tensor)
         specs = [page_spec(tensor, num_blocks) for tensor in tensors.values()]
+        self._device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
         if self._config.audit:
             self._audit = PageAudit(list(tensors.values()), specs)
         self._client.register_tensors(specs, connect_timeout_s, keep_alive=list(tensors.values()))
@@ -85,7 +87,15 @@ class WorkerSide:
             self._loads[job.task_id] = job
         for req_id, task_ids in meta.finishing.items():
             self._finishing[req_id] = set(task_ids)
-        self._client.advance_fence(load=meta.step)
+        self._client.advance_fence(load=meta.step, stream=self._stream())
+
+    def _stream(self) -> int | None:
+        """The stream that the step's compute is on, None where compute is done when it returns."""
+        if self._device is None:
+            return None
+        import torch
+
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
 
     def wait_for_save(self) -> None:
         """Compute of the step is done: its saves may start."""
@@ -93,7 +103,7 @@ class WorkerSide:
             if self._audit is not None:
                 for saved in self._meta.saved:
                     self._audit.record(saved.keys, saved.pages)
-            self._client.advance_fence(save=self._meta.step)
+            self._client.advance_fence(save=self._meta.step, stream=self._stream())
 
     def get_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose saves, and whose loads, have ended on this rank; each is reported once."""

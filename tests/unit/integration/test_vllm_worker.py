@@ -24,7 +24,7 @@ class FakeClient:
         self.is_lost = False
         self.waits = 0
 
-    def advance_fence(self, load: int | None = None, save: int | None = None) -> None:
+    def advance_fence(self, load: int | None = None, save: int | None = None, stream: int | None = None) -> None:
         self.fences.append((load, save))
 
     def poll_results(self) -> list[OpResult]:

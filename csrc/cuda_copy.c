@@ -1,0 +1,411 @@
+#include "cuda_copy.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#define NUM_BUFFERS 3             /* staging buffers of each kind: one fills, one empties, one is ready */
+#define MAX_WINDOWS 16            /* under way of each kind */
+#define FLEXKV_MOVE_BLOCKS 480    /* as MAX_BLOCKS in move_blocks.cu */
+#define PIECE_BYTES 32768         /* a work item of the kernel */
+#define THREADS 512
+#define DIRECT_BYTES (128u << 10) /* up to here the kernel itself crosses the bus: one launch less of latency */
+#define BATCH_CHUNK_BYTES (4u << 20)        /* from here on the copy engine needs no staging */
+#define MAX_BATCH 1024            /* copies of one call */
+#define FIRST_WINDOW_SHARE 4      /* the first window of a burst is smaller: the bus starts earlier */
+#define REGISTER_BYTES (256u << 20)
+
+struct lane {                     /* one direction */
+    cu_stream kernel, copy;
+    cu_event fence;               /* what the engine did before */
+    cu_event filled[NUM_BUFFERS]; /* H2D: bytes are in the buffer; D2H: the pages are gathered */
+    cu_event ended[MAX_WINDOWS];
+    cu_ptr buffers[NUM_BUFFERS];
+    int64_t user[NUM_BUFFERS];    /* window that used the buffer last */
+    uint64_t num_started, num_ended;
+    uint64_t num_staged;
+};
+
+struct flexkv_cuda_copy {
+    const struct flexkv_cuda *api;
+    struct flexkv_cuda_options options;
+    const struct flexkv_pages *at;
+    struct lane lanes[3];         /* by kind; [0] is not used */
+    cu_ptr regions;
+    uint64_t stride;              /* of blocks in a staging buffer */
+    uint64_t max_chunk, total_chunk;
+    uint64_t chunk_slots;         /* slots that are registered at a time; no copy crosses such a part */
+    _Atomic uint64_t registered;  /* slots */
+    _Atomic int registering;
+    _Atomic int error;            /* the first; later calls may only repeat it */
+    const char *_Atomic failed;
+};
+
+struct blocks {                   /* as in move_blocks.cu */
+    int32_t pages[FLEXKV_MOVE_BLOCKS];
+    int32_t slots[FLEXKV_MOVE_BLOCKS];
+};
+
+static int keep_error(struct flexkv_cuda_copy *copy, cu_result result, const char *function)
+{
+    int none = CU_SUCCESS;
+
+    if (result != CU_SUCCESS && atomic_compare_exchange_strong(&copy->error, &none, result))
+        atomic_store(&copy->failed, function);
+    return result != CU_SUCCESS;
+}
+
+#define TRY(function, ...) keep_error(copy, copy->api->function(__VA_ARGS__), #function)
+
+static uint64_t pool_address(const struct flexkv_cuda_copy *copy, int32_t slot)
+{
+    return (uint64_t)copy->at->pool + (uint64_t)slot * copy->at->slot_bytes + copy->at->segment_offset;
+}
+
+static int launch(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, const int32_t *pages,
+                  uint32_t count, cu_ptr far, uint64_t far_stride, int direct)
+{
+    uint64_t piece_bytes = PIECE_BYTES;
+    uint32_t pieces = (uint32_t)((copy->max_chunk + piece_bytes - 1) / piece_bytes), grid;
+    uint32_t num_regions = copy->at->num_regions;
+    uint64_t items = (uint64_t)count * num_regions * pieces;
+    int gather = kind == FLEXKV_D2H;
+    struct blocks blocks;
+    void *parameters[] = { &copy->regions, &num_regions, &count, &pieces, &piece_bytes, &far, &far_stride, &direct,
+                           &gather, &blocks };
+
+    for (uint32_t i = 0; i < count; i++) {
+        blocks.pages[i] = pages[i];
+        blocks.slots[i] = slots[i];
+    }
+    grid = items < copy->options.num_ctas ? (uint32_t)items : copy->options.num_ctas;
+    return TRY(cuLaunchKernel, copy->options.move, grid, 1, 1, THREADS, 1, 1, 0, copy->lanes[kind].kernel, parameters,
+               NULL);
+}
+
+/* Copy engine between a staging buffer, or nothing but its layout, and a run of slots that follow one another. */
+static int copy_run(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, int32_t slot, uint32_t count, cu_ptr staged,
+                    cu_stream stream)
+{
+    uint64_t host = pool_address(copy, slot), slot_bytes = copy->at->slot_bytes;
+    uint64_t from = kind == FLEXKV_D2H ? staged : host, to = kind == FLEXKV_D2H ? host : staged;
+    struct cu_memcpy2d rows = { .src_type = CU_MEMORYTYPE_UNIFIED, .src_device = from,
+                                .dst_type = CU_MEMORYTYPE_UNIFIED, .dst_device = to,
+                                .width = copy->total_chunk, .height = count };
+
+    if (count == 1 || (copy->stride == slot_bytes && copy->total_chunk == slot_bytes))
+        return TRY(cuMemcpyAsync, to, from, (count - 1) * slot_bytes + copy->total_chunk, stream);
+    rows.src_pitch = kind == FLEXKV_D2H ? copy->stride : slot_bytes;
+    rows.dst_pitch = kind == FLEXKV_D2H ? slot_bytes : copy->stride;
+    return TRY(cuMemcpy2DAsync, &rows, stream);
+}
+
+static int copy_runs(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, uint32_t count,
+                     cu_ptr staged, cu_stream stream)
+{
+    for (uint32_t i = 0, run; i < count; i += run) {
+        for (run = 1; i + run < count && slots[i + run] == slots[i] + (int32_t)run &&
+                      (uint64_t)slots[i + run] % copy->chunk_slots; run++)
+            ;
+        if (copy_run(copy, kind, slots[i], run, staged + i * copy->stride, stream))
+            return 1;
+    }
+    return 0;
+}
+
+/* Every chunk is a copy of its own. */
+static int copy_chunks(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, const int32_t *pages,
+                       uint32_t count, cu_stream stream)
+{
+    const struct flexkv_pages *at = copy->at;
+    cu_ptr from[MAX_BATCH], to[MAX_BATCH];
+    size_t sizes[MAX_BATCH], n = 0, first = 0, failed;
+    struct cu_memcpy_attributes order = { .src_access_order = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM };
+
+    for (uint32_t i = 0; i < count; i++)
+        for (uint32_t r = 0; r < at->num_regions; r++) {
+            const struct flexkv_region *region = &at->regions[r];
+            uint64_t page = region->base + (uint64_t)(pages[i] * region->page_stride);
+            uint64_t host = pool_address(copy, slots[i]) + region->slot_offset;
+
+            from[n] = kind == FLEXKV_D2H ? page : host;
+            to[n] = kind == FLEXKV_D2H ? host : page;
+            sizes[n++] = region->chunk_bytes;
+            if (n < MAX_BATCH && (i + 1 < count || r + 1 < at->num_regions))
+                continue;
+            if (copy->api->cuMemcpyBatchAsync) {
+                if (TRY(cuMemcpyBatchAsync, to, from, sizes, n, &order, &first, 1, &failed, stream))
+                    return 1;
+            } else {
+                for (size_t j = 0; j < n; j++)
+                    if (TRY(cuMemcpyAsync, to[j], from[j], sizes[j], stream))
+                        return 1;
+            }
+            n = 0;
+        }
+    return 0;
+}
+
+static int move_staged(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, const int32_t *pages,
+                       uint32_t count)
+{
+    struct lane *lane = &copy->lanes[kind];
+    uint32_t b = lane->num_staged % NUM_BUFFERS;
+    cu_ptr buffer = lane->buffers[b];
+
+    if (kind == FLEXKV_D2H) {
+        if (TRY(cuStreamWaitEvent, lane->kernel, lane->fence, 0) ||
+            launch(copy, kind, slots, pages, count, buffer, copy->stride, 0) ||
+            TRY(cuEventRecord, lane->filled[b], lane->kernel) ||
+            TRY(cuStreamWaitEvent, lane->copy, lane->filled[b], 0) ||
+            copy_runs(copy, kind, slots, count, buffer, lane->copy))
+            return 1;
+    } else if (copy_runs(copy, kind, slots, count, buffer, lane->copy) ||
+               TRY(cuEventRecord, lane->filled[b], lane->copy) ||
+               TRY(cuStreamWaitEvent, lane->kernel, lane->filled[b], 0) ||
+               TRY(cuStreamWaitEvent, lane->kernel, lane->fence, 0) ||
+               launch(copy, kind, slots, pages, count, buffer, copy->stride, 0)) {
+        return 1;
+    }
+    lane->user[b] = (int64_t)lane->num_started;
+    lane->num_staged++;
+    return 0;
+}
+
+static int attach(void *context)
+{
+    struct flexkv_cuda_copy *copy = context;
+
+    return TRY(cuCtxPushCurrent, copy->options.context) ? -EIO : 0;
+}
+
+/* How many of the blocks lie in memory that is registered, or never will be: these copies are slow, but right. */
+static uint32_t usable(struct flexkv_cuda_copy *copy, const int32_t *slots, uint32_t count, int *pinned)
+{
+    int registering = atomic_load(&copy->registering);
+    uint64_t limit = atomic_load(&copy->registered);
+    uint32_t n = 0;
+
+    *pinned = count && (uint64_t)slots[0] < limit;
+    if (!*pinned && registering)
+        return 0;
+    while (n < count && ((uint64_t)slots[n] < limit) == *pinned)
+        n++;
+    return n;
+}
+
+static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, const int32_t *slots,
+                 const int32_t *pages, uint32_t count)
+{
+    struct flexkv_cuda_copy *copy = context;
+    struct lane *lane = &copy->lanes[kind];
+    uint32_t strategy = copy->options.strategy, fit;
+    uint64_t window = copy->options.window_bytes;
+    int pinned, failed;
+    cu_stream last;
+
+    (void)at;
+    if (atomic_load(&copy->error))
+        return -EIO;
+    if (lane->num_started - lane->num_ended == MAX_WINDOWS)
+        return 0;
+    count = usable(copy, slots, count < FLEXKV_MOVE_BLOCKS ? count : FLEXKV_MOVE_BLOCKS, &pinned);
+    if (!count)
+        return 0;
+    if (strategy == FLEXKV_AUTO)
+        strategy = copy->total_chunk / copy->at->num_regions >= BATCH_CHUNK_BYTES ? FLEXKV_BATCH
+                   : pinned && count * copy->total_chunk <= DIRECT_BYTES          ? FLEXKV_DIRECT
+                                                                                  : FLEXKV_STAGED;
+    if (strategy == FLEXKV_DIRECT && !pinned)
+        strategy = FLEXKV_BATCH;
+    if (strategy == FLEXKV_STAGED && copy->stride > window)
+        strategy = FLEXKV_BATCH;  /* not one block fits into a buffer */
+    if (lane->num_started == lane->num_ended && count * copy->stride > window / FIRST_WINDOW_SHARE)
+        window = copy->stride > window / FIRST_WINDOW_SHARE ? copy->stride : window / FIRST_WINDOW_SHARE;
+    fit = strategy == FLEXKV_STAGED ? (uint32_t)(window / copy->stride)
+                                    : (uint32_t)(copy->options.window_bytes / copy->stride + 1);
+    count = count < fit ? count : fit;
+    if (strategy == FLEXKV_STAGED && lane->num_staged >= NUM_BUFFERS &&
+        lane->user[lane->num_staged % NUM_BUFFERS] >= (int64_t)lane->num_ended)
+        return 0;                 /* all buffers are in use */
+
+    last = strategy == FLEXKV_BATCH || (strategy == FLEXKV_STAGED && kind == FLEXKV_D2H) ? lane->copy : lane->kernel;
+    if (strategy == FLEXKV_STAGED)
+        failed = move_staged(copy, kind, slots, pages, count);
+    else
+        failed = TRY(cuStreamWaitEvent, last, lane->fence, 0) ||
+                 (strategy == FLEXKV_DIRECT
+                      ? launch(copy, kind, slots, pages, count,
+                               (uint64_t)copy->at->pool + copy->at->segment_offset, copy->at->slot_bytes, 1)
+                      : copy_chunks(copy, kind, slots, pages, count, lane->copy));
+    if (failed || TRY(cuEventRecord, lane->ended[lane->num_started % MAX_WINDOWS], last)) {
+        copy->api->cuStreamSynchronize(lane->copy);           /* whatever was started must not outlive its slots */
+        copy->api->cuStreamSynchronize(lane->kernel);
+        return -EIO;
+    }
+    lane->num_started++;
+    return (int)count;
+}
+
+static int poll_window(void *context, enum flexkv_kind kind)
+{
+    struct flexkv_cuda_copy *copy = context;
+    struct lane *lane = &copy->lanes[kind];
+    cu_result result = copy->api->cuEventQuery(lane->ended[lane->num_ended % MAX_WINDOWS]);
+
+    if (result == CU_ERROR_NOT_READY)
+        return 0;
+    if (result != CU_SUCCESS) {
+        keep_error(copy, result, "cuEventQuery");
+        copy->api->cuStreamSynchronize(lane->copy);
+        copy->api->cuStreamSynchronize(lane->kernel);
+    }
+    lane->num_ended++;
+    return result == CU_SUCCESS ? 1 : -EIO;
+}
+
+static cu_result create_lane(struct flexkv_cuda_copy *copy, struct lane *lane, int priority)
+{
+    if (TRY(cuStreamCreateWithPriority, &lane->kernel, CU_STREAM_NON_BLOCKING, priority) ||
+        TRY(cuStreamCreateWithPriority, &lane->copy, CU_STREAM_NON_BLOCKING, priority) ||
+        TRY(cuEventCreate, &lane->fence, CU_EVENT_DISABLE_TIMING))
+        return copy->error;
+    for (int i = 0; i < MAX_WINDOWS; i++)
+        if (TRY(cuEventCreate, &lane->ended[i], CU_EVENT_DISABLE_TIMING))
+            return copy->error;
+    for (int i = 0; i < NUM_BUFFERS; i++)
+        if (TRY(cuEventCreate, &lane->filled[i], CU_EVENT_DISABLE_TIMING) ||
+            TRY(cuMemAlloc, &lane->buffers[i], copy->options.window_bytes))
+            return copy->error;
+    return CU_SUCCESS;
+}
+
+static cu_result create_all(struct flexkv_cuda_copy *copy)
+{
+    uint64_t bytes = copy->at->num_regions * sizeof(struct flexkv_region);
+    struct lane *lane = &copy->lanes[FLEXKV_D2H];
+    int least, greatest;
+
+    if (TRY(cuCtxGetStreamPriorityRange, &least, &greatest) || create_lane(copy, lane, least) ||
+        create_lane(copy, &copy->lanes[FLEXKV_H2D], least) || TRY(cuMemAlloc, &copy->regions, bytes) ||
+        TRY(cuMemcpyAsync, copy->regions, (uint64_t)copy->at->regions, bytes, lane->copy) ||
+        TRY(cuStreamSynchronize, lane->copy))
+        return copy->error;
+    return CU_SUCCESS;
+}
+
+int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexkv_cuda *api,
+                            const struct flexkv_cuda_options *options, const struct flexkv_pages *at, cu_result *error)
+{
+    struct flexkv_cuda_copy *copy = calloc(1, sizeof(*copy));
+
+    if (!copy)
+        return -ENOMEM;
+    copy->api = api;
+    copy->options = *options;
+    copy->at = at;
+    for (uint32_t r = 0; r < at->num_regions; r++) {
+        copy->total_chunk += at->regions[r].chunk_bytes;
+        if (at->regions[r].chunk_bytes > copy->max_chunk)
+            copy->max_chunk = at->regions[r].chunk_bytes;
+    }
+    copy->stride = (copy->total_chunk + 15) / 16 * 16;
+    copy->chunk_slots = REGISTER_BYTES / at->slot_bytes + 1;
+    copy->registering = 1;
+    *error = api->cuCtxPushCurrent(options->context);
+    if (!*error) {
+        cu_context popped;
+
+        *error = create_all(copy);
+        api->cuCtxPopCurrent(&popped);
+    }
+    if (*error) {
+        flexkv_cuda_copy_destroy(copy);
+        return -EIO;
+    }
+    *result = copy;
+    return 0;
+}
+
+int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, cu_result *error)
+{
+    const struct flexkv_pages *at = copy->at;
+    uint64_t first = atomic_load(&copy->registered), slots = at->num_slots - first;
+    cu_context popped;
+
+    *error = CU_SUCCESS;
+    if (!slots) {
+        atomic_store(&copy->registering, 0);
+        return 0;
+    }
+    slots = slots < copy->chunk_slots ? slots : copy->chunk_slots;
+    *error = copy->api->cuCtxPushCurrent(copy->options.context);
+    if (!*error) {
+        *error = copy->api->cuMemHostRegister(at->pool + first * at->slot_bytes, slots * at->slot_bytes,
+                                              CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP);
+        copy->api->cuCtxPopCurrent(&popped);
+    }
+    if (*error) {
+        atomic_store(&copy->registering, 0);
+        return -EIO;
+    }
+    atomic_store(&copy->registered, first + slots);
+    return 1;
+}
+
+cu_result flexkv_cuda_copy_fence(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, cu_stream stream)
+{
+    cu_result result = copy->api->cuCtxPushCurrent(copy->options.context);
+    cu_context popped;
+
+    if (result)
+        return result;
+    result = copy->api->cuEventRecord(copy->lanes[kind].fence, stream);
+    copy->api->cuCtxPopCurrent(&popped);
+    return result;
+}
+
+cu_result flexkv_cuda_copy_error(struct flexkv_cuda_copy *copy, const char **function)
+{
+    *function = atomic_load(&copy->failed);
+    return atomic_load(&copy->error);
+}
+
+void flexkv_cuda_copy_destroy(struct flexkv_cuda_copy *copy)
+{
+    const struct flexkv_cuda *api = copy->api;
+    cu_context popped;
+    int pushed = !api->cuCtxPushCurrent(copy->options.context);
+
+    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++) {
+        struct lane *lane = &copy->lanes[kind];
+
+        for (int i = 0; i < MAX_WINDOWS; i++)
+            if (lane->ended[i])
+                api->cuEventDestroy(lane->ended[i]);
+        for (int i = 0; i < NUM_BUFFERS; i++) {
+            if (lane->filled[i])
+                api->cuEventDestroy(lane->filled[i]);
+            if (lane->buffers[i])
+                api->cuMemFree(lane->buffers[i]);
+        }
+        if (lane->fence)
+            api->cuEventDestroy(lane->fence);
+        if (lane->copy)
+            api->cuStreamDestroy(lane->copy);
+        if (lane->kernel)
+            api->cuStreamDestroy(lane->kernel);
+    }
+    if (copy->regions)
+        api->cuMemFree(copy->regions);
+    for (uint64_t first = 0; first < atomic_load(&copy->registered); first += copy->chunk_slots)
+        api->cuMemHostUnregister(copy->at->pool + first * copy->at->slot_bytes);
+    if (pushed)
+        api->cuCtxPopCurrent(&popped);
+    free(copy);
+}
+
+struct flexkv_backend flexkv_cuda_backend(struct flexkv_cuda_copy *copy)
+{
+    return (struct flexkv_backend){ attach, start, poll_window, copy };
+}

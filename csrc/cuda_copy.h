@@ -1,0 +1,39 @@
+/* The backend of the device agent for NVIDIA GPUs. */
+#ifndef FLEXKV_CUDA_COPY_H
+#define FLEXKV_CUDA_COPY_H
+
+#include "agent.h"
+#include "cuda_api.h"
+
+enum flexkv_strategy { FLEXKV_AUTO, FLEXKV_STAGED, FLEXKV_DIRECT, FLEXKV_BATCH };
+
+struct flexkv_cuda_options {
+    cu_context context;
+    cu_function move;             /* flexkv_move_blocks */
+    uint64_t window_bytes;        /* of one staging buffer */
+    uint32_t num_ctas;            /* of the kernel */
+    uint32_t strategy;            /* enum flexkv_strategy */
+};
+
+struct flexkv_cuda_copy;
+
+/* The pages in `at` must stay, and the table `api`, until destroy. The CUDA error goes to *error; else negative errno. */
+int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexkv_cuda *api,
+                            const struct flexkv_cuda_options *options, const struct flexkv_pages *at,
+                            cu_result *error);
+
+/* Pin the next part of the pool: 1, or 0 when all of it is. -EIO with *error: copies of the rest are slow, not wrong. */
+int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, cu_result *error);
+
+/* Ops of `kind` that start from now on wait for what `stream` was given until now. */
+cu_result flexkv_cuda_copy_fence(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, cu_stream stream);
+
+/* The first CUDA error of a copy and the function that returned it, or CU_SUCCESS. */
+cu_result flexkv_cuda_copy_error(struct flexkv_cuda_copy *copy, const char **function);
+
+/* After the agent has stopped. */
+void flexkv_cuda_copy_destroy(struct flexkv_cuda_copy *copy);
+
+struct flexkv_backend flexkv_cuda_backend(struct flexkv_cuda_copy *copy);
+
+#endif

@@ -1,0 +1,14 @@
+from flexkv._core._csrc cimport cu_context, flexkv_cuda
+
+
+cdef class Driver:
+    cdef flexkv_cuda table
+    cdef readonly int version
+    cdef dict devices
+
+
+cdef class Device:
+    cdef readonly Driver driver
+    cdef readonly int ordinal
+    cdef readonly str architecture
+    cdef cu_context context

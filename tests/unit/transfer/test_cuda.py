@@ -1,0 +1,252 @@
+"""The CUDA path against a fake driver: every strategy and layout, fences, and each call of the driver failing."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv._core.cuda_driver import load_driver
+from flexkv._core.device_copy import STRATEGIES
+from flexkv.errors import RegistrationError
+from flexkv.response import KVResponseStatus as Status
+from flexkv.server.client import KVTPClient
+from flexkv.transfer.cuda_kernel import compiled_kernel
+from tests.fake_cuda.fake import FakeCuda, fake_cuda
+from tests.harness import PAGES, Tensors, local, make_manager, mapping, result_of, tokens_of, until
+
+SHAPES = {"aligned": (2, 4, 2, 64), "words": (2, 4, 1, 2), "odd": (3, 1, 5), "large": (2, 4, 2, 4096)}
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    fake = fake_cuda()
+    fake.reset()
+    before = fake.live
+    yield fake
+    fake.reset()
+    assert fake.live == before                                             # streams, events, memory, registrations
+
+
+def scattered(count: int, seed: int) -> Any:
+    return np.random.default_rng(seed).permutation(PAGES)[:count]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bytes_come_back(tmp_path: Path, cuda: FakeCuda, strategy: str, shape: str) -> None:
+    tensors = Tensors(PAGES, SHAPES[shape], device=0)
+    options = {"tensors": tensors, "gpu_strategy": strategy, "gpu_window_mb": 1}
+    with local(tmp_path, 2 * PAGES, **options) as (manager, _, _):
+        for seed in range(4):
+            pages = scattered(PAGES, seed)
+            tensors.fill(pages, seed)
+            before = tensors.read(pages)
+            task = manager.put_async(tokens_of(PAGES, seed), mapping(pages))
+            assert manager.wait(task)[task].status is Status.SUCCESS
+            tensors.zero()
+            pages = scattered(PAGES, seed + 100)
+            task = manager.get_async(tokens_of(PAGES, seed), mapping(pages))
+            assert manager.wait(task)[task].status is Status.SUCCESS
+            assert tensors.read(pages) == before
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_both_directions_at_once_over_many_windows(tmp_path: Path, cuda: FakeCuda, strategy: str) -> None:
+    tensors = Tensors(PAGES, SHAPES["large"], device=0)
+    options = {"tensors": tensors, "gpu_strategy": strategy, "gpu_window_mb": 1}
+    with local(tmp_path, 4 * PAGES, **options) as (manager, _, _):
+        half = PAGES // 2
+        cuda.delay(300)
+        tensors.fill(range(half), 1)
+        first = tensors.read(range(half))
+        task = manager.put_async(tokens_of(half, 1), mapping(range(half)))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        for seed in range(2, 6):
+            tensors.fill(range(half), seed)
+            content = tensors.read(range(half))
+            put = manager.put_async(tokens_of(half, seed), mapping(range(half)))
+            get = manager.get_async(tokens_of(half, 1), mapping(range(half, PAGES)))
+            assert {response.status for response in manager.wait([put, get]).values()} == {Status.SUCCESS}
+            assert tensors.read(range(half, PAGES)) == first
+            get = manager.get_async(tokens_of(half, seed), mapping(range(half, PAGES)))
+            assert manager.wait(get)[get].status is Status.SUCCESS
+            assert tensors.read(range(half, PAGES)) == content
+
+
+def test_two_ranks_share_a_slot(tmp_path: Path, cuda: FakeCuda) -> None:
+    manager = make_manager(tmp_path / "s", 2 * PAGES, ranks=2)
+    ranks = [(Tensors(device=0), KVTPClient(str(tmp_path / "s"), intra_client_id=rank)) for rank in range(2)]
+    try:
+        for tensors, client in ranks:
+            client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+        until(lambda: manager.is_ready() and manager.stats()["num_slots"] == 2 * PAGES, 20)
+        for rank, (tensors, _) in enumerate(ranks):
+            tensors.fill(range(PAGES), rank)
+        before = [tensors.read(range(PAGES)) for tensors, _ in ranks]
+        task = manager.put_async(tokens_of(PAGES), mapping(range(PAGES)))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        for tensors, _ in ranks:
+            tensors.zero()
+        task = manager.get_async(tokens_of(PAGES), mapping(range(PAGES)))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        assert [tensors.read(range(PAGES)) for tensors, _ in ranks] == before
+    finally:
+        manager.shutdown()
+        for _, client in ranks:
+            client.close()
+
+
+def stream_of() -> Any:
+    from cuda.bindings import driver
+
+    load_driver()
+    driver.cuCtxPushCurrent(driver.cuDevicePrimaryCtxRetain(0)[1])
+    return driver, driver.cuStreamCreateWithPriority(1, 0)[1]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_copies_wait_for_compute(tmp_path: Path, cuda: FakeCuda, strategy: str) -> None:
+    """A put reads what a slow kernel writes; a get does not write what it still reads."""
+    driver, stream = stream_of()
+    tensors = Tensors(device=0)
+    try:
+        with local(tmp_path, tensors=tensors, gpu_strategy=strategy) as (manager, client, _):
+            hasher = manager.hasher()
+            hasher.extend(tokens_of(4))
+            written = Tensors()
+            written.fill(range(4), 7)
+            pages = np.arange(4, dtype=np.int32)
+            put = manager.put_blocks(hasher.keys, 0, pages, fence=1)
+            cuda.delay(20_000)
+            for source, target in zip(written.layers, tensors.layers, strict=True):
+                driver.cuMemcpyAsync(target.ctypes.data, source.ctypes.data, target.nbytes, stream)
+            client.advance_fence(save=1, stream=int(stream))
+            assert put is not None
+            assert manager.wait(put)[put].status is Status.SUCCESS
+            kept = Tensors()
+            get = manager.get_blocks(hasher.keys, 0, pages + 8, fence=2)
+            for source, target in zip(tensors.layers, kept.layers, strict=True):
+                driver.cuMemcpyAsync(target.ctypes.data, source.ctypes.data, target.nbytes, stream)
+            client.advance_fence(load=2, stream=int(stream))
+            assert get is not None
+            assert manager.wait(get)[get].status is Status.SUCCESS
+            assert tensors.read(range(8, 12)) == written.read(range(4))
+            assert kept.read(range(8, 12)) == bytes(len(kept.read(range(4))))
+    finally:
+        cuda.delay(0)
+        driver.cuStreamDestroy(stream)
+        driver.cuCtxPopCurrent()
+
+
+STAGES = {
+    "cuStreamWaitEvent": "staged", "cuLaunchKernel": "direct", "cuEventRecord": "staged", "cuMemcpyAsync": "staged",
+    "cuMemcpy2DAsync": "staged", "cuMemcpyBatchAsync": "batch", "cuEventQuery": "staged",
+}
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+@pytest.mark.parametrize("put", [True, False])
+@pytest.mark.parametrize("name", STAGES)
+def test_a_call_that_fails_is_a_failed_transfer(
+    tmp_path: Path, cuda: FakeCuda, name: str, put: bool, after: int
+) -> None:
+    tensors = Tensors(PAGES, SHAPES["odd"] if name == "cuMemcpy2DAsync" else SHAPES["large"], device=0)
+    with local(tmp_path, num_slots=2 * PAGES, tensors=tensors, gpu_strategy=STAGES[name], gpu_window_mb=1) as (
+        manager, client, _,
+    ):
+        tokens, pages = tokens_of(PAGES), scattered(PAGES, 1)
+        tensors.fill(pages, 1)
+        before = tensors.read(pages)
+        if not put:
+            task = manager.put_async(tokens, mapping(pages))
+            assert manager.wait(task)[task].status is Status.SUCCESS
+        cuda.fail(name, after)
+        task = (manager.put_async if put else manager.get_async)(tokens, mapping(pages))
+        response = manager.wait(task)[task]
+        happened = cuda.calls > after
+        cuda.reset()
+        assert response.status is (Status.FAILED if happened else Status.SUCCESS)
+        assert happened or after
+        result = result_of(client, task)
+        if put:
+            hasher = manager.hasher()
+            hasher.extend(tokens)
+            assert manager.lookup(hasher.keys).num_ready <= int(result.ok.argmin()) or result.ok.all()
+            assert tensors.read(pages) == before
+        if happened:
+            assert not result.ok.all()
+            task = manager.put_async(tokens_of(2, 9), mapping([0, 1]))       # a broken context stays broken
+            assert manager.wait(task)[task].status is Status.FAILED
+
+
+@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize(
+    "name", ["cuMemAlloc", "cuEventCreate", "cuStreamCreateWithPriority", "cuCtxGetStreamPriorityRange"]
+)
+def test_a_rank_that_cannot_be_set_up_says_why(tmp_path: Path, cuda: FakeCuda, name: str, after: int) -> None:
+    if name == "cuCtxGetStreamPriorityRange" and after:
+        after = 0
+    manager = make_manager(tmp_path / "s")
+    client = KVTPClient(str(tmp_path / "s"))
+    cuda.fail(name, after, code=2)
+    try:
+        tensors = Tensors(device=0)
+        client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+        with pytest.raises(RegistrationError, match="CUDA_ERROR_OUT_OF_MEMORY"):
+            client.wait_connected(10)
+    finally:
+        client.close()
+        manager.shutdown()
+
+
+def test_a_pool_that_cannot_be_pinned_is_slow_but_right(
+    tmp_path: Path, cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    cuda.fail("cuMemHostRegister", 0)
+    tensors = Tensors(device=0)
+    with caplog.at_level(logging.WARNING), local(tmp_path, tensors=tensors) as (manager, _, _):
+        tensors.fill([1, 5], 1)
+        before = tensors.read([1, 5])
+        task = manager.put_async(tokens_of(2), mapping([1, 5]))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        task = manager.get_async(tokens_of(2), mapping([7, 6]))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        assert tensors.read([7, 6]) == before
+    assert "cannot be pinned" in caplog.text
+
+
+def test_a_driver_without_batches(tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexkv._core import cuda_driver
+
+    cuda.fail("cuMemcpyBatchAsync", 0, code=500)
+    monkeypatch.setattr("flexkv.server.client.load_driver", cuda_driver.Driver)
+    tensors = Tensors(device=0)
+    assert not cuda_driver.Driver().has_batch_copy
+    with local(tmp_path, tensors=tensors, gpu_strategy="batch") as (manager, _, _):
+        tensors.fill([1, 5], 1)
+        before = tensors.read([1, 5])
+        manager.wait(manager.put_async(tokens_of(2), mapping([1, 5])))
+        task = manager.get_async(tokens_of(2), mapping([7, 6]))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        assert tensors.read([7, 6]) == before
+
+
+def test_the_kernel_is_kept_and_checked(tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device = load_driver().device(0)
+    image = compiled_kernel(device)
+    assert image[:4] == b"\x7fELF"
+    [file] = (tmp_path / "flexkv" / "kernels").iterdir()
+    assert file.read_bytes()[:-32] == image
+    file.write_bytes(b"\x7fELF damaged")
+    assert compiled_kernel(device) == image
+    assert file.read_bytes()[:-32] == image
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    specs = [*Tensors(device=0).specs(), *Tensors().specs()]
+    with pytest.raises(RegistrationError, match="must be on one"):
+        KVTPClient("unused").register_tensors(specs)
