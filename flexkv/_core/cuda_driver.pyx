@@ -39,7 +39,7 @@ cdef class Driver:
         try:
             from cuda.bindings import driver
         except ImportError as error:
-            raise CudaUnavailableError(f"the package cuda-bindings is missing ({error}): pip install cuda-bindings") from error
+            raise CudaUnavailableError(f"cuda-bindings is missing ({error}): pip install cuda-bindings") from error
         try:
             (result,) = driver.cuInit(0)
         except RuntimeError as error:
@@ -50,7 +50,7 @@ cdef class Driver:
             name = <bytes>FLEXKV_CUDA_NAMES[i]
             result, address, _ = driver.cuGetProcAddress(name, _INTERFACE, 0)
             if (int(result) or not address) and i < FLEXKV_CUDA_NUM_REQUIRED:
-                raise CudaUnavailableError(f"the CUDA driver has no {name.decode()}: install one for CUDA 12.8 or later")
+                raise CudaUnavailableError(f"the CUDA driver has no {name.decode()}: CUDA 12.8 or later is needed")
             members[i] = <void *><uintptr_t>(0 if int(result) else int(address))
             i += 1
         self.devices = {}

@@ -51,7 +51,7 @@ def _compile(source: bytes, architecture: str) -> bytes:
         check("nvrtcGetCUBIN", result)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return image
+    return bytes(image)
 
 
 def _cache_file(source: bytes, device: Device) -> Path:

@@ -1,0 +1,309 @@
+"""Copies between GPU pages and host slots, through the device agent, beside plain memcpy in the same run."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.block_table import regions_from_tensors
+from flexkv._core.cuda_driver import load_driver
+from flexkv._core.device_copy import DeviceAgent
+from flexkv._core.ring import ControllerRings
+from flexkv.bench.report import Line
+from flexkv.config import TransferConfig
+from flexkv.errors import FlexKVError
+from flexkv.server.client import tensor_spec
+from flexkv.storage.host_pool import HostPool
+from flexkv.storage.layout import SlotLayout
+from flexkv.transfer.cuda_kernel import move_function
+from flexkv.transfer.graph import OpKind
+
+TOTAL_BYTES = 1 << 30
+REPEATS = 15
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape of KV: ``num_tensors`` tensors, each with ``chunk_bytes`` of a page."""
+
+    name: str
+    chunk_bytes: int
+    num_tensors: int
+    scattered_slots: bool = False
+
+    @property
+    def num_blocks(self) -> int:
+        return TOTAL_BYTES // (self.chunk_bytes * self.num_tensors)
+
+
+MAIN = Case("64 KiB x 32 layers, slots in a run", 64 * KIB, 32)
+CASES = [
+    MAIN,
+    Case("64 KiB x 32 layers, slots one by one", 64 * KIB, 32, scattered_slots=True),
+    *(Case(f"{size} KiB x 32 layers", size * KIB, 32) for size in (4, 16, 32, 256, 1024)),
+    Case("MLA, 18 KiB x 61 layers", 18 * KIB, 61),
+    Case("K and V separate, 32 KiB x 64", 32 * KIB, 64),
+    Case("block-major pool, 2 MiB", 2048 * KIB, 1),
+]
+
+
+class Session:
+    """A device agent with tensors of a case on the GPU, driven as the controller drives it."""
+
+    def __init__(self, case: Case, config: TransferConfig) -> None:
+        import torch
+
+        self.case = case
+        self.rng = np.random.default_rng(0)
+        num_pages = 2 * case.num_blocks
+        self.layers = [
+            torch.randint(0, 256, (num_pages, case.chunk_bytes), dtype=torch.uint8, device="cuda")
+            for _ in range(case.num_tensors)
+        ]
+        regions, num_pages, segment_bytes = regions_from_tensors([tensor_spec(layer) for layer in self.layers])
+        layout = SlotLayout.of([segment_bytes])
+        num_slots = (2 if case.scattered_slots else 1) * case.num_blocks
+        self.pool = HostPool(layout.slot_bytes, num_slots)
+        self.rings = ControllerRings(config.ring_bytes)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        device = load_driver().device(torch.cuda.current_device())
+        self.agent = DeviceAgent(
+            regions=regions, num_pages=num_pages, pool_fd=os.dup(self.pool.fd), pool_bytes=self.pool.num_bytes,
+            slot_bytes=layout.slot_bytes, segment_offset=0, ring_fd=os.dup(self.rings.fd),
+            ring_bytes=self.rings.ring_bytes, submission_event_fd=os.dup(self.rings.submission_event_fd),
+            completion_event_fd=os.dup(self.rings.completion_event_fd), socket_fd=theirs.detach(), device=device,
+            move_function=move_function(device), strategy=config.gpu_strategy,
+            window_bytes=config.gpu_window_mb << 20, num_ctas=config.gpu_num_ctas,
+        )
+        while self.agent.register_some():
+            pass
+        torch.cuda.synchronize()
+        self._ids = 0
+        self.slots = np.arange(case.num_blocks, dtype=np.int32)
+        if case.scattered_slots:
+            self.slots = self.rng.permutation(case.num_blocks).astype(np.int32) * 2
+        self.pages = self.rng.permutation(num_pages).astype(np.int32)
+
+    def submit(self, kind: OpKind, slots: NDArray[np.int32], pages: NDArray[np.int32]) -> int:
+        """Give the agent an op; its number."""
+        self._ids += 1
+        if not self.rings.push_op(self._ids, self._ids, kind, 0, slots, pages, len(slots), False):
+            raise FlexKVError("the ring is full; give gpu benches a larger ring_bytes")
+        return self._ids
+
+    def wait(self, num_ops: int) -> None:
+        """Until so many ops have ended well."""
+        while num_ops:
+            result = self.rings.pop_result()
+            if result is None:
+                if self.agent.status:
+                    raise FlexKVError(f"the agent ended: {self.agent.device_error}")
+                continue
+            _, _, ok, last = result
+            if not ok.all():
+                raise FlexKVError(f"blocks were not moved: {self.agent.device_error}")
+            num_ops -= bool(last)
+        while self.agent.take() is not None:
+            pass
+
+    def move(self, kind: OpKind, half: int = 0) -> None:
+        """All blocks, from or to one half of the pages."""
+        count = self.case.num_blocks
+        self.submit(kind, self.slots, self.pages[half * count : (half + 1) * count])
+        self.wait(1)
+
+    def check(self) -> None:
+        """Save pages, load them into others, compare on the device."""
+        import torch
+
+        count = self.case.num_blocks
+        here, there = (torch.from_numpy(self.pages[i * count : (i + 1) * count].astype(np.int64)) for i in range(2))
+        self.move(OpKind.D2H)
+        for layer in self.layers:
+            layer[there] = 0
+        torch.cuda.synchronize()
+        self.move(OpKind.H2D, half=1)
+        if not all(bool(torch.equal(layer[here], layer[there])) for layer in self.layers):
+            raise FlexKVError(f"{self.case.name}: bytes differ")
+
+    def close(self) -> None:
+        self.agent.close()
+        self._socket.close()
+        self.rings.close()
+        self.pool.close()
+
+
+@contextmanager
+def _session(case: Case, config: TransferConfig) -> Iterator[Session]:
+    import torch
+
+    session = Session(case, config)
+    try:
+        session.check()
+        yield session
+        session.check()
+    finally:
+        session.close()
+        del session.layers
+        torch.cuda.empty_cache()
+
+
+class Plain:
+    """Plain memcpy between pinned memory and the device: the ceiling."""
+
+    def __init__(self, num_bytes: int = TOTAL_BYTES) -> None:
+        import torch
+
+        self._torch = torch
+        self.host = [torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self.device = [torch.zeros(num_bytes, dtype=torch.uint8, device="cuda") for _ in range(2)]
+        self.streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def start(self, kind: OpKind) -> None:
+        down = kind is OpKind.D2H
+        with self._torch.cuda.stream(self.streams[down]):
+            if down:
+                self.host[0].copy_(self.device[0], non_blocking=True)
+            else:
+                self.device[1].copy_(self.host[1], non_blocking=True)
+
+    def finish(self) -> None:
+        for stream in self.streams:
+            stream.synchronize()
+
+    def move(self, *kinds: OpKind) -> None:
+        for kind in kinds:
+            self.start(kind)
+        self.finish()
+
+
+def _times(*functions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+    """Median seconds of each; they take turns."""
+    took: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats + 2):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            took[i].append(time.perf_counter() - start)
+    return [float(np.median(times[2:])) for times in took]
+
+
+def _rate(case: str, ours: float, plain: float, num_bytes: int) -> Line:
+    return Line("gpu", case, round(num_bytes / ours / 1e9, 2), "GB/s", round(num_bytes / plain / 1e9, 2),
+                round(plain / ours, 3), REPEATS)
+
+
+def _copies(session: Session, plain: Plain) -> Iterator[Line]:
+    name, count = session.case.name, session.case.num_blocks
+    num_bytes = session.case.num_blocks * session.case.chunk_bytes * session.case.num_tensors
+    share = num_bytes / TOTAL_BYTES
+    for kind in (OpKind.D2H, OpKind.H2D):
+        ours, theirs = _times(lambda kind=kind: session.move(kind), lambda kind=kind: plain.move(kind))  # type: ignore[misc]
+        yield _rate(f"{kind.name} {name}", ours, theirs * share, num_bytes)
+    if session.case is not MAIN:
+        return
+
+    def both() -> None:
+        half = count // 2
+        session.submit(OpKind.D2H, session.slots[:half], session.pages[:half])
+        session.submit(OpKind.H2D, session.slots[half:], session.pages[count : 2 * count - half])
+        session.wait(2)
+
+    ours, theirs = _times(both, lambda: plain.move(OpKind.D2H, OpKind.H2D))
+    yield _rate(f"both ways {name}", ours, theirs / 2, num_bytes)
+
+
+def _latency(session: Session) -> Iterator[Line]:
+    import torch
+
+    size = session.case.chunk_bytes * session.case.num_tensors
+    small = Plain(size)
+    event = torch.cuda.Event()
+    for kind in (OpKind.D2H, OpKind.H2D):
+        slots, pages = session.slots[:1], session.pages[:1]
+
+        def ours(kind: OpKind = kind, slots: NDArray[np.int32] = slots, pages: NDArray[np.int32] = pages) -> None:
+            session.submit(kind, slots, pages)
+            session.wait(1)
+
+        def bare(kind: OpKind = kind) -> None:
+            small.start(kind)
+            event.record(small.streams[kind is OpKind.D2H])
+            event.synchronize()
+
+        mine, theirs = _times(ours, bare, repeats=300)
+        yield Line("gpu", f"{kind.name} of one block of {size >> 20} MiB, call to ready", round(mine * 1e6, 1), "us",
+                   round(theirs * 1e6, 1), round(mine / theirs, 3), 300)
+
+
+def _gemm_seconds(background: Callable[[], object] | None, seconds: float = 2.0) -> float:
+    """Seconds of a bf16 matrix product, while ``background`` runs again and again."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    out = torch.empty_like(a)
+    stop = threading.Event()
+
+    def loop() -> None:
+        while background is not None and not stop.is_set():
+            background()
+
+    thread = threading.Thread(target=loop)
+    torch.cuda.synchronize()
+    thread.start()
+    stream, count, batch = torch.cuda.Stream(), 0, 20
+    with torch.cuda.stream(stream):
+        for _ in range(batch):
+            torch.mm(a, b, out=out)
+        stream.synchronize()
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            for _ in range(batch):
+                torch.mm(a, b, out=out)
+            stream.synchronize()
+            count += batch
+        took = (time.perf_counter() - start) / count
+    stop.set()
+    thread.join()
+    return took
+
+
+def _interference(session: Session, plain: Plain) -> Iterator[Line]:
+    for kind in (OpKind.D2H, OpKind.H2D):
+        alone, ours, theirs = [], [], []
+        for _ in range(3):
+            alone.append(_gemm_seconds(None))
+            ours.append(_gemm_seconds(lambda kind=kind: session.move(kind)))  # type: ignore[misc]
+            theirs.append(_gemm_seconds(lambda kind=kind: plain.move(kind)))  # type: ignore[misc]
+        base = float(np.median(alone))
+        mine, memcpy = (100 * (float(np.median(times)) / base - 1) for times in (ours, theirs))
+        yield Line("gpu", f"slowdown of a bf16 GEMM stream during {kind.name}; ceiling: plain memcpy", round(mine, 2),
+                   "%", round(memcpy, 2), None, 3)
+
+
+def run(config: TransferConfig | None = None, only: str = "") -> Iterator[Line]:
+    """Every case of shapes, both directions, latency of one block, and how much compute is slowed down.
+
+    Raises
+    ------
+    CudaUnavailableError
+        There is no GPU to measure.
+    """
+    config = config or TransferConfig(ring_bytes=1 << 22)
+    load_driver()
+    plain = Plain()
+    for case in CASES:
+        if only not in case.name:
+            continue
+        with _session(case, config) as session:
+            yield from _copies(session, plain)
+            if case is MAIN:
+                yield from _latency(session)
+                yield from _interference(session, plain)
