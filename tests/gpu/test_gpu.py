@@ -134,8 +134,11 @@ class Soak:
         keys = self.keys(sequence, length)
         stream = torch.cuda.current_stream().cuda_stream
         if load:
-            task = self.manager.get_blocks(keys, 0, np.array(pages[: self.manager.lookup(keys).num_ready], np.int32),
-                                           fence=self.step)
+            length = self.manager.lookup(keys).num_ready
+            if not length:
+                self.free += pages
+                return
+            task = self.manager.get_blocks(keys, 0, np.array(pages[:length], np.int32), fence=self.step)
             for layer in self.layers:
                 layer[index] = -1                      # compute that still uses the pages, before the load may
         else:
@@ -157,12 +160,10 @@ class Soak:
             self.settle(self.pending.pop(self.random.randrange(len(self.pending))))
 
     def settle(self, item: tuple[int, int, bool, list[int], int]) -> None:
-        task, sequence, load, pages, _ = item
+        task, sequence, load, pages, count = item
         response = self.manager.wait(task, timeout=20, completely=True)[task]
         assert response.status in (Status.SUCCESS, Status.CANCELLED, Status.FAILED), response
         if load and response.status is Status.SUCCESS:
-            assert response.return_mask is not None
-            count = int(response.return_mask.sum()) // TOKENS
             index = torch.as_tensor(pages[:count], device="cuda")
             for number, layer in enumerate(self.layers):
                 self.wrong += (layer[index] != self.content(sequence, range(count), number)).sum()
