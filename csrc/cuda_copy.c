@@ -83,34 +83,70 @@ static int launch(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const in
                NULL);
 }
 
-/* Copy engine between a staging buffer, or nothing but its layout, and a run of slots that follow one another. */
-static int copy_run(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, int32_t slot, uint32_t count, cu_ptr staged,
-                    cu_stream stream)
+/* Copies that are to be made, in one call where the driver can: it leaves no gaps between them. */
+struct batch {
+    size_t count;
+    cu_ptr from[MAX_BATCH], to[MAX_BATCH];
+    size_t sizes[MAX_BATCH];
+};
+
+static int flush(struct flexkv_cuda_copy *copy, struct batch *batch, cu_stream stream)
 {
-    uint64_t host = pool_address(copy, slot), slot_bytes = copy->at->slot_bytes;
-    uint64_t from = kind == FLEXKV_D2H ? staged : host, to = kind == FLEXKV_D2H ? host : staged;
-    struct cu_memcpy2d rows = { .src_type = CU_MEMORYTYPE_UNIFIED, .src_device = from,
-                                .dst_type = CU_MEMORYTYPE_UNIFIED, .dst_device = to,
+    struct cu_memcpy_attributes order = { .src_access_order = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM };
+    size_t first = 0, failed, count = batch->count;
+
+    batch->count = 0;
+    if (count > 1 && copy->api->cuMemcpyBatchAsync)
+        return TRY(cuMemcpyBatchAsync, batch->to, batch->from, batch->sizes, count, &order, &first, 1, &failed, stream);
+    for (size_t i = 0; i < count; i++)
+        if (TRY(cuMemcpyAsync, batch->to[i], batch->from[i], batch->sizes[i], stream))
+            return 1;
+    return 0;
+}
+
+static int add(struct flexkv_cuda_copy *copy, struct batch *batch, enum flexkv_kind kind, uint64_t device,
+               uint64_t host, uint64_t bytes, cu_stream stream)
+{
+    batch->from[batch->count] = kind == FLEXKV_D2H ? device : host;
+    batch->to[batch->count] = kind == FLEXKV_D2H ? host : device;
+    batch->sizes[batch->count++] = bytes;
+    return batch->count == MAX_BATCH ? flush(copy, batch, stream) : 0;
+}
+
+/* Slots that follow one another, where a block is not a whole slot. */
+static int copy_rows(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t staged, uint64_t host,
+                     uint32_t count, cu_stream stream)
+{
+    int down = kind == FLEXKV_D2H;
+    struct cu_memcpy2d rows = { .src_type = CU_MEMORYTYPE_UNIFIED, .src_device = down ? staged : host,
+                                .src_pitch = down ? copy->stride : copy->at->slot_bytes,
+                                .dst_type = CU_MEMORYTYPE_UNIFIED, .dst_device = down ? host : staged,
+                                .dst_pitch = down ? copy->at->slot_bytes : copy->stride,
                                 .width = copy->total_chunk, .height = count };
 
-    if (count == 1 || (copy->stride == slot_bytes && copy->total_chunk == slot_bytes))
-        return TRY(cuMemcpyAsync, to, from, (count - 1) * slot_bytes + copy->total_chunk, stream);
-    rows.src_pitch = kind == FLEXKV_D2H ? copy->stride : slot_bytes;
-    rows.dst_pitch = kind == FLEXKV_D2H ? slot_bytes : copy->stride;
     return TRY(cuMemcpy2DAsync, &rows, stream);
 }
 
+/* Copy engine between a staging buffer and slots. */
 static int copy_runs(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, uint32_t count,
                      cu_ptr staged, cu_stream stream)
 {
+    int whole = copy->stride == copy->at->slot_bytes;
+    struct batch batch = { .count = 0 };
+
     for (uint32_t i = 0, run; i < count; i += run) {
+        cu_ptr device = staged + i * copy->stride;
+        uint64_t host = pool_address(copy, slots[i]);
+
         for (run = 1; i + run < count && slots[i + run] == slots[i] + (int32_t)run &&
                       (uint64_t)slots[i + run] % copy->chunk_slots; run++)
             ;
-        if (copy_run(copy, kind, slots[i], run, staged + i * copy->stride, stream))
+        if (run == 1 || whole ? add(copy, &batch, kind, device, host, run == 1 ? copy->total_chunk : run * copy->stride,
+                                    stream)
+                              : copy_rows(copy, kind, device, host, run, stream))
             return 1;
     }
-    return 0;
+    return flush(copy, &batch, stream);
 }
 
 /* Every chunk is a copy of its own. */
@@ -118,32 +154,17 @@ static int copy_chunks(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, con
                        uint32_t count, cu_stream stream)
 {
     const struct flexkv_pages *at = copy->at;
-    cu_ptr from[MAX_BATCH], to[MAX_BATCH];
-    size_t sizes[MAX_BATCH], n = 0, first = 0, failed;
-    struct cu_memcpy_attributes order = { .src_access_order = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM };
+    struct batch batch = { .count = 0 };
 
     for (uint32_t i = 0; i < count; i++)
         for (uint32_t r = 0; r < at->num_regions; r++) {
             const struct flexkv_region *region = &at->regions[r];
-            uint64_t page = region->base + (uint64_t)(pages[i] * region->page_stride);
-            uint64_t host = pool_address(copy, slots[i]) + region->slot_offset;
 
-            from[n] = kind == FLEXKV_D2H ? page : host;
-            to[n] = kind == FLEXKV_D2H ? host : page;
-            sizes[n++] = region->chunk_bytes;
-            if (n < MAX_BATCH && (i + 1 < count || r + 1 < at->num_regions))
-                continue;
-            if (copy->api->cuMemcpyBatchAsync) {
-                if (TRY(cuMemcpyBatchAsync, to, from, sizes, n, &order, &first, 1, &failed, stream))
-                    return 1;
-            } else {
-                for (size_t j = 0; j < n; j++)
-                    if (TRY(cuMemcpyAsync, to[j], from[j], sizes[j], stream))
-                        return 1;
-            }
-            n = 0;
+            if (add(copy, &batch, kind, region->base + (uint64_t)(pages[i] * region->page_stride),
+                    pool_address(copy, slots[i]) + region->slot_offset, region->chunk_bytes, stream))
+                return 1;
         }
-    return 0;
+    return flush(copy, &batch, stream);
 }
 
 static int move_staged(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, const int32_t *pages,

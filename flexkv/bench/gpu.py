@@ -1,5 +1,6 @@
 """Copies between GPU pages and host slots, through the device agent, beside plain memcpy in the same run."""
 
+import functools
 import os
 import socket
 import threading
@@ -18,7 +19,7 @@ from flexkv._core.ring import ControllerRings
 from flexkv.bench.report import Line
 from flexkv.config import TransferConfig
 from flexkv.errors import FlexKVError
-from flexkv.server.client import tensor_spec
+from flexkv.server.tensors import tensor_spec
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
 from flexkv.transfer.cuda_kernel import move_function
@@ -98,13 +99,15 @@ class Session:
             raise FlexKVError("the ring is full; give gpu benches a larger ring_bytes")
         return self._ids
 
-    def wait(self, num_ops: int) -> None:
-        """Until so many ops have ended well."""
+    def wait(self, num_ops: int, pause_s: float = 0.0) -> None:
+        """Until so many ops have ended well; looks all the time, or every ``pause_s`` seconds."""
         while num_ops:
             result = self.rings.pop_result()
             if result is None:
                 if self.agent.status:
                     raise FlexKVError(f"the agent ended: {self.agent.device_error}")
+                if pause_s:
+                    time.sleep(pause_s)
                 continue
             _, _, ok, last = result
             if not ok.all():
@@ -118,6 +121,14 @@ class Session:
         count = self.case.num_blocks
         self.submit(kind, self.slots, self.pages[half * count : (half + 1) * count])
         self.wait(1)
+
+    def keep_moving(self, kind: OpKind, stop: threading.Event) -> None:
+        """The same again and again, never idle, and without taking processor time from who measures."""
+        self.submit(kind, self.slots, self.pages[: self.case.num_blocks])
+        while not stop.is_set():
+            self.submit(kind, self.slots, self.pages[: self.case.num_blocks])
+            self.wait(1, pause_s=1e-3)
+        self.wait(1, pause_s=1e-3)
 
     def check(self) -> None:
         """Save pages, load them into others, compare on the device."""
@@ -183,6 +194,12 @@ class Plain:
             self.start(kind)
         self.finish()
 
+    def keep_moving(self, kind: OpKind, stop: threading.Event) -> None:
+        self.start(kind)
+        while not stop.is_set():
+            self.start(kind)
+            self.finish()
+
 
 def _times(*functions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
     """Median seconds of each; they take turns."""
@@ -205,7 +222,7 @@ def _copies(session: Session, plain: Plain) -> Iterator[Line]:
     num_bytes = session.case.num_blocks * session.case.chunk_bytes * session.case.num_tensors
     share = num_bytes / TOTAL_BYTES
     for kind in (OpKind.D2H, OpKind.H2D):
-        ours, theirs = _times(lambda kind=kind: session.move(kind), lambda kind=kind: plain.move(kind))  # type: ignore[misc]
+        ours, theirs = _times(functools.partial(session.move, kind), functools.partial(plain.move, kind))
         yield _rate(f"{kind.name} {name}", ours, theirs * share, num_bytes)
     if session.case is not MAIN:
         return
@@ -243,19 +260,15 @@ def _latency(session: Session) -> Iterator[Line]:
                    round(theirs * 1e6, 1), round(mine / theirs, 3), 300)
 
 
-def _gemm_seconds(background: Callable[[], object] | None, seconds: float = 2.0) -> float:
-    """Seconds of a bf16 matrix product, while ``background`` runs again and again."""
+def _gemm_seconds(background: Callable[[threading.Event], object], seconds: float = 2.0) -> float:
+    """Seconds of a bf16 matrix product, while ``background`` runs until it is told to stop."""
     import torch
 
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     out = torch.empty_like(a)
     stop = threading.Event()
 
-    def loop() -> None:
-        while background is not None and not stop.is_set():
-            background()
-
-    thread = threading.Thread(target=loop)
+    thread = threading.Thread(target=background, args=(stop,))
     torch.cuda.synchronize()
     thread.start()
     stream, count, batch = torch.cuda.Stream(), 0, 20
@@ -279,9 +292,9 @@ def _interference(session: Session, plain: Plain) -> Iterator[Line]:
     for kind in (OpKind.D2H, OpKind.H2D):
         alone, ours, theirs = [], [], []
         for _ in range(3):
-            alone.append(_gemm_seconds(None))
-            ours.append(_gemm_seconds(lambda kind=kind: session.move(kind)))  # type: ignore[misc]
-            theirs.append(_gemm_seconds(lambda kind=kind: plain.move(kind)))  # type: ignore[misc]
+            alone.append(_gemm_seconds(lambda stop: None))
+            ours.append(_gemm_seconds(functools.partial(session.keep_moving, kind)))
+            theirs.append(_gemm_seconds(functools.partial(plain.keep_moving, kind)))
         base = float(np.median(alone))
         mine, memcpy = (100 * (float(np.median(times)) / base - 1) for times in (ours, theirs))
         yield Line("gpu", f"slowdown of a bf16 GEMM stream during {kind.name}; ceiling: plain memcpy", round(mine, 2),

@@ -17,6 +17,7 @@ from flexkv._core.cuda_driver import Device, load_driver
 from flexkv._core.device_copy import DeviceAgent
 from flexkv.config import TransferConfig
 from flexkv.errors import AgentLostError, CudaError, RegistrationError
+from flexkv.server.tensors import upstream_spec
 from flexkv.storage.layout import KVCacheLayout
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
@@ -97,6 +98,8 @@ class KVTPClient:
         self._thread: threading.Thread | None = None
         self._fences = (0, 0)
         self._keep_alive: object = None
+        self._suspended = False
+        self._num_tensors = 0
         self._lock = threading.Lock()
         self.error: Exception | None = None
         """Why there is no agent, when connecting has failed for good."""
@@ -108,8 +111,8 @@ class KVTPClient:
         kv_caches: "list[torch.Tensor]",
         kv_layout: KVCacheLayout,
         override_device_id: int | None = None,
-        layer_groups: None = None,
-        gpu_layouts: None = None,
+        layer_groups: list[list[int]] | None = None,
+        gpu_layouts: list[KVCacheLayout] | None = None,
         handles_per_group: None = None,
         swa_caches: None = None,
         swa_layout: None = None,
@@ -117,13 +120,24 @@ class KVTPClient:
         swa_gpu_layouts: None = None,
         swa_handles_per_group: None = None,
         resume: bool = False,
-        indexer_buffers: None = None,
-        indexer_layout: None = None,
+        indexer_buffers: "list[torch.Tensor] | None" = None,
+        indexer_layout: KVCacheLayout | None = None,
     ) -> None:
         """Register tensors as upstream's adapters do, and wait for the controller.
 
-        ``kv_caches`` are tensors whose first dimension counts pages, or token slots
-        (``num_block * tokens_per_block`` of them).
+        Parameters
+        ----------
+        kv_caches : list of Tensor
+            Their first dimension counts pages, or token slots (``num_block * tokens_per_block`` of them). Tensors of
+            different shapes together make one block.
+        kv_layout : KVCacheLayout
+            Of all tensors, where ``gpu_layouts`` does not say otherwise.
+        layer_groups, gpu_layouts : list of list of int, list of KVCacheLayout
+            Indices into ``kv_caches`` of each group, and the group's layout.
+        indexer_buffers, indexer_layout : list of Tensor, KVCacheLayout
+            More tensors of the same blocks.
+        resume : bool
+            After ``suspend_gpu_mappings``; the tensors may be at other addresses.
 
         Raises
         ------
@@ -131,28 +145,44 @@ class KVTPClient:
             The tensors do not fit the layout, or the controller refuses them or is not there.
         """
         unavailable = {
-            "layer_groups": layer_groups, "gpu_layouts": gpu_layouts, "handles_per_group": handles_per_group,
-            "swa_caches": swa_caches, "swa_layout": swa_layout, "swa_layer_groups": swa_layer_groups,
-            "swa_gpu_layouts": swa_gpu_layouts, "swa_handles_per_group": swa_handles_per_group,
-            "indexer_buffers": indexer_buffers, "indexer_layout": indexer_layout,
+            "handles_per_group": handles_per_group, "swa_caches": swa_caches, "swa_layout": swa_layout,
+            "swa_layer_groups": swa_layer_groups, "swa_gpu_layouts": swa_gpu_layouts,
+            "swa_handles_per_group": swa_handles_per_group,
         }
         given = [name for name, value in unavailable.items() if value is not None]
-        if given or resume:
-            raise RegistrationError(f"{', '.join(given) or 'resume'}: not available in this version; leave it out")
-        specs = []
-        for tensor in kv_caches:
-            rows = tensor.shape[0]
-            if rows not in (kv_layout.num_block, kv_layout.num_block * kv_layout.tokens_per_block):
-                raise RegistrationError(
-                    f"a tensor of shape {tuple(tensor.shape)} has neither {kv_layout.num_block} pages nor "
-                    f"{kv_layout.num_block * kv_layout.tokens_per_block} token slots in its first dimension"
-                )
-            tokens = None if rows == kv_layout.num_block else kv_layout.tokens_per_block
-            specs.append(tensor_spec(tensor, tokens_per_page=tokens))
+        if given:
+            raise RegistrationError(f"{', '.join(given)}: not available in this version; leave it out")
+        if resume != self._suspended:
+            raise RegistrationError("resume=True goes with suspend_gpu_mappings: one without the other")
+        layouts = [kv_layout] * len(kv_caches)
+        for group, layout in zip(layer_groups or (), gpu_layouts or (), strict=True):
+            for index in group:
+                layouts[index] = layout
+        tensors = [*kv_caches, *(indexer_buffers or ())]
+        layouts += [indexer_layout or kv_layout] * len(indexer_buffers or ())
+        specs = [upstream_spec(tensor, layout) for tensor, layout in zip(tensors, layouts, strict=True)]
         if override_device_id is not None:
             self._rank = override_device_id
-        self.register_tensors(specs, keep_alive=kv_caches)
+        self.register_tensors(specs, keep_alive=tensors)
         self.wait_connected(_CONNECT_TIMEOUT_S)
+
+    def suspend_gpu_mappings(self) -> int:
+        """Stop moving blocks, and let the tensors go: they may be unmapped afterwards. What the host tier holds stays.
+
+        Returns
+        -------
+        int
+            How many tensors it was.
+        """
+        if self._thread is None or self._closing.is_set():
+            return 0
+        self._closing.set()
+        self._thread.join()
+        if self._agent is not None:
+            self._agent.close()
+        self._thread, self._suspended, self._keep_alive = None, True, None
+        count, self._num_tensors = self._num_tensors, 0
+        return count
 
     def register_tensors(
         self, specs: Sequence[TensorSpec], connect_timeout_s: float = _CONNECT_TIMEOUT_S, keep_alive: object = None
@@ -182,6 +212,10 @@ class KVTPClient:
         ordinal = devices.pop()
         self._device = None if ordinal is None else load_driver().device(ordinal)
         self._keep_alive = keep_alive
+        self._num_tensors = len(specs)
+        if self._suspended:
+            self._suspended = False
+            self._connected, self._closing = threading.Event(), threading.Event()
         hello = Hello(self._dp_client_id, self._pp_rank, self._rank, os.getpid(), num_pages, segment_bytes)
         deadline = time.monotonic() + connect_timeout_s
         self._thread = threading.Thread(
@@ -358,14 +392,3 @@ class KVTPClient:
         if self._agent is not None:
             self._agent.close()
         self._keep_alive = None
-
-
-def tensor_spec(tensor: "torch.Tensor", page_dim: int = 0, tokens_per_page: int | None = None) -> TensorSpec:
-    """Describe a tensor, in this process's memory or on a GPU, by its own address and strides."""
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise RegistrationError(f"a tensor on {tensor.device}: KV can be on the CPU or on an NVIDIA GPU")
-    device = None if tensor.device.type == "cpu" else tensor.device.index
-    return TensorSpec(
-        tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size(), page_dim,
-        tokens_per_page, device,
-    )

@@ -16,7 +16,8 @@ from flexkv._core.device_copy import STRATEGIES
 from flexkv.config import TransferConfig
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient, tensor_spec
+from flexkv.server.client import KVTPClient
+from flexkv.server.tensors import tensor_spec
 from tests.harness import LAYERS, TOKENS, check_drained, make_manager, mapping, tokens_of, until
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,8 @@ from flexkv.config import ConnectorConfig
 from flexkv.errors import RegistrationError
 from flexkv.integration.vllm.audit import PageAudit
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob
-from flexkv.server.client import KVTPClient, OpResult, tensor_spec
+from flexkv.server.client import KVTPClient, OpResult
+from flexkv.server.tensors import tensor_spec
 from flexkv.transfer.graph import OpKind
 
 if TYPE_CHECKING:

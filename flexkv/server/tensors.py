@@ -1,0 +1,32 @@
+"""Tensors of a framework, as memory with strides."""
+
+from typing import TYPE_CHECKING
+
+from flexkv._core.block_table import TensorSpec
+from flexkv.errors import RegistrationError
+from flexkv.storage.layout import KVCacheLayout
+
+if TYPE_CHECKING:
+    import torch
+
+
+def tensor_spec(tensor: "torch.Tensor", page_dim: int = 0, tokens_per_page: int | None = None) -> TensorSpec:
+    """Describe a tensor, in this process's memory or on a GPU, by its own address and strides."""
+    if tensor.device.type not in ("cpu", "cuda"):
+        raise RegistrationError(f"a tensor on {tensor.device}: KV can be on the CPU or on an NVIDIA GPU")
+    device = None if tensor.device.type == "cpu" else tensor.device.index
+    return TensorSpec(
+        tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size(), page_dim,
+        tokens_per_page, device,
+    )
+
+
+def upstream_spec(tensor: "torch.Tensor", layout: KVCacheLayout) -> TensorSpec:
+    """Describe a tensor whose first dimension counts the layout's pages, or its token slots."""
+    rows, slots = tensor.shape[0], layout.num_block * layout.tokens_per_block
+    if rows not in (layout.num_block, slots):
+        raise RegistrationError(
+            f"a tensor of shape {tuple(tensor.shape)} has neither {layout.num_block} pages nor {slots} token slots in "
+            "its first dimension"
+        )
+    return tensor_spec(tensor, tokens_per_page=None if rows == layout.num_block else layout.tokens_per_block)
