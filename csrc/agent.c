@@ -56,12 +56,13 @@ struct flexkv_agent {
 };
 
 /* The CPU as the device: a window has arrived when start returns. */
-static int copy_with_cpu(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, const int32_t *slots,
-                         const int32_t *pages, uint32_t count)
+static int copy_with_cpu(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence,
+                         const int32_t *slots, const int32_t *pages, uint32_t count)
 {
     uint32_t batch = BATCH_BYTES / at->slot_bytes + 1;
 
     (void)context;
+    (void)fence;
     count = count < batch ? count : batch;
     for (uint32_t i = 0; i < count; i++) {
         uint8_t *segment = at->pool + (uint64_t)slots[i] * at->slot_bytes + at->segment_offset;
@@ -271,8 +272,8 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
     }
     window = malloc(sizeof(*window));
     taken = !window ? -ENOMEM
-                    : backend->start(backend->context, at, kind, op->slots + op->started, op->pages + op->started,
-                                     run - op->started);
+                    : backend->start(backend->context, at, kind, op->msg.fence, op->slots + op->started,
+                                     op->pages + op->started, run - op->started);
     if (taken <= 0) {
         free(window);
         op->cancelled |= taken < 0;

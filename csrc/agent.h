@@ -56,10 +56,11 @@ struct flexkv_pages {             /* what a backend copies between */
  * order in which they started. */
 struct flexkv_backend {
     int (*attach)(void *context); /* first call on the thread: 0, or negative errno; may be NULL */
-    /* Start to move some of the first `count` blocks, whose slots and pages are in range: how many, or 0: no room now,
-     * ask again when a window has ended; or negative errno, and nothing is under way for these. */
-    int (*start)(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, const int32_t *slots,
-                 const int32_t *pages, uint32_t count);
+    /* Start to move some of the first `count` blocks, whose slots and pages are in range, of an op with this fence: how
+     * many, or 0: no room now, ask again when a window has ended; or negative errno, and nothing is under way for
+     * these. */
+    int (*start)(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence,
+                 const int32_t *slots, const int32_t *pages, uint32_t count);
     /* The oldest window of the kind: 1 when it has arrived, 0 when under way, negative errno when it has failed; it is
      * over when not 0, and nothing of it touches slots or pages any more. */
     int (*poll)(void *context, enum flexkv_kind kind);

@@ -13,11 +13,14 @@
 #define BATCH_CHUNK_BYTES (4u << 20)        /* from here on the copy engine needs no staging */
 #define MAX_BATCH 1024            /* copies of one call */
 #define FIRST_WINDOW_SHARE 4      /* the first window of a burst is smaller: the bus starts earlier */
+#define NUM_FENCES 64             /* steps back that an op finds its own fence; older ones wait for a later step */
 #define REGISTER_BYTES (256u << 20)
 
 struct lane {                     /* one direction */
     cu_stream kernel, copy;
-    cu_event fence;               /* what the engine did before */
+    cu_event fences[NUM_FENCES];  /* what the engine had given its stream when it advanced to fence_of[i] */
+    _Atomic uint64_t fence_of[NUM_FENCES];
+    _Atomic uint64_t num_fences;
     cu_event filled[NUM_BUFFERS]; /* H2D: bytes are in the buffer; D2H: the pages are gathered */
     cu_event ended[MAX_WINDOWS];
     cu_ptr buffers[NUM_BUFFERS];
@@ -56,6 +59,18 @@ static int keep_error(struct flexkv_cuda_copy *copy, cu_result result, const cha
 }
 
 #define TRY(function, ...) keep_error(copy, copy->api->function(__VA_ARGS__), #function)
+
+/* Have the stream wait for the step of a fence: the oldest one known that is not before it. An event that is recorded
+ * again meanwhile stands for a later step, which is waiting for too much, never for too little. */
+static int wait_fence(struct flexkv_cuda_copy *copy, struct lane *lane, uint64_t fence, cu_stream stream)
+{
+    uint64_t number = atomic_load(&lane->num_fences), back;
+
+    for (back = 1; back < number && back < NUM_FENCES; back++)
+        if (atomic_load(&lane->fence_of[(number - 1 - back) % NUM_FENCES]) < fence)
+            break;
+    return number && TRY(cuStreamWaitEvent, stream, lane->fences[(number - back) % NUM_FENCES], 0);
+}
 
 static uint64_t pool_address(const struct flexkv_cuda_copy *copy, int32_t slot)
 {
@@ -167,15 +182,15 @@ static int copy_chunks(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, con
     return flush(copy, &batch, stream);
 }
 
-static int move_staged(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, const int32_t *pages,
-                       uint32_t count)
+static int move_staged(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t fence, const int32_t *slots,
+                       const int32_t *pages, uint32_t count)
 {
     struct lane *lane = &copy->lanes[kind];
     uint32_t b = lane->num_staged % NUM_BUFFERS;
     cu_ptr buffer = lane->buffers[b];
 
     if (kind == FLEXKV_D2H) {
-        if (TRY(cuStreamWaitEvent, lane->kernel, lane->fence, 0) ||
+        if (wait_fence(copy, lane, fence, lane->kernel) ||
             launch(copy, kind, slots, pages, count, buffer, copy->stride, 0) ||
             TRY(cuEventRecord, lane->filled[b], lane->kernel) ||
             TRY(cuStreamWaitEvent, lane->copy, lane->filled[b], 0) ||
@@ -184,7 +199,7 @@ static int move_staged(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, con
     } else if (copy_runs(copy, kind, slots, count, buffer, lane->copy) ||
                TRY(cuEventRecord, lane->filled[b], lane->copy) ||
                TRY(cuStreamWaitEvent, lane->kernel, lane->filled[b], 0) ||
-               TRY(cuStreamWaitEvent, lane->kernel, lane->fence, 0) ||
+               wait_fence(copy, lane, fence, lane->kernel) ||
                launch(copy, kind, slots, pages, count, buffer, copy->stride, 0)) {
         return 1;
     }
@@ -215,8 +230,8 @@ static uint32_t usable(struct flexkv_cuda_copy *copy, const int32_t *slots, uint
     return n;
 }
 
-static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, const int32_t *slots,
-                 const int32_t *pages, uint32_t count)
+static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence,
+                 const int32_t *slots, const int32_t *pages, uint32_t count)
 {
     struct flexkv_cuda_copy *copy = context;
     struct lane *lane = &copy->lanes[kind];
@@ -252,9 +267,9 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
 
     last = strategy == FLEXKV_BATCH || (strategy == FLEXKV_STAGED && kind == FLEXKV_D2H) ? lane->copy : lane->kernel;
     if (strategy == FLEXKV_STAGED)
-        failed = move_staged(copy, kind, slots, pages, count);
+        failed = move_staged(copy, kind, fence, slots, pages, count);
     else
-        failed = TRY(cuStreamWaitEvent, last, lane->fence, 0) ||
+        failed = wait_fence(copy, lane, fence, last) ||
                  (strategy == FLEXKV_DIRECT
                       ? launch(copy, kind, slots, pages, count,
                                (uint64_t)copy->at->pool + copy->at->segment_offset, copy->at->slot_bytes, 1)
@@ -288,9 +303,11 @@ static int poll_window(void *context, enum flexkv_kind kind)
 static cu_result create_lane(struct flexkv_cuda_copy *copy, struct lane *lane, int priority)
 {
     if (TRY(cuStreamCreateWithPriority, &lane->kernel, CU_STREAM_NON_BLOCKING, priority) ||
-        TRY(cuStreamCreateWithPriority, &lane->copy, CU_STREAM_NON_BLOCKING, priority) ||
-        TRY(cuEventCreate, &lane->fence, CU_EVENT_DISABLE_TIMING))
+        TRY(cuStreamCreateWithPriority, &lane->copy, CU_STREAM_NON_BLOCKING, priority))
         return copy->error;
+    for (int i = 0; i < NUM_FENCES; i++)
+        if (TRY(cuEventCreate, &lane->fences[i], CU_EVENT_DISABLE_TIMING))
+            return copy->error;
     for (int i = 0; i < MAX_WINDOWS; i++)
         if (TRY(cuEventCreate, &lane->ended[i], CU_EVENT_DISABLE_TIMING))
             return copy->error;
@@ -374,15 +391,21 @@ int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, cu_result *error)
     return 1;
 }
 
-cu_result flexkv_cuda_copy_fence(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, cu_stream stream)
+cu_result flexkv_cuda_copy_fence(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t fence, cu_stream stream)
 {
     cu_result result = copy->api->cuCtxPushCurrent(copy->options.context);
+    struct lane *lane = &copy->lanes[kind];
+    uint64_t number = atomic_load(&lane->num_fences);
     cu_context popped;
 
     if (result)
         return result;
-    result = copy->api->cuEventRecord(copy->lanes[kind].fence, stream);
+    result = copy->api->cuEventRecord(lane->fences[number % NUM_FENCES], stream);
     copy->api->cuCtxPopCurrent(&popped);
+    if (!result) {
+        atomic_store(&lane->fence_of[number % NUM_FENCES], fence);
+        atomic_store(&lane->num_fences, number + 1);
+    }
     return result;
 }
 
@@ -410,8 +433,9 @@ void flexkv_cuda_copy_destroy(struct flexkv_cuda_copy *copy)
             if (lane->buffers[i])
                 api->cuMemFree(lane->buffers[i]);
         }
-        if (lane->fence)
-            api->cuEventDestroy(lane->fence);
+        for (int i = 0; i < NUM_FENCES; i++)
+            if (lane->fences[i])
+                api->cuEventDestroy(lane->fences[i]);
         if (lane->copy)
             api->cuStreamDestroy(lane->copy);
         if (lane->kernel)

@@ -25,8 +25,9 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
 /* Pin the next part of the pool: 1, or 0 when all of it is. -EIO with *error: copies of the rest are slow, not wrong. */
 int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, cu_result *error);
 
-/* Ops of `kind` that start from now on wait for what `stream` was given until now. */
-cu_result flexkv_cuda_copy_fence(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, cu_stream stream);
+/* Ops of `kind` with a fence of at most `fence` wait for what `stream` was given until now. Before the agent is told
+ * that it has advanced so far; fences only grow. */
+cu_result flexkv_cuda_copy_fence(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t fence, cu_stream stream);
 
 /* The first CUDA error of a copy and the function that returned it, or CU_SUCCESS. */
 cu_result flexkv_cuda_copy_error(struct flexkv_cuda_copy *copy, const char **function);

@@ -137,7 +137,7 @@ cdef extern from "cuda_copy.h" nogil:
     int flexkv_cuda_copy_create(flexkv_cuda_copy **result, const flexkv_cuda *api, const flexkv_cuda_options *options,
                                 const flexkv_pages *at, int *error)
     int flexkv_cuda_copy_register(flexkv_cuda_copy *copy, int *error)
-    int flexkv_cuda_copy_fence(flexkv_cuda_copy *copy, flexkv_kind kind, cu_stream stream)
+    int flexkv_cuda_copy_fence(flexkv_cuda_copy *copy, flexkv_kind kind, uint64_t fence, cu_stream stream)
     int flexkv_cuda_copy_error(flexkv_cuda_copy *copy, const char **function)
     void flexkv_cuda_copy_destroy(flexkv_cuda_copy *copy)
     flexkv_backend flexkv_cuda_backend(flexkv_cuda_copy *copy)

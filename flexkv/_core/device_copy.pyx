@@ -158,8 +158,10 @@ cdef class DeviceAgent:
         self.driver.check(error, "cuMemHostRegister")
         return rc == 1
 
-    def fence(self, uint64_t stream, bint load):
-        """Loads (else saves) that start from now on wait for what the compute stream was given until now.
+    def fence(self, uint64_t stream, bint load, uint64_t fence):
+        """Loads (else saves) with at most this fence wait for what the compute stream was given until now.
+
+        To be called before ``advance``.
 
         Raises
         ------
@@ -167,7 +169,7 @@ cdef class DeviceAgent:
         """
         cdef flexkv_kind kind = FLEXKV_H2D if load else FLEXKV_D2H
         if self.cuda != NULL:
-            self.driver.check(flexkv_cuda_copy_fence(self.cuda, kind, <cu_stream>stream), "cuEventRecord")
+            self.driver.check(flexkv_cuda_copy_fence(self.cuda, kind, fence, <cu_stream>stream), "cuEventRecord")
 
     @property
     def device_error(self):

@@ -297,7 +297,7 @@ class KVTPClient:
         with self._lock:
             self._agent = agent
             for load, stream in self._streams.items():
-                agent.fence(stream, load)
+                agent.fence(stream, load, self._fences[not load])
             agent.advance(*self._fences)
         self._connected.set()
         self._pin_pool(agent)
@@ -348,7 +348,7 @@ class KVTPClient:
                 if fence is not None and stream is not None:
                     self._streams[is_load] = stream
                     if self._agent is not None:
-                        self._agent.fence(stream, is_load)
+                        self._agent.fence(stream, is_load, fence)
             self._fences = (max(self._fences[0], load or 0), max(self._fences[1], save or 0))
             if self._agent is not None:
                 self._agent.advance(*self._fences)

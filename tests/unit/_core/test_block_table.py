@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flexkv._core.block_table import TensorSpec, merge_runs, pages_from_slot_mapping, regions_from_tensors
 from flexkv.errors import RegistrationError, SlotMappingError
-from flexkv.server.client import tensor_spec
+from flexkv.server.tensors import tensor_spec
 
 L, B, H, N, C = 3, 5, 2, 4, 6
 LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]

@@ -1,6 +1,7 @@
 """The CUDA path against a fake driver: every strategy and layout, fences, and each call of the driver failing."""
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,34 @@ def test_copies_wait_for_compute(tmp_path: Path, cuda: FakeCuda, strategy: str) 
             assert kept.read(range(8, 12)) == bytes(len(kept.read(range(4))))
     finally:
         cuda.delay(0)
+        driver.cuStreamDestroy(stream)
+        driver.cuCtxPopCurrent()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_copies_do_not_wait_for_later_compute(tmp_path: Path, cuda: FakeCuda, strategy: str) -> None:
+    driver, stream = stream_of()
+    tensors, slow, target = Tensors(device=0), np.ones(100, np.uint8), np.zeros(100, np.uint8)
+    try:
+        with local(tmp_path, tensors=tensors, gpu_strategy=strategy) as (manager, client, _):
+            client.advance_fence(save=1, load=1, stream=int(stream))
+            cuda.delay(400_000)
+            driver.cuMemcpyAsync(target.ctypes.data, slow.ctypes.data, 100, stream)
+            client.advance_fence(save=2, load=2, stream=int(stream))
+            time.sleep(0.1)                                                # the slow one has started
+            cuda.delay(0)
+            tensors.fill([1, 2], 1)
+            hasher = manager.hasher()
+            hasher.extend(tokens_of(4))
+            early = manager.put_blocks(hasher.keys[:2], 0, np.array([1, 2], np.int32), fence=1)
+            assert early is not None
+            assert manager.wait(early)[early].status is Status.SUCCESS
+            assert not target.any()
+            late = manager.put_blocks(hasher.keys, 2, np.array([1, 2], np.int32), fence=2)
+            assert late is not None
+            assert manager.wait(late)[late].status is Status.SUCCESS
+            assert target.all()
+    finally:
         driver.cuStreamDestroy(stream)
         driver.cuCtxPopCurrent()
 
