@@ -106,10 +106,13 @@ static int in_range(const struct flexkv_pages *at, int32_t slot, int32_t page)
 static void keep_outcome(struct flexkv_agent *agent, const struct op *op)
 {
     uint32_t count = op->msg.count;
-    struct flexkv_outcome *outcome = malloc(sizeof(*outcome) + count * (sizeof(int32_t) + 1));
+    struct flexkv_outcome *outcome;
     int32_t *pages;
     uint8_t *ok;
 
+    if (!agent->options.keep_outcomes)
+        return;
+    outcome = malloc(sizeof(*outcome) + count * (sizeof(int32_t) + 1));
     if (!outcome)
         return;                   /* a few bytes: the process is lost anyway */
     pages = (int32_t *)(outcome + 1);

@@ -78,6 +78,7 @@ struct flexkv_agent_options {
     int submission_event_fd;
     int completion_event_fd;
     int socket_fd;                /* only watched for hang-up */
+    int keep_outcomes;            /* for flexkv_agent_take; else nobody asks */
 };
 
 struct flexkv_outcome {           /* of an op, for the process that owns the pages; free() it */

@@ -103,6 +103,7 @@ cdef extern from "agent.h" nogil:
         int submission_event_fd
         int completion_event_fd
         int socket_fd
+        int keep_outcomes
 
     struct flexkv_outcome:
         uint64_t task_id

@@ -20,6 +20,7 @@ class DeviceAgent:
         submission_event_fd: int,
         completion_event_fd: int,
         socket_fd: int,
+        keep_outcomes: bool = True,
         device: Device | None = None,
         move_function: int = 0,
         strategy: str = "auto",

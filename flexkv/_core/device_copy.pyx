@@ -59,6 +59,8 @@ cdef class DeviceAgent:
     ring_fd, ring_bytes : int
         A memfd with the two rings, of ``ring_bytes`` each.
     submission_event_fd, completion_event_fd, socket_fd : int
+    keep_outcomes : bool
+        For ``take``; else nothing of them is kept.
     device : Device, optional
         The GPU whose memory the regions are in; without it, this process's memory.
     move_function : int
@@ -81,8 +83,8 @@ cdef class DeviceAgent:
 
     def __cinit__(self, *, regions, uint64_t num_pages, int pool_fd, uint64_t pool_bytes, uint64_t slot_bytes,
                   uint64_t segment_offset, int ring_fd, uint64_t ring_bytes, int submission_event_fd,
-                  int completion_event_fd, int socket_fd, Device device=None, uint64_t move_function=0,
-                  str strategy="auto", uint64_t window_bytes=0, uint32_t num_ctas=0):
+                  int completion_event_fd, int socket_fd, bint keep_outcomes=True, Device device=None,
+                  uint64_t move_function=0, str strategy="auto", uint64_t window_bytes=0, uint32_t num_ctas=0):
         cdef flexkv_agent_options options
         cdef uint8_t[::1] region_view
         cdef int rc
@@ -120,6 +122,7 @@ cdef class DeviceAgent:
         options.submission_event_fd = submission_event_fd
         options.completion_event_fd = completion_event_fd
         options.socket_fd = socket_fd
+        options.keep_outcomes = keep_outcomes
         rc = flexkv_agent_start(&self.agent, &options)
         if rc:
             self.agent = NULL

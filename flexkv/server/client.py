@@ -98,6 +98,7 @@ class KVTPClient:
         self._thread: threading.Thread | None = None
         self._fences = (0, 0)
         self._keep_alive: object = None
+        self._keep_outcomes = True
         self._suspended = False
         self._num_tensors = 0
         self._lock = threading.Lock()
@@ -123,7 +124,7 @@ class KVTPClient:
         indexer_buffers: "list[torch.Tensor] | None" = None,
         indexer_layout: KVCacheLayout | None = None,
     ) -> None:
-        """Register tensors as upstream's adapters do, and wait for the controller.
+        """Register tensors as upstream's adapters do, and wait for the controller. There is nothing to poll then.
 
         Parameters
         ----------
@@ -163,6 +164,7 @@ class KVTPClient:
         specs = [upstream_spec(tensor, layout) for tensor, layout in zip(tensors, layouts, strict=True)]
         if override_device_id is not None:
             self._rank = override_device_id
+        self._keep_outcomes = False                  # upstream's adapters ask the KVManager alone
         self.register_tensors(specs, keep_alive=tensors)
         self.wait_connected(_CONNECT_TIMEOUT_S)
 
@@ -288,6 +290,7 @@ class KVTPClient:
             submission_event_fd=fds[2],
             completion_event_fd=fds[3],
             socket_fd=connection.detach(),
+            keep_outcomes=self._keep_outcomes,
             device=self._device,
             move_function=0 if self._device is None else move_function(self._device),
             strategy=self._config.gpu_strategy,

@@ -185,6 +185,7 @@ def test_soak(tmp_path: Path) -> None:
     try:
         while time.monotonic() < end:
             soak.one()
+            soak.rank.client.poll_results()
             if soak.step == 2000:
                 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     finally:

@@ -261,6 +261,54 @@ def test_upstream_registration_of_token_slots(tmp_path: Path) -> None:
         manager.shutdown()
 
 
+def test_groups_of_tensors_and_sleep(tmp_path: Path) -> None:
+    """Tensors of two shapes and an indexer make one block; they go away, and come back somewhere else."""
+    import torch
+
+    from flexkv import KVTPClient
+    from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
+    from flexkv.errors import RegistrationError
+    from tests.harness import make_manager, until, wait_ready
+
+    def make(seed: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(10, TOKENS, 2, 8), (10 * TOKENS, 1, 24), (10, 132)]
+        return [torch.randint(0, 250, shape, dtype=torch.uint8, generator=generator) for shape in shapes]
+
+    def register(tensors: list[torch.Tensor], **options: bool) -> None:
+        layouts = [KVCacheLayout(KVCacheLayoutType.LAYERFIRST, 1, 10, TOKENS, 2, size) for size in (8, 24)]
+        client.register_to_server(tensors[:2], layouts[0], layer_groups=[[0], [1]], gpu_layouts=layouts,
+                                  indexer_buffers=tensors[2:], indexer_layout=layouts[0], **options)
+
+    def pages(tensors: list[torch.Tensor], first: int) -> list[torch.Tensor]:
+        return [tensor.reshape(10, -1)[first : first + 3].clone() for tensor in tensors]
+
+    manager, client = make_manager(tmp_path / "s"), KVTPClient(f"ipc://{tmp_path}/s")
+    try:
+        assert client.suspend_gpu_mappings() == 0
+        with pytest.raises(RegistrationError, match="suspend_gpu_mappings"):
+            register(make(1), resume=True)
+        tensors = make(1)
+        register(tensors)
+        wait_ready(manager)
+        before = pages(tensors, 2)
+        task = manager.put_async(tokens_of(3), mapping([2, 3, 4]))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        assert client.suspend_gpu_mappings() == 3
+        until(lambda: not manager.is_ready())
+        task = manager.get_async(tokens_of(3), mapping([6, 7, 8]))
+        assert manager.wait(task)[task].status is not Status.SUCCESS
+        tensors = make(2)
+        register(tensors, resume=True)
+        until(manager.is_ready)
+        task = manager.get_async(tokens_of(3), mapping([6, 7, 8]))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        assert all(torch.equal(a, b) for a, b in zip(pages(tensors, 6), before, strict=True))
+    finally:
+        client.close()
+        manager.shutdown()
+
+
 def test_before_the_ranks_are_there_nothing_is_found(tmp_path: Path) -> None:
     from tests.harness import make_manager
 

@@ -148,6 +148,7 @@ def test_copies_do_not_wait_for_later_compute(tmp_path: Path, cuda: FakeCuda, st
     tensors, slow, target = Tensors(device=0), np.ones(100, np.uint8), np.zeros(100, np.uint8)
     try:
         with local(tmp_path, tensors=tensors, gpu_strategy=strategy) as (manager, client, _):
+            client.wait_connected(10)
             client.advance_fence(save=1, load=1, stream=int(stream))
             cuda.delay(400_000)
             driver.cuMemcpyAsync(target.ctypes.data, slow.ctypes.data, 100, stream)
