@@ -100,6 +100,7 @@ static int launch(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const in
 
 /* Copies that are to be made, in one call where the driver can: it leaves no gaps between them. */
 struct batch {
+    int pinned;                   /* else the driver copies through memory of its own, one by one */
     size_t count;
     cu_ptr from[MAX_BATCH], to[MAX_BATCH];
     size_t sizes[MAX_BATCH];
@@ -111,7 +112,7 @@ static int flush(struct flexkv_cuda_copy *copy, struct batch *batch, cu_stream s
     size_t first = 0, failed, count = batch->count;
 
     batch->count = 0;
-    if (count > 1 && copy->api->cuMemcpyBatchAsync)
+    if (count > 1 && batch->pinned && copy->api->cuMemcpyBatchAsync)
         return TRY(cuMemcpyBatchAsync, batch->to, batch->from, batch->sizes, count, &order, &first, 1, &failed, stream);
     for (size_t i = 0; i < count; i++)
         if (TRY(cuMemcpyAsync, batch->to[i], batch->from[i], batch->sizes[i], stream))
@@ -144,10 +145,10 @@ static int copy_rows(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint6
 
 /* Copy engine between a staging buffer and slots. */
 static int copy_runs(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, uint32_t count,
-                     cu_ptr staged, cu_stream stream)
+                     int pinned, cu_ptr staged, cu_stream stream)
 {
     int whole = copy->stride == copy->at->slot_bytes;
-    struct batch batch = { .count = 0 };
+    struct batch batch = { .pinned = pinned };
 
     for (uint32_t i = 0, run; i < count; i += run) {
         cu_ptr device = staged + i * copy->stride;
@@ -166,10 +167,10 @@ static int copy_runs(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const
 
 /* Every chunk is a copy of its own. */
 static int copy_chunks(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, const int32_t *pages,
-                       uint32_t count, cu_stream stream)
+                       uint32_t count, int pinned, cu_stream stream)
 {
     const struct flexkv_pages *at = copy->at;
-    struct batch batch = { .count = 0 };
+    struct batch batch = { .pinned = pinned };
 
     for (uint32_t i = 0; i < count; i++)
         for (uint32_t r = 0; r < at->num_regions; r++) {
@@ -183,7 +184,7 @@ static int copy_chunks(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, con
 }
 
 static int move_staged(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t fence, const int32_t *slots,
-                       const int32_t *pages, uint32_t count)
+                       const int32_t *pages, uint32_t count, int pinned)
 {
     struct lane *lane = &copy->lanes[kind];
     uint32_t b = lane->num_staged % NUM_BUFFERS;
@@ -194,9 +195,9 @@ static int move_staged(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uin
             launch(copy, kind, slots, pages, count, buffer, copy->stride, 0) ||
             TRY(cuEventRecord, lane->filled[b], lane->kernel) ||
             TRY(cuStreamWaitEvent, lane->copy, lane->filled[b], 0) ||
-            copy_runs(copy, kind, slots, count, buffer, lane->copy))
+            copy_runs(copy, kind, slots, count, pinned, buffer, lane->copy))
             return 1;
-    } else if (copy_runs(copy, kind, slots, count, buffer, lane->copy) ||
+    } else if (copy_runs(copy, kind, slots, count, pinned, buffer, lane->copy) ||
                TRY(cuEventRecord, lane->filled[b], lane->copy) ||
                TRY(cuStreamWaitEvent, lane->kernel, lane->filled[b], 0) ||
                wait_fence(copy, lane, fence, lane->kernel) ||
@@ -267,13 +268,13 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
 
     last = strategy == FLEXKV_BATCH || (strategy == FLEXKV_STAGED && kind == FLEXKV_D2H) ? lane->copy : lane->kernel;
     if (strategy == FLEXKV_STAGED)
-        failed = move_staged(copy, kind, fence, slots, pages, count);
+        failed = move_staged(copy, kind, fence, slots, pages, count, pinned);
     else
         failed = wait_fence(copy, lane, fence, last) ||
                  (strategy == FLEXKV_DIRECT
                       ? launch(copy, kind, slots, pages, count,
                                (uint64_t)copy->at->pool + copy->at->segment_offset, copy->at->slot_bytes, 1)
-                      : copy_chunks(copy, kind, slots, pages, count, lane->copy));
+                      : copy_chunks(copy, kind, slots, pages, count, pinned, lane->copy));
     if (failed || TRY(cuEventRecord, lane->ended[lane->num_started % MAX_WINDOWS], last)) {
         copy->api->cuStreamSynchronize(lane->copy);           /* whatever was started must not outlive its slots */
         copy->api->cuStreamSynchronize(lane->kernel);
