@@ -158,6 +158,8 @@ cdef class DeviceAgent:
             return False
         with nogil:
             rc = flexkv_cuda_copy_register(cuda, &error)
+            if self.agent != NULL:
+                flexkv_agent_advance(self.agent, 0, 0)     # wakes it: ops may have waited for this part
         self.driver.check(error, "cuMemHostRegister")
         return rc == 1
 

@@ -39,9 +39,14 @@ class FakeCuda:
         """Every copy and kernel takes so long."""
         self._library.fake_cuda_delay(ctypes.c_long(microseconds))
 
+    def delay_registering(self, microseconds: int) -> None:
+        """Pinning a part of the pool takes so long."""
+        self._library.fake_cuda_delay_registering(ctypes.c_long(microseconds))
+
     def reset(self) -> None:
         self.fail("", 0, 0)
         self.delay(0)
+        self.delay_registering(0)
 
     @property
     def calls(self) -> int:

@@ -39,7 +39,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static char failing[64];
 static int fail_after, fail_code;
-static long delay_us, live_objects, live_bytes, registered_bytes, calls;
+static long delay_us, registering_us, live_objects, live_bytes, registered_bytes, calls;
 static __thread int depth;
 
 /* ---- what tests call ---- */
@@ -55,6 +55,7 @@ void fake_cuda_fail(const char *name, int after, int code)
 }
 
 void fake_cuda_delay(long microseconds) { __atomic_store_n(&delay_us, microseconds, __ATOMIC_SEQ_CST); }
+void fake_cuda_delay_registering(long microseconds) { registering_us = microseconds; }
 long fake_cuda_objects(void) { return live_objects; }
 long fake_cuda_bytes(void) { return live_bytes; }
 long fake_cuda_registered(void) { return registered_bytes; }
@@ -270,9 +271,12 @@ static struct { void *ptr; size_t bytes; } parts[MAX_PARTS];
 
 static cu_result fake_cuMemHostRegister(void *ptr, size_t bytes, unsigned int flags)
 {
+    struct timespec time = { registering_us / 1000000, registering_us % 1000000 * 1000 };
+
     ENTER;
     NEEDS_CONTEXT;
     (void)flags;
+    nanosleep(&time, NULL);
     for (int i = 0; i < MAX_PARTS; i++)
         if (!parts[i].ptr) {
             parts[i].ptr = ptr;

@@ -248,6 +248,18 @@ def test_a_pool_that_cannot_be_pinned_is_slow_but_right(
     assert "cannot be pinned" in caplog.text
 
 
+@pytest.mark.parametrize("fails", [True, False])
+def test_blocks_wait_for_their_part_of_the_pool(tmp_path: Path, cuda: FakeCuda, fails: bool) -> None:
+    cuda.delay_registering(300_000)
+    if fails:
+        cuda.fail("cuMemHostRegister", 0)
+    tensors = Tensors(device=0)
+    with local(tmp_path, tensors=tensors) as (manager, _, _):
+        tensors.fill([1], 1)
+        task = manager.put_async(tokens_of(1), mapping([1]))
+        assert manager.wait(task, timeout=5)[task].status is Status.SUCCESS
+
+
 def test_a_driver_without_batches(tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     from flexkv._core import cuda_driver
 
