@@ -158,7 +158,7 @@ import os, sys, pytest
 code = pytest.main(sys.argv[1:])
 sys.stdout.flush()
 os._exit(code)' -p no:cacheprovider --capture=sys \
-            tests/unit/_core tests/unit/cache tests/property tests/unit/test_kvmanager.py tests/unit/transfer
+            tests/unit/_core tests/unit/cache tests/property tests/unit/test_kvmanager.py
     )
 }
 
