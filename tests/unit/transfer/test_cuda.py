@@ -150,7 +150,7 @@ def test_copies_do_not_wait_for_later_compute(tmp_path: Path, cuda: FakeCuda, st
         with local(tmp_path, tensors=tensors, gpu_strategy=strategy) as (manager, client, _):
             client.wait_connected(10)
             client.advance_fence(save=1, load=1, stream=int(stream))
-            cuda.delay(400_000)
+            cuda.delay(2_000_000)
             driver.cuMemcpyAsync(target.ctypes.data, slow.ctypes.data, 100, stream)
             client.advance_fence(save=2, load=2, stream=int(stream))
             time.sleep(0.1)                                                # the slow one has started
