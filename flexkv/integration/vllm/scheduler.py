@@ -82,7 +82,6 @@ class SchedulerSide:
         last = first + -(-num_external_tokens // self._block_size)
         pages, keys = tracked.pages[first:last].copy(), tracked.keys()[:last]
         task_id = self._manager.get_blocks(keys, first, pages, fence=self._step + 1)
-        tracked.load = task_id
         tracked.num_offered = last
         self._outstanding.add(task_id)
         self._loads.append(

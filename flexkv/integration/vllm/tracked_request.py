@@ -50,8 +50,6 @@ class TrackedRequest:
         Leading blocks that were saved, loaded, or found to be saved.
     saves : set of int
         Tasks that are not known to have ended.
-    load : int or None
-        Task of the last load.
     """
 
     def __init__(self, request: "Request", manager: KVManager, block_size: int) -> None:
@@ -64,7 +62,6 @@ class TrackedRequest:
         self.num_computed = 0
         self.num_offered = 0
         self.saves: set[int] = set()
-        self.load: int | None = None
 
     def keys(self) -> NDArray[np.uint64]:
         """(n, 2) uint64: keys of all full blocks of tokens that are known now."""

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger("flexkv.vllm")
+
+_Half = TypeVar("_Half", SchedulerSide, WorkerSide)
 
 
 def _settings(vllm_config: "VllmConfig") -> FlexKVConfig:
@@ -61,6 +63,12 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
         model_id=str(model.model),
         revision=str(model.revision or ""),
     )
+
+
+def _half(half: _Half | None, role: str) -> _Half:
+    if half is None:
+        raise FlexKVError(f"a {role}'s method was called on a connector of the other role")
+    return half
 
 
 class FlexKVConnectorV1Impl:
@@ -98,29 +106,13 @@ class FlexKVConnectorV1Impl:
 
     @property
     def scheduler(self) -> SchedulerSide:
-        """The scheduler's half.
-
-        Raises
-        ------
-        FlexKVError
-            This is a worker's connector.
-        """
-        if self._scheduler is None:
-            raise FlexKVError("a scheduler's method was called on a worker's connector")
-        return self._scheduler
+        """The scheduler's half; FlexKVError on a worker."""
+        return _half(self._scheduler, "scheduler")
 
     @property
     def worker(self) -> WorkerSide:
-        """The worker's half.
-
-        Raises
-        ------
-        FlexKVError
-            This is the scheduler's connector.
-        """
-        if self._worker is None:
-            raise FlexKVError("a worker's method was called on the scheduler's connector")
-        return self._worker
+        """The worker's half; FlexKVError on the scheduler."""
+        return _half(self._worker, "worker")
 
     def shutdown(self) -> None:
         """Stop threads, give memory back."""
