@@ -51,12 +51,10 @@ struct cu_memcpy_attributes {     /* CUmemcpyAttributes */
     X(cuDeviceGet, (cu_device *device, int ordinal)) \
     X(cuDeviceGetAttribute, (int *value, int attribute, cu_device device)) \
     X(cuDevicePrimaryCtxRetain, (cu_context *context, cu_device device)) \
-    X(cuDevicePrimaryCtxRelease, (cu_device device)) \
     X(cuCtxPushCurrent, (cu_context context)) \
     X(cuCtxPopCurrent, (cu_context *context)) \
     X(cuCtxGetStreamPriorityRange, (int *least, int *greatest)) \
     X(cuModuleLoadData, (cu_module *module, const void *image)) \
-    X(cuModuleUnload, (cu_module module)) \
     X(cuModuleGetFunction, (cu_function *function, cu_module module, const char *name)) \
     X(cuMemAlloc, (cu_ptr *ptr, size_t bytes)) \
     X(cuMemFree, (cu_ptr ptr)) \

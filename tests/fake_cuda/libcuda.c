@@ -205,7 +205,6 @@ static cu_result fake_cuDevicePrimaryCtxRetain(cu_context *context, cu_device de
     return 0;
 }
 
-static cu_result fake_cuDevicePrimaryCtxRelease(cu_device device) { ENTER; (void)device; return 0; }
 static cu_result fake_cuCtxPushCurrent(cu_context context) { ENTER; (void)context; depth++; return 0; }
 
 static cu_result fake_cuCtxPopCurrent(cu_context *context)
@@ -230,8 +229,6 @@ static cu_result fake_cuModuleLoadData(cu_module *module, const void *image)
     *module = (cu_module)image;
     return memcmp(image, "\177ELF", 4) ? 200 : 0;
 }
-
-static cu_result fake_cuModuleUnload(cu_module module) { ENTER; (void)module; return 0; }
 
 static cu_result fake_cuModuleGetFunction(cu_function *function, cu_module module, const char *name)
 {
