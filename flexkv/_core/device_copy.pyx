@@ -39,7 +39,7 @@ from flexkv._core._csrc cimport (
 from flexkv._core.block_table import REGION_DTYPE
 from flexkv._core.cuda_driver cimport Device, Driver
 from flexkv._core.mapping cimport SharedMapping
-from flexkv.errors import TransferError
+from flexkv.errors import CudaError, TransferError
 
 STRATEGIES = ("auto", "staged", "direct", "batch")
 """Ways over the bus, in the order of ``enum flexkv_strategy``."""
@@ -178,12 +178,15 @@ cdef class DeviceAgent:
 
     @property
     def device_error(self):
-        """(function, error) of the first call that failed while blocks were moved, or None."""
+        """The CudaError of the first call that failed while blocks were moved, or None."""
         cdef const char *function = NULL
         cdef int error = flexkv_cuda_copy_error(self.cuda, &function) if self.cuda != NULL else 0
-        if not error:
-            return None
-        return (<bytes>function).decode(), error
+        try:
+            if error:
+                self.driver.check(error, (<bytes>function).decode())
+        except CudaError as reason:
+            return reason
+        return None
 
     def advance(self, uint64_t load_fence, uint64_t save_fence):
         """Let ops start whose fence is at most this; a fence never goes back."""

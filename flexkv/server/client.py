@@ -368,6 +368,8 @@ class KVTPClient:
                 continue
             whole = [np.concatenate([part.pages for part in parts]), np.concatenate([part.ok for part in parts])]
             results.append(OpResult(task_id, OpKind(kind), whole[0], whole[1]))
+            if not whole[1].all() and self._agent.device_error is not None:
+                logger.error("task %d: blocks were not moved: %s", task_id, self._agent.device_error)
         return results
 
     def wait_results(self, timeout_s: float) -> bool:

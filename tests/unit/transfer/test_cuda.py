@@ -181,7 +181,7 @@ STAGES = {
 @pytest.mark.parametrize("put", [True, False])
 @pytest.mark.parametrize("name", STAGES)
 def test_a_call_that_fails_is_a_failed_transfer(
-    tmp_path: Path, cuda: FakeCuda, name: str, put: bool, after: int
+    tmp_path: Path, cuda: FakeCuda, caplog: pytest.LogCaptureFixture, name: str, put: bool, after: int
 ) -> None:
     tensors = Tensors(PAGES, SHAPES["odd"] if name == "cuMemcpy2DAsync" else SHAPES["large"], device=0)
     with local(tmp_path, num_slots=2 * PAGES, tensors=tensors, gpu_strategy=STAGES[name], gpu_window_mb=1) as (
@@ -208,6 +208,7 @@ def test_a_call_that_fails_is_a_failed_transfer(
             assert tensors.read(pages) == before
         if happened:
             assert not result.ok.all()
+            assert f"{name} failed with CUDA_ERROR_FAKE" in caplog.text
             task = manager.put_async(tokens_of(2, 9), mapping([0, 1]))       # a broken context stays broken
             assert manager.wait(task)[task].status is Status.FAILED
 
