@@ -22,16 +22,19 @@ struct op {
     struct flexkv_msg_op msg;
     uint32_t started;             /* blocks that the backend was given, or that cannot be moved */
     uint32_t done;                /* blocks that have a result */
+    uint32_t span;                /* that `started` and windows to come are of */
     int cancelled;                /* or failed: no more of it starts */
+    int failed;                   /* a window of a span before the last */
     int32_t *slots;
     int32_t *pages;
     uint8_t *ok;
 };
 
-struct window {                   /* blocks [op->done, until) of an op, under way */
+struct window {                   /* blocks of an op, up to `until`, under way */
     struct window *next;
     struct op *op;
     uint32_t until;
+    uint32_t span;
 };
 
 struct flexkv_agent {
@@ -51,15 +54,19 @@ struct flexkv_agent {
     uint64_t buffer_size;
     pthread_mutex_t lock;         /* for what follows */
     pthread_cond_t changed;
+    uint64_t layerwise_task;      /* the last that something was started of */
+    uint32_t layerwise_spans;     /* spans of it of which everything was, counted from the first */
     struct flexkv_outcome *first;
     struct flexkv_outcome **last;
 };
 
 /* The CPU as the device: a window has arrived when start returns. */
 static int copy_with_cpu(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence,
-                         const int32_t *slots, const int32_t *pages, uint32_t count)
+                         uint32_t span, const int32_t *slots, const int32_t *pages, uint32_t count)
 {
     uint32_t batch = BATCH_BYTES / at->slot_bytes + 1;
+    const struct flexkv_region *first = at->regions + at->spans[span].first;
+    const struct flexkv_region *end = first + at->spans[span].num_regions;
 
     (void)context;
     (void)fence;
@@ -67,8 +74,7 @@ static int copy_with_cpu(void *context, const struct flexkv_pages *at, enum flex
     for (uint32_t i = 0; i < count; i++) {
         uint8_t *segment = at->pool + (uint64_t)slots[i] * at->slot_bytes + at->segment_offset;
 
-        for (uint32_t r = 0; r < at->num_regions; r++) {
-            const struct flexkv_region *region = &at->regions[r];
+        for (const struct flexkv_region *region = first; region < end; region++) {
             uint8_t *page = (uint8_t *)(region->base + (uint64_t)(pages[i] * region->page_stride));
 
             if (kind == FLEXKV_D2H)
@@ -87,7 +93,7 @@ static int arrived(void *context, enum flexkv_kind kind)
     return 1;
 }
 
-const struct flexkv_backend flexkv_host_backend = { NULL, copy_with_cpu, arrived, NULL };
+const struct flexkv_backend flexkv_host_backend = { NULL, copy_with_cpu, NULL, arrived, NULL };
 
 static uint64_t now_ns(void)
 {
@@ -162,10 +168,49 @@ static void unlink_op(struct flexkv_agent *agent, struct op *op)
     *at = op->next;
 }
 
+static uint32_t last_span(const struct flexkv_agent *agent, const struct op *op)
+{
+    return op->msg.flags & FLEXKV_OP_LAYERWISE ? agent->options.at.num_spans - 1 : 0;
+}
+
+/* Tell who waits that spans of a layerwise load were started, up to `span`. */
+static void note_span(struct flexkv_agent *agent, const struct op *op, uint32_t span)
+{
+    if ((op->msg.flags & (FLEXKV_OP_LAYERWISE | FLEXKV_OP_MORE)) != FLEXKV_OP_LAYERWISE)
+        return;
+    pthread_mutex_lock(&agent->lock);
+    if (op->msg.task_id > agent->layerwise_task)
+        agent->layerwise_spans = 0;
+    if (op->msg.task_id >= agent->layerwise_task) {
+        agent->layerwise_task = op->msg.task_id;
+        if (span + 1 > agent->layerwise_spans)
+            agent->layerwise_spans = span + 1;
+    }
+    pthread_cond_broadcast(&agent->changed);
+    pthread_mutex_unlock(&agent->lock);
+}
+
+/* The op's next span, or the end of it, when all blocks of one were started. */
+static void end_span(struct flexkv_agent *agent, struct op *op)
+{
+    const struct flexkv_backend *backend = &agent->options.backend;
+
+    if (!(op->msg.flags & FLEXKV_OP_LAYERWISE) || op->started < op->msg.count)
+        return;
+    if (backend->mark && backend->mark(backend->context, op->span))
+        op->failed = op->cancelled = 1;
+    note_span(agent, op, op->span);
+    if (op->span < last_span(agent, op)) {
+        op->span++;
+        op->started = 0;
+    }
+}
+
 static int finish(struct flexkv_agent *agent, struct op *op, uint32_t first)
 {
     int rc;
 
+    note_span(agent, op, last_span(agent, op));
     op->done = op->msg.count;
     unlink_op(agent, op);
     keep_outcome(agent, op);      /* before the controller knows: who asks after its answer finds it */
@@ -189,7 +234,8 @@ static int accept_op(struct flexkv_agent *agent, uint64_t size)
     if (!op)
         return -ENOMEM;
     op->msg = msg;
-    op->cancelled = msg.cancelled != 0;
+    op->cancelled = (msg.flags & FLEXKV_OP_CANCELLED) != 0;
+    op->span = msg.flags & FLEXKV_OP_LAYERWISE && agent->options.at.num_spans > 1;
     op->slots = (int32_t *)(op + 1);
     op->pages = op->slots + msg.count;
     op->ok = (uint8_t *)(op->pages + msg.count);
@@ -235,15 +281,19 @@ static int drain_submissions(struct flexkv_agent *agent)
     return rc;
 }
 
-/* The oldest op of the kind that may start and has blocks that have not. */
+/* The oldest op of the kind that may start and has blocks that have not; of those that compute waits for, if any. */
 static struct op *next_op(struct flexkv_agent *agent, enum flexkv_kind kind)
 {
     uint64_t fence = atomic_load(kind == FLEXKV_H2D ? &agent->load_fence : &agent->save_fence);
+    struct op *oldest = NULL;
 
     for (struct op *op = agent->ops; op; op = op->next)
-        if (op->msg.kind == kind && !op->cancelled && op->msg.fence <= fence && op->started < op->msg.count)
-            return op;
-    return NULL;
+        if (op->msg.kind == kind && !op->cancelled && op->msg.fence <= fence && op->started < op->msg.count) {
+            if (op->msg.flags & FLEXKV_OP_LAYERWISE)
+                return op;
+            oldest = oldest ? oldest : op;
+        }
+    return oldest;
 }
 
 static int under_way(const struct flexkv_agent *agent, const struct op *op)
@@ -271,23 +321,26 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
         run++;
     if (run == op->started) {     /* a block that is out of range: not ok, over with the next window or the op */
         op->started++;
+        end_span(agent, op);
         return 1;
     }
     window = malloc(sizeof(*window));
     taken = !window ? -ENOMEM
-                    : backend->start(backend->context, at, kind, op->msg.fence, op->slots + op->started,
+                    : backend->start(backend->context, at, kind, op->msg.fence, op->span, op->slots + op->started,
                                      op->pages + op->started, run - op->started);
     if (taken <= 0) {
         free(window);
         op->cancelled |= taken < 0;
         return taken < 0;
     }
-    memset(op->ok + op->started, 1, (uint32_t)taken);         /* told to nobody before they have arrived */
+    if (op->span == last_span(agent, op))
+        memset(op->ok + op->started, 1, (uint32_t)taken);     /* told to nobody before they have arrived */
     op->started += (uint32_t)taken;
-    *window = (struct window){ NULL, op, op->started };
+    *window = (struct window){ NULL, op, op->started, op->span };
     for (end = &agent->windows[kind]; *end; end = &(*end)->next)
         ;
     *end = window;
+    end_span(agent, op);
     return 1;
 }
 
@@ -305,22 +358,31 @@ static int end_window(struct flexkv_agent *agent, enum flexkv_kind kind)
     first = op->done;
     until = window->until;
     agent->windows[kind] = window->next;
-    free(window);
-    if (rc < 0) {
-        memset(op->ok + first, 0, until - first);
-        op->cancelled = 1;
+    if (rc < 0)
+        op->failed = op->cancelled = 1;
+    if (window->span < last_span(agent, op)) {
+        free(window);
+        return 1;
     }
+    free(window);
+    if (rc < 0 || (op->failed && op->msg.flags & FLEXKV_OP_LAYERWISE))
+        memset(op->ok + first, 0, until - first);
     if (until == op->msg.count)
         return (rc = finish(agent, op, first)) ? rc : 1;
     op->done = until;
     return (rc = report(agent, op, first, 0)) ? rc : 1;
 }
 
+static int all_started(const struct flexkv_agent *agent, const struct op *op)
+{
+    return op->started == op->msg.count && op->span == last_span(agent, op);
+}
+
 /* Finish ops that have nothing under way and nothing left to start: 1 if there was one, or negative errno. */
 static int finish_idle(struct flexkv_agent *agent)
 {
     for (struct op *op = agent->ops; op; op = op->next)
-        if ((op->cancelled || op->started == op->msg.count) && !under_way(agent, op)) {
+        if ((op->cancelled || all_started(agent, op)) && !under_way(agent, op)) {
             int rc = finish(agent, op, op->done);
 
             return rc ? rc : 1;
@@ -485,10 +547,9 @@ struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent)
     return outcome;
 }
 
-int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms)
+static struct timespec after(int timeout_ms)
 {
     struct timespec until;
-    int rc = 0, ready;
 
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += timeout_ms / 1000;
@@ -497,12 +558,37 @@ int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms)
         until.tv_sec++;
         until.tv_nsec -= 1000000000L;
     }
+    return until;
+}
+
+int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms)
+{
+    struct timespec until = after(timeout_ms);
+    int rc = 0, ready;
+
     pthread_mutex_lock(&agent->lock);
     while (!agent->first && !atomic_load(&agent->status) && rc != ETIMEDOUT)
         rc = pthread_cond_timedwait(&agent->changed, &agent->lock, &until);
     ready = agent->first || atomic_load(&agent->status);
     pthread_mutex_unlock(&agent->lock);
     return ready;
+}
+
+static int span_started(const struct flexkv_agent *agent, uint64_t task_id, uint32_t span)
+{
+    return agent->layerwise_task > task_id || (agent->layerwise_task == task_id && agent->layerwise_spans > span);
+}
+
+int flexkv_agent_wait_span(struct flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms)
+{
+    struct timespec until = after(timeout_ms);
+    int rc = 0, started;
+
+    pthread_mutex_lock(&agent->lock);
+    while (!(started = span_started(agent, task_id, span)) && !atomic_load(&agent->status) && rc != ETIMEDOUT)
+        rc = pthread_cond_timedwait(&agent->changed, &agent->lock, &until);
+    pthread_mutex_unlock(&agent->lock);
+    return started ? 0 : rc ? -rc : atomic_load(&agent->status);
 }
 
 int flexkv_agent_status(struct flexkv_agent *agent)

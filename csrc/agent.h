@@ -13,6 +13,12 @@ enum flexkv_kind { FLEXKV_D2H = 1, FLEXKV_H2D = 2 };
 /* Records of the rings. */
 enum { FLEXKV_MSG_OP = 1, FLEXKV_MSG_CANCEL = 2, FLEXKV_MSG_RESULT = 3 };
 
+enum flexkv_op_flag {
+    FLEXKV_OP_CANCELLED = 1,      /* do not copy, only report */
+    FLEXKV_OP_LAYERWISE = 2,      /* a load, span after span */
+    FLEXKV_OP_MORE = 4,           /* not the last part of the op */
+};
+
 struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count] */
     uint64_t op_id;
     uint64_t task_id;
@@ -20,7 +26,7 @@ struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count]
     uint32_t kind;
     uint32_t count;
     uint32_t op_blocks;           /* blocks of the whole op, of which this may be a part */
-    uint32_t cancelled;           /* do not copy, only report */
+    uint32_t flags;               /* enum flexkv_op_flag */
 };
 
 struct flexkv_msg_cancel {
@@ -42,6 +48,16 @@ struct flexkv_region {            /* as REGION_DTYPE */
     uint64_t slot_offset;
 };
 
+/* Regions whose bytes follow one another in a slot. Span 0 is all of them; the others, if any, are groups of layers, in
+ * order, and together all. */
+struct flexkv_span {              /* as SPAN_DTYPE */
+    uint32_t first;
+    uint32_t num_regions;
+    uint64_t slot_offset;
+    uint64_t bytes;
+    uint64_t max_chunk;
+};
+
 struct flexkv_pages {             /* what a backend copies between */
     uint8_t *pool;
     uint64_t slot_bytes;
@@ -49,6 +65,8 @@ struct flexkv_pages {             /* what a backend copies between */
     uint64_t segment_offset;      /* of this rank's part of a slot */
     const struct flexkv_region *regions;
     uint32_t num_regions;
+    const struct flexkv_span *spans;
+    uint32_t num_spans;
     uint64_t num_pages;
 };
 
@@ -56,11 +74,13 @@ struct flexkv_pages {             /* what a backend copies between */
  * order in which they started. */
 struct flexkv_backend {
     int (*attach)(void *context); /* first call on the thread: 0, or negative errno; may be NULL */
-    /* Start to move some of the first `count` blocks, whose slots and pages are in range, of an op with this fence: how
-     * many, or 0: no room now, ask again when a window has ended; or negative errno, and nothing is under way for
-     * these. */
-    int (*start)(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence,
+    /* Start to move a span of some of the first `count` blocks, whose slots and pages are in range, of an op with this
+     * fence: how many, or 0: no room now, ask again when a window has ended; or negative errno, and nothing is under way
+     * for these. */
+    int (*start)(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence, uint32_t span,
                  const int32_t *slots, const int32_t *pages, uint32_t count);
+    /* Loads of the span that were started until now are what flexkv_agent_wait_span has waited for. May be NULL. */
+    int (*mark)(void *context, uint32_t span);
     /* The oldest window of the kind: 1 when it has arrived, 0 when under way, negative errno when it has failed; it is
      * over when not 0, and nothing of it touches slots or pages any more. */
     int (*poll)(void *context, enum flexkv_kind kind);
@@ -104,6 +124,10 @@ struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent);
 
 /* Wait until there is an outcome, or the agent has ended: 1, else 0 after timeout_ms. */
 int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms);
+
+/* Wait until all windows of a span of a layerwise load have been started, or never will be: its op has ended. 0, or
+ * -ETIMEDOUT, or the agent's status if that has ended. */
+int flexkv_agent_wait_span(struct flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms);
 
 /* 0 while it runs; after that why it ended: -EPIPE (hang-up), -EBADMSG, -ECANCELED (stopped), ... */
 int flexkv_agent_status(struct flexkv_agent *agent);

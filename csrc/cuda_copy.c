@@ -6,6 +6,7 @@
 
 #define NUM_BUFFERS 3             /* staging buffers of each kind: one fills, one empties, one is ready */
 #define MAX_WINDOWS 16            /* under way of each kind */
+#define MAX_AHEAD 256             /* the same of layerwise loads: the engine waits until they are given to the GPU */
 #define FLEXKV_MOVE_BLOCKS 480    /* as MAX_BLOCKS in move_blocks.cu */
 #define PIECE_BYTES 32768         /* a work item of the kernel */
 #define THREADS 512
@@ -22,7 +23,8 @@ struct lane {                     /* one direction */
     _Atomic uint64_t fence_of[NUM_FENCES];
     _Atomic uint64_t num_fences;
     cu_event filled[NUM_BUFFERS]; /* H2D: bytes are in the buffer; D2H: the pages are gathered */
-    cu_event ended[MAX_WINDOWS];
+    cu_event ended[MAX_AHEAD];
+    cu_event *marks;              /* loads of a span that were started before */
     cu_ptr buffers[NUM_BUFFERS];
     int64_t user[NUM_BUFFERS];    /* window that used the buffer last */
     uint64_t num_started, num_ended;
@@ -35,8 +37,6 @@ struct flexkv_cuda_copy {
     const struct flexkv_pages *at;
     struct lane lanes[3];         /* by kind; [0] is not used */
     cu_ptr regions;
-    uint64_t stride;              /* of blocks in a staging buffer */
-    uint64_t max_chunk, total_chunk;
     uint64_t chunk_slots;         /* slots that are registered at a time; no copy crosses such a part */
     _Atomic uint64_t registered;  /* slots */
     _Atomic int registering;
@@ -72,21 +72,40 @@ static int wait_fence(struct flexkv_cuda_copy *copy, struct lane *lane, uint64_t
     return number && TRY(cuStreamWaitEvent, stream, lane->fences[(number - back) % NUM_FENCES], 0);
 }
 
+/* What a window moves. */
+struct job {
+    enum flexkv_kind kind;
+    uint64_t fence;
+    const struct flexkv_span *span;
+    const int32_t *slots, *pages;
+    uint32_t count;
+    int pinned;
+};
+
+/* Of blocks in a staging buffer. */
+static uint64_t stride_of(const struct flexkv_span *span)
+{
+    return (span->bytes + 15) / 16 * 16;
+}
+
 static uint64_t pool_address(const struct flexkv_cuda_copy *copy, int32_t slot)
 {
     return (uint64_t)copy->at->pool + (uint64_t)slot * copy->at->slot_bytes + copy->at->segment_offset;
 }
 
-static int launch(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, const int32_t *pages,
-                  uint32_t count, cu_ptr far, uint64_t far_stride, int direct)
+/* Move between the pages and what begins at `far` with the start of a slot, so far as the span goes. */
+static int launch(struct flexkv_cuda_copy *copy, const struct job *job, cu_ptr far, uint64_t far_stride, int direct)
 {
+    const int32_t *slots = job->slots, *pages = job->pages;
+    enum flexkv_kind kind = job->kind;
     uint64_t piece_bytes = PIECE_BYTES;
-    uint32_t pieces = (uint32_t)((copy->max_chunk + piece_bytes - 1) / piece_bytes), grid;
-    uint32_t num_regions = copy->at->num_regions;
+    uint32_t count = job->count, num_regions = job->span->num_regions, grid;
+    uint32_t pieces = (uint32_t)((job->span->max_chunk + piece_bytes - 1) / piece_bytes);
+    cu_ptr regions = copy->regions + job->span->first * sizeof(struct flexkv_region);
     uint64_t items = (uint64_t)count * num_regions * pieces;
     int gather = kind == FLEXKV_D2H;
     struct blocks blocks;
-    void *parameters[] = { &copy->regions, &num_regions, &count, &pieces, &piece_bytes, &far, &far_stride, &direct,
+    void *parameters[] = { &regions, &num_regions, &count, &pieces, &piece_bytes, &far, &far_stride, &direct,
                            &gather, &blocks };
 
     for (uint32_t i = 0; i < count; i++) {
@@ -130,78 +149,71 @@ static int add(struct flexkv_cuda_copy *copy, struct batch *batch, enum flexkv_k
 }
 
 /* Slots that follow one another, where a block is not a whole slot. */
-static int copy_rows(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t staged, uint64_t host,
-                     uint32_t count, cu_stream stream)
+static int copy_rows(struct flexkv_cuda_copy *copy, const struct job *job, uint64_t staged, uint64_t host, uint32_t count,
+                     cu_stream stream)
 {
-    int down = kind == FLEXKV_D2H;
+    int down = job->kind == FLEXKV_D2H;
+    uint64_t stride = stride_of(job->span);
     struct cu_memcpy2d rows = { .src_type = CU_MEMORYTYPE_UNIFIED, .src_device = down ? staged : host,
-                                .src_pitch = down ? copy->stride : copy->at->slot_bytes,
+                                .src_pitch = down ? stride : copy->at->slot_bytes,
                                 .dst_type = CU_MEMORYTYPE_UNIFIED, .dst_device = down ? host : staged,
-                                .dst_pitch = down ? copy->at->slot_bytes : copy->stride,
-                                .width = copy->total_chunk, .height = count };
+                                .dst_pitch = down ? copy->at->slot_bytes : stride,
+                                .width = job->span->bytes, .height = count };
 
     return TRY(cuMemcpy2DAsync, &rows, stream);
 }
 
 /* Copy engine between a staging buffer and slots. */
-static int copy_runs(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, uint32_t count,
-                     int pinned, cu_ptr staged, cu_stream stream)
+static int copy_runs(struct flexkv_cuda_copy *copy, const struct job *job, cu_ptr staged, cu_stream stream)
 {
-    int whole = copy->stride == copy->at->slot_bytes;
-    struct batch batch = { .pinned = pinned };
+    uint64_t stride = stride_of(job->span), bytes = job->span->bytes;
+    int whole = stride == copy->at->slot_bytes;
+    const int32_t *slots = job->slots;
+    struct batch batch = { .pinned = job->pinned };
 
-    for (uint32_t i = 0, run; i < count; i += run) {
-        cu_ptr device = staged + i * copy->stride;
-        uint64_t host = pool_address(copy, slots[i]);
+    for (uint32_t i = 0, run; i < job->count; i += run) {
+        cu_ptr device = staged + i * stride;
+        uint64_t host = pool_address(copy, slots[i]) + job->span->slot_offset;
 
-        for (run = 1; i + run < count && slots[i + run] == slots[i] + (int32_t)run &&
+        for (run = 1; i + run < job->count && slots[i + run] == slots[i] + (int32_t)run &&
                       (uint64_t)slots[i + run] % copy->chunk_slots; run++)
             ;
-        if (run == 1 || whole ? add(copy, &batch, kind, device, host, run == 1 ? copy->total_chunk : run * copy->stride,
-                                    stream)
-                              : copy_rows(copy, kind, device, host, run, stream))
+        if (run == 1 || whole ? add(copy, &batch, job->kind, device, host, run == 1 ? bytes : run * stride, stream)
+                              : copy_rows(copy, job, device, host, run, stream))
             return 1;
     }
     return flush(copy, &batch, stream);
 }
 
 /* Every chunk is a copy of its own. */
-static int copy_chunks(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, const int32_t *slots, const int32_t *pages,
-                       uint32_t count, int pinned, cu_stream stream)
+static int copy_chunks(struct flexkv_cuda_copy *copy, const struct job *job, cu_stream stream)
 {
-    const struct flexkv_pages *at = copy->at;
-    struct batch batch = { .pinned = pinned };
+    const struct flexkv_region *first = copy->at->regions + job->span->first, *end = first + job->span->num_regions;
+    struct batch batch = { .pinned = job->pinned };
 
-    for (uint32_t i = 0; i < count; i++)
-        for (uint32_t r = 0; r < at->num_regions; r++) {
-            const struct flexkv_region *region = &at->regions[r];
-
-            if (add(copy, &batch, kind, region->base + (uint64_t)(pages[i] * region->page_stride),
-                    pool_address(copy, slots[i]) + region->slot_offset, region->chunk_bytes, stream))
+    for (uint32_t i = 0; i < job->count; i++)
+        for (const struct flexkv_region *region = first; region < end; region++)
+            if (add(copy, &batch, job->kind, region->base + (uint64_t)(job->pages[i] * region->page_stride),
+                    pool_address(copy, job->slots[i]) + region->slot_offset, region->chunk_bytes, stream))
                 return 1;
-        }
     return flush(copy, &batch, stream);
 }
 
-static int move_staged(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t fence, const int32_t *slots,
-                       const int32_t *pages, uint32_t count, int pinned)
+static int move_staged(struct flexkv_cuda_copy *copy, const struct job *job)
 {
-    struct lane *lane = &copy->lanes[kind];
+    struct lane *lane = &copy->lanes[job->kind];
     uint32_t b = lane->num_staged % NUM_BUFFERS;
-    cu_ptr buffer = lane->buffers[b];
+    cu_ptr buffer = lane->buffers[b], far = buffer - job->span->slot_offset;
+    uint64_t stride = stride_of(job->span);
 
-    if (kind == FLEXKV_D2H) {
-        if (wait_fence(copy, lane, fence, lane->kernel) ||
-            launch(copy, kind, slots, pages, count, buffer, copy->stride, 0) ||
+    if (job->kind == FLEXKV_D2H) {
+        if (wait_fence(copy, lane, job->fence, lane->kernel) || launch(copy, job, far, stride, 0) ||
             TRY(cuEventRecord, lane->filled[b], lane->kernel) ||
-            TRY(cuStreamWaitEvent, lane->copy, lane->filled[b], 0) ||
-            copy_runs(copy, kind, slots, count, pinned, buffer, lane->copy))
+            TRY(cuStreamWaitEvent, lane->copy, lane->filled[b], 0) || copy_runs(copy, job, buffer, lane->copy))
             return 1;
-    } else if (copy_runs(copy, kind, slots, count, pinned, buffer, lane->copy) ||
-               TRY(cuEventRecord, lane->filled[b], lane->copy) ||
+    } else if (copy_runs(copy, job, buffer, lane->copy) || TRY(cuEventRecord, lane->filled[b], lane->copy) ||
                TRY(cuStreamWaitEvent, lane->kernel, lane->filled[b], 0) ||
-               wait_fence(copy, lane, fence, lane->kernel) ||
-               launch(copy, kind, slots, pages, count, buffer, copy->stride, 0)) {
+               wait_fence(copy, lane, job->fence, lane->kernel) || launch(copy, job, far, stride, 0)) {
         return 1;
     }
     lane->user[b] = (int64_t)lane->num_started;
@@ -231,64 +243,108 @@ static uint32_t usable(struct flexkv_cuda_copy *copy, const int32_t *slots, uint
     return n;
 }
 
-static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence,
+static uint32_t strategy_of(const struct flexkv_cuda_copy *copy, const struct job *job)
+{
+    uint32_t strategy = copy->options.strategy;
+    const struct flexkv_span *span = job->span;
+
+    if (strategy == FLEXKV_AUTO)
+        strategy = span->bytes / span->num_regions >= BATCH_CHUNK_BYTES          ? FLEXKV_BATCH
+                   : job->pinned && job->count * span->bytes <= DIRECT_BYTES      ? FLEXKV_DIRECT
+                                                                                  : FLEXKV_STAGED;
+    if (strategy == FLEXKV_DIRECT && !job->pinned)
+        strategy = FLEXKV_BATCH;
+    if (strategy == FLEXKV_STAGED && stride_of(span) > copy->options.window_bytes)
+        strategy = FLEXKV_BATCH;  /* not one block fits into a buffer */
+    return strategy;
+}
+
+/* The largest number of blocks for a window: for a staged one, those that fit into a buffer. */
+static uint32_t fit(const struct flexkv_cuda_copy *copy, const struct job *job, uint32_t strategy)
+{
+    const struct lane *lane = &copy->lanes[job->kind];
+    uint64_t window = copy->options.window_bytes, stride = stride_of(job->span);
+
+    if (strategy != FLEXKV_STAGED)
+        return (uint32_t)(window / stride + 1);
+    if (lane->num_started == lane->num_ended && job->count * stride > window / FIRST_WINDOW_SHARE)
+        window = stride > window / FIRST_WINDOW_SHARE ? stride : window / FIRST_WINDOW_SHARE;
+    return (uint32_t)(window / stride);
+}
+
+static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence, uint32_t span,
                  const int32_t *slots, const int32_t *pages, uint32_t count)
 {
     struct flexkv_cuda_copy *copy = context;
     struct lane *lane = &copy->lanes[kind];
-    uint32_t strategy = copy->options.strategy, fit;
-    uint64_t window = copy->options.window_bytes;
-    int pinned, failed;
+    struct job job = { kind, fence, &at->spans[span], slots, pages, count, 0 };
+    uint32_t strategy, most;
     cu_stream last;
+    int failed;
 
-    (void)at;
     if (atomic_load(&copy->error))
         return -EIO;
-    if (lane->num_started - lane->num_ended == MAX_WINDOWS)
+    if (lane->num_started - lane->num_ended >= (span ? MAX_AHEAD : MAX_WINDOWS))
         return 0;
-    count = usable(copy, slots, count < FLEXKV_MOVE_BLOCKS ? count : FLEXKV_MOVE_BLOCKS, &pinned);
-    if (!count)
+    job.count = usable(copy, slots, count < FLEXKV_MOVE_BLOCKS ? count : FLEXKV_MOVE_BLOCKS, &job.pinned);
+    if (!job.count)
         return 0;
-    if (strategy == FLEXKV_AUTO)
-        strategy = copy->total_chunk / copy->at->num_regions >= BATCH_CHUNK_BYTES ? FLEXKV_BATCH
-                   : pinned && count * copy->total_chunk <= DIRECT_BYTES          ? FLEXKV_DIRECT
-                                                                                  : FLEXKV_STAGED;
-    if (strategy == FLEXKV_DIRECT && !pinned)
-        strategy = FLEXKV_BATCH;
-    if (strategy == FLEXKV_STAGED && copy->stride > window)
-        strategy = FLEXKV_BATCH;  /* not one block fits into a buffer */
-    if (lane->num_started == lane->num_ended && count * copy->stride > window / FIRST_WINDOW_SHARE)
-        window = copy->stride > window / FIRST_WINDOW_SHARE ? copy->stride : window / FIRST_WINDOW_SHARE;
-    fit = strategy == FLEXKV_STAGED ? (uint32_t)(window / copy->stride)
-                                    : (uint32_t)(copy->options.window_bytes / copy->stride + 1);
-    count = count < fit ? count : fit;
-    if (strategy == FLEXKV_STAGED && lane->num_staged >= NUM_BUFFERS &&
-        lane->user[lane->num_staged % NUM_BUFFERS] >= (int64_t)lane->num_ended)
-        return 0;                 /* all buffers are in use */
+    strategy = strategy_of(copy, &job);
+    most = fit(copy, &job, strategy);
+    job.count = job.count < most ? job.count : most;
+    if (strategy == FLEXKV_STAGED && lane->num_staged >= NUM_BUFFERS) {
+        int64_t user = lane->user[lane->num_staged % NUM_BUFFERS];
 
+        if (user >= (int64_t)lane->num_ended && !span)
+            return 0;             /* all buffers are in use */
+        if (user >= (int64_t)lane->num_ended && TRY(cuStreamWaitEvent, lane->copy, lane->ended[user % MAX_AHEAD], 0))
+            return -EIO;
+    }
     last = strategy == FLEXKV_BATCH || (strategy == FLEXKV_STAGED && kind == FLEXKV_D2H) ? lane->copy : lane->kernel;
     if (strategy == FLEXKV_STAGED)
-        failed = move_staged(copy, kind, fence, slots, pages, count, pinned);
+        failed = move_staged(copy, &job);
     else
         failed = wait_fence(copy, lane, fence, last) ||
                  (strategy == FLEXKV_DIRECT
-                      ? launch(copy, kind, slots, pages, count,
-                               (uint64_t)copy->at->pool + copy->at->segment_offset, copy->at->slot_bytes, 1)
-                      : copy_chunks(copy, kind, slots, pages, count, pinned, lane->copy));
-    if (failed || TRY(cuEventRecord, lane->ended[lane->num_started % MAX_WINDOWS], last)) {
+                      ? launch(copy, &job, (uint64_t)at->pool + at->segment_offset, at->slot_bytes, 1)
+                      : copy_chunks(copy, &job, lane->copy));
+    if (failed || TRY(cuEventRecord, lane->ended[lane->num_started % MAX_AHEAD], last)) {
         copy->api->cuStreamSynchronize(lane->copy);           /* whatever was started must not outlive its slots */
         copy->api->cuStreamSynchronize(lane->kernel);
         return -EIO;
     }
     lane->num_started++;
-    return (int)count;
+    return (int)job.count;
+}
+
+/* Both streams of the lane: a window may have ended on either. */
+static int mark(void *context, uint32_t span)
+{
+    struct flexkv_cuda_copy *copy = context;
+    struct lane *lane = &copy->lanes[FLEXKV_H2D];
+
+    return TRY(cuEventRecord, lane->marks[0], lane->copy) ||
+           TRY(cuStreamWaitEvent, lane->kernel, lane->marks[0], 0) ||
+           TRY(cuEventRecord, lane->marks[span + 1], lane->kernel) ? -EIO : 0;
+}
+
+cu_result flexkv_cuda_copy_follow(struct flexkv_cuda_copy *copy, uint32_t span, cu_stream stream)
+{
+    cu_result result = copy->api->cuCtxPushCurrent(copy->options.context);
+    cu_context popped;
+
+    if (result)
+        return result;
+    result = copy->api->cuStreamWaitEvent(stream, copy->lanes[FLEXKV_H2D].marks[span + 1], 0);
+    copy->api->cuCtxPopCurrent(&popped);
+    return result;
 }
 
 static int poll_window(void *context, enum flexkv_kind kind)
 {
     struct flexkv_cuda_copy *copy = context;
     struct lane *lane = &copy->lanes[kind];
-    cu_result result = copy->api->cuEventQuery(lane->ended[lane->num_ended % MAX_WINDOWS]);
+    cu_result result = copy->api->cuEventQuery(lane->ended[lane->num_ended % MAX_AHEAD]);
 
     if (result == CU_ERROR_NOT_READY)
         return 0;
@@ -303,14 +359,19 @@ static int poll_window(void *context, enum flexkv_kind kind)
 
 static cu_result create_lane(struct flexkv_cuda_copy *copy, struct lane *lane, int priority)
 {
+    uint32_t num_marks = copy->at->num_spans + 1;
+
     if (TRY(cuStreamCreateWithPriority, &lane->kernel, CU_STREAM_NON_BLOCKING, priority) ||
         TRY(cuStreamCreateWithPriority, &lane->copy, CU_STREAM_NON_BLOCKING, priority))
         return copy->error;
     for (int i = 0; i < NUM_FENCES; i++)
         if (TRY(cuEventCreate, &lane->fences[i], CU_EVENT_DISABLE_TIMING))
             return copy->error;
-    for (int i = 0; i < MAX_WINDOWS; i++)
+    for (int i = 0; i < MAX_AHEAD; i++)
         if (TRY(cuEventCreate, &lane->ended[i], CU_EVENT_DISABLE_TIMING))
+            return copy->error;
+    for (uint32_t i = 0; i < num_marks; i++)
+        if (TRY(cuEventCreate, &lane->marks[i], CU_EVENT_DISABLE_TIMING))
             return copy->error;
     for (int i = 0; i < NUM_BUFFERS; i++)
         if (TRY(cuEventCreate, &lane->filled[i], CU_EVENT_DISABLE_TIMING) ||
@@ -343,12 +404,12 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
     copy->api = api;
     copy->options = *options;
     copy->at = at;
-    for (uint32_t r = 0; r < at->num_regions; r++) {
-        copy->total_chunk += at->regions[r].chunk_bytes;
-        if (at->regions[r].chunk_bytes > copy->max_chunk)
-            copy->max_chunk = at->regions[r].chunk_bytes;
-    }
-    copy->stride = (copy->total_chunk + 15) / 16 * 16;
+    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
+        if (!(copy->lanes[kind].marks = calloc(at->num_spans + 1, sizeof(cu_event)))) {
+            free(copy->lanes[FLEXKV_D2H].marks);
+            free(copy);
+            return -ENOMEM;
+        }
     copy->chunk_slots = REGISTER_BYTES / at->slot_bytes + 1;
     copy->registering = 1;
     *error = api->cuCtxPushCurrent(options->context);
@@ -425,9 +486,13 @@ void flexkv_cuda_copy_destroy(struct flexkv_cuda_copy *copy)
     for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++) {
         struct lane *lane = &copy->lanes[kind];
 
-        for (int i = 0; i < MAX_WINDOWS; i++)
+        for (int i = 0; i < MAX_AHEAD; i++)
             if (lane->ended[i])
                 api->cuEventDestroy(lane->ended[i]);
+        for (uint32_t i = 0; i <= copy->at->num_spans; i++)
+            if (lane->marks[i])
+                api->cuEventDestroy(lane->marks[i]);
+        free(lane->marks);
         for (int i = 0; i < NUM_BUFFERS; i++) {
             if (lane->filled[i])
                 api->cuEventDestroy(lane->filled[i]);
@@ -453,5 +518,5 @@ void flexkv_cuda_copy_destroy(struct flexkv_cuda_copy *copy)
 
 struct flexkv_backend flexkv_cuda_backend(struct flexkv_cuda_copy *copy)
 {
-    return (struct flexkv_backend){ attach, start, poll_window, copy };
+    return (struct flexkv_backend){ attach, start, mark, poll_window, copy };
 }

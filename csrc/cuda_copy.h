@@ -29,6 +29,9 @@ int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, cu_result *error);
  * that it has advanced so far; fences only grow. */
 cu_result flexkv_cuda_copy_fence(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t fence, cu_stream stream);
 
+/* The stream waits for loads of the span that flexkv_agent_wait_span has waited for. */
+cu_result flexkv_cuda_copy_follow(struct flexkv_cuda_copy *copy, uint32_t span, cu_stream stream);
+
 /* The first CUDA error of a copy and the function that returned it, or CU_SUCCESS. */
 cu_result flexkv_cuda_copy_error(struct flexkv_cuda_copy *copy, const char **function);
 

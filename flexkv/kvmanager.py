@@ -321,13 +321,17 @@ class KVManager:
         cache = self._cache
         return cache.match(keys) if cache is not None else MatchResult(0, StopReason.NEVER_SEEN)
 
-    def get_blocks(self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0) -> int:
+    def get_blocks(
+        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0,
+        layerwise: bool = False,
+    ) -> int:
         """Load blocks ``[start_block, start_block + len(pages))`` of a sequence into ``pages``.
 
-        A block that is not ready fails, and with it the task; the others are loaded.
+        A block that is not ready fails, and with it the task; the others are loaded. ``layerwise``: for
+        ``KVTPClient.follow_load``.
         """
         task = self._tasks.new_get(self._cache, keys, start_block, start_block + len(pages), 0)
-        self._tasks.run(task, pages, fence)
+        self._tasks.run(task, pages, fence, layerwise)
         return task.task_id
 
     def put_blocks(

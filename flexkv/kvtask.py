@@ -163,7 +163,7 @@ class TaskTable:
             task = self._tasks.get(task_id)
             return task.blocks if task is not None else np.zeros(0, dtype=np.int32)
 
-    def run(self, task: KVTask, pages: NDArray[np.int32], fence: int) -> None:
+    def run(self, task: KVTask, pages: NDArray[np.int32], fence: int, layerwise: bool = False) -> None:
         """Move the task's blocks between their slots and ``pages`` ((m,) int32)."""
         with self._lock:
             task.stage = TaskStage.RUNNING
@@ -177,6 +177,7 @@ class TaskTable:
                 dst=pages if loading else task.slots,
                 dp_client_id=self._dp_client_id,
                 fence=fence,
+                layerwise=layerwise and loading,
             )
             task.graph = TransferGraph(task.task_id, [op])
         self._transfer.submit(task.graph, self._on_done)

@@ -66,7 +66,7 @@ cdef extern from "agent.h" nogil:
         uint32_t kind
         uint32_t count
         uint32_t op_blocks
-        uint32_t cancelled
+        uint32_t flags
 
     struct flexkv_msg_cancel:
         uint64_t op_id
@@ -80,6 +80,9 @@ cdef extern from "agent.h" nogil:
     struct flexkv_region:
         uint64_t base
 
+    struct flexkv_span:
+        uint32_t first
+
     struct flexkv_pages:
         uint8_t *pool
         uint64_t slot_bytes
@@ -87,6 +90,8 @@ cdef extern from "agent.h" nogil:
         uint64_t segment_offset
         const flexkv_region *regions
         uint32_t num_regions
+        const flexkv_span *spans
+        uint32_t num_spans
         uint64_t num_pages
 
     struct flexkv_backend:
@@ -120,6 +125,7 @@ cdef extern from "agent.h" nogil:
     void flexkv_agent_advance(flexkv_agent *agent, uint64_t load_fence, uint64_t save_fence)
     flexkv_outcome *flexkv_agent_take(flexkv_agent *agent)
     int flexkv_agent_wait(flexkv_agent *agent, int timeout_ms)
+    int flexkv_agent_wait_span(flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms)
     int flexkv_agent_status(flexkv_agent *agent)
     void flexkv_agent_stop(flexkv_agent *agent)
 
@@ -139,6 +145,7 @@ cdef extern from "cuda_copy.h" nogil:
                                 const flexkv_pages *at, int *error)
     int flexkv_cuda_copy_register(flexkv_cuda_copy *copy, int *error)
     int flexkv_cuda_copy_fence(flexkv_cuda_copy *copy, flexkv_kind kind, uint64_t fence, cu_stream stream)
+    int flexkv_cuda_copy_follow(flexkv_cuda_copy *copy, uint32_t span, cu_stream stream)
     int flexkv_cuda_copy_error(flexkv_cuda_copy *copy, const char **function)
     void flexkv_cuda_copy_destroy(flexkv_cuda_copy *copy)
     flexkv_backend flexkv_cuda_backend(flexkv_cuda_copy *copy)

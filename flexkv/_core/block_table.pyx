@@ -11,6 +11,12 @@ from flexkv.errors import RegistrationError, SlotMappingError
 REGION_DTYPE = np.dtype([("base", "u8"), ("page_stride", "i8"), ("chunk_bytes", "u8"), ("slot_offset", "u8")])
 """For page p: ``chunk_bytes`` bytes at ``base + p * page_stride`` <-> ``slot_offset`` within the rank's segment."""
 
+SPAN_DTYPE = np.dtype(
+    [("first", np.uint32), ("num_regions", np.uint32), ("slot_offset", np.uint64), ("bytes", np.uint64),
+     ("max_chunk", np.uint64)]
+)
+"""Regions whose bytes follow one another in a slot: ``struct flexkv_span``."""
+
 ctypedef fused slot_t:
     int32_t
     int64_t
@@ -199,3 +205,50 @@ def regions_from_tensors(specs):
         raise RegistrationError("pages overlap: the page dimension steps by less than a page's bytes")
     table = np.array([tuple(region) for region in regions], dtype=REGION_DTYPE)
     return table, num_pages, offset
+
+
+def whole_span(regions):
+    """(1,) SPAN_DTYPE: one span, of all regions."""
+    return _spans(regions, [(0, len(regions))])
+
+
+def layer_spans(regions, tensor_bytes, int num_groups):
+    """Groups of layers of about equal size, for loads layer by layer.
+
+    Parameters
+    ----------
+    regions : ndarray of REGION_DTYPE
+    tensor_bytes : sequence of int
+        Bytes of a page of each tensor, in the order of ``regions_from_tensors``: together the segment.
+    num_groups : int
+        At most so many.
+
+    Returns
+    -------
+    spans : ndarray of SPAN_DTYPE
+        All regions first, then the groups; without groups where a region is of more than one layer.
+    span_of : list of int
+        The span with the last byte of each tensor.
+    """
+    ends = np.cumsum(tensor_bytes)
+    region_ends = (regions["slot_offset"] + regions["chunk_bytes"]).astype(np.int64)
+    groups, first, wanted = [], 0, int(ends[-1]) / num_groups
+    for end in ends:
+        upto = int(np.searchsorted(region_ends, end)) + 1
+        if upto > first and region_ends[upto - 1] == end and end >= wanted * (len(groups) + 1) - 0.5:
+            groups.append((first, upto))
+            first = upto
+    if len(groups) < 2:
+        return whole_span(regions), [0] * len(ends)
+    group_ends = [int(region_ends[upto - 1]) for _, upto in groups]
+    return _spans(regions, [(0, len(regions)), *groups]), [1 + int(np.searchsorted(group_ends, end)) for end in ends]
+
+
+def _spans(regions, ranges):
+    spans = np.zeros(len(ranges), dtype=SPAN_DTYPE)
+    for span, (first, end) in zip(spans, ranges):
+        part = regions[first:end]
+        span["first"], span["num_regions"], span["slot_offset"] = first, end - first, part["slot_offset"][0]
+        span["bytes"] = part["slot_offset"][-1] + part["chunk_bytes"][-1] - part["slot_offset"][0]
+        span["max_chunk"] = part["chunk_bytes"].max()
+    return spans

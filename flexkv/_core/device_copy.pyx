@@ -18,12 +18,14 @@ from flexkv._core._csrc cimport (
     flexkv_agent_stop,
     flexkv_agent_take,
     flexkv_agent_wait,
+    flexkv_agent_wait_span,
     flexkv_cuda_backend,
     flexkv_cuda_copy,
     flexkv_cuda_copy_create,
     flexkv_cuda_copy_destroy,
     flexkv_cuda_copy_error,
     flexkv_cuda_copy_fence,
+    flexkv_cuda_copy_follow,
     flexkv_cuda_copy_register,
     flexkv_cuda_options,
     flexkv_host_backend,
@@ -31,12 +33,13 @@ from flexkv._core._csrc cimport (
     flexkv_outcome,
     flexkv_pages,
     flexkv_region,
+    flexkv_span,
     FLEXKV_D2H,
     FLEXKV_H2D,
     cu_function,
     cu_stream,
 )
-from flexkv._core.block_table import REGION_DTYPE
+from flexkv._core.block_table import REGION_DTYPE, SPAN_DTYPE, whole_span
 from flexkv._core.cuda_driver cimport Device, Driver
 from flexkv._core.mapping cimport SharedMapping
 from flexkv.errors import CudaError, TransferError
@@ -51,6 +54,8 @@ cdef class DeviceAgent:
     Parameters
     ----------
     regions : ndarray of REGION_DTYPE
+    spans : ndarray of SPAN_DTYPE, optional
+        Of ``layer_spans``: what loads go by that are given layer by layer.
     num_pages : int
     pool_fd, pool_bytes : int
         The host pool: a memfd, mapped whole.
@@ -77,16 +82,16 @@ cdef class DeviceAgent:
     cdef flexkv_pages at
     cdef Driver driver
     cdef int ended
-    cdef object regions
+    cdef object regions, spans
     cdef SharedMapping pool, rings
     cdef list fds
 
-    def __cinit__(self, *, regions, uint64_t num_pages, int pool_fd, uint64_t pool_bytes, uint64_t slot_bytes,
+    def __cinit__(self, *, regions, spans=None, uint64_t num_pages, int pool_fd, uint64_t pool_bytes, uint64_t slot_bytes,
                   uint64_t segment_offset, int ring_fd, uint64_t ring_bytes, int submission_event_fd,
                   int completion_event_fd, int socket_fd, bint keep_outcomes=True, Device device=None,
                   uint64_t move_function=0, str strategy="auto", uint64_t window_bytes=0, uint32_t num_ctas=0):
         cdef flexkv_agent_options options
-        cdef uint8_t[::1] region_view
+        cdef uint8_t[::1] region_view, span_view
         cdef int rc
         self.agent = NULL
         self.cuda = NULL
@@ -100,12 +105,17 @@ cdef class DeviceAgent:
             os.close(ring_fd)
         self.regions = np.ascontiguousarray(regions, dtype=REGION_DTYPE).copy()
         region_view = self.regions.view(np.uint8)
+        spans = whole_span(self.regions) if spans is None else spans
+        self.spans = np.ascontiguousarray(spans, dtype=SPAN_DTYPE).copy()
+        span_view = self.spans.view(np.uint8)
         self.at.pool = self.pool.data
         self.at.slot_bytes = slot_bytes
         self.at.num_slots = pool_bytes // slot_bytes
         self.at.segment_offset = segment_offset
         self.at.regions = <const flexkv_region *>&region_view[0]
         self.at.num_regions = len(self.regions)
+        self.at.spans = <const flexkv_span *>&span_view[0]
+        self.at.num_spans = len(self.spans)
         self.at.num_pages = num_pages
         options.at = self.at
         options.backend = flexkv_host_backend
@@ -175,6 +185,24 @@ cdef class DeviceAgent:
         cdef flexkv_kind kind = FLEXKV_H2D if load else FLEXKV_D2H
         if self.cuda != NULL:
             self.driver.check(flexkv_cuda_copy_fence(self.cuda, kind, fence, <cu_stream>stream), "cuEventRecord")
+
+    def follow(self, uint64_t task_id, uint32_t span, double timeout_s, uint64_t stream=0):
+        """Have a compute stream wait for a span of a layerwise load; on the CPU, wait for it.
+
+        The calling thread waits only until the load was given to the GPU; a load that cannot be made ends the wait too,
+        and has an outcome that says so. False after ``timeout_s`` seconds, or when the agent has ended.
+
+        Raises
+        ------
+        CudaError
+        """
+        cdef int timeout_ms = <int>(timeout_s * 1000), rc = -125
+        if self.agent != NULL:
+            with nogil:
+                rc = flexkv_agent_wait_span(self.agent, task_id, span, timeout_ms)
+        if rc == 0 and self.cuda != NULL:
+            self.driver.check(flexkv_cuda_copy_follow(self.cuda, span, <cu_stream>stream), "cuStreamWaitEvent")
+        return rc == 0
 
     @property
     def device_error(self):

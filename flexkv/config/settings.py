@@ -137,6 +137,12 @@ class ConnectorConfig(_Settings):
         "When KV is saved: as blocks fill during prefill and decode, or when a request finishes (as upstream does).",
         choices=("as_computed", "at_finish"),
     )
+    layerwise_loads: str = setting(
+        "auto",
+        "Load layer by layer, so that compute of the first layers overlaps the load: auto does so when no other "
+        "request runs, as it would have to wait. Never with full CUDA graphs, which skip vLLM's hooks.",
+        choices=("auto", "always", "never"),
+    )
     audit: bool = setting(
         False, "Compare the bytes of every block that is loaded with those that were saved; for tests, slow."
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.block_table import TensorSpec, regions_from_tensors
+from flexkv._core.block_table import TensorSpec, layer_spans, regions_from_tensors
 from flexkv._core.cuda_driver import Device, load_driver
 from flexkv._core.device_copy import DeviceAgent
 from flexkv.config import TransferConfig
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("flexkv.client")
 
 _CONNECT_TIMEOUT_S = 60.0
+
+_LAYER_GROUPS = 8
+"""Of a load layer by layer: compute starts after an eighth of it, and copies stay large."""
 
 _RETRY_S = 0.05
 """Between two tries to connect, while the controller is not there yet: nothing tells when its socket appears."""
@@ -101,6 +104,7 @@ class KVTPClient:
         self._keep_outcomes = True
         self._suspended = False
         self._num_tensors = 0
+        self._span_of: list[int] = []                # of each tensor
         self._lock = threading.Lock()
         self.error: Exception | None = None
         """Why there is no agent, when connecting has failed for good."""
@@ -218,14 +222,18 @@ class KVTPClient:
         if self._suspended:
             self._suspended = False
             self._connected, self._closing = threading.Event(), threading.Event()
+        sizes = [regions_from_tensors([spec])[2] for spec in specs]
+        spans, self._span_of = layer_spans(regions, sizes, _LAYER_GROUPS)
         hello = Hello(self._dp_client_id, self._pp_rank, self._rank, os.getpid(), num_pages, segment_bytes)
         deadline = time.monotonic() + connect_timeout_s
         self._thread = threading.Thread(
-            target=self._connect, args=(hello, regions, deadline), name="flexkv-register", daemon=True
+            target=self._connect, args=(hello, regions, spans, deadline), name="flexkv-register", daemon=True
         )
         self._thread.start()
 
-    def _connect(self, hello: Hello, regions: NDArray[np.void], deadline: float) -> None:
+    def _connect(
+        self, hello: Hello, regions: NDArray[np.void], spans: NDArray[np.void], deadline: float
+    ) -> None:
         try:
             connection = self._reach(deadline)
             try:
@@ -236,7 +244,7 @@ class KVTPClient:
             except BaseException:
                 connection.close()
                 raise
-            self._start_agent(connection, welcome, fds, hello, regions)
+            self._start_agent(connection, welcome, fds, hello, regions, spans)
         except Exception as error:
             self.error = error
             if not self._closing.is_set():
@@ -276,10 +284,12 @@ class KVTPClient:
         raise RegistrationError("closed while connecting")
 
     def _start_agent(
-        self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, regions: NDArray[np.void]
+        self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, regions: NDArray[np.void],
+        spans: NDArray[np.void],
     ) -> None:
         agent = DeviceAgent(
             regions=regions,
+            spans=spans,
             num_pages=hello.num_pages,
             pool_fd=fds[0],
             pool_bytes=welcome.pool_bytes,
@@ -355,6 +365,32 @@ class KVTPClient:
             self._fences = (max(self._fences[0], load or 0), max(self._fences[1], save or 0))
             if self._agent is not None:
                 self._agent.advance(*self._fences)
+
+    def follow_load(self, task_id: int, tensor: int | None, timeout_s: float, stream: int | None = None) -> bool:
+        """Compute given to ``stream`` from now on starts after a layerwise load has filled a tensor's pages.
+
+        Parameters
+        ----------
+        task_id : int
+        tensor : int, optional
+            Index of the tensor as registered; None: all of them.
+        timeout_s : float
+            The thread waits, at most so long, until the copies were given to the GPU, not until they are made;
+            without a GPU it waits for the copies.
+        stream : int, optional
+            Handle of a CUDA stream.
+
+        Returns
+        -------
+        bool
+            False: the agent has ended, or not begun in time. True does not say that the load succeeds.
+
+        Raises
+        ------
+        CudaError
+        """
+        span = max(self._span_of) if tensor is None else self._span_of[tensor]
+        return self._agent is not None and self._agent.follow(task_id, span, timeout_s, stream or 0)
 
     def poll_results(self) -> list[OpResult]:
         """Tasks that ended on this rank since the last call."""

@@ -1,5 +1,6 @@
 """Device executor: gives ops to the agents of the ranks, and collects what they report."""
 
+import enum
 import itertools
 import logging
 import socket
@@ -17,6 +18,14 @@ from flexkv.transfer.graph import OpKind, TransferOp
 from flexkv.transfer.protocol import Hello
 
 logger = logging.getLogger("flexkv.transfer")
+
+
+class OpFlag(enum.IntFlag):
+    """``enum flexkv_op_flag``: do not copy, only report; span after span; not the last part of the op."""
+
+    CANCELLED = 1
+    LAYERWISE = 2
+    MORE = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -52,7 +61,7 @@ class Part:
     part_id: int
     flight: Flight
     indices: NDArray[np.intp]
-    doomed: bool
+    flags: OpFlag
     answered: int = 0
 
 
@@ -105,9 +114,9 @@ class AgentLink:
             whole = len(part.indices) == len(op)
             src, dst = (op.src, op.dst) if whole else (op.src[part.indices], op.dst[part.indices])
             slots, pages = (src, dst) if loading else (dst, src)
-            doomed = part.doomed or part.flight.cancelled
+            flags = part.flags | (OpFlag.CANCELLED if part.flight.cancelled else OpFlag(0))
             if not self.rings.push_op(
-                part.part_id, op.task_id, op.kind, op.fence, slots, pages, len(op), doomed
+                part.part_id, op.task_id, op.kind, op.fence, slots, pages, len(op), flags
             ):
                 return
             self._outstanding[part.part_id] = part
@@ -218,10 +227,13 @@ class DeviceExecutor(Executor):
         if not links:
             progress(op, indices, flight.ok[indices])
             return
+        flags = (OpFlag.CANCELLED if doomed else OpFlag(0)) | (OpFlag.LAYERWISE if op.layerwise else OpFlag(0))
+        complete = bool(op.started.all())
         for link in links:
             for start in range(0, len(indices), link.rings.max_blocks):
                 piece = indices[start : start + link.rings.max_blocks]
-                part = Part(next(self._part_ids), flight, piece, doomed)
+                last = complete and start + len(piece) == len(indices)
+                part = Part(next(self._part_ids), flight, piece, flags if last else flags | OpFlag.MORE)
                 flight.parts.append(part)
                 link.submit(part)
 

@@ -42,6 +42,8 @@ class TransferOp:
         Whose ranks move it.
     fence : int
         Step of the ranks before which pages must not be touched; 0: none.
+    layerwise : bool
+        A load that goes layer by layer, so that compute of the first overlaps it.
     depends_on : sequence of TransferOp
         Of the same length.
 
@@ -58,6 +60,7 @@ class TransferOp:
         dst: NDArray[np.int32],
         dp_client_id: int = 0,
         fence: int = 0,
+        layerwise: bool = False,
         depends_on: Sequence["TransferOp"] = (),
     ) -> None:
         if len(src) != len(dst) or len(src) == 0 or any(len(op) != len(src) for op in depends_on):
@@ -67,6 +70,7 @@ class TransferOp:
         self.dst = np.ascontiguousarray(dst, dtype=np.int32)
         self.dp_client_id = dp_client_id
         self.fence = fence
+        self.layerwise = layerwise
         self.depends_on = tuple(depends_on)
         self.task_id = 0          # set by its graph
         self.status = OpStatus.PENDING

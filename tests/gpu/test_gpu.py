@@ -4,6 +4,7 @@ import os
 import random
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
 from flexkv.server.tensors import tensor_spec
-from tests.harness import LAYERS, TOKENS, check_drained, make_manager, mapping, tokens_of, until
+from tests.harness import LAYERS, TOKENS, check_drained, make_manager, mapping, result_of, tokens_of, until
 
 pytestmark = pytest.mark.gpu
 
@@ -54,15 +55,30 @@ LAYOUTS: dict[str, Any] = {
     "latent, bytes not a multiple of 16": lambda: [
         torch.empty(PAGES, TOKENS, 141, dtype=torch.uint8, device="cuda") for _ in range(LAYERS)
     ],
+    "TensorRT-LLM pool [blocks, layers, 2, heads * size * tokens]": lambda: [
+        torch.empty(PAGES, LAYERS, 2, 8 * 128 * TOKENS, dtype=torch.bfloat16, device="cuda")
+    ],
+    "TensorRT-LLM regions, two groups of their own stride": lambda: [
+        torch.empty(PAGES, size + 512, dtype=torch.uint8, device="cuda")[:, :size] for size in (49152, 8192)
+    ],
+    "SGLang K list and V list [slots, heads, size]": lambda: [
+        torch.empty(PAGES * TOKENS, 8, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2 * LAYERS)
+    ],
+    "SGLang latent [slots, 1, size] and indexer [pages, bytes]": lambda: [
+        *(torch.empty(PAGES * TOKENS, 1, 576, dtype=torch.bfloat16, device="cuda") for _ in range(LAYERS)),
+        *(torch.empty(PAGES, TOKENS * 132, dtype=torch.uint8, device="cuda") for _ in range(LAYERS)),
+    ],
 }
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    return tensor_spec(tensor, 1 if tensor.dim() == 5 and tensor.shape[0] == 2 else 0)
+    spec = tensor_spec(tensor, 1 if tensor.dim() == 5 and tensor.shape[0] == 2 else 0)
+    return replace(spec, tokens_per_page=TOKENS) if tensor.shape[0] == PAGES * TOKENS else spec
 
 
 def pages_of(tensors: list[torch.Tensor], pages: Any) -> list[torch.Tensor]:
     index = torch.as_tensor(np.asarray(pages), device="cuda")
+    tensors = [t.unflatten(0, (PAGES, TOKENS)) if t.shape[0] == PAGES * TOKENS else t for t in tensors]
     return [tensor.index_select(spec_of(tensor).page_dim, index).clone().view(torch.uint8) for tensor in tensors]
 
 
@@ -87,6 +103,44 @@ def test_bytes_come_back(tmp_path: Path, strategy: str, layout: str) -> None:
             task = rank.manager.get_async(tokens_of(PAGES, seed), mapping(pages))
             assert rank.manager.wait(task)[task].status is Status.SUCCESS
             assert all(torch.equal(a, b) for a, b in zip(pages_of(tensors, pages), before, strict=True))
+        check_drained(rank.manager)
+    finally:
+        rank.close()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compute_follows_a_load_layer_by_layer(tmp_path: Path, strategy: str) -> None:
+    """A stream that is told to follow reads each layer right; the thread is free long before the bytes are there."""
+    layers, blocks = 16, 1024
+    tensors = [torch.randint(-9, 9, (2 * blocks, 65536), dtype=torch.int8, device="cuda") for _ in range(layers)]
+    rank = Rank(tmp_path, [tensor_spec(tensor) for tensor in tensors], blocks, gpu_strategy=strategy)
+    stream = int(torch.cuda.current_stream().cuda_stream)
+    hasher = rank.manager.hasher()
+    hasher.extend(tokens_of(blocks))
+    try:
+        put = rank.manager.put_blocks(hasher.keys, 0, np.arange(blocks, dtype=np.int32))
+        assert put is not None
+        assert rank.manager.wait(put)[put].status is Status.SUCCESS
+        until(lambda: bool(rank.client.poll_results()))
+        for step in range(1, 6):
+            pages = np.random.default_rng(step).permutation(blocks).astype(np.int32) + blocks
+            index = torch.as_tensor(pages, device="cuda")
+            for tensor in tensors:
+                tensor[blocks:] = 0
+            torch.cuda.synchronize()
+            get = rank.manager.get_blocks(hasher.keys, 0, pages, fence=step, layerwise=True)
+            began = time.perf_counter()
+            rank.client.advance_fence(load=step, stream=stream)
+            read = []
+            for layer, tensor in enumerate(tensors):
+                assert rank.client.follow_load(get, layer, 30.0, stream)
+                read.append(tensor.index_select(0, index))
+            given = time.perf_counter() - began
+            torch.cuda.synchronize()
+            print(f"{strategy}: given after {given * 1e3:.1f} ms, read after {time.perf_counter() - began:.4f} s")
+            assert all(torch.equal(a, b[:blocks]) for a, b in zip(read, tensors, strict=True))
+            assert rank.manager.wait(get)[get].status is Status.SUCCESS
+            assert result_of(rank.client, get).ok.all()
         check_drained(rank.manager)
     finally:
         rank.close()

@@ -72,6 +72,18 @@ def test_reads_back_what_it_wrote(block_size: int, chunked: bool) -> None:
     assert [one["answers"] for one in result["passes"]] == answers_without_flexkv(json.dumps(STAGES))
 
 
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_reads_back_what_it_wrote_layer_by_layer(mode: str) -> None:
+    result = run(
+        block_size=32, batched_tokens=256, gpu_blocks=34, settings={"layerwise_loads": mode},
+        passes=copy.deepcopy(STAGES),
+    )
+    expect_clean(result["report"])
+    assert result["report"]["hit_tokens"] > 3 * 500
+    assert (result["report"]["layerwise_loads"] > 3) == (mode == "always")
+    assert [one["answers"] for one in result["passes"]] == answers_without_flexkv(json.dumps(STAGES))
+
+
 def test_pressure_preemption_and_aborts() -> None:
     """A host tier and an engine cache that are both far too small, and requests that go away."""
     stages = [

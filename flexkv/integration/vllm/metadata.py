@@ -17,12 +17,15 @@ class LoadJob:
         vLLM block ids that it fills.
     keys : (n, 2) uint64 or None
         Keys of the blocks; only when the audit is on.
+    layerwise : bool
+        The request runs in this very step, layer after layer behind its load.
     """
 
     req_id: str
     task_id: int
     pages: NDArray[np.int32]
     keys: NDArray[np.uint64] | None = None
+    layerwise: bool = False
 
 
 @dataclass

@@ -46,7 +46,8 @@ class SchedulerSide:
         self._saved: list[SavedBlocks] = []
         self._finishing: dict[str, list[int]] = {}
         self._outstanding: set[int] = set()
-        self._num_requests = self._num_prompt_tokens = self._num_hit_tokens = 0
+        self._running: set[str] = set()                     # computing, as of the last step
+        self._num_requests = self._num_prompt_tokens = self._num_hit_tokens = self._num_layerwise = 0
 
     # ---- what can be loaded -----------------------------------------------------------------------------------
 
@@ -58,7 +59,18 @@ class SchedulerSide:
         tracked.num_computed = num_computed_tokens
         match = self._manager.lookup(tracked.keys())
         num_new = match.num_ready * self._block_size - num_computed_tokens
-        return (num_new, True) if num_new > 0 else (0, False)
+        if num_new <= 0:
+            return 0, False
+        tracked.layerwise = self._may_run_behind_load(request)
+        if tracked.layerwise:                          # at once: vLLM needs a token to compute
+            num_new = min(num_new, request.num_tokens - 1 - num_computed_tokens)
+        return num_new, not tracked.layerwise and num_new > 0
+
+    def _may_run_behind_load(self, request: "Request") -> bool:
+        """Whether the request should run at once, layer by layer behind its load. The whole step runs at the speed of
+        the load then: good for the request, bad for the others in it."""
+        mode = self._config.layerwise_loads
+        return mode == "always" or (mode == "auto" and not self._running - {request.request_id})
 
     def _track(self, request: "Request") -> TrackedRequest:
         tracked = self._requests.get(request.request_id)
@@ -81,12 +93,18 @@ class SchedulerSide:
         first = tracked.num_computed // self._block_size
         last = first + -(-num_external_tokens // self._block_size)
         pages, keys = tracked.pages[first:last].copy(), tracked.keys()[:last]
-        task_id = self._manager.get_blocks(keys, first, pages, fence=self._step + 1)
+        task_id = self._manager.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise)
         tracked.num_offered = last
         self._outstanding.add(task_id)
         self._loads.append(
-            LoadJob(request.request_id, task_id, pages, keys[first:].copy() if self._config.audit else None)
+            LoadJob(
+                request.request_id, task_id, pages, keys[first:].copy() if self._config.audit else None,
+                tracked.layerwise,
+            )
         )
+        if tracked.layerwise:
+            self._num_layerwise += 1
+            self._running.add(request.request_id)
         self._num_hit_tokens += num_external_tokens
 
     # ---- steps ------------------------------------------------------------------------------------------------
@@ -94,6 +112,7 @@ class SchedulerSide:
     def build_connector_meta(self, output: "SchedulerOutput") -> FlexKVConnectorMetadata:
         """Launch the saves of the coming step, and say what the workers must know of it."""
         self._step += 1
+        self._running = set(output.num_scheduled_tokens)
         self._collect()
         self._release_preempted(output)
         cached = output.scheduled_cached_reqs
@@ -163,6 +182,7 @@ class SchedulerSide:
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether saves still read the request's blocks; the workers report it when they are done."""
         tracked = self._requests.pop(request.request_id, None)
+        self._running.discard(request.request_id)
         self._count(request)
         if tracked is None:
             return False, None
@@ -199,7 +219,10 @@ class SchedulerSide:
 
     def stats(self) -> dict[str, int]:
         """Counts since the start, and of the manager now."""
-        return {"requests": self._num_requests, "hit_tokens": self._num_hit_tokens, **self._manager.stats()}
+        return {
+            "requests": self._num_requests, "hit_tokens": self._num_hit_tokens,
+            "layerwise_loads": self._num_layerwise, **self._manager.stats(),
+        }
 
     def shutdown(self) -> None:
         """Stop the manager."""

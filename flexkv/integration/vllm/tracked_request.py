@@ -48,6 +48,8 @@ class TrackedRequest:
         Tokens that vLLM had in its own cache when it last asked.
     num_offered : int
         Leading blocks that were saved, loaded, or found to be saved.
+    layerwise : bool
+        What vLLM was told of the load to come: the request runs behind it, layer by layer.
     saves : set of int
         Tasks that are not known to have ended.
     """
@@ -61,6 +63,7 @@ class TrackedRequest:
         self._num_pages = 0
         self.num_computed = 0
         self.num_offered = 0
+        self.layerwise = False
         self.saves: set[int] = set()
 
     def keys(self) -> NDArray[np.uint64]:

@@ -94,7 +94,10 @@ class FlexKVConnectorV1Impl:
             manager = KVManager(_model_config(vllm_config), cache, gpu_register_port=port,
                                 transfer_config=config.transfer)
             manager.start()
-            self._scheduler = SchedulerSide(manager, block_size, config.connector)
+            layerwise = config.connector.layerwise_loads
+            if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+                layerwise = "never"                    # a full graph does not call wait_for_layer_load
+            self._scheduler = SchedulerSide(manager, block_size, config.connector.replace(layerwise_loads=layerwise))
         else:
             from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
@@ -135,7 +138,8 @@ class FlexKVConnectorV1Impl:
             self.worker.start_load(meta)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: a request runs only after its load is complete."""
+        """Called before a layer's attention: loads of the step that go layer by layer are waited for."""
+        self.worker.wait_for_layer(layer_name)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: "torch.Tensor", attn_metadata: "AttentionMetadata", **kwargs: Any

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("flexkv.vllm")
 
+_START_TIMEOUT_S = 60.0
+"""For a load to be given to the GPU: it takes a millisecond, and longer only when something is broken."""
+
 _IDLE_WAIT_S = 0.005
 """A step without compute waits so long for a transfer, instead of coming back at once."""
 
@@ -63,6 +66,9 @@ class WorkerSide:
         self._saved: set[int] = set()                       # tasks that ended here
         self._finishing: dict[str, set[int]] = {}
         self._failed_pages: set[int] = set()
+        self._layerwise: list[int] = []                     # loads that the step's compute follows
+        self._followed = -1                                 # the last tensor that it does
+        self._tensor_of: dict[str, int] = {}
         self._audit: PageAudit | None = None
         self._device: torch.device | None = None            # where the tensors are, if on a GPU
 
@@ -73,6 +79,10 @@ class WorkerSide:
         tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         for tensor in kv_caches.values():                   # layers may share one
             tensors.setdefault((tensor.data_ptr(), tuple(tensor.shape)), tensor)
+        order = {key: index for index, key in enumerate(tensors)}
+        self._tensor_of = {
+            name: order[tensor.data_ptr(), tuple(tensor.shape)] for name, tensor in kv_caches.items()
+        }
         specs = [page_spec(tensor, num_blocks) for tensor in tensors.values()]
         self._device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
         if self._config.audit:
@@ -86,9 +96,24 @@ class WorkerSide:
         self._meta = meta
         for job in meta.loads:
             self._loads[job.task_id] = job
+        self._layerwise = [job.task_id for job in meta.loads if job.layerwise]
+        self._followed = -1
         for req_id, task_ids in meta.finishing.items():
             self._finishing[req_id] = set(task_ids)
         self._client.advance_fence(load=meta.step, stream=self._stream())
+
+    def wait_for_layer(self, layer_name: str) -> None:
+        """Compute of the layer starts after the step's layerwise loads have filled it. Loads keep their order: whoever
+        has the last has all."""
+        if not self._layerwise:
+            return
+        tensor = self._tensor_of.get(layer_name)
+        if tensor is None or tensor > self._followed:
+            if not self._client.follow_load(self._layerwise[-1], tensor, _START_TIMEOUT_S, self._stream()):
+                logger.error("the step's loads did not start; their blocks will be reported as failed")
+                self._layerwise = []
+            elif tensor is not None:
+                self._followed = tensor
 
     def _stream(self) -> int | None:
         """The stream that the step's compute is on, None where compute is done when it returns."""
@@ -111,18 +136,31 @@ class WorkerSide:
         pending = self._loads or self._finishing
         if pending and self._meta is not None and not self._meta.has_forward:
             self._client.wait_results(_IDLE_WAIT_S)
+        self._wait_layerwise()
         lost = self._client.is_lost                         # before the poll: what it has is then taken
-        for result in self._client.poll_results():
-            if result.kind is OpKind.H2D:
-                self._outcomes[result.task_id] = result
-            else:
-                self._saved.add(result.task_id)
-        loaded = {job.req_id for job in list(self._loads.values()) if self._end_load(job, lost)}
+        self._take_results()
+        ended = [job for job in list(self._loads.values()) if self._end_load(job, lost)]
+        loaded = {job.req_id for job in ended if not job.layerwise}
         saved = {req_id for req_id, task_ids in self._finishing.items() if lost or task_ids <= self._saved}
         for req_id in saved:
             del self._finishing[req_id]
         self._forget_old()
         return saved, loaded
+
+    def _take_results(self) -> None:
+        for result in self._client.poll_results():
+            if result.kind is OpKind.H2D:
+                self._outcomes[result.task_id] = result
+            else:
+                self._saved.add(result.task_id)
+
+    def _wait_layerwise(self) -> None:
+        """A request that ran behind its load has tokens already: the step must say now whether they are worth anything.
+        The controller ends every load in bounded time, and the agent survives nothing else."""
+        pending = {job.task_id for job in self._loads.values() if job.layerwise}
+        while not pending <= self._outcomes.keys() and not self._client.is_lost:
+            self._client.wait_results(_IDLE_WAIT_S)
+            self._take_results()
 
     def _end_load(self, job: LoadJob, lost: bool) -> bool:
         result = self._outcomes.pop(job.task_id, None)

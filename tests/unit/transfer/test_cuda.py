@@ -108,6 +108,15 @@ def stream_of() -> Any:
     return driver, driver.cuStreamCreateWithPriority(1, 0)[1]
 
 
+@pytest.fixture
+def compute(cuda: FakeCuda) -> Iterator[int]:
+    """Handle of a compute stream."""
+    driver, stream = stream_of()
+    yield int(stream)
+    driver.cuStreamDestroy(stream)
+    driver.cuCtxPopCurrent()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_copies_wait_for_compute(tmp_path: Path, cuda: FakeCuda, strategy: str) -> None:
     """A put reads what a slow kernel writes; a get does not write what it still reads."""
@@ -169,6 +178,78 @@ def test_copies_do_not_wait_for_later_compute(tmp_path: Path, cuda: FakeCuda, st
     finally:
         driver.cuStreamDestroy(stream)
         driver.cuCtxPopCurrent()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compute_follows_a_load_layer_by_layer(tmp_path: Path, cuda: FakeCuda, strategy: str) -> None:
+    driver, stream = stream_of()
+    tensors = Tensors(page_shape=SHAPES["large"], device=0)
+    try:
+        with local(tmp_path, PAGES, tensors=tensors, gpu_strategy=strategy, gpu_window_mb=1) as (manager, client, _):
+            tensors.fill(range(32), 1)
+            hasher = manager.hasher()
+            hasher.extend(tokens_of(32))
+            put = manager.put_blocks(hasher.keys, 0, np.arange(32, dtype=np.int32))
+            assert put is not None
+            assert manager.wait(put)[put].status is Status.SUCCESS
+            for step in range(1, 4):
+                seen = Tensors(page_shape=SHAPES["large"])
+                for array in tensors.layers:
+                    array[32:] = 0
+                cuda.delay(500)
+                get = manager.get_blocks(hasher.keys, 0, np.arange(32, 64, dtype=np.int32), step, layerwise=True)
+                client.advance_fence(load=step, stream=int(stream))
+                for layer, (source, target) in enumerate(zip(tensors.layers, seen.layers, strict=True)):
+                    assert client.follow_load(get, layer, 10.0, int(stream))
+                    driver.cuMemcpyAsync(target.ctypes.data, source.ctypes.data, target.nbytes, stream)
+                assert manager.wait(get)[get].status is Status.SUCCESS
+                driver.cuStreamSynchronize(stream)
+                assert seen.read(range(32, 64)) == tensors.read(range(32))
+                cuda.delay(0)
+    finally:
+        driver.cuStreamDestroy(stream)
+        driver.cuCtxPopCurrent()
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+@pytest.mark.parametrize("name", ["cuMemcpy2DAsync", "cuLaunchKernel", "cuEventRecord", "cuEventQuery"])
+def test_a_layerwise_load_that_fails_ends_the_wait(
+    tmp_path: Path, cuda: FakeCuda, compute: int, name: str, after: int
+) -> None:
+    """Compute is not held up, and no block of the load is called good that is not."""
+    tensors = Tensors(page_shape=SHAPES["large"], device=0)
+    options = {"tensors": tensors, "gpu_strategy": "staged", "gpu_window_mb": 1}
+    with local(tmp_path, PAGES, **options) as (manager, client, _):
+        tensors.fill(range(32), 1)
+        hasher = manager.hasher()
+        hasher.extend(tokens_of(32))
+        put = manager.put_blocks(hasher.keys, 0, np.arange(32, dtype=np.int32))
+        assert put is not None
+        assert manager.wait(put)[put].status is Status.SUCCESS
+        cuda.fail(name, after=after)
+        get = manager.get_blocks(hasher.keys, 0, np.arange(32, 64, dtype=np.int32), layerwise=True)
+        assert client.follow_load(get, None, 10.0, compute)
+        response = manager.wait(get)[get]
+        result = result_of(client, get)
+        for position in np.flatnonzero(result.ok):
+            assert tensors.read([32 + position]) == tensors.read([position])
+        assert (response.status is Status.SUCCESS) == bool(result.ok.all())
+        cuda.reset()
+
+
+def test_a_cancelled_layerwise_load_ends_the_wait(tmp_path: Path, cuda: FakeCuda, compute: int) -> None:
+    with local(tmp_path, tensors=Tensors(device=0)) as (manager, client, _):
+        hasher = manager.hasher()
+        hasher.extend(tokens_of(4))
+        put = manager.put_blocks(hasher.keys, 0, np.arange(4, dtype=np.int32))
+        assert put is not None
+        assert manager.wait(put)[put].status is Status.SUCCESS
+        get = manager.get_blocks(hasher.keys, 0, np.arange(4, 8, dtype=np.int32), fence=9, layerwise=True)
+        assert not client.follow_load(get, None, 0.1, compute)                      # its fence was not reached
+        manager.cancel(get)
+        assert client.follow_load(get, None, 10.0, compute)
+        assert not result_of(client, get).ok.any()
+        assert manager.wait(get)[get].status is Status.CANCELLED
 
 
 STAGES = {
