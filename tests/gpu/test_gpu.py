@@ -113,7 +113,8 @@ def test_compute_follows_a_load_layer_by_layer(tmp_path: Path, strategy: str) ->
     """A stream that is told to follow reads each layer right; the thread is free long before the bytes are there."""
     layers, blocks = 16, 1024
     tensors = [torch.randint(-9, 9, (2 * blocks, 65536), dtype=torch.int8, device="cuda") for _ in range(layers)]
-    rank = Rank(tmp_path, [tensor_spec(tensor) for tensor in tensors], blocks, gpu_strategy=strategy)
+    torch.cuda.synchronize()
+    rank = Rank(tmp_path, [tensor_spec(tensor) for tensor in tensors], 2 * blocks, gpu_strategy=strategy)
     stream = int(torch.cuda.current_stream().cuda_stream)
     hasher = rank.manager.hasher()
     hasher.extend(tokens_of(blocks))
