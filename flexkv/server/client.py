@@ -17,11 +17,12 @@ from flexkv._core.cuda_driver import Device, load_driver
 from flexkv._core.device_copy import DeviceAgent
 from flexkv.config import TransferConfig
 from flexkv.errors import AgentLostError, CudaError, RegistrationError
+from flexkv.server.handshake import join_controller
 from flexkv.server.tensors import upstream_spec
 from flexkv.storage.layout import KVCacheLayout
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
-from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, NUM_FDS, Hello, Welcome, socket_path
+from flexkv.transfer.protocol import Hello, Welcome, socket_path
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +33,6 @@ _CONNECT_TIMEOUT_S = 60.0
 
 _LAYER_GROUPS = 8
 """Of a load layer by layer: compute starts after an eighth of it, and copies stay large."""
-
-_RETRY_S = 0.05
-"""Between two tries to connect, while the controller is not there yet: nothing tells when its socket appears."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,15 +233,7 @@ class KVTPClient:
         self, hello: Hello, regions: NDArray[np.void], spans: NDArray[np.void], deadline: float
     ) -> None:
         try:
-            connection = self._reach(deadline)
-            try:
-                message, fds = self._introduce(connection, hello, deadline)
-                welcome = Welcome.unpack(message)
-                if len(fds) != NUM_FDS or welcome.segment_bytes != hello.segment_bytes:
-                    raise RegistrationError("the controller's welcome does not fit what was registered")
-            except BaseException:
-                connection.close()
-                raise
+            connection, welcome, fds = join_controller(self._path, hello, deadline, self._closing)
             self._start_agent(connection, welcome, fds, hello, regions, spans)
         except Exception as error:
             self.error = error
@@ -251,37 +241,6 @@ class KVTPClient:
                 logger.error("this rank cannot load or save KV: %s", error)
         finally:
             self._connected.set()
-
-    def _reach(self, deadline: float) -> socket.socket:
-        while not self._closing.is_set():
-            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-            try:
-                connection.connect(str(self._path))
-                return connection
-            except (FileNotFoundError, ConnectionRefusedError):
-                connection.close()
-            except BaseException:
-                connection.close()
-                raise
-            if time.monotonic() >= deadline:
-                raise RegistrationError(f"no controller listens at {self._path}; start KVManager, or check the path")
-            self._closing.wait(_RETRY_S)
-        raise RegistrationError("closed while connecting")
-
-    def _introduce(self, connection: socket.socket, hello: Hello, deadline: float) -> tuple[bytes, list[int]]:
-        connection.send(hello.pack())
-        while not self._closing.is_set():
-            connection.settimeout(min(0.2, max(0.01, deadline - time.monotonic())))
-            try:
-                message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, NUM_FDS, socket.MSG_CMSG_CLOEXEC)
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    raise RegistrationError("the other ranks did not register in time") from None
-                continue
-            if not message:
-                raise RegistrationError("the controller hung up")
-            return message, list(fds)
-        raise RegistrationError("closed while connecting")
 
     def _start_agent(
         self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, regions: NDArray[np.void],
