@@ -87,9 +87,10 @@ cdef class DeviceAgent:
     cdef list fds
 
     def __cinit__(self, *, regions, spans=None, uint64_t num_pages, int pool_fd, uint64_t pool_bytes,
-                  uint64_t slot_bytes, uint64_t segment_offset, int ring_fd, uint64_t ring_bytes, int submission_event_fd,
-                  int completion_event_fd, int socket_fd, bint keep_outcomes=True, Device device=None,
-                  uint64_t move_function=0, str strategy="auto", uint64_t window_bytes=0, uint32_t num_ctas=0):
+                  uint64_t slot_bytes, uint64_t segment_offset, int ring_fd, uint64_t ring_bytes,
+                  int submission_event_fd, int completion_event_fd, int socket_fd, bint keep_outcomes=True,
+                  Device device=None, uint64_t move_function=0, str strategy="auto", uint64_t window_bytes=0,
+                  uint32_t num_ctas=0):
         cdef flexkv_agent_options options
         cdef uint8_t[::1] region_view, span_view
         cdef int rc

@@ -62,8 +62,9 @@ class SchedulerSide:
         if num_new <= 0:
             return 0, False
         tracked.layerwise = self._may_run_behind_load(request)
-        if tracked.layerwise:                          # at once: vLLM needs a token to compute
-            num_new = min(num_new, request.num_tokens - 1 - num_computed_tokens)
+        if tracked.layerwise:          # vLLM needs a token to compute, and not in a page that is being loaded
+            whole = (request.num_tokens - 1) // self._block_size * self._block_size
+            num_new = max(0, min(num_new, whole - num_computed_tokens))
         return num_new, not tracked.layerwise and num_new > 0
 
     def _may_run_behind_load(self, request: "Request") -> bool:
