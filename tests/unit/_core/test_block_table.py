@@ -9,7 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexkv._core.block_table import TensorSpec, merge_runs, pages_from_slot_mapping, regions_from_tensors
+from flexkv._core.block_table import (
+    TensorSpec,
+    layer_spans,
+    merge_runs,
+    pages_from_slot_mapping,
+    regions_from_tensors,
+)
 from flexkv.errors import RegistrationError, SlotMappingError
 from flexkv.server.tensors import tensor_spec
 
@@ -132,3 +138,27 @@ def test_runs_cover_all_pairs_in_order(pairs: list[tuple[int, int]]) -> None:
     assert list(itertools.chain(*([(x + i, y + i) for i in range(n)] for x, y, n in runs))) == pairs
     for (x, y, n), (x2, y2, _) in itertools.pairwise(runs):
         assert (x + n, y + n) != (x2, y2)
+
+
+@pytest.mark.parametrize(("layers", "groups"), [(1, 8), (3, 8), (16, 8), (61, 8), (5, 2)])
+def test_spans_cover_all_regions_in_order(layers: int, groups: int) -> None:
+    arrays = [torch.zeros((6, 2 + layer % 3, 40), dtype=torch.uint8) for layer in range(layers)]
+    regions, _, total = regions_from_tensors([tensor_spec(a) for a in arrays])
+    spans, span_of = layer_spans(regions, [a[0].nbytes for a in arrays], groups)
+    assert (spans[0]["first"], spans[0]["num_regions"], spans[0]["bytes"]) == (0, len(regions), total)
+    parts = spans[1:] if len(spans) > 1 else spans
+    assert len(parts) <= groups
+    assert [int(s["first"]) for s in parts[1:]] == np.cumsum(parts["num_regions"])[:-1].tolist()
+    assert parts["bytes"].sum() == total
+    for layer, span in enumerate(span_of):
+        end = sum(a[0].nbytes for a in arrays[: layer + 1])
+        assert spans[span]["slot_offset"] + spans[span]["bytes"] >= end
+    assert span_of == sorted(span_of)
+
+
+def test_layers_in_one_region_are_one_span() -> None:
+    pool = torch.zeros((6, 4, 40), dtype=torch.uint8)
+    specs = [tensor_spec(pool[:, layer]) for layer in range(4)]
+    regions, _, _ = regions_from_tensors(specs)
+    spans, span_of = layer_spans(regions, [40] * 4, 8)
+    assert (len(spans), span_of) == (1, [0] * 4)
