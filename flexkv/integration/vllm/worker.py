@@ -68,6 +68,7 @@ class WorkerSide:
         self._failed_pages: set[int] = set()
         self._layerwise: list[int] = []                     # loads that the step's compute follows
         self._followed = -1                                 # the last tensor that it does
+        self._not_followed: set[int] = set()                # loads that compute did not wait for: not to be trusted
         self._tensor_of: dict[str, int] = {}
         self._audit: PageAudit | None = None
         self._device: torch.device | None = None            # where the tensors are, if on a GPU
@@ -111,6 +112,7 @@ class WorkerSide:
         if tensor is None or tensor > self._followed:
             if not self._client.follow_load(self._layerwise[-1], tensor, _START_TIMEOUT_S, self._stream()):
                 logger.error("the step's loads did not start; their blocks will be reported as failed")
+                self._not_followed.update(self._layerwise)
                 self._layerwise = []
             elif tensor is not None:
                 self._followed = tensor
@@ -168,7 +170,9 @@ class WorkerSide:
             return False
         del self._loads[job.task_id]
         failed = set(job.pages.tolist())
-        if result is not None:
+        if job.task_id in self._not_followed:
+            self._not_followed.remove(job.task_id)
+        elif result is not None:
             failed -= set(result.pages[result.ok].tolist())
             if self._audit is not None and job.keys is not None:
                 self._audit.compare(job.keys, job.pages, result.ok)

@@ -23,9 +23,13 @@ class FakeClient:
         self.fences: list[tuple[int | None, int | None]] = []
         self.is_lost = False
         self.waits = 0
+        self.follows = True
 
     def advance_fence(self, load: int | None = None, save: int | None = None, stream: int | None = None) -> None:
         self.fences.append((load, save))
+
+    def follow_load(self, task_id: int, tensor: int | None, timeout_s: float, stream: int | None = None) -> bool:
+        return self.follows
 
     def poll_results(self) -> list[OpResult]:
         results, self.results = self.results, []
@@ -103,6 +107,19 @@ def test_steps_without_compute_wait_a_little(side: Any) -> None:
     assert client.waits == 0
     step(worker, 3, has_forward=False)
     assert client.waits == 1
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_compute_that_did_not_wait_for_its_load_is_not_trusted(side: Any, follows: bool) -> None:
+    worker, client = side
+    client.follows = follows
+    load = job("a", 5, 10, 11)
+    load.layerwise = True
+    worker.start_load(FlexKVConnectorMetadata(1, True, loads=[load]))
+    worker.wait_for_layer("model.layers.0.self_attn.attn")
+    client.results = [ended(5, OpKind.H2D, [True, True], [10, 11])]
+    assert worker.get_finished() == (set(), set())           # it runs already: nothing to report but what is wrong
+    assert worker.take_failed_pages() == (set() if follows else {10, 11})
 
 
 def test_a_lost_controller_fails_loads_and_lets_saves_go(side: Any) -> None:
