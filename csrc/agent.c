@@ -24,7 +24,7 @@ struct op {
     uint32_t done;                /* blocks that have a result */
     uint32_t span;                /* that `started` and windows to come are of */
     int cancelled;                /* or failed: no more of it starts */
-    int failed;                   /* a window of a span before the last */
+    int failed;                   /* a window was not moved: what ends after it is not good either */
     int32_t *slots;
     int32_t *pages;
     uint8_t *ok;
@@ -350,7 +350,7 @@ static int end_window(struct flexkv_agent *agent, enum flexkv_kind kind)
     struct window *window = agent->windows[kind];
     uint32_t first, until;
     struct op *op;
-    int rc;
+    int rc, whole;
 
     if (!window || !(rc = agent->options.backend.poll(agent->options.backend.context, kind)))
         return 0;
@@ -360,12 +360,11 @@ static int end_window(struct flexkv_agent *agent, enum flexkv_kind kind)
     agent->windows[kind] = window->next;
     if (rc < 0)
         op->failed = op->cancelled = 1;
-    if (window->span < last_span(agent, op)) {
-        free(window);
-        return 1;
-    }
+    whole = window->span == last_span(agent, op);
     free(window);
-    if (rc < 0 || (op->failed && op->msg.flags & FLEXKV_OP_LAYERWISE))
+    if (!whole)
+        return 1;
+    if (op->failed)
         memset(op->ok + first, 0, until - first);
     if (until == op->msg.count)
         return (rc = finish(agent, op, first)) ? rc : 1;
@@ -378,15 +377,22 @@ static int all_started(const struct flexkv_agent *agent, const struct op *op)
     return op->started == op->msg.count && op->span == last_span(agent, op);
 }
 
-/* Finish ops that have nothing under way and nothing left to start: 1 if there was one, or negative errno. */
+/* Finish ops that have nothing under way and nothing left to start: 1 if there was one, or negative errno. Layerwise
+ * ones in their order: who has waited for one has those before it. */
 static int finish_idle(struct flexkv_agent *agent)
 {
-    for (struct op *op = agent->ops; op; op = op->next)
+    int behind = 0, layerwise;
+
+    for (struct op *op = agent->ops; op; behind |= layerwise, op = op->next) {
+        layerwise = (op->msg.flags & FLEXKV_OP_LAYERWISE) != 0;
+        if (layerwise && behind)
+            continue;
         if ((op->cancelled || all_started(agent, op)) && !under_way(agent, op)) {
             int rc = finish(agent, op, op->done);
 
             return rc ? rc : 1;
         }
+    }
     return 0;
 }
 

@@ -125,7 +125,7 @@ struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent);
 /* Wait until there is an outcome, or the agent has ended: 1, else 0 after timeout_ms. */
 int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms);
 
-/* Wait until all windows of a span of a layerwise load have been started, or never will be: its op has ended. 0, or
+/* Wait until all windows of a span of a layerwise load, and of those before it, have been started, or never will be. 0, or
  * -ETIMEDOUT, or the agent's status if that has ended. */
 int flexkv_agent_wait_span(struct flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms);
 

@@ -12,6 +12,7 @@ import pytest
 from flexkv._core.cuda_driver import load_driver
 from flexkv._core.device_copy import STRATEGIES
 from flexkv.errors import RegistrationError
+from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
 from flexkv.transfer.cuda_kernel import compiled_kernel
@@ -180,35 +181,38 @@ def test_copies_do_not_wait_for_later_compute(tmp_path: Path, cuda: FakeCuda, st
         driver.cuCtxPopCurrent()
 
 
+def saved(manager: KVManager, tensors: Tensors, num_blocks: int) -> Any:
+    """Keys of blocks with content, which pages 0 to ``num_blocks`` hold too."""
+    tensors.fill(range(num_blocks), 1)
+    hasher = manager.hasher()
+    hasher.extend(tokens_of(num_blocks))
+    put = manager.put_blocks(hasher.keys, 0, np.arange(num_blocks, dtype=np.int32))
+    assert put is not None
+    assert manager.wait(put)[put].status is Status.SUCCESS
+    return hasher.keys
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_compute_follows_a_load_layer_by_layer(tmp_path: Path, cuda: FakeCuda, strategy: str) -> None:
-    driver, stream = stream_of()
+def test_compute_follows_a_load_layer_by_layer(tmp_path: Path, cuda: FakeCuda, compute: int, strategy: str) -> None:
+    from cuda.bindings import driver
+
     tensors = Tensors(page_shape=SHAPES["large"], device=0)
-    try:
-        with local(tmp_path, PAGES, tensors=tensors, gpu_strategy=strategy, gpu_window_mb=1) as (manager, client, _):
-            tensors.fill(range(32), 1)
-            hasher = manager.hasher()
-            hasher.extend(tokens_of(32))
-            put = manager.put_blocks(hasher.keys, 0, np.arange(32, dtype=np.int32))
-            assert put is not None
-            assert manager.wait(put)[put].status is Status.SUCCESS
-            for step in range(1, 4):
-                seen = Tensors(page_shape=SHAPES["large"])
-                for array in tensors.layers:
-                    array[32:] = 0
-                cuda.delay(500)
-                get = manager.get_blocks(hasher.keys, 0, np.arange(32, 64, dtype=np.int32), step, layerwise=True)
-                client.advance_fence(load=step, stream=int(stream))
-                for layer, (source, target) in enumerate(zip(tensors.layers, seen.layers, strict=True)):
-                    assert client.follow_load(get, layer, 10.0, int(stream))
-                    driver.cuMemcpyAsync(target.ctypes.data, source.ctypes.data, target.nbytes, stream)
-                assert manager.wait(get)[get].status is Status.SUCCESS
-                driver.cuStreamSynchronize(stream)
-                assert seen.read(range(32, 64)) == tensors.read(range(32))
-                cuda.delay(0)
-    finally:
-        driver.cuStreamDestroy(stream)
-        driver.cuCtxPopCurrent()
+    with local(tmp_path, PAGES, tensors=tensors, gpu_strategy=strategy, gpu_window_mb=1) as (manager, client, _):
+        keys = saved(manager, tensors, 32)
+        for step in range(1, 4):
+            seen = Tensors(page_shape=SHAPES["large"])
+            for array in tensors.layers:
+                array[32:] = 0
+            cuda.delay(500)
+            get = manager.get_blocks(keys, 0, np.arange(32, 64, dtype=np.int32), step, layerwise=True)
+            client.advance_fence(load=step, stream=compute)
+            for layer, (source, target) in enumerate(zip(tensors.layers, seen.layers, strict=True)):
+                assert client.follow_load(get, layer, 10.0, compute)
+                driver.cuMemcpyAsync(target.ctypes.data, source.ctypes.data, target.nbytes, compute)
+            assert manager.wait(get)[get].status is Status.SUCCESS
+            driver.cuStreamSynchronize(compute)
+            assert seen.read(range(32, 64)) == tensors.read(range(32))
+            cuda.delay(0)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 5])
@@ -220,14 +224,9 @@ def test_a_layerwise_load_that_fails_ends_the_wait(
     tensors = Tensors(page_shape=SHAPES["large"], device=0)
     options = {"tensors": tensors, "gpu_strategy": "staged", "gpu_window_mb": 1}
     with local(tmp_path, PAGES, **options) as (manager, client, _):
-        tensors.fill(range(32), 1)
-        hasher = manager.hasher()
-        hasher.extend(tokens_of(32))
-        put = manager.put_blocks(hasher.keys, 0, np.arange(32, dtype=np.int32))
-        assert put is not None
-        assert manager.wait(put)[put].status is Status.SUCCESS
+        keys = saved(manager, tensors, 32)
         cuda.fail(name, after=after)
-        get = manager.get_blocks(hasher.keys, 0, np.arange(32, 64, dtype=np.int32), layerwise=True)
+        get = manager.get_blocks(keys, 0, np.arange(32, 64, dtype=np.int32), layerwise=True)
         assert client.follow_load(get, None, 10.0, compute)
         response = manager.wait(get)[get]
         result = result_of(client, get)
@@ -237,19 +236,22 @@ def test_a_layerwise_load_that_fails_ends_the_wait(
         cuda.reset()
 
 
-def test_a_cancelled_layerwise_load_ends_the_wait(tmp_path: Path, cuda: FakeCuda, compute: int) -> None:
-    with local(tmp_path, tensors=Tensors(device=0)) as (manager, client, _):
-        hasher = manager.hasher()
-        hasher.extend(tokens_of(4))
-        put = manager.put_blocks(hasher.keys, 0, np.arange(4, dtype=np.int32))
-        assert put is not None
-        assert manager.wait(put)[put].status is Status.SUCCESS
-        get = manager.get_blocks(hasher.keys, 0, np.arange(4, 8, dtype=np.int32), fence=9, layerwise=True)
-        assert not client.follow_load(get, None, 0.1, compute)                      # its fence was not reached
-        manager.cancel(get)
-        assert client.follow_load(get, None, 10.0, compute)
-        assert not result_of(client, get).ok.any()
-        assert manager.wait(get)[get].status is Status.CANCELLED
+def test_a_cancelled_layerwise_load_ends_the_wait_but_not_for_those_before_it(
+    tmp_path: Path, cuda: FakeCuda, compute: int
+) -> None:
+    tensors = Tensors(device=0)
+    with local(tmp_path, tensors=tensors) as (manager, client, _):
+        keys = saved(manager, tensors, 4)
+        first = manager.get_blocks(keys, 0, np.arange(4, 8, dtype=np.int32), fence=9, layerwise=True)
+        second = manager.get_blocks(keys, 0, np.arange(8, 12, dtype=np.int32), fence=9, layerwise=True)
+        manager.cancel(second)
+        assert not client.follow_load(second, None, 0.1, compute)          # the first one's fence was not reached
+        client.advance_fence(load=9, stream=compute)
+        assert client.follow_load(second, None, 10.0, compute)
+        assert manager.wait(first)[first].status is Status.SUCCESS
+        assert tensors.read(range(4, 8)) == tensors.read(range(4))
+        assert not result_of(client, second).ok.any()
+        assert manager.wait(second)[second].status is Status.CANCELLED
 
 
 STAGES = {
