@@ -211,7 +211,7 @@ class KVManager:
             A task is not known, or was launched already; no task of the call was launched.
         """
         if layerwise_transfer or swa_slot_mappings is not None:
-            raise NotImplementedError("layer-wise and sliding-window transfers are not available in this version")
+            raise NotImplementedError("eventfd signals for each layer and sliding-window transfers are not available")
         ids = [task_ids] if isinstance(task_ids, int) else list(task_ids)
         mappings = [slot_mappings] if isinstance(task_ids, int) else list(slot_mappings)  # type: ignore[arg-type]
         if len(ids) != len(mappings):
