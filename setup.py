@@ -20,6 +20,7 @@ MODULES: dict[str, list[str]] = {
     "block_table": [],
     "checksum": [],
     "cuda_driver": [],
+    "cuda_memory": [],
     "device_copy": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
     "hashing": [],
     "mapping": [],

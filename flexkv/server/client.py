@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ from flexkv._core.device_copy import DeviceAgent
 from flexkv.config import TransferConfig
 from flexkv.errors import AgentLostError, CudaError, RegistrationError
 from flexkv.server.handshake import join_controller
-from flexkv.server.tensors import upstream_spec
+from flexkv.server.shared_tensor import TensorSharedHandle
+from flexkv.server.tensors import tensor_spec, upstream_spec
 from flexkv.storage.layout import KVCacheLayout
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
@@ -99,6 +101,7 @@ class KVTPClient:
         self._thread: threading.Thread | None = None
         self._fences = (0, 0)
         self._keep_alive: object = None
+        self._opened = ExitStack()                   # tensors of other processes
         self._keep_outcomes = True
         self._suspended = False
         self._num_tensors = 0
@@ -111,7 +114,7 @@ class KVTPClient:
 
     def register_to_server(
         self,
-        kv_caches: "list[torch.Tensor]",
+        kv_caches: "Sequence[torch.Tensor | TensorSharedHandle]",
         kv_layout: KVCacheLayout,
         override_device_id: int | None = None,
         layer_groups: list[list[int]] | None = None,
@@ -123,21 +126,21 @@ class KVTPClient:
         swa_gpu_layouts: None = None,
         swa_handles_per_group: None = None,
         resume: bool = False,
-        indexer_buffers: "list[torch.Tensor] | None" = None,
+        indexer_buffers: "Sequence[torch.Tensor | TensorSharedHandle] | None" = None,
         indexer_layout: KVCacheLayout | None = None,
     ) -> None:
         """Register tensors as upstream's adapters do, and wait for the controller. There is nothing to poll then.
 
         Parameters
         ----------
-        kv_caches : list of Tensor
-            Their first dimension counts pages, or token slots (``num_block * tokens_per_block`` of them). Tensors of
+        kv_caches : list of Tensor or TensorSharedHandle
+            Tensors of another process are opened here until ``close`` or ``suspend_gpu_mappings``. Their first dimension counts pages, or token slots (``num_block * tokens_per_block`` of them). Tensors of
             different shapes together make one block.
         kv_layout : KVCacheLayout
             Of all tensors, where ``gpu_layouts`` does not say otherwise.
         layer_groups, gpu_layouts : list of list of int, list of KVCacheLayout
             Indices into ``kv_caches`` of each group, and the group's layout.
-        indexer_buffers, indexer_layout : list of Tensor, KVCacheLayout
+        indexer_buffers, indexer_layout : list of Tensor or TensorSharedHandle, KVCacheLayout
             More tensors of the same blocks.
         resume : bool
             After ``suspend_gpu_mappings``; the tensors may be at other addresses.
@@ -163,11 +166,18 @@ class KVTPClient:
                 layouts[index] = layout
         tensors = [*kv_caches, *(indexer_buffers or ())]
         layouts += [indexer_layout or kv_layout] * len(indexer_buffers or ())
-        specs = [upstream_spec(tensor, layout) for tensor, layout in zip(tensors, layouts, strict=True)]
         if override_device_id is not None:
             self._rank = override_device_id
         self._keep_outcomes = False                  # upstream's adapters ask the KVManager alone
-        self.register_tensors(specs, keep_alive=tensors)
+        with ExitStack() as opened:
+            specs = [
+                opened.enter_context(tensor.open()).spec() if isinstance(tensor, TensorSharedHandle)
+                else tensor_spec(tensor)
+                for tensor in tensors
+            ]
+            specs = [upstream_spec(spec, layout) for spec, layout in zip(specs, layouts, strict=True)]
+            self.register_tensors(specs, keep_alive=tensors)
+            self._opened = opened.pop_all()
         self.wait_connected(_CONNECT_TIMEOUT_S)
 
     def suspend_gpu_mappings(self) -> int:
@@ -185,6 +195,7 @@ class KVTPClient:
         if self._agent is not None:
             self._agent.close()
         self._thread, self._suspended, self._keep_alive = None, True, None
+        self._opened.close()
         count, self._num_tensors = self._num_tensors, 0
         return count
 
@@ -392,3 +403,4 @@ class KVTPClient:
         if self._agent is not None:
             self._agent.close()
         self._keep_alive = None
+        self._opened.close()

@@ -27,7 +27,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # What nobody in the package imports, because it is for others.
 ENTRY_POINTS = {
-    "flexkv.cli", "flexkv.common.config", "flexkv.common.request", "flexkv.common.storage",
+    "flexkv.cli", "flexkv.common.config", "flexkv.common.memory_handle", "flexkv.common.request", "flexkv.common.storage",
     "flexkv.integration.vllm.vllm_v1_adapter", "flexkv.integration.vllm.connector",
     "flexkv._core.checksum",
 }
