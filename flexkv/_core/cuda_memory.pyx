@@ -1,13 +1,14 @@
 """GPU memory between processes: exported as a handle of CUDA IPC or as a file descriptor, and mapped from one."""
 import os
+import sys
 import warnings
 
 from libc.stdint cimport int32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
 from flexkv._core._csrc cimport (
-    CU_ACCESS_READ_WRITE, CU_ERROR_INVALID_VALUE, CU_HANDLE_FILE_DESCRIPTOR, CU_IPC_LAZY_PEER_ACCESS, CU_LOCATION_DEVICE,
-    CU_MEMORYTYPE_DEVICE, CU_POINTER_DEVICE_ORDINAL, CU_POINTER_IPC_CAPABLE, CU_POINTER_MEMORY_TYPE, cu_access,
+    CU_ACCESS_READ_WRITE, CU_ERROR_INVALID_VALUE, CU_HANDLE_FILE_DESCRIPTOR, CU_IPC_LAZY_PEER_ACCESS,
+    CU_LOCATION_DEVICE, CU_MEMORYTYPE_DEVICE, CU_POINTER_DEVICE_ORDINAL, CU_POINTER_IPC_CAPABLE, CU_POINTER_MEMORY_TYPE, cu_access,
     cu_allocation_properties, cu_ipc_handle, flexkv_cuda,
 )
 from flexkv._core.cuda_driver cimport Device
@@ -218,10 +219,10 @@ cdef class ImportedMemory:
         self.close()
 
     def __del__(self):
-        if self.address == 0:
+        if self.address == 0 or sys.is_finalizing():
             return
         try:
-            warnings.warn(f"memory of another process at {self.address:#x} was not closed", ResourceWarning, source=self)
+            warnings.warn(f"another process's memory at {self.address:#x} was not closed", ResourceWarning, source=self)
         finally:
             self.device.enter()
             self.release()

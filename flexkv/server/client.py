@@ -19,8 +19,7 @@ from flexkv._core.device_copy import DeviceAgent
 from flexkv.config import TransferConfig
 from flexkv.errors import AgentLostError, CudaError, RegistrationError
 from flexkv.server.handshake import join_controller
-from flexkv.server.shared_tensor import TensorSharedHandle
-from flexkv.server.tensors import tensor_spec, upstream_spec
+from flexkv.server.shared_tensor import TensorSharedHandle, local_specs
 from flexkv.storage.layout import KVCacheLayout
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
@@ -134,8 +133,8 @@ class KVTPClient:
         Parameters
         ----------
         kv_caches : list of Tensor or TensorSharedHandle
-            Tensors of another process are opened here until ``close`` or ``suspend_gpu_mappings``. Their first dimension counts pages, or token slots (``num_block * tokens_per_block`` of them). Tensors of
-            different shapes together make one block.
+            Their first dimension counts pages, or token slots (``num_block * tokens_per_block`` of them). Tensors of
+            different shapes together make one block. Handles are open until ``suspend_gpu_mappings`` or ``close``.
         kv_layout : KVCacheLayout
             Of all tensors, where ``gpu_layouts`` does not say otherwise.
         layer_groups, gpu_layouts : list of list of int, list of KVCacheLayout
@@ -170,13 +169,7 @@ class KVTPClient:
             self._rank = override_device_id
         self._keep_outcomes = False                  # upstream's adapters ask the KVManager alone
         with ExitStack() as opened:
-            specs = [
-                opened.enter_context(tensor.open()).spec() if isinstance(tensor, TensorSharedHandle)
-                else tensor_spec(tensor)
-                for tensor in tensors
-            ]
-            specs = [upstream_spec(spec, layout) for spec, layout in zip(specs, layouts, strict=True)]
-            self.register_tensors(specs, keep_alive=tensors)
+            self.register_tensors(local_specs(tensors, layouts, opened), keep_alive=tensors)
             self._opened = opened.pop_all()
         self.wait_connected(_CONNECT_TIMEOUT_S)
 

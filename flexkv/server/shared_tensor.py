@@ -5,6 +5,7 @@ import os
 import struct
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from flexkv._core.block_table import TensorSpec
 from flexkv._core.cuda_driver import load_driver
 from flexkv._core.cuda_memory import ImportedMemory, export_memory
 from flexkv.errors import RegistrationError
-from flexkv.server.tensors import tensor_spec
+from flexkv.server.tensors import tensor_spec, upstream_spec
+from flexkv.storage.layout import KVCacheLayout
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,7 @@ _HEAD = struct.Struct("<8sBBxxI16s16s64sQQQ")
 _MAX_DIMS = 16
 _CHECKSUM = struct.Struct("<I")
 
-_process = os.urandom(16)
+_process = os.urandom(16)                               # told apart by more than the pid: containers have their own
 
 
 def _forked() -> None:
@@ -75,8 +77,8 @@ class TensorSharedHandle:
         last = sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
         if min((0, *strides)) < 0 or self.offset + (last + 1) * self.itemsize > self.num_bytes:
             raise RegistrationError(
-                f"a tensor of shape {shape}, {self.offset} bytes into an allocation of {self.num_bytes}, goes beyond its "
-                "end: one that spans several allocations cannot be shared; with torch, allocate KV without "
+                f"a tensor of shape {shape}, {self.offset} bytes into an allocation of {self.num_bytes}, goes beyond "
+                "its end: one that spans several allocations cannot be shared; with torch, allocate KV without "
                 "expandable_segments"
             )
 
@@ -193,8 +195,8 @@ class OpenedTensor:
         device = driver.find_device(handle.device_uuid)
         if device is None:
             raise RegistrationError(
-                f"the tensor is on GPU {handle.device_uuid.hex()}, which this process does not have: let it see that GPU "
-                "(CUDA_VISIBLE_DEVICES)"
+                f"the tensor is on GPU {handle.device_uuid.hex()}, which this process does not have: let it see that "
+                "GPU (CUDA_VISIBLE_DEVICES)"
             )
         self._memory: ImportedMemory | None = None
         ptr = handle.ptr
@@ -240,3 +242,17 @@ class OpenedTensor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def local_specs(
+    tensors: "Sequence[torch.Tensor | TensorSharedHandle]", layouts: Sequence[KVCacheLayout], opened: ExitStack
+) -> list[TensorSpec]:
+    """Tensors of this process, and handles, which are opened here until ``opened`` is closed, with their layouts."""
+    specs = []
+    for tensor, layout in zip(tensors, layouts, strict=True):
+        if isinstance(tensor, TensorSharedHandle):
+            spec = opened.enter_context(tensor.open()).spec()
+        else:
+            spec = tensor_spec(tensor)
+        specs.append(upstream_spec(spec, layout))
+    return specs

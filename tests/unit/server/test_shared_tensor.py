@@ -1,4 +1,4 @@
-"""Tensors shared by handle, against the fake driver: round trips, refusals, damage, and each call of the driver failing."""
+"""Tensors shared by handle, against the fake driver: round trips, refusals, damage, and each call failing."""
 
 import ctypes
 import gc
@@ -182,12 +182,10 @@ def test_what_is_closed_stays_closed(cuda: FakeCuda, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_that_is_forgotten_is_unmapped_with_a_warning(cuda: FakeCuda, kind: str) -> None:
     with Memory(kind) as memory, TensorSharedHandle.export_spec(memory.spec()) as handle:
-        opened = foreign(handle).open()
         before = cuda.live
         with pytest.warns(ResourceWarning, match="not closed"):
-            del opened
-            gc.collect()
-        assert cuda.live < before
+            foreign(handle).open()
+        assert cuda.live == before
 
 
 def test_what_cannot_be_shared_is_refused(cuda: FakeCuda) -> None:
@@ -199,7 +197,7 @@ def test_what_cannot_be_shared_is_refused(cuda: FakeCuda) -> None:
         host = np.zeros(100, np.uint8)
         with pytest.raises(RegistrationError, match="not in memory of CUDA"):
             TensorSharedHandle.export_spec(memory.spec(ptr=host.ctypes.data))
-        with pytest.raises(RegistrationError, match="beyond its end"):
+        with pytest.raises(RegistrationError, match="spans several allocations"):
             TensorSharedHandle.export_spec(memory.spec((1, BYTES // 2)))
         handle = TensorSharedHandle.export_spec(memory.spec())
         with pytest.raises(RegistrationError, match="CUDA_VISIBLE_DEVICES"):
