@@ -163,7 +163,9 @@ class TaskTable:
             task = self._tasks.get(task_id)
             return task.blocks if task is not None else np.zeros(0, dtype=np.int32)
 
-    def run(self, task: KVTask, pages: NDArray[np.int32], fence: int, layerwise: bool = False) -> None:
+    def run(
+        self, task: KVTask, pages: NDArray[np.int32], fence: int, layerwise: bool = False, counter: int = 0
+    ) -> None:
         """Move the task's blocks between their slots and ``pages`` ((m,) int32)."""
         with self._lock:
             task.stage = TaskStage.RUNNING
@@ -178,6 +180,7 @@ class TaskTable:
                 dp_client_id=self._dp_client_id,
                 fence=fence,
                 layerwise=layerwise and loading,
+                counter=counter if loading else 0,
             )
             task.graph = TransferGraph(task.task_id, [op])
         self._transfer.submit(task.graph, self._on_done)

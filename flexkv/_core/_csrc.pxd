@@ -110,6 +110,8 @@ cdef extern from "agent.h" nogil:
         uint32_t count
         uint32_t op_blocks
         uint32_t flags
+        uint32_t counter
+        uint32_t pad
 
     struct flexkv_msg_cancel:
         uint64_t op_id
@@ -161,6 +163,12 @@ cdef extern from "agent.h" nogil:
         const int32_t *pages
         const uint8_t *ok
 
+    struct flexkv_signals:
+        const int *fds
+        const uint32_t *span_of
+        uint32_t num_counters
+        uint32_t num_layers
+
     struct flexkv_agent:
         pass
 
@@ -169,6 +177,7 @@ cdef extern from "agent.h" nogil:
     flexkv_outcome *flexkv_agent_take(flexkv_agent *agent)
     int flexkv_agent_wait(flexkv_agent *agent, int timeout_ms)
     int flexkv_agent_wait_span(flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms)
+    void flexkv_agent_set_signals(flexkv_agent *agent, const flexkv_signals *signals)
     int flexkv_agent_status(flexkv_agent *agent)
     void flexkv_agent_stop(flexkv_agent *agent)
 

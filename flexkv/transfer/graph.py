@@ -44,6 +44,8 @@ class TransferOp:
         Step of the ranks before which pages must not be touched; 0: none.
     layerwise : bool
         A load that goes layer by layer, so that compute of the first overlaps it.
+    counter : int
+        Of a layerwise load: whose eventfds tell of its layers, from 1; 0: none.
     depends_on : sequence of TransferOp
         Of the same length.
 
@@ -61,6 +63,7 @@ class TransferOp:
         dp_client_id: int = 0,
         fence: int = 0,
         layerwise: bool = False,
+        counter: int = 0,
         depends_on: Sequence["TransferOp"] = (),
     ) -> None:
         if len(src) != len(dst) or len(src) == 0 or any(len(op) != len(src) for op in depends_on):
@@ -71,6 +74,7 @@ class TransferOp:
         self.dp_client_id = dp_client_id
         self.fence = fence
         self.layerwise = layerwise
+        self.counter = counter
         self.depends_on = tuple(depends_on)
         self.task_id = 0          # set by its graph
         self.status = OpStatus.PENDING
