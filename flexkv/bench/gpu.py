@@ -29,7 +29,7 @@ TOTAL_BYTES = 1 << 30
 REPEATS = 15
 KIB = 1024
 
-_SLICES = 40
+_SLICES = 25
 """Of matrix products with each background."""
 
 
