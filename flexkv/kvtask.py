@@ -2,6 +2,7 @@
 
 import enum
 import itertools
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from flexkv.cache.plan import GetPlan, PutPlan
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+
+logger = logging.getLogger("flexkv.kvmanager")
 
 _STATUS = {
     OpStatus.DONE: KVResponseStatus.SUCCESS,
@@ -210,6 +213,11 @@ class TaskTable:
             task.ok = graph.ops[-1].ok
             if graph.status is OpStatus.CANCELLED and isinstance(task.plan, PutPlan):
                 task.ok = np.zeros_like(task.ok)       # its pages may have been given away before the last copies
+            if graph.ops[-1].counter and graph.status is not OpStatus.DONE:
+                logger.critical(
+                    "task %d failed, and the engine can only be told of layers that are there: it waits for the others "
+                    "until its watchdog ends it", task.task_id,
+                )
             self._settle(task, _STATUS[graph.status])
 
     def _settle(self, task: KVTask, status: KVResponseStatus) -> None:
