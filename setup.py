@@ -18,6 +18,7 @@ LINK = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 MODULES: dict[str, list[str]] = {
     "arena": [],
     "block_table": [],
+    "chains": [],
     "checksum": [],
     "cuda_driver": [],
     "device_copy": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
@@ -26,6 +27,7 @@ MODULES: dict[str, list[str]] = {
     "nodes": [],
     "radix": [],
     "ring": ["csrc/ring.c"],
+    "slot_records": [],
     "slots": [],
 }
 
