@@ -2,7 +2,7 @@
 
 import struct
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +100,7 @@ class SlotTable:
 
     A write goes to the page cache, in one call for each run of adjacent slots. Who kills the process loses nothing;
     who cuts the power may lose any of the writes since the last ``sync``, and a record that then stands beside other
-    data is found out by its checksum. ``erase`` and ``write`` are called by one thread at a time.
+    data is found out by its checksum. Only one thread at a time writes.
 
     Parameters
     ----------
@@ -128,16 +128,16 @@ class SlotTable:
             self.header = header
         return header
 
-    def store(self, header: Header, sync: bool = True) -> None:
-        """Write the header, and wait until it is on the disk."""
-        write_all(self._files, self._fd, memoryview(header.pack()), 0)
-        if sync:
-            self.sync()
+    def store(self, header: Header) -> None:
+        """Write the header, and wait until it is on the disk. If that fails, the next ``update`` tries it again."""
         self.header = header
+        write_all(self._files, self._fd, memoryview(header.pack()), 0)
+        self.sync()
 
-    def raise_floor(self, floor: int) -> None:
-        """Make records with a sequence up to ``floor`` void, also after a loss of power."""
-        self.store(replace(self.header, floor=max(floor, self.header.floor)))
+    def update(self, **changes: Any) -> None:
+        """Change fields of the header. With ``floor``, records with a sequence up to it are void from now on, also
+        after a loss of power."""
+        self.store(replace(self.header, **changes))
 
     def sync(self) -> None:
         """Wait until all of it is on the disk."""

@@ -38,6 +38,8 @@ class Batch:
         Of the first block's record.
     submitted : bool
         The queue has it.
+    moved : (n,) bool
+        The data is written, the record is not yet.
     ended : (n,) bool
         The caller has been told.
     """
@@ -53,9 +55,11 @@ class Batch:
     parents: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), dtype=np.uint64))
     sequence: int = 0
     submitted: bool = False
+    moved: NDArray[np.bool_] = field(init=False)
     ended: NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.moved = np.zeros(len(self.indices), dtype=np.bool_)
         self.ended = np.zeros(len(self.indices), dtype=np.bool_)
 
     def tags(self) -> NDArray[np.uint64]:
@@ -126,6 +130,8 @@ class Batches:
 
     def end(self, batch: Batch, positions: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
         """These positions of a batch have their result."""
+        if len(positions) == 0:
+            return
         batch.ended[positions] = True
         num_ok = int(ok.sum())
         self.num_ok[batch.kind] += num_ok
@@ -142,7 +148,8 @@ class Batches:
         """A result for whoever asks next."""
         if len(indices):
             self._results.append((job, indices, ok))
-            os.eventfd_write(self.event_fd, 1)
+            if self.event_fd >= 0:
+                os.eventfd_write(self.event_fd, 1)
 
     def take_results(self) -> list[Result]:
         """Results that have not been taken."""
@@ -157,3 +164,4 @@ class Batches:
     def close(self) -> None:
         """Close ``event_fd``; once."""
         os.close(self.event_fd)
+        self.event_fd = -1

@@ -1,12 +1,13 @@
 """One directory of the SSD tier: lock, slot table, data file, and whether the disk works."""
 
+import errno
 import logging
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import Future
 from pathlib import Path
 
 from flexkv.errors import CapacityError, StorageError
@@ -30,6 +31,7 @@ _FIRST_BANDWIDTH = 1e9
 """Bytes a second that a directory is thought to move until it has been measured."""
 
 _CLOSE_S = 10.0
+"""A disk that has not answered after so long hangs."""
 
 
 def total_bytes(num_slots: int, slot_bytes: int) -> int:
@@ -119,7 +121,7 @@ class SsdDirectory:
         if header is not None and not header.clean:
             logger.info("%s was not closed; what was being written is left out", self.path)
         if header is not None and header.num_slots > self.num_slots:
-            self.table.store(replace(header, num_slots=self.num_slots))     # before its records go
+            self.table.update(num_slots=self.num_slots)         # before its records go
         self._allocate(table_path, data_path, before)
         floor = 0 if header is None else header.floor
         self.table.store(Header(self.slot_bytes, self.num_slots, floor))
@@ -148,25 +150,51 @@ class SsdDirectory:
 
     def close(self, clean: bool) -> None:
         """End the thread; if ``clean``, say in the table that nothing was under way. Bounded."""
+        if clean:
+            self.post(self._seal)
         self.post(None)
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
             logger.error("%s: the disk hangs; its files stay open until this process ends", self.path)
             return
+        self._release()
+
+    def _seal(self) -> None:
         try:
-            if clean:
-                self._files.fdatasync(self.data.fd)
-                self.table.sync()
-                self.table.store(replace(self.table.header, clean=True))
+            self._files.fdatasync(self.data.fd)
+            self.table.sync()
+            self.table.update(clean=True)
         except OSError as error:
             logger.error("%s cannot be closed well: %s", self.path, error.strerror)
-        self._release()
 
     # ---- the thread -------------------------------------------------------------------------------------------
 
     def post(self, step: Callable[[], None] | None) -> None:
         """Run a step on the directory's thread; None: end it."""
         self._steps.put(step)
+
+    def wait_for(self, step: Callable[[], None]) -> None:
+        """Run a step on the directory's thread, and wait for it, but not for ever. Raises what it raises.
+
+        Raises
+        ------
+        OSError
+            ETIMEDOUT.
+        """
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                step()
+                future.set_result(None)
+            except OSError as error:
+                future.set_exception(error)
+
+        self.post(run)
+        try:
+            future.result(_CLOSE_S)
+        except TimeoutError:
+            raise OSError(errno.ETIMEDOUT, "the disk hangs") from None
 
     def hangs(self, seconds: float) -> bool:
         """Whether a step has been under way for longer."""
@@ -190,9 +218,13 @@ class SsdDirectory:
 
     # ---- health -----------------------------------------------------------------------------------------------
 
-    def note(self, errors: int, successes: int) -> bool:
-        """Count results; True if the directory is taken out because of them."""
-        self._errors_in_row = errors if successes else self._errors_in_row + errors
+    def succeeded(self) -> None:
+        """An access was good."""
+        self._errors_in_row = 0
+
+    def failed(self, count: int) -> bool:
+        """So many accesses were not; True if the directory is taken out because of it."""
+        self._errors_in_row += count
         return self._errors_in_row >= _ERRORS_IN_ROW and self.take_out(f"{self._errors_in_row} errors in a row")
 
     def take_out(self, why: str) -> bool:
@@ -207,7 +239,7 @@ class SsdDirectory:
     def _probe(self) -> None:
         try:
             self.data.probe()
-            self.table.store(self.table.header)
+            self.table.update()
         except OSError:
             return
         self._errors_in_row = 0

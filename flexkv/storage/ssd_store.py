@@ -1,6 +1,5 @@
 """The SSD tier: blocks in slots of preallocated files, over one or more directories."""
 
-import errno
 import logging
 import os
 import select
@@ -16,24 +15,16 @@ from numpy.typing import NDArray
 
 from flexkv._core.checksum import xxh3_64
 from flexkv.errors import CapacityError, StorageError
-from flexkv.storage.fault_log import FaultLog
 from flexkv.storage.file_layer import FileLayer
 from flexkv.storage.recovered import Recovered, newest_records
+from flexkv.storage.slot_health import SlotHealth
+from flexkv.storage.slot_ledger import SlotLedger
 from flexkv.storage.slot_table import RECORD
 from flexkv.storage.ssd_batch import READ, WRITE, Batch, Batches, Result
 from flexkv.storage.ssd_directory import SsdDirectory
 from flexkv.storage.striped_slots import StripedSlots
 
 logger = logging.getLogger("flexkv.storage")
-
-_ERRORS_OF_SLOT = 2
-"""A slot with so many errors is retired."""
-
-_FAULTS = (
-    "read_errors", "write_errors", "table_errors", "timeouts", "checksum_mismatches", "key_mismatches", "slots_retired",
-    "directories_taken_out", "refused",
-)
-
 
 class SsdStore:
     """Blocks on disk: fixed slots, a record beside each, and a queue that moves bytes.
@@ -115,15 +106,10 @@ class SsdStore:
         self.slots = StripedSlots(self._directories)
         self._floor = max(directory.table.header.floor for directory in self._directories)
         self._sequence = max(time.time_ns(), self._floor)   # the last one given; a clock, so that it always rises
-        # of each slot: what its record says (keys of zeros: nothing), and how it fares
-        self._keys = np.zeros((self.num_slots, 2), dtype=np.uint64)
-        self._checksums = np.zeros(self.num_slots, dtype=np.uint64)
-        self._recorded = np.zeros(self.num_slots, dtype=np.bool_)   # the table may hold a record; directory's thread
-        self._writing = np.zeros(self.num_slots, dtype=np.bool_)
-        self._errors = np.zeros(self.num_slots, dtype=np.uint8)
+        self._ledger = SlotLedger(self.num_slots)
+        self._health = SlotHealth(self.slots, self.num_slots)
         self._batches = Batches()
         self._closed = False
-        self._faults = FaultLog(_FAULTS)
         self._epoll = select.epoll()
         self._epoll.register(self._batches.event_fd, select.EPOLLIN)
         self._epoll.register(self._queue.event_fd, select.EPOLLIN)
@@ -144,9 +130,8 @@ class SsdStore:
         everything = self.slots.take_all()
         slots, records, used = newest_records(self._directories, self._domain, self._floor)
         with self._lock:
-            self._recorded[used] = True
-            self._keys[slots] = records["key"]
-            self._checksums[slots] = records["checksum"]
+            self._ledger.recorded[used] = True
+            self._ledger.learn(slots, records["key"], records["checksum"])
             if len(records):
                 self._sequence = max(self._sequence, int(records["sequence"][-1]))
         unwanted = np.ones(self.num_slots, dtype=np.bool_)
@@ -164,13 +149,13 @@ class SsdStore:
         """
         with self._lock:
             self._floor = self._sequence
-            self._keys[:] = 0
+            self._ledger.forget(slice(None))
             for batch in self._batches:
                 self._stop(batch)
         failed = []
         for directory in self._directories:
             try:
-                directory.table.raise_floor(self._floor)
+                directory.wait_for(partial(directory.table.update, floor=self._floor))
             except OSError as error:
                 failed.append(f"{directory.path} ({error.strerror})")
         if failed:
@@ -210,15 +195,17 @@ class SsdStore:
         """Write blocks from host slots to slots, which the caller has allocated. What they held is forgotten."""
         self._check(slots, host_slots, keys)
         self._check(slots, host_slots, parents)
+        if len(np.unique(slots)) != len(slots):
+            raise ValueError("a slot is given twice")
         with self._lock:
-            able = ~self._writing[slots] & ~self.slots.is_retired(slots) & keys.any(axis=1)
+            able = ~self._ledger.writing[slots] & ~self.slots.is_retired(slots) & keys.any(axis=1)
             for directory, where in self._split(job, slots, able):
                 batch = self._batches.begin(WRITE, job, directory, where, slots, host_slots, keys)
                 batch.parents = parents[where]
                 batch.sequence = self._sequence + 1
                 self._sequence += len(where)
-                self._writing[batch.slots] = True
-                self._keys[batch.slots] = 0
+                self._ledger.writing[batch.slots] = True
+                self._ledger.forget(batch.slots)
                 directory.post(partial(self._erase_and_submit, batch))
 
     def read(
@@ -227,8 +214,8 @@ class SsdStore:
         """Read blocks from slots to host slots. A block is good only if it is the one that ``keys`` names."""
         self._check(slots, host_slots, keys)
         with self._lock:
-            named = (self._keys[slots] == keys).all(axis=1) & keys.any(axis=1)
-            self._faults.add("key_mismatches", int((~named).sum()), "SSD tier")
+            named = self._ledger.holds(slots, keys)
+            self._health.log.add("key_mismatches", int((~named).sum()), "SSD tier")
             for directory, where in self._split(job, slots, named):
                 self._submit(self._batches.begin(READ, job, directory, where, slots, host_slots, keys))
 
@@ -245,8 +232,8 @@ class SsdStore:
             if not self._closed:
                 self._take()
                 for directory in self._directories:
-                    if directory.hangs(self._deadline_s):
-                        self._give_up(directory)
+                    if directory.hangs(self._deadline_s) and self._health.hung(directory, self._deadline_s):
+                        self._after_take_out(directory, hung=True)
             return self._batches.take_results()
 
     def usable(self) -> bool:
@@ -256,7 +243,7 @@ class SsdStore:
     def stats(self) -> dict[str, int]:
         """Counters since the start, and gauges."""
         return {
-            **self._faults.counts,
+            **self._health.log.counts,
             "blocks_read": self._batches.num_ok[READ],
             "blocks_written": self._batches.num_ok[WRITE],
             "directories": len(self._directories),
@@ -282,7 +269,7 @@ class SsdStore:
         owner = np.searchsorted(self._first, slots, side="right") - 1
         order = np.argsort(slots, kind="stable")
         usable = np.array([directory.usable and not self._closed for directory in self._directories])[owner]
-        self._faults.add("refused", int((~usable).sum()), "SSD tier", "a directory is taken out")
+        self._health.log.add("refused", int((~usable).sum()), "SSD tier", "a directory is taken out")
         failed = np.flatnonzero(~(able & usable))
         self._batches.tell(job, failed, np.zeros(len(failed), dtype=np.bool_))
         order = order[(able & usable)[order]]
@@ -308,29 +295,28 @@ class SsdStore:
 
     def _end(self, batch: Batch, positions: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
         if batch.kind == WRITE:
-            self._writing[batch.slots[positions]] = False
+            self._ledger.writing[batch.slots[positions]] = False
         self._batches.end(batch, positions, ok)
 
     # ---- on a directory's thread, without the lock ------------------------------------------------------------
 
     def _erase_and_submit(self, batch: Batch) -> None:
         directory = batch.directory
-        slots = batch.slots[self._recorded[batch.slots]]
+        slots = batch.slots[self._ledger.recorded[batch.slots]]
+        failed = ""
         try:
             if len(slots):
                 directory.table.erase(slots - np.int32(directory.first_slot))
-                self._recorded[slots] = False
-            failed = ""
+                self._ledger.recorded[slots] = False
         except OSError as error:
             failed = str(error)
         with self._lock:
-            if batch.ended.all():                           # cancelled meanwhile
-                return
-            if failed:
-                self._fault(batch, "table_errors", batch.left(), failed)
+            left = batch.left()                             # none, if cancelled meanwhile
             if failed or self._closed or batch.sequence <= self._floor:
-                self._fail(batch, batch.left())
-            else:
+                self._fail(batch, left)
+                if failed and self._health.fault(directory, batch.slots[left], "table_errors", failed):
+                    self._after_take_out(directory)
+            elif len(left):
                 self._submit(batch)
 
     def _record(self, batch: Batch, positions: NDArray[np.intp], checksums: NDArray[np.uint64]) -> None:
@@ -341,7 +327,7 @@ class SsdStore:
         records["checksum"], records["domain"], records["length"] = checksums, self._domain, self.slot_bytes
         records["sequence"] = batch.sequence + positions
         failed = ""
-        self._recorded[slots] = True
+        self._ledger.recorded[slots] = True
         try:
             directory.table.write(slots - np.int32(directory.first_slot), records)
         except OSError as error:
@@ -349,19 +335,19 @@ class SsdStore:
         with self._lock:
             still = ~batch.ended[positions]
             positions, slots, checksums = positions[still], slots[still], checksums[still]
-            if failed:
-                self._fault(batch, "table_errors", positions, failed)
             ok = not failed and batch.sequence > self._floor
             if ok:
-                self._keys[slots], self._checksums[slots] = batch.keys[positions], checksums
+                self._ledger.learn(slots, batch.keys[positions], checksums)
             self._end(batch, positions, np.full(len(positions), ok))
+            if failed and self._health.fault(directory, slots, "table_errors", failed):
+                self._after_take_out(directory)
         self._drop_cache(directory, len(positions))
 
     def _drop_cache(self, directory: SsdDirectory, blocks: int) -> None:
         try:
             directory.data.moved(blocks * self.slot_bytes)
         except OSError as error:
-            self._faults.add("write_errors", 1, directory.path, str(error))
+            self._health.log.add("write_errors", 1, directory.path, str(error))
 
     # ---- results ----------------------------------------------------------------------------------------------
 
@@ -373,71 +359,47 @@ class SsdStore:
             batch = self._batches.get(number)
             if batch is not None:
                 finish = self._finish_read if batch.kind == READ else self._finish_write
+                at = at[~batch.ended[Batch.positions(tags[at])]]
                 finish(batch, Batch.positions(tags[at]), results[at], checksums[at])
 
     def _finish_read(
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
     ) -> None:
-        slots = batch.slots[positions]
+        directory, slots = batch.directory, batch.slots[positions]
         done = results == 0
-        named = (self._keys[slots] == batch.keys[positions]).all(axis=1)    # it may have been rewritten or cleared
-        right = checksums == self._checksums[slots]
-        self._note(batch, positions, results, "read_errors")
-        self._faults.add("key_mismatches", int((done & ~named).sum()), batch.directory.path)
-        wrong = positions[done & named & ~right]
-        if len(wrong):
-            self._fault(batch, "checksum_mismatches", wrong, f"slot {batch.slots[wrong[0]]}")
-            self._keys[batch.slots[wrong]] = 0
+        named = self._ledger.holds(slots, batch.keys[positions])    # it may have been rewritten or cleared meanwhile
+        right = checksums == self._ledger.checksums[slots]
+        wrong = slots[done & named & ~right]
         ok = done & named & right
+        self._health.log.add("key_mismatches", int((done & ~named).sum()), directory.path)
+        if ok.any():
+            directory.succeeded()
+        out = self._health.judge(directory, slots, results, "read_errors")
+        out |= self._health.fault(directory, wrong, "checksum_mismatches", f"slots {wrong[:4]}")
+        self._ledger.forget(wrong)
         self._end(batch, positions, ok)
-        if not batch.directory.data.is_direct:
-            batch.directory.post(partial(self._drop_cache, batch.directory, len(positions)))
+        if not directory.data.is_direct:
+            directory.post(partial(self._drop_cache, directory, len(positions)))
+        if out:
+            self._after_take_out(directory)
 
     def _finish_write(
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
     ) -> None:
-        done = results == 0
-        self._note(batch, positions, results, "write_errors")
-        if not done.all():
-            self._fail(batch, positions[~done])
+        directory, done = batch.directory, results == 0
+        batch.moved[positions[done]] = True
         if done.any():
-            batch.directory.post(partial(self._record, batch, positions[done], checksums[done]))
-
-    def _note(
-        self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], kind: str
-    ) -> None:
-        """Count errors; a slot whose access took too long may still be accessed, and is not used again."""
-        late = positions[results == -errno.ETIMEDOUT]
-        self._fault(batch, "timeouts", late, f"after {self._deadline_s:g} s")
-        self._retire(batch.directory, batch.slots[late])
-        other = (results < 0) & (results != -errno.ETIMEDOUT) & (results != -errno.ECANCELED)
-        if other.any():
-            self._fault(batch, kind, positions[other], os.strerror(-int(results[other][0])))
-        batch.directory.note(0, int((results == 0).sum()))
-
-    def _fault(self, batch: Batch, kind: str, positions: NDArray[np.intp], detail: str) -> None:
-        """Errors of a disk: of a slot too many retire it, in a row too many take the directory out."""
-        if len(positions) == 0:
-            return
-        directory, slots = batch.directory, batch.slots[positions]
-        self._faults.add(kind, len(slots), directory.path, detail)
-        self._errors[slots] += 1
-        self._retire(directory, slots[self._errors[slots] >= _ERRORS_OF_SLOT])
-        if directory.note(len(slots), 0):
+            directory.succeeded()
+            directory.post(partial(self._record, batch, positions[done], checksums[done]))
+        out = self._health.judge(directory, batch.slots[positions], results, "write_errors")
+        self._fail(batch, positions[~done])
+        if out:
             self._after_take_out(directory)
 
-    def _retire(self, directory: SsdDirectory, slots: NDArray[np.int32]) -> None:
-        if len(slots):
-            self._faults.add("slots_retired", self.slots.retire(slots), directory.path, "they are not used again")
-
-    def _give_up(self, directory: SsdDirectory) -> None:
-        """A step of its thread hangs: nothing that waits for the thread ends by itself."""
-        if directory.take_out(f"its slot table has not answered for {self._deadline_s:g} s"):
-            self._faults.add("timeouts", 1, directory.path)
-            self._after_take_out(directory)
-
-    def _after_take_out(self, directory: SsdDirectory) -> None:
-        self._faults.add("directories_taken_out", 1, directory.path)
+    def _after_take_out(self, directory: SsdDirectory, hung: bool = False) -> None:
+        """End what waits for a directory; what has been moved too, if its thread hangs before the records."""
         for batch in self._batches:
             if batch.directory is directory:
+                if hung:
+                    self._fail(batch, np.flatnonzero(batch.moved & ~batch.ended))
                 self._stop(batch)
