@@ -194,6 +194,9 @@ class ThreadQueue:
         tags, results, checksums = columns
         return np.array(tags, np.uint64), np.array(results, np.int32), np.array(checksums, np.uint64)
 
+    def busy(self) -> NDArray[np.uint64]:
+        return np.empty(0, dtype=np.uint64)
+
     def close(self) -> None:
         with self._news:
             self._closing = True

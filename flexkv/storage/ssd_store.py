@@ -1,5 +1,6 @@
 """The SSD tier: blocks in slots of preallocated files, over one or more directories."""
 
+import errno
 import logging
 import os
 import select
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.checksum import xxh3_64
+from flexkv._core.io_queue import IoQueue
 from flexkv.errors import CapacityError, StorageError
 from flexkv.storage.file_layer import FileLayer
 from flexkv.storage.recovered import Recovered, newest_records
@@ -72,7 +74,7 @@ class SsdStore:
         domain: bytes,
         memory: Any,
         *,
-        make_queue: Callable[..., Any],
+        make_queue: Callable[..., Any] = IoQueue,
         deadline_s: float = 10.0,
         probe_s: float = 5.0,
         files: FileLayer = os,
@@ -80,8 +82,8 @@ class SsdStore:
     ) -> None:
         if slot_bytes < 1 or slot_bytes % 4096:
             raise ValueError(f"slots of {slot_bytes} bytes: must be a multiple of 4096")
-        if not directories:
-            raise ValueError("no directory for the SSD tier")
+        if not directories or capacity_bytes // slot_bytes >= 1 << 31:
+            raise CapacityError(f"{len(directories)} directories, {capacity_bytes} bytes: need one, and < 2**31 slots")
         self.slot_bytes = slot_bytes
         self._domain = xxh3_64(domain)
         self._num_host_slots = memoryview(memory).nbytes // slot_bytes
@@ -89,13 +91,11 @@ class SsdStore:
         self._lock = threading.Lock()
         self._directories: list[SsdDirectory] = []
         try:
+            self.num_slots = 0
             for path in directories:
-                first = sum(directory.num_slots for directory in self._directories)
                 share = capacity_bytes // len(directories)
-                self._directories.append(SsdDirectory(Path(path), first, share, slot_bytes, files, probe_s))
-            self.num_slots = sum(directory.num_slots for directory in self._directories)
-            if self.num_slots >= 1 << 31:
-                raise CapacityError(f"{self.num_slots} slots are more than 2**31: set ssd_cache_gb lower")
+                self._directories.append(SsdDirectory(Path(path), self.num_slots, share, slot_bytes, files, probe_s))
+                self.num_slots += self._directories[-1].num_slots
             fds = [directory.data.fd for directory in self._directories]
             self._queue = make_queue(fds, memory, deadline_s=deadline_s, **queue_options)
         except BaseException:
@@ -163,7 +163,13 @@ class SsdStore:
 
     def close(self) -> None:
         """Cancel what has not begun, wait (bounded) for the rest, and leave the tables in good order. Can be called
-        again. ``results`` still tells what had not been told."""
+        again. ``results`` still tells what had not been told.
+
+        Raises
+        ------
+        TransferError
+            The kernel keeps accesses of a disk that hangs: the host memory must not be used again. Files stay open.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -175,16 +181,15 @@ class SsdStore:
             self._epoll.poll(min(left, 0.1))
             with self._lock:
                 self._take()
-        self._queue.close()
         with self._lock:
-            self._take()
             clean = len(self._batches) == 0
             for batch in self._batches:
                 self._fail(batch, batch.left())
+            self._epoll.close()
+            self._batches.close()
+        self._queue.close()
         for directory in self._directories:
             directory.close(clean)
-        self._epoll.close()
-        self._batches.close()
 
     # ---- jobs -------------------------------------------------------------------------------------------------
 
@@ -341,13 +346,7 @@ class SsdStore:
             self._end(batch, positions, np.full(len(positions), ok))
             if failed and self._health.fault(directory, slots, "table_errors", failed):
                 self._after_take_out(directory)
-        self._drop_cache(directory, len(positions))
-
-    def _drop_cache(self, directory: SsdDirectory, blocks: int) -> None:
-        try:
-            directory.data.moved(blocks * self.slot_bytes)
-        except OSError as error:
-            self._health.log.add("write_errors", 1, directory.path, str(error))
+        directory.data.moved(len(positions) * self.slot_bytes)
 
     # ---- results ----------------------------------------------------------------------------------------------
 
@@ -361,6 +360,8 @@ class SsdStore:
                 finish = self._finish_read if batch.kind == READ else self._finish_write
                 at = at[~batch.ended[Batch.positions(tags[at])]]
                 finish(batch, Batch.positions(tags[at]), results[at], checksums[at])
+        for batch in self._batches.late():
+            self._fail(batch, np.flatnonzero(batch.late & ~np.isin(batch.tags(), self._queue.busy())))
 
     def _finish_read(
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
@@ -371,15 +372,17 @@ class SsdStore:
         right = checksums == self._ledger.checksums[slots]
         wrong = slots[done & named & ~right]
         ok = done & named & right
+        late = results == -errno.ETIMEDOUT                  # told when the kernel has let go of their memory
+        batch.late[positions[late]] = True
         self._health.log.add("key_mismatches", int((done & ~named).sum()), directory.path)
         if ok.any():
             directory.succeeded()
         out = self._health.judge(directory, slots, results, "read_errors")
         out |= self._health.fault(directory, wrong, "checksum_mismatches", f"slots {wrong[:4]}")
         self._ledger.forget(wrong)
-        self._end(batch, positions, ok)
+        self._end(batch, positions[~late], ok[~late])
         if not directory.data.is_direct:
-            directory.post(partial(self._drop_cache, directory, len(positions)))
+            directory.post(partial(directory.data.moved, len(positions) * self.slot_bytes))
         if out:
             self._after_take_out(directory)
 
