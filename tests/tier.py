@@ -31,7 +31,7 @@ def number_of(key: NDArray[np.uint64]) -> int:
 
 
 def content_of(number: int, slot_bytes: int = SLOT_BYTES) -> NDArray[np.uint8]:
-    return np.random.default_rng(number).integers(0, 256, slot_bytes, dtype=np.uint8)
+    return np.random.default_rng(number + 1).integers(0, 256, slot_bytes, dtype=np.uint8)
 
 
 class Tier:
@@ -48,6 +48,7 @@ class Tier:
         self.store = SsdStore(directories, capacity, slot_bytes, domain, self.memory, **options)
         self.slot_bytes = slot_bytes
         self._job = 0
+        self._ended: dict[int, list[tuple[NDArray[np.intp], NDArray[np.bool_]]]] = {}
 
     def recover(self) -> dict[int, int]:
         """Number -> slot of what is offered."""
@@ -65,7 +66,7 @@ class Tier:
             self.host[host + i] = content_of(number, self.slot_bytes)
         self._job += 1
         host_slots = np.arange(host, host + len(numbers), dtype=np.int32)
-        self.store.write(self._job, slots, host_slots, keys_of(numbers), keys_of([-1, *numbers[:-1]]))
+        self.store.write(self._job, slots, host_slots, keys_of(numbers), keys_of([-1, *numbers][: len(numbers)]))
         return self._job
 
     def write(self, numbers: Sequence[int], slots: NDArray[np.int32] | None = None) -> NDArray[np.bool_]:
@@ -88,21 +89,20 @@ class Tier:
 
     def wait(self, job: int, count: int, timeout_s: float = 20.0) -> NDArray[np.bool_]:
         """The result of each block of a job, which is told once."""
-        ok, told = np.zeros(count, dtype=np.bool_), np.zeros(count, dtype=np.int64)
-        while not told.all():
+        while sum(len(indices) for indices, _ in self._ended.get(job, ())) < count:
             assert select.select([self.store.event_fd], [], [], timeout_s)[0], f"job {job} does not end"
-            for number, indices, good in self.store.results():
-                if number == job:
-                    told[indices] += 1
-                    ok[indices] = good
+            self.take()
+        ok, told = np.zeros(count, dtype=np.bool_), np.zeros(count, dtype=np.int64)
+        for indices, good in self._ended.pop(job, ()):
+            told[indices] += 1
+            ok[indices] = good
         assert (told == 1).all()
         return ok
 
+    def take(self) -> None:
+        """Take results, and keep them for ``wait``."""
+        for job, indices, good in self.store.results():
+            self._ended.setdefault(job, []).append((indices, good))
+
     def close(self) -> None:
         self.store.close()
-
-
-def reopened(tier: Tier, *args: Any, **options: Any) -> Tier:
-    """Close, and open again."""
-    tier.close()
-    return Tier(*args, **options)
