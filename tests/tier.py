@@ -2,7 +2,9 @@
 
 import mmap
 import select
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from flexkv.storage.ssd_directory import total_bytes
 from flexkv.storage.ssd_store import SsdStore
-from tests.faulty_files import ThreadQueue
+from tests.faulty_files import FaultyFiles, ThreadQueue
 
 SLOT_BYTES = 4096
 HOST_SLOTS = 64
@@ -76,15 +78,15 @@ class Tier:
     def start_read(self, numbers: Sequence[int], slots: Any, host: int = 0) -> int:
         self._job += 1
         self.host[host : host + len(numbers)] = 0xA5
-        self.store.read(self._job, np.asarray(slots, dtype=np.int32), np.arange(host, host + len(numbers), dtype=np.int32),
-                        keys_of(numbers))
+        host_slots = np.arange(host, host + len(numbers), dtype=np.int32)
+        self.store.read(self._job, np.asarray(slots, dtype=np.int32), host_slots, keys_of(numbers))
         return self._job
 
     def read(self, numbers: Sequence[int], slots: Any) -> NDArray[np.bool_]:
         """Whether each block is good; those that are have the right bytes."""
         ok = self.wait(self.start_read(numbers, slots), len(numbers))
         for i in np.flatnonzero(ok):
-            assert self.host[i].tobytes() == content_of(numbers[i], self.slot_bytes).tobytes(), f"wrong KV: {numbers[i]}"
+            assert (self.host[i] == content_of(numbers[i], self.slot_bytes)).all(), f"wrong KV: {numbers[i]}"
         return ok
 
     def wait(self, job: int, count: int, timeout_s: float = 20.0) -> NDArray[np.bool_]:
@@ -106,3 +108,30 @@ class Tier:
 
     def close(self) -> None:
         self.store.close()
+
+
+@contextmanager
+def opened(*args: Any, **options: Any) -> Iterator[Tier]:
+    """A tier that is checked and closed at the end."""
+    tier = Tier(*args, **options)
+    try:
+        yield tier
+        tier.store.slots.check_integrity()
+    finally:
+        tier.close()
+
+
+def one_thread(files: FaultyFiles) -> dict[str, Any]:
+    """Options for a tier whose every access of a file goes through ``files``, one after another."""
+    return {"files": files, "make_queue": partial(ThreadQueue, layer=files, threads=1)}
+
+
+def check_what_is_offered(directories: list[Path], **options: Any) -> set[int]:
+    """Recover; every block that is offered and good is right. Returns the good ones."""
+    tier = Tier(directories, **options)
+    found = tier.recover()
+    numbers = list(found)
+    ok = tier.read(numbers, list(found.values()))
+    tier.store.slots.check_integrity()
+    tier.close()
+    return {number for number, good in zip(numbers, ok, strict=True) if good}

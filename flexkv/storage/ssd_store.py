@@ -1,7 +1,6 @@
 """The SSD tier: blocks in slots of preallocated files, over one or more directories."""
 
 import errno
-import logging
 import os
 import select
 import threading
@@ -16,17 +15,16 @@ from numpy.typing import NDArray
 
 from flexkv._core.checksum import xxh3_64
 from flexkv._core.io_queue import IoQueue
-from flexkv.errors import CapacityError, StorageError
+from flexkv.errors import StorageError
 from flexkv.storage.file_layer import FileLayer
 from flexkv.storage.recovered import Recovered, newest_records
 from flexkv.storage.slot_health import SlotHealth
 from flexkv.storage.slot_ledger import SlotLedger
 from flexkv.storage.slot_table import RECORD
 from flexkv.storage.ssd_batch import READ, WRITE, Batch, Batches, Result
-from flexkv.storage.ssd_directory import SsdDirectory
+from flexkv.storage.ssd_directory import SsdDirectory, open_directories
 from flexkv.storage.striped_slots import StripedSlots
 
-logger = logging.getLogger("flexkv.storage")
 
 class SsdStore:
     """Blocks on disk: fixed slots, a record beside each, and a queue that moves bytes.
@@ -63,7 +61,7 @@ class SsdStore:
     Raises
     ------
     CapacityError, StorageError, DirectoryInUseError
-        As ``SsdDirectory``; nothing is left open then.
+        As ``open_directories``; nothing is left open then.
     """
 
     def __init__(
@@ -82,21 +80,15 @@ class SsdStore:
     ) -> None:
         if slot_bytes < 1 or slot_bytes % 4096:
             raise ValueError(f"slots of {slot_bytes} bytes: must be a multiple of 4096")
-        if not directories or capacity_bytes // slot_bytes >= 1 << 31:
-            raise CapacityError(f"{len(directories)} directories, {capacity_bytes} bytes: need one, and < 2**31 slots")
         self.slot_bytes = slot_bytes
         self._domain = xxh3_64(domain)
         self._num_host_slots = memoryview(memory).nbytes // slot_bytes
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._directories: list[SsdDirectory] = []
+        self._directories = open_directories(directories, capacity_bytes, slot_bytes, files, probe_s)
+        self.num_slots = sum(directory.num_slots for directory in self._directories)
+        fds = [directory.data.fd for directory in self._directories]
         try:
-            self.num_slots = 0
-            for path in directories:
-                share = capacity_bytes // len(directories)
-                self._directories.append(SsdDirectory(Path(path), self.num_slots, share, slot_bytes, files, probe_s))
-                self.num_slots += self._directories[-1].num_slots
-            fds = [directory.data.fd for directory in self._directories]
             self._queue = make_queue(fds, memory, deadline_s=deadline_s, **queue_options)
         except BaseException:
             for directory in self._directories:
@@ -128,12 +120,11 @@ class SsdStore:
         after it: the caller frees those that it does not want.
         """
         everything = self.slots.take_all()
-        slots, records, used = newest_records(self._directories, self._domain, self._floor)
+        slots, records, used, last_sequence = newest_records(self._directories, self._domain, self._floor)
         with self._lock:
             self._ledger.recorded[used] = True
             self._ledger.learn(slots, records["key"], records["checksum"])
-            if len(records):
-                self._sequence = max(self._sequence, int(records["sequence"][-1]))
+            self._sequence = max(self._sequence, last_sequence)
         unwanted = np.ones(self.num_slots, dtype=np.bool_)
         unwanted[slots] = False
         self.slots.free(everything[unwanted[everything]])

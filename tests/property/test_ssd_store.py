@@ -1,4 +1,4 @@
-"""The SSD store against a dict, for random sequences of operations, with restarts, kills and losses of power anywhere."""
+"""The SSD store against a dict, for random sequences of operations: restarts, kills and losses of power anywhere."""
 
 import random
 from functools import partial
@@ -17,7 +17,9 @@ from .examples import EXAMPLES
 SLOTS = 6
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["write", "write", "write", "read", "free", "clear", "restart", "kill", "no power", "other model"]),
+        st.sampled_from(
+            ["write", "write", "write", "read", "free", "clear", "restart", "kill", "no power", "other model"]
+        ),
         st.integers(0, 1 << 30),
     ),
     max_size=25,
@@ -27,8 +29,8 @@ OPERATIONS = st.lists(
 class Model:
     """What the store must, or may, hold.
 
-    ``held`` is what slots in use hold for sure; ``may`` is what may come back after a restart: every block that was ever
-    written and not cleared since.
+    ``held`` is what slots in use hold for sure; ``may`` is what may come back after a restart: every block that
+    was ever written and not cleared since.
     """
 
     def __init__(self, path: Path, seed: int) -> None:
