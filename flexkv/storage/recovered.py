@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.chains import LeafPaths, leaf_paths, newest
+from flexkv.storage.slot_table import choose
 from flexkv.storage.ssd_directory import SsdDirectory
 
 logger = logging.getLogger("flexkv.storage")
@@ -73,4 +74,4 @@ def newest_records(
     sequences = np.ascontiguousarray(every_record["sequence"])
     keep = np.flatnonzero(newest(np.ascontiguousarray(every_record["key"]), sequences))
     keep = keep[np.argsort(sequences[keep], kind="stable")]
-    return every_slot[keep], every_record[keep], np.concatenate(used), last_sequence
+    return every_slot[keep], choose(every_record, keep), np.concatenate(used), last_sequence

@@ -91,6 +91,12 @@ class Scan:
     last_sequence: int
 
 
+def choose(records: NDArray[np.void], indices: NDArray[np.intp]) -> NDArray[np.void]:
+    """``records[indices]``, which numpy does field by field, several times as fast."""
+    words = records.view(np.uint64).reshape(len(records), RECORD.itemsize // 8)
+    return words.take(indices, axis=0).view(RECORD).reshape(len(indices))
+
+
 _STATES = {
     "empty": slot_records.EMPTY, "mine": slot_records.MINE, "other_domain": slot_records.OTHER_DOMAIN,
     "void": slot_records.VOID, "broken": slot_records.BROKEN,
@@ -180,14 +186,14 @@ class SlotTable:
             states = slot_records.scan(raw, first, domain, self.header.slot_bytes, floor)
             chunk = raw.view(RECORD).reshape(-1)
             mine = np.flatnonzero(states == slot_records.MINE)
-            counted = chunk[(states == slot_records.MINE) | (states == slot_records.OTHER_DOMAIN)]
-            last_sequence = max(last_sequence, int(counted["sequence"].max(initial=0)))
+            counts_too = (states == slot_records.MINE) | (states == slot_records.OTHER_DOMAIN)
+            last_sequence = max(last_sequence, int(chunk["sequence"].max(initial=0, where=counts_too)))
             slots.append((mine + first).astype(np.int32))
-            records.append(chunk[mine])
+            records.append(choose(chunk, mine))
             used.append((np.flatnonzero(states != slot_records.EMPTY) + first).astype(np.int32))
             counts += np.bincount(states, minlength=len(_STATES))
             counts[slot_records.EMPTY] += want - len(states)
-            for digest, count in zip(*np.unique(counted["domain"], return_counts=True), strict=True):
+            for digest, count in zip(*np.unique(chunk["domain"][counts_too], return_counts=True), strict=True):
                 domains[int(digest)] = domains.get(int(digest), 0) + int(count)
         by_name = {name: int(counts[state]) for name, state in _STATES.items()}
         return Scan(

@@ -161,13 +161,15 @@ class Batches:
 
     def take_results(self) -> list[Result]:
         """Results that have not been taken."""
+        self.quiet()
         results, self._results = self._results, []
         return results
 
     def quiet(self) -> None:
         """Make ``event_fd`` unreadable until there is more."""
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.event_fd)
+        if self.event_fd >= 0:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self.event_fd)
 
     def close(self) -> None:
         """Close ``event_fd``; once."""

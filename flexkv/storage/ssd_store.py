@@ -228,7 +228,8 @@ class SsdStore:
             if not self._closed:
                 self._take()
                 for directory in self._directories:
-                    if directory.hangs(self._deadline_s) and self._health.hung(directory, self._deadline_s):
+                    if directory.hangs(self._deadline_s):
+                        self._health.hung(directory, self._deadline_s)
                         self._after_take_out(directory, hung=True)
             return self._batches.take_results()
 

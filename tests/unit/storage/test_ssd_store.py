@@ -1,5 +1,6 @@
 """The SSD store over a twin of the queue, and over the real one: blocks, slots, restarts."""
 
+import select
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def test_what_is_written_is_read_and_is_there_after_a_restart(tmp_path: Path, qu
         stats = tier.store.stats()
         assert (stats["blocks_written"], stats["blocks_read"], stats["key_mismatches"]) == (10, 12, 1)
         assert stats["queued_bytes"] == 0
+        assert tier.store.results() == []
+        assert not select.select([tier.store.event_fd], [], [], 0)[0]
     with opened(directories, make_queue=queue) as tier:
         found = tier.store.recover()
         assert found.keys.tolist() == keys_of(range(10)).tolist()             # in the order they were written
@@ -137,8 +140,8 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         for slots, host in ((one + 16, one), (one - 1, one), (one, one + 64), (one, one - 1), (one, one[:0])):
             with pytest.raises(ValueError):
                 tier.store.read(1, slots, host, keys_of([1]))
+        hosts = np.arange(2, dtype=np.int32)
         with pytest.raises(ValueError, match="twice"):
-            hosts = np.arange(2, dtype=np.int32)
             tier.store.write(1, np.full(2, 3, np.int32), hosts, keys_of([1, 2]), keys_of([-1, 1]))
         assert not tier.write([-1]).any()                                       # zeros are no key
         assert tier.write([]).tolist() == []
