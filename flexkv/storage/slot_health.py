@@ -37,6 +37,8 @@ class SlotHealth:
 
         A slot whose access took too long may still be accessed, so it is not used again.
         """
+        if not results.any():
+            return False
         late = slots[results == -errno.ETIMEDOUT]
         self._retire(directory, late)
         out = self.fault(directory, late, "timeouts", "an access did not end in time")

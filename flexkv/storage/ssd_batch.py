@@ -83,8 +83,8 @@ class Batch:
     def group(tags: NDArray[np.uint64]) -> Iterator[tuple[int, NDArray[np.intp]]]:
         """Batch number, and where in ``tags`` its tags are."""
         numbers = tags >> np.uint64(_POSITION_BITS)
-        for number in np.unique(numbers):
-            yield int(number), np.flatnonzero(numbers == number)
+        for number in dict.fromkeys(numbers.tolist()):
+            yield number, np.flatnonzero(numbers == number)
 
 
 class Batches:
