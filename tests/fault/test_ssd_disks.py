@@ -6,6 +6,7 @@ Every block that a read calls good is compared with what was written under its k
 import errno
 import os
 import random
+import select
 import subprocess
 import sys
 import threading
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv._core.io_queue import HANGS, READ, WRITE, FaultyIoQueue, IoQueue
+from flexkv._core.io_queue import FAILS, HANGS, READ, SHORT, WRITE, FaultyIoQueue, IoQueue
 from tests.faulty_files import FaultyFiles, wait_until
-from tests.tier import SLOT_BYTES, Tier, check_what_is_offered, one_thread
+from tests.tier import SLOT_BYTES, Tier, check_what_is_offered, content_of, keys_of, one_thread
 
 SLOTS = 12
 
@@ -263,3 +264,61 @@ def test_a_real_disk_that_is_full(tmp_path: Path) -> None:
     assert "set ssd_cache_gb lower" in error
     assert int(left) <= 4096
     assert works == "True"
+
+
+# ---- many at once ---------------------------------------------------------------------------------------------
+
+
+def worker(tier: Tier, ended: dict[int, list[tuple[np.ndarray, np.ndarray]]], first: int, wrong: list[str]) -> None:
+    """Writes and reads in host slots of its own; results come by whoever takes them."""
+    rng = random.Random(first)
+
+    def result(job: int, count: int) -> np.ndarray:
+        wait_until(lambda: sum(len(indices) for indices, _ in ended.get(job, ())) == count)
+        ok = np.zeros(count, dtype=np.bool_)
+        for indices, good in ended.pop(job):
+            ok[indices] = good
+        return ok
+
+    for job in range(first, first + 60, 2):
+        slots = tier.store.slots.allocate(rng.randint(1, 4))
+        if slots is None:
+            continue
+        numbers = [rng.randrange(1000) for _ in slots]
+        hosts = np.arange(first // 100 * 8, first // 100 * 8 + len(slots), dtype=np.int32)
+        for host, number in zip(hosts, numbers, strict=True):
+            tier.host[host] = content_of(number)
+        tier.store.write(job, slots, hosts, keys_of(numbers), keys_of(numbers))
+        if rng.random() < 0.3:
+            tier.store.cancel(job)
+        written = result(job, len(slots))
+        tier.host[hosts] = 0
+        tier.store.read(job + 1, slots, hosts, keys_of(numbers))
+        read = result(job + 1, len(slots))
+        same = np.array([(tier.host[hosts[i]] == content_of(number)).all() for i, number in enumerate(numbers)])
+        if (read & ~same).any() or (read & ~written).any():
+            wrong.append(f"job {job}: {written} {read} {same}")
+        tier.store.slots.free(slots)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_that_share_a_store_on_disks_that_fail(tmp_path: Path, fails: bool) -> None:
+    made: list[FaultyIoQueue] = []
+    tier = Tier([tmp_path / "a", tmp_path / "b"], 8, probe_s=0.001, make_queue=partial(hanging_queue, made))
+    ended: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
+    wrong: list[str] = []
+    threads = [threading.Thread(target=worker, args=(tier, ended, 100 * i, wrong)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    rng = random.Random(0)
+    while any(thread.is_alive() for thread in threads):
+        if fails and made[0].num_planned < 4:
+            made[0].plan(rng.choice([READ, WRITE]), rng.choice([FAILS, SHORT]), rng.choice([5, 512]), 1)
+        select.select([tier.store.event_fd], [], [], 0.001)
+        for job, indices, ok in tier.store.results():
+            ended.setdefault(job, []).append((indices, ok))
+    assert not wrong
+    tier.store.slots.check_integrity()
+    assert tier.store.slots.num_free == tier.store.slots.capacity or fails
+    tier.close()
+    check_what_is_offered([tmp_path / "a", tmp_path / "b"], num_slots=8)
