@@ -16,7 +16,9 @@ from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load
 from flexkv.errors import SlotMappingError
 from flexkv.kvtask import KVTask, TaskTable
 from flexkv.response import KVResponse, KVResponseStatus
+from flexkv.tiering import Tiering, make_ssd_store
 from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.ssd import MakeStore
 
 logger = logging.getLogger("flexkv.kvmanager")
 
@@ -45,6 +47,8 @@ class KVManager:
         Accepted for upstream's signature; must be None in this version.
     transfer_config : TransferConfig, optional
         Default: from ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
+    make_store : callable
+        Makes the store of the SSD tier; for tests.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class KVManager:
         event_collector: None = None,
         *,
         transfer_config: TransferConfig | None = None,
+        make_store: MakeStore = make_ssd_store,
     ) -> None:
         if event_collector is not None:
             raise NotImplementedError("event_collector: KV events are not available in this version; pass None")
@@ -66,6 +71,7 @@ class KVManager:
         self._domain = domain(model_config, cache_config)
         self._policy = make_policy(cache_config.eviction_policy, cache_config.hit_reward_seconds)
         self._cache: GlobalCacheEngine | None = None
+        self._tiering = Tiering(cache_config, self._domain, make_store) if cache_config.ssd_bytes else None
         transfer_config = transfer_config or load_config().transfer
         port = gpu_register_port or transfer_config.gpu_register_port or default_register_port(dp_client_id)
         transfer_config = transfer_config.replace(gpu_register_port=port)
@@ -77,8 +83,9 @@ class KVManager:
             dp_client_ids=(dp_client_id,),
             hugepage_bytes=cache_config.hugepage_bytes,
             on_capacity=self._on_capacity,
+            **({"housekeeping": self._tiering.keep_house} if self._tiering is not None else {}),
         )
-        self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block)
+        self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block, self._tiering)
 
     # ---- life -------------------------------------------------------------------------------------------------
 
@@ -91,7 +98,10 @@ class KVManager:
         return self._transfer.is_ready and self._cache is not None
 
     def shutdown(self) -> None:
-        """Cancel what is under way, and give back memory, threads and the socket. Can be called again."""
+        """Cancel what is under way, and give back memory, threads and the socket; what is queued for SSD is written
+        first. Can be called again."""
+        if self._tiering is not None:
+            self._tiering.shutdown()
         self._transfer.shutdown()
 
     def reset(self, timeout: float = 5.0) -> None:
@@ -101,18 +111,24 @@ class KVManager:
         """
         if self._cache is not None:
             self._cache.reset()
+        if self._tiering is not None:
+            self._tiering.reset()
         unsettled = self._tasks.unsettled()
         self.cancel(unsettled)
         self._tasks.wait(unsettled, timeout, self._tasks.is_settled)
 
     def _on_capacity(self, num_slots: int) -> None:
         if self._cache is None:
+            pool = self._transfer.host_pool
             self._cache = GlobalCacheEngine(
-                self._transfer.host_pool.num_slots,
+                pool.num_slots,
                 self._policy,
                 self._cache_config.evict_start_threshold,
                 self._cache_config.evict_ratio,
+                num_ssd_slots=self._cache_config.ssd_bytes // pool.slot_bytes,
             )
+            if self._tiering is not None:
+                self._tiering.open(self._cache, self._transfer)
         self._cache.grow(num_slots)
 
     # ---- tokens: the API that upstream's adapters use ---------------------------------------------------------
@@ -247,12 +263,12 @@ class KVManager:
     def prefetch_async(
         self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, swa_aware: bool = False
     ) -> int:
-        """Bring blocks of slower tiers into host memory. With host memory alone there is nothing to bring: the task
-        ends at once, and its mask tells what is there."""
+        """Bring blocks of slower tiers into host memory. The task ends when they are there; its mask tells which are."""
         self._refuse_swa(swa_aware)
         tokens, _ = self._tokens_and_start(token_ids, None)
-        task = self._tasks.new_get(self._cache, self._keys(tokens, namespace, None), 0, None, len(tokens))
-        self._tasks.settle_now(task)
+        keys = self._keys(tokens, namespace, None)
+        task = self._tasks.new_get(self._cache, keys, 0, None, len(tokens), choose=False)
+        self._tasks.await_arrival(task)
         return task.task_id
 
     def _refuse_swa(self, swa_aware: bool) -> None:
@@ -316,10 +332,13 @@ class KVManager:
         seed = chain_seed(self._domain, tuple(namespace or ()), self._secret)
         return SequenceHasher(seed, self._tokens_per_block, self._secret)
 
-    def lookup(self, keys: NDArray[np.uint64]) -> MatchResult:
-        """How many leading blocks of ``keys`` ((n, 2) uint64) can be loaded, and why no more. Holds nothing."""
+    def lookup(self, keys: NDArray[np.uint64], start_block: int = 0) -> MatchResult:
+        """How many leading blocks of ``keys`` ((n, 2) uint64) can be loaded, and why no more. Holds nothing.
+
+        ``start_block``: those before it are not to be loaded.
+        """
         cache = self._cache
-        return cache.match(keys) if cache is not None else MatchResult(0, StopReason.NEVER_SEEN)
+        return cache.match(keys, start_block) if cache is not None else MatchResult(0, StopReason.NEVER_SEEN)
 
     def get_blocks(
         self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0,
@@ -374,8 +393,12 @@ class KVManager:
             self._tasks.cancel(task_id)
 
     def stats(self) -> dict[str, int]:
-        """Counts of the index and of the tasks, now."""
-        return {**(self._cache.stats() if self._cache is not None else {}), "tasks": len(self._tasks)}
+        """Counts of the index, of the SSD tier and of the tasks, now."""
+        return {
+            **(self._cache.stats() if self._cache is not None else {}),
+            **(self._tiering.stats() if self._tiering is not None else {}),
+            "tasks": len(self._tasks),
+        }
 
     def check_integrity(self) -> None:
         """Raise InvariantError if the index or the slots are not consistent."""

@@ -1,7 +1,6 @@
 """Tasks of ``KVManager``: one get or put each, from match to result."""
 
 import enum
-import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +11,9 @@ from numpy.typing import NDArray
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import GetPlan, PutPlan
 from flexkv.response import KVResponse, KVResponseStatus
+from flexkv.tiering import Tiering
 from flexkv.transfer.engine import TransferEngine
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
 
 _STATUS = {
     OpStatus.DONE: KVResponseStatus.SUCCESS,
@@ -47,6 +47,8 @@ class KVTask:
         Host slot of each; -1: not there, will be reported as failed.
     ok : (m,) bool
         Moved.
+    needs : tuple of Dependency
+        What its blocks wait for.
     """
 
     task_id: int
@@ -60,6 +62,8 @@ class KVTask:
     graph: TransferGraph | None = None
     status: KVResponseStatus | None = None
     ok: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    needs: tuple[Dependency, ...] = ()
+    tiering: Tiering | None = None
 
     def token_mask(self, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
         """(num_tokens,) bool: tokens of the task's blocks, or of the ``chosen`` ones ((m,) bool)."""
@@ -82,6 +86,8 @@ class KVTask:
             self.cache.end_get(self.plan)
         elif isinstance(self.plan, PutPlan) and self.cache is not None:
             self.cache.end_put(self.plan, self.ok)
+            if self.tiering is not None:
+                self.tiering.put_ended(self.plan)
             self.cache.evict_ahead()
         self.plan = None
 
@@ -97,28 +103,45 @@ class TaskTable:
     dp_client_id : int
         Whose ranks move the blocks.
     tokens_per_block : int
+    tiering : Tiering or None
+        The tiers below host memory.
     """
 
-    def __init__(self, transfer: TransferEngine, dp_client_id: int, tokens_per_block: int) -> None:
+    def __init__(
+        self, transfer: TransferEngine, dp_client_id: int, tokens_per_block: int, tiering: Tiering | None = None
+    ) -> None:
         self._transfer = transfer
+        self._tiering = tiering
         self._dp_client_id = dp_client_id
         self._tokens_per_block = tokens_per_block
         self._lock = threading.RLock()
         self._tasks: dict[int, KVTask] = {}
-        self._ids = itertools.count(1)
         self._unclaimed: dict[int, None] = {}            # settled, in that order
 
     def new_get(
-        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int,
+        choose: bool = True,
     ) -> KVTask:
-        """Match blocks ``[start, stop)``; with ``stop`` None as far as they are there, else all of them, -1 if not."""
-        plan = cache.begin_get(keys, start, len(keys) if stop is None else stop) if cache is not None else None
+        """Match blocks ``[start, stop)``; with ``stop`` None as far as they are there, else all of them, -1 if not.
+
+        ``choose``: with ``stop`` None, leave out what is sooner computed than loaded.
+        """
+        plan, needs = self._begin_get(cache, keys, start, len(keys) if stop is None else stop, choose and stop is None)
         found = plan.slots if plan is not None else np.zeros(0, dtype=np.int32)
         count = len(found) if stop is None else stop - start
         slots = np.full(count, -1, dtype=np.int32)
         slots[: len(found)] = found
         first = start if stop is not None or plan is None else plan.start
-        return self._add(cache, plan, np.arange(first, first + count, dtype=np.int32), slots, num_tokens)
+        return self._add(cache, plan, np.arange(first, first + count, dtype=np.int32), slots, num_tokens, needs)
+
+    def _begin_get(
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, choose: bool
+    ) -> tuple[GetPlan | None, tuple[Dependency, ...]]:
+        if cache is None:
+            return None, ()
+        if self._tiering is None:
+            return cache.begin_get(keys, start, stop, choose), ()
+        return self._tiering.begin_get(cache, keys, start, stop, choose)
 
     def new_put(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, num_tokens: int
@@ -137,9 +160,13 @@ class TaskTable:
         blocks: NDArray[np.int32],
         slots: NDArray[np.int32],
         num_tokens: int,
+        needs: tuple[Dependency, ...] = (),
     ) -> KVTask:
         with self._lock:
-            task = KVTask(next(self._ids), cache, plan, blocks, slots, self._tokens_per_block, num_tokens)
+            task = KVTask(
+                next(self._transfer.task_ids), cache, plan, blocks, slots, self._tokens_per_block, num_tokens,
+                needs=needs, tiering=self._tiering,
+            )
             self._tasks[task.task_id] = task
             return task
 
@@ -178,15 +205,22 @@ class TaskTable:
                 dp_client_id=self._dp_client_id,
                 fence=fence,
                 layerwise=layerwise and loading,
+                depends_on=task.needs,
             )
             task.graph = TransferGraph(task.task_id, [op])
         self._transfer.submit(task.graph, self._on_done)
 
-    def settle_now(self, task: KVTask) -> None:
-        """End a task without a transfer, all of its blocks good."""
+    def await_arrival(self, task: KVTask) -> None:
+        """End a get without a transfer of its own, when all of its blocks are in host memory."""
         with self._lock:
-            task.ok = np.ones(len(task.blocks), dtype=np.bool_)
-            self._settle(task, KVResponseStatus.SUCCESS)
+            task.stage = TaskStage.RUNNING
+            if not task.needs:
+                task.ok = np.ones(len(task.blocks), dtype=np.bool_)
+                self._settle(task, KVResponseStatus.SUCCESS)
+                return
+            op = TransferOp(OpKind.ARRIVAL, task.slots, task.slots, depends_on=task.needs)
+            task.graph = TransferGraph(task.task_id, [op])
+        self._transfer.submit(task.graph, self._on_done)
 
     def cancel(self, task_id: int) -> None:
         """Stop a task. One that was not launched is gone; one that runs will settle, and has a result."""

@@ -1,6 +1,8 @@
 """TransferEngine: runs transfer graphs over executors, and makes sure that each of them ends."""
 
+import itertools
 import logging
+import math
 import os
 import select
 import threading
@@ -17,7 +19,7 @@ from flexkv.config import TransferConfig
 from flexkv.errors import CapacityError, TransferError
 from flexkv.storage.host_pool import HostPool
 from flexkv.transfer.device import AgentLink, DeviceExecutor
-from flexkv.transfer.executor import Executor
+from flexkv.transfer.executor import ArrivalExecutor, Executor
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
 from flexkv.transfer.registry import Registry
 
@@ -64,6 +66,14 @@ class TransferEngine:
         Called with the number of usable slots as the pool grows, on a background thread.
     executors : sequence of Executor
         More executors, for other kinds of ops.
+    housekeeping : callable
+        Called on the background thread whenever something has happened; returns in how many seconds it wants to be
+        called next.
+
+    Attributes
+    ----------
+    task_ids : iterator of int
+        Where graphs get their ids from.
     """
 
     def __init__(
@@ -77,6 +87,7 @@ class TransferEngine:
         hugepage_bytes: int = 0,
         on_capacity: Callable[[int], None],
         executors: tuple[Executor, ...] = (),
+        housekeeping: Callable[[], float] = lambda: _TICK_S,
     ) -> None:
         self._config = config
         self._host_bytes = host_bytes
@@ -85,18 +96,21 @@ class TransferEngine:
         self._clients = dp_client_ids
         self._hugepage_bytes = hugepage_bytes
         self._on_capacity = on_capacity
+        self._housekeeping = housekeeping
+        self.task_ids = itertools.count(1)
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
         self._device = DeviceExecutor(ranks)
         self._executors: dict[OpKind, Executor] = {
-            kind: executor for executor in (*executors, self._device) for kind in executor.kinds
+            kind: executor for executor in (*executors, ArrivalExecutor(), self._device) for kind in executor.kinds
         }
+        self._watched = [executor for executor in executors if executor.event_fd >= 0]
         self._active: dict[int, _Active] = {}
         self._ended: deque[Callable[[], None]] = deque()
         self._pool: HostPool | None = None
         self._registry: Registry | None = None
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = self._stopped = False
         self._epoll: select.epoll | None = None
         self._wake_fd = -1
         self._links: dict[int, AgentLink] = {}      # by socket and by eventfd descriptor
@@ -124,6 +138,8 @@ class TransferEngine:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._epoll.register(self._registry.listener.fileno(), select.EPOLLIN)
+        for executor in self._watched:
+            self._epoll.register(executor.event_fd, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name="flexkv-transfer", daemon=True)
         self._thread.start()
 
@@ -151,6 +167,7 @@ class TransferEngine:
             self.cancel(task_id)
         if self._thread is not None:
             self.wait(lambda: not self._active, self._config.handshake_timeout_s)
+            self._stopped = True
             os.eventfd_write(self._wake_fd, 1)
             self._thread.join()
         with self._lock:
@@ -162,8 +179,28 @@ class TransferEngine:
                 self._epoll.close()
                 os.close(self._wake_fd)
         self._fire()
+        for executor in set(self._executors.values()):
+            executor.close()
         if self._pool is not None:
             self._pool.close()
+
+    def add_executor(self, executor: Executor) -> bool:
+        """Take ops of more kinds; False, and nothing is done, if the engine is shutting down."""
+        with self._lock:
+            if self._closing:
+                return False
+            self._executors.update(dict.fromkeys(executor.kinds, executor))
+            if executor.event_fd >= 0:
+                self._watched.append(executor)
+                if self._epoll is not None:
+                    self._epoll.register(executor.event_fd, select.EPOLLIN)
+        return True
+
+    def wake(self) -> None:
+        """Let the background thread look around, and call ``housekeeping``."""
+        with self._lock:
+            if not self._closing and self._epoll is not None:
+                os.eventfd_write(self._wake_fd, 1)
 
     def _make_pool(self, slot_bytes: int) -> HostPool:
         num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
@@ -183,16 +220,21 @@ class TransferEngine:
 
     # ---- graphs -----------------------------------------------------------------------------------------------
 
-    def submit(self, graph: TransferGraph, on_done: OnDone) -> None:
+    def submit(self, graph: TransferGraph, on_done: OnDone, background: bool = False) -> None:
         """Run a graph. ``on_done(graph)`` is called once, when it is quiesced: every block has its result, and
-        nothing touches its slots or pages any more. ``graph.status`` may be final before."""
+        nothing touches its slots or pages any more. ``graph.status`` may be final before.
+
+        A ``background`` graph has no deadline: nobody waits for it, and its executor bounds each block."""
         with self._lock:
-            deadline = time.monotonic() + self._config.op_timeout_s
+            deadline = math.inf if background else time.monotonic() + self._config.op_timeout_s
             active = _Active(graph, on_done, deadline, len(graph.ops), OpStatus.CANCELLED if self._closing else None)
             self._active[graph.task_id] = active
             graph.status = OpStatus.RUNNING
             for op in graph.ops:
                 op.status = OpStatus.RUNNING
+                for needed in {needed.op for needed in op.depends_on if not needed.op.done}:
+                    needed.dependents.append(op)
+            for op in graph.ops:
                 self._start_blocks(active, op)
         self._fire()
 
@@ -225,16 +267,16 @@ class TransferEngine:
 
     def _progress(self, op: TransferOp, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
         op.resolve(indices, ok)
-        active = self._active[op.task_id]
-        for later in active.graph.ops:
-            if op in later.depends_on:
-                self._start_blocks(active, later)
+        for later in op.dependents:
+            if not later.done:
+                self._start_blocks(self._active[later.task_id], later)
         if op.done:
-            self._end_op(active, op)
+            self._end_op(self._active[op.task_id], op)
 
     def _end_op(self, active: _Active, op: TransferOp) -> None:
         op.status = OpStatus.DONE if op.ok.all() else active.verdict or OpStatus.FAILED
         self._executors[op.kind].forget(op)
+        op.dependents.clear()
         for callback in op.callbacks:
             self._ended.append(partial(callback, op))
         active.ops_left -= 1
@@ -272,6 +314,8 @@ class TransferEngine:
         with self._lock:
             for link in list(self._device.links):
                 link.drain()
+            for executor in self._watched:
+                executor.drain()
         self._fire()
 
     def wait(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
@@ -306,8 +350,9 @@ class TransferEngine:
 
     def _run(self) -> None:
         assert self._epoll is not None  # narrowing: start() has made it
+        pause = 0.0
         while not self._closing or self._active:
-            events = self._epoll.poll(self._time_to_next_deadline())
+            events = self._epoll.poll(min(pause, self._time_to_next_deadline()))
             for fd, _ in events:
                 self._handle(fd)
             with self._lock:
@@ -316,10 +361,20 @@ class TransferEngine:
                     while link.drain() or link.rings.set_waiting(True):
                         if not link.healthy:
                             break
+                for executor in self._watched:
+                    executor.drain()
                 self._enforce_deadlines()
             self._fire()
-            if self._closing and any(fd == self._wake_fd for fd, _ in events):
+            pause = self._keep_house()
+            if self._stopped:
                 return
+
+    def _keep_house(self) -> float:
+        try:
+            return self._housekeeping()
+        except Exception:
+            logger.exception("housekeeping failed")
+            return _TICK_S
 
     def _time_to_next_deadline(self) -> float:
         assert self._registry is not None  # narrowing
@@ -335,6 +390,8 @@ class TransferEngine:
                 self._registry.readable(fd, self._epoll)
             except CapacityError as error:
                 logger.error("%s", error)
+        elif fd == self._wake_fd:
+            os.eventfd_read(fd)
         elif fd in self._links:
             link = self._links[fd]
             if fd == link.connection.fileno():

@@ -11,7 +11,7 @@ from flexkv.config import TransferConfig
 from flexkv.errors import InvariantError
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.executor import Executor, Progress
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
 
 IDS = np.arange(4, dtype=np.int32)
 
@@ -50,7 +50,7 @@ class Pipeline:
     def __init__(self, engine: TransferEngine, first: Leg, second: Leg) -> None:
         self.engine, self.first, self.second = engine, first, second
         one = TransferOp(OpKind.D2H, IDS, IDS)
-        two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[one])
+        two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[Dependency.each(one)])
         self.graph = TransferGraph(7, [one, two])
         self.done: list[TransferGraph] = []
         self.ended: list[TransferOp] = []
@@ -143,7 +143,7 @@ def test_a_callback_that_raises_does_not_stop_the_others(pipeline: Pipeline, cap
 
 def test_a_graph_must_be_in_order() -> None:
     one = TransferOp(OpKind.D2H, IDS, IDS)
-    two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[one])
+    two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[Dependency.each(one)])
     with pytest.raises(InvariantError):
         TransferGraph(1, [two, one])
     with pytest.raises(InvariantError):
