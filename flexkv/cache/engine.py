@@ -263,8 +263,7 @@ class GlobalCacheEngine:
     def _end_writing(
         self, tier: Tier, plan: PutPlan | FetchPlan | WritePlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
     ) -> None:
-        if plan.tree is not self._tree:      # reset while it was being written: must not be seen
-            ok = np.zeros_like(ok)
+        # After a reset too: its tree offers nothing, and lets go of a slot when nobody reads it any more.
         if ok.any():
             plan.tree.set_ready(plan.keys, plan.by_position(slots, ok), tier.number)
         if not ok.all():
