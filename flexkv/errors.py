@@ -68,5 +68,25 @@ class RingCorruptedError(TransferError):
     """A shared-memory ring holds what its writer cannot have written."""
 
 
+class StorageError(FlexKVError, RuntimeError):
+    """A directory of the SSD tier cannot be used."""
+
+
+class DirectoryInUseError(StorageError):
+    """Another process uses a directory of the SSD tier.
+
+    Parameters
+    ----------
+    directory : str
+    owner : str
+        Process and host, as the owner wrote them.
+    """
+
+    def __init__(self, directory: str, owner: str) -> None:
+        super().__init__(f"{directory} is in use by {owner}: stop that process, or set ssd_cache_dir to another one")
+        self.directory = directory
+        self.owner = owner
+
+
 class InvariantError(FlexKVError, AssertionError):
     """An internal promise was broken: a bug, here or in a caller that broke a contract."""

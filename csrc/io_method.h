@@ -1,0 +1,53 @@
+/* How I/Os get to the kernel and back: io_uring, or threads. What is common to both is in the queue. */
+#ifndef FLEXKV_IO_METHOD_H
+#define FLEXKV_IO_METHOD_H
+
+#include "io_queue.h"
+
+#include <stddef.h>
+#include <sys/uio.h>
+
+struct flexkv_io {                /* bytes that are in one piece in a file */
+    struct flexkv_io *next;       /* of the method while it has the I/O, else of the queue */
+    enum flexkv_io_kind kind;
+    uint32_t file;                /* index of the descriptor */
+    uint64_t offset;
+    struct iovec *vectors;
+    uint32_t num_vectors;
+    int64_t result;               /* when it has ended: bytes moved, from the first on, or negative errno */
+};
+
+/* All calls come from the queue's thread, except wake. */
+struct flexkv_io_method {
+    /* The first call. `context` is passed to the others. */
+    int (*open)(void **context, const struct flexkv_io_options *options);
+    /* Begin an I/O. 0, and it comes back from `ended`; or negative errno, and it does not. */
+    int (*start)(void *context, struct flexkv_io *io);
+    /* Hand over to the kernel what was started, then sleep until an I/O has ended, somebody has called `wake`, or so many
+     * nanoseconds have passed (negative: without limit; 0: do not sleep). May return early. */
+    void (*wait)(void *context, int64_t timeout_ns);
+    /* An I/O that has ended, or NULL: then `wait` sleeps until there is one. Its memory is not touched any more. */
+    struct flexkv_io *(*ended)(void *context);
+    void (*wake)(void *context);
+    /* Try to have an I/O end early; its end is told by `ended` all the same. May be NULL. */
+    void (*cancel)(void *context, struct flexkv_io *io);
+    /* Register the next part of memory that ends at most at `upto`. Bytes registered in all, or negative errno. May be
+     * NULL. */
+    int64_t (*grow)(void *context, uint64_t upto);
+    /* `lost` I/Os have not ended, and never might. */
+    void (*close)(void *context, uint64_t lost);
+};
+
+extern const struct flexkv_io_method flexkv_io_uring;
+extern const struct flexkv_io_method flexkv_io_threads;
+
+static inline size_t flexkv_io_bytes(const struct flexkv_io *io)
+{
+    size_t bytes = 0;
+
+    for (uint32_t i = 0; i < io->num_vectors; i++)
+        bytes += io->vectors[i].iov_len;
+    return bytes;
+}
+
+#endif

@@ -1,0 +1,337 @@
+"""The I/O queue: a native thread that moves pieces between memory and files, and tells the XXH3-64 of each."""
+import errno
+import os
+import sys
+import warnings
+
+import numpy as np
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+from flexkv._core._csrc cimport (
+    flexkv_io_fault,
+    flexkv_io_faults,
+    flexkv_io_faults_create,
+    flexkv_io_faults_free,
+    flexkv_io_faults_left,
+    flexkv_io_faults_plan,
+    flexkv_io_faults_release,
+    flexkv_io_faulty,
+    flexkv_io_kind,
+    flexkv_io_method,
+    flexkv_io_options,
+    flexkv_io_pieces,
+    flexkv_io_queue,
+    flexkv_io_queue_busy,
+    flexkv_io_queue_cancel,
+    flexkv_io_queue_close,
+    flexkv_io_queue_event_fd,
+    flexkv_io_queue_open,
+    flexkv_io_queue_ready,
+    flexkv_io_queue_register,
+    flexkv_io_queue_registered,
+    flexkv_io_queue_submit,
+    flexkv_io_queue_take,
+    flexkv_io_threads,
+    flexkv_io_uring,
+    FLEXKV_IO_FAILS,
+    FLEXKV_IO_HANGS,
+    FLEXKV_IO_READ,
+    FLEXKV_IO_SHORT,
+    FLEXKV_IO_WRITE,
+)
+from flexkv.errors import TransferError
+
+READ = FLEXKV_IO_READ
+WRITE = FLEXKV_IO_WRITE
+FAILS = FLEXKV_IO_FAILS
+SHORT = FLEXKV_IO_SHORT
+HANGS = FLEXKV_IO_HANGS
+
+METHODS = ("auto", "uring", "threads")
+
+
+def _why_not_uring(int error):
+    """What keeps io_uring from being used, and the setting to blame."""
+    if error == errno.EPERM:
+        try:
+            with open("/proc/sys/kernel/io_uring_disabled") as file:
+                disabled = file.read().strip()
+        except OSError:
+            disabled = "0"
+        if disabled != "0":
+            return f"io_uring is switched off here: sysctl kernel.io_uring_disabled is {disabled}; set it to 0"
+        return "io_uring is refused, by seccomp: let the container's profile allow io_uring_setup, _enter and _register"
+    if error == errno.ENOSYS:
+        return "this kernel has no io_uring, or an old one: Linux 5.11 is needed (seccomp may say so, too)"
+    return f"io_uring cannot be used: {os.strerror(error)}"
+
+
+cdef class IoQueue:
+    """Moves pieces from its own thread, until ``close``. Nothing here waits, except ``close``.
+
+    A piece is a range of a file and one of memory, of the same size. Pieces that follow one another in a call and in a
+    file go as one I/O. Reads go before writes. What the kernel moves only in part goes on where it stopped. Of
+    neighbours of which one fails, each has its own result.
+
+    Parameters
+    ----------
+    files : sequence of int
+        Descriptors, open as the caller wants them (O_DIRECT: all offsets and sizes, and the memory, must be aligned).
+        They stay the caller's, and open until ``close``.
+    memory : object with a writable buffer
+        The host pool, mapped. It is held until ``close``.
+    depth : int
+        I/Os under way, of each file: a device that hangs takes nothing from another.
+    method : {"auto", "uring", "threads"}
+        "auto": io_uring, or where that is refused a few threads with preadv and pwritev; ``reason`` says why.
+    deadline_s : float
+        For an I/O to end. After that its pieces have -ETIMEDOUT as their result, and so has all that waits for the same
+        file, until the kernel gives the I/O back.
+
+    Attributes
+    ----------
+    event_fd : int
+        Readable when ``take`` has something, and when ``busy`` has become less.
+    method : str
+        "uring" or "threads".
+    reason : str
+        Why not "uring", or why memory is not registered; empty if there is nothing to say.
+
+    Raises
+    ------
+    OSError
+        The method that was asked for cannot be used.
+    """
+    cdef flexkv_io_queue *queue
+    cdef flexkv_io_faults *faults
+    cdef const uint8_t[::1] memory
+    cdef str refusal
+    cdef readonly str method
+    cdef readonly int event_fd
+
+    def __cinit__(self, files, memory, *, uint32_t depth=64, str method="auto", double deadline_s=10.0):
+        self.queue = NULL
+        self.faults = NULL
+        self.event_fd = -1
+
+    def __init__(self, files, memory, *, uint32_t depth=64, str method="auto", double deadline_s=10.0):
+        cdef flexkv_io_options options
+        cdef uint8_t[::1] writable = memory
+        cdef int[::1] descriptors = np.array(list(files), dtype=np.intc)
+        cdef int rc
+        if self.queue != NULL:
+            raise RuntimeError("an IoQueue is opened once")
+        if method not in METHODS:
+            raise ValueError(f"method = {method!r}: one of {', '.join(METHODS)}")
+        if not len(descriptors) or not len(writable) or not 0 < depth <= 4096 or not 0 < deadline_s <= 1e6:
+            raise ValueError("a queue needs files, memory, a depth of 1 to 4096, and a deadline of up to 1e6 seconds")
+        options.memory = &writable[0]
+        options.memory_bytes = len(writable)
+        options.files = &descriptors[0]
+        options.num_files = len(descriptors)
+        options.depth = depth
+        options.deadline_ns = <uint64_t>(deadline_s * 1e9)
+        options.faults = NULL
+        self.refusal = ""
+        self.method = "threads" if method == "threads" else "uring"
+        rc = self.open(&options)
+        if rc and method == "auto":
+            self.refusal = _why_not_uring(-rc)
+            self.method = "threads"
+            rc = self.open(&options)
+        if rc:
+            raise OSError(-rc, f"the I/O queue did not start ({self.method}): {os.strerror(-rc)}")
+        self.memory = writable
+        self.event_fd = flexkv_io_queue_event_fd(self.queue)
+
+    cdef int open(self, flexkv_io_options *options) except 1:
+        cdef int rc
+        options.method = &flexkv_io_threads if self.method == "threads" else &flexkv_io_uring
+        with nogil:
+            rc = flexkv_io_queue_open(&self.queue, options)
+        if rc:
+            self.queue = NULL
+        return rc
+
+    cdef flexkv_io_queue *opened(self) except NULL:
+        if self.queue == NULL:
+            raise ValueError("the I/O queue is closed")
+        return self.queue
+
+    @property
+    def reason(self):
+        cdef int error = 0
+        if self.queue == NULL or self.refusal:
+            return self.refusal
+        flexkv_io_queue_registered(self.queue, &error)
+        if not error:
+            return ""
+        if -error in (errno.ENOMEM, errno.EPERM):
+            return "memory is not registered with io_uring, and I/O costs more CPU time: raise the memlock limit (ulimit -l)"
+        return f"memory is not registered with io_uring, and I/O costs more CPU time: {os.strerror(-error)}"
+
+    @property
+    def registered_bytes(self):
+        """Of the memory, from its start on."""
+        cdef int error = 0
+        return flexkv_io_queue_registered(self.queue, &error) if self.queue != NULL else 0
+
+    def register(self, uint64_t upto_bytes):
+        """The first so many bytes of memory are there now, and may be registered with the kernel.
+
+        It happens in the queue's thread, in parts. If it is refused, the rest stays as it is, and ``reason`` says so.
+        """
+        flexkv_io_queue_register(self.opened(), upto_bytes)
+
+    def submit(self, int kind, const uint64_t[::1] tags not None, const int32_t[::1] files not None,
+               const int64_t[::1] file_offsets not None, const int64_t[::1] memory_offsets not None, uint64_t size):
+        """Have pieces of ``size`` bytes each read or written; each has one result, told by ``take``.
+
+        Parameters
+        ----------
+        kind : READ or WRITE
+        tags : (n,) uint64
+            What the results are known by.
+        files : (n,) int32
+            Indices of the descriptors.
+        file_offsets, memory_offsets : (n,) int64
+            Bytes.
+
+        Raises
+        ------
+        ValueError
+            A piece is outside of memory, or of no file. Nothing was submitted.
+        """
+        cdef flexkv_io_pieces pieces
+        cdef flexkv_io_queue *queue = self.opened()
+        cdef Py_ssize_t n = tags.shape[0]
+        cdef int rc
+        if kind not in (READ, WRITE):
+            raise ValueError(f"kind = {kind}: READ or WRITE")
+        if files.shape[0] != n or file_offsets.shape[0] != n or memory_offsets.shape[0] != n:
+            raise ValueError("tags, files, file_offsets and memory_offsets must be of one length")
+        if not n:
+            return
+        pieces.count = n
+        pieces.kind = <flexkv_io_kind>kind
+        pieces.size = size
+        pieces.tags = &tags[0]
+        pieces.files = &files[0]
+        pieces.file_offsets = &file_offsets[0]
+        pieces.memory_offsets = &memory_offsets[0]
+        rc = flexkv_io_queue_submit(queue, &pieces)      # with the GIL: nobody can close the queue meanwhile
+        if rc == -errno.ENOMEM:
+            raise MemoryError
+        if rc:
+            raise ValueError("a piece is empty, larger than 1 GiB, outside of memory, or of a file that is not there")
+
+    def cancel(self, const uint64_t[::1] tags not None):
+        """Pieces with these tags ((n,) uint64) that have not begun end with -ECANCELED."""
+        if tags.shape[0] and flexkv_io_queue_cancel(self.opened(), &tags[0], tags.shape[0]):
+            raise MemoryError
+
+    def take(self):
+        """What has ended since the last call.
+
+        Returns
+        -------
+        tags : (m,) uint64
+        results : (m,) int32
+            0, or a negative errno. After -ETIMEDOUT the kernel may still touch memory and file, see ``busy``.
+        checksums : (m,) uint64
+            XXH3-64 of the memory: before a write, after a read; 0 where a read failed.
+        """
+        cdef uint64_t count = flexkv_io_queue_ready(self.queue) if self.queue != NULL else 0
+        cdef uint64_t[::1] tags_view, checksums_view
+        cdef int32_t[::1] results_view
+        tags, results, checksums = (np.empty(count, dtype=kind) for kind in (np.uint64, np.int32, np.uint64))
+        if self.queue != NULL:
+            tags_view, results_view, checksums_view = tags, results, checksums
+            flexkv_io_queue_take(self.queue, count, &tags_view[0] if count else NULL,
+                                 &results_view[0] if count else NULL, &checksums_view[0] if count else NULL)
+        return tags, results, checksums
+
+    def busy(self):
+        """Tags ((m,) uint64) of pieces that ended with -ETIMEDOUT, and that the kernel has not given back: it may still
+        touch their memory and their place in the file."""
+        cdef uint64_t room = flexkv_io_queue_busy(self.queue, 0, NULL) if self.queue != NULL else 0
+        cdef uint64_t[::1] view
+        tags = np.empty(room, dtype=np.uint64)
+        if not room:
+            return tags
+        view = tags
+        return tags[:flexkv_io_queue_busy(self.queue, room, &view[0])]
+
+    def close(self):
+        """Wait for what is under way, no longer than twice the deadline; what waits is dropped. Can be called again.
+
+        Raises
+        ------
+        TransferError
+            The kernel did not give everything back: memory and files must not be used for anything else, ever.
+        """
+        cdef flexkv_io_queue *queue = self.queue
+        cdef uint64_t lost
+        if queue == NULL:
+            return
+        self.queue = NULL
+        self.event_fd = -1
+        with nogil:
+            lost = flexkv_io_queue_close(queue)
+        if lost:
+            raise TransferError(f"{lost} pieces are still with the kernel, which may yet write to their memory: "
+                                f"do not use it again; see the kernel's log for the device that hangs")
+        if self.faults != NULL:
+            flexkv_io_faults_free(self.faults)
+            self.faults = NULL
+        self.memory = None
+
+    def __dealloc__(self):
+        if self.queue != NULL:
+            flexkv_io_queue_close(self.queue)
+
+    def __del__(self):
+        if self.queue != NULL and not sys.is_finalizing():
+            warnings.warn("an IoQueue was not closed", ResourceWarning, stacklevel=2)
+        self.close()
+
+
+cdef class FaultyIoQueue(IoQueue):
+    """Twin for tests: its I/Os fail, come short or hang, on demand."""
+
+    cdef int open(self, flexkv_io_options *options) except 1:
+        cdef int rc
+        if flexkv_io_faults_create(&self.faults, &flexkv_io_threads if self.method == "threads" else &flexkv_io_uring):
+            raise MemoryError
+        options.method = &flexkv_io_faulty
+        options.faults = self.faults
+        with nogil:
+            rc = flexkv_io_queue_open(&self.queue, options)
+        if rc:
+            self.queue = NULL
+            flexkv_io_faults_free(self.faults)
+            self.faults = NULL
+        return rc
+
+    def plan(self, int kind, int fault, int64_t amount=-1, uint32_t count=1, int32_t file=-1):
+        """The next ``count`` I/Os of a kind, and of a file if it is not negative, have a fault.
+
+        FAILS: with the errno ``amount``; SHORT: only ``amount`` bytes are moved; HANGS: for ``amount`` milliseconds, or
+        until ``release``.
+        """
+        if fault == FAILS:
+            amount = -amount
+        self.opened()
+        if flexkv_io_faults_plan(self.faults, <flexkv_io_kind>kind, file, <flexkv_io_fault>fault, amount, count):
+            raise ValueError("too many faults are planned")
+
+    def release(self):
+        """What hangs goes on."""
+        self.opened()
+        flexkv_io_faults_release(self.faults)
+
+    @property
+    def num_planned(self):
+        """Faults that have not happened yet."""
+        return flexkv_io_faults_left(self.faults) if self.faults != NULL else 0

@@ -1,0 +1,270 @@
+"""One directory of the SSD tier: lock, slot table, data file, and whether the disk works."""
+
+import errno
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from flexkv.errors import CapacityError, StorageError
+from flexkv.storage.data_file import PROBE_BYTES, DataFile, allocate
+from flexkv.storage.directory_lock import DirectoryLock
+from flexkv.storage.file_layer import FileLayer, open_private
+from flexkv.storage.slot_table import Header, SlotTable
+
+logger = logging.getLogger("flexkv.storage")
+
+TABLE_NAME = "flexkv.table"
+DATA_NAME = "flexkv.data"
+
+_LOCK_BYTES = 4096
+"""Counted for the lock file, which says who has it."""
+
+_ERRORS_IN_ROW = 16
+"""After so many, without a success in between, the directory is taken out."""
+
+_FIRST_BANDWIDTH = 1e9
+"""Bytes a second that a directory is thought to move until it has been measured."""
+
+_CLOSE_S = 10.0
+"""A disk that has not answered after so long hangs."""
+
+
+def total_bytes(num_slots: int, slot_bytes: int) -> int:
+    """Bytes of all files of a directory with so many slots."""
+    return _LOCK_BYTES + SlotTable.num_bytes(num_slots) + num_slots * slot_bytes + PROBE_BYTES
+
+
+def slots_that_fit(num_bytes: int, slot_bytes: int) -> int:
+    """The most slots whose files take ``num_bytes`` bytes or less."""
+    num_slots = max(0, (num_bytes - total_bytes(0, slot_bytes)) // (slot_bytes + 64))
+    while num_slots and total_bytes(num_slots, slot_bytes) > num_bytes:
+        num_slots -= 1
+    return num_slots
+
+
+class SsdDirectory:
+    """Slots ``first_slot`` to ``first_slot + num_slots - 1`` of a store.
+
+    Steps that may wait for the disk are posted, and run one after another on the directory's own thread, so a disk
+    that hangs holds up nobody else. The other methods are called under the store's lock, and do not wait.
+
+    Attributes
+    ----------
+    table : SlotTable
+    data : DataFile
+    usable : bool
+        Whether it takes work: not after many errors in a row, until a probe succeeds.
+    queued_bytes : int
+        Given to the queue, and not ended.
+
+    Raises
+    ------
+    DirectoryInUseError, StorageError
+        As ``DirectoryLock``, ``DataFile``.
+    CapacityError
+        There is no room, or ``num_bytes`` does not hold a slot.
+    """
+
+    def __init__(
+        self, path: Path, first_slot: int, num_bytes: int, slot_bytes: int, files: FileLayer, probe_s: float
+    ) -> None:
+        self.path = path
+        self.first_slot = first_slot
+        self.num_slots = slots_that_fit(num_bytes, slot_bytes)
+        self.slot_bytes = slot_bytes
+        self.usable = True
+        self.queued_bytes = 0
+        self._files = files
+        self._probe_s = probe_s
+        self._errors_in_row = 0
+        self._moved_bytes, self._busy_s, self._busy_since = 0.0, 0.0, 0.0
+        self._steps: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._step_began: float | None = None
+        if self.num_slots < 1:
+            raise CapacityError(
+                f"{num_bytes} bytes for {path} hold no slot of {slot_bytes} bytes: set ssd_cache_gb higher"
+            )
+        self._lock = DirectoryLock(path)
+        self._table_fd = -1
+        try:
+            self._open()
+        except OSError as error:
+            self._release()
+            raise StorageError(f"{path} cannot be used for the SSD tier: {error.strerror}") from error
+        except BaseException:
+            self._release()
+            raise
+        self._thread = threading.Thread(target=self._work, name=f"flexkv-ssd-{first_slot}", daemon=True)
+        self._thread.start()
+
+    # ---- opening and closing ----------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        table_path, data_path = self.path / TABLE_NAME, self.path / DATA_NAME
+        self._table_fd = open_private(table_path, 0)
+        self.table = SlotTable(self._table_fd, self._files)
+        before = os.fstat(self._table_fd).st_size
+        header = self.table.load()
+        if header is None or header.slot_bytes != self.slot_bytes or not data_path.exists():
+            if before:
+                logger.warning("%s is made anew: %s", self.path, self._why_not(header))
+                self._files.ftruncate(self._table_fd, 0)
+                self._files.fdatasync(self._table_fd)
+            header = None
+        elif header.num_slots != self.num_slots:
+            logger.info("%s had %d slots, and gets %d", self.path, header.num_slots, self.num_slots)
+        if header is not None and not header.clean:
+            logger.info("%s was not closed; what was being written is left out", self.path)
+        if header is not None and header.num_slots > self.num_slots:
+            self.table.update(num_slots=self.num_slots)         # before its records go
+        self._allocate(table_path, data_path, before)
+        floor = 0 if header is None else header.floor
+        self.table.store(Header(self.slot_bytes, self.num_slots, floor))
+
+    def _why_not(self, header: Header | None) -> str:
+        if header is None:
+            return "its table has no header that this version can read"
+        if header.slot_bytes != self.slot_bytes:
+            return f"its slots have {header.slot_bytes} bytes, and {self.slot_bytes} are wanted"
+        return "its data file is gone"
+
+    def _allocate(self, table_path: Path, data_path: Path, table_before: int) -> None:
+        allocate(self._files, self._table_fd, table_path, SlotTable.num_bytes(self.num_slots))
+        try:
+            self.data = DataFile(data_path, self.num_slots * self.slot_bytes + PROBE_BYTES, self._files)
+        except BaseException:
+            self._files.ftruncate(self._table_fd, min(table_before, SlotTable.num_bytes(self.num_slots)))
+            raise
+
+    def _release(self) -> None:
+        if self._table_fd >= 0:
+            os.close(self._table_fd)
+        if hasattr(self, "data"):
+            self.data.close()
+        self._lock.release()
+
+    def close(self, clean: bool) -> None:
+        """End the thread; if ``clean``, say in the table that nothing was under way. Bounded."""
+        if clean:
+            self.post(self._seal)
+        self.post(None)
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            logger.error("%s: the disk hangs; its files stay open until this process ends", self.path)
+            return
+        self._release()
+
+    def _seal(self) -> None:
+        try:
+            self._files.fdatasync(self.data.fd)
+            self.table.sync()
+            self.table.update(clean=True)
+        except OSError as error:
+            logger.error("%s cannot be closed well: %s", self.path, error.strerror)
+
+    # ---- the thread -------------------------------------------------------------------------------------------
+
+    def post(self, step: Callable[[], None] | None) -> None:
+        """Run a step on the directory's thread; None: end it."""
+        self._steps.put(step)
+
+    def wait_for(self, step: Callable[[], None]) -> None:
+        """Run a step on the directory's thread, and wait for it, but not for ever. Raises what it raises.
+
+        Raises
+        ------
+        OSError
+            ETIMEDOUT.
+        """
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                step()
+                future.set_result(None)
+            except OSError as error:
+                future.set_exception(error)
+
+        self.post(run)
+        try:
+            future.result(_CLOSE_S)
+        except TimeoutError:
+            raise OSError(errno.ETIMEDOUT, "the disk hangs") from None
+
+    def hangs(self, seconds: float) -> bool:
+        """Whether a step has been under way for longer."""
+        began = self._step_began
+        return began is not None and time.monotonic() - began > seconds
+
+    def _work(self) -> None:
+        while True:
+            try:
+                step = self._steps.get(timeout=None if self.usable else self._probe_s)
+            except queue.Empty:
+                step = self._probe
+            if step is None:
+                return
+            self._step_began = time.monotonic()
+            try:
+                step()
+            except Exception:
+                logger.exception("%s: a step failed", self.path)
+            self._step_began = None
+
+    # ---- health -----------------------------------------------------------------------------------------------
+
+    def succeeded(self) -> None:
+        """An access was good."""
+        self._errors_in_row = 0
+
+    def failed(self, count: int) -> bool:
+        """So many accesses were not; True if the directory is taken out because of it."""
+        self._errors_in_row += count
+        return self._errors_in_row >= _ERRORS_IN_ROW and self.take_out(f"{self._errors_in_row} errors in a row")
+
+    def take_out(self, why: str) -> bool:
+        """Take no more work until a probe succeeds; False if that is so already."""
+        if not self.usable:
+            return False
+        self.usable = False
+        logger.error("%s is taken out: %s; it is tried every %g s", self.path, why, self._probe_s)
+        self.post(lambda: None)                             # wakes the thread, which probes from now on
+        return True
+
+    def _probe(self) -> None:
+        try:
+            self.data.probe()
+            self.table.update()
+        except OSError:
+            return
+        self._errors_in_row = 0
+        self.usable = True
+        logger.warning("%s works again", self.path)
+
+    # ---- load -------------------------------------------------------------------------------------------------
+
+    def begin(self, num_bytes: int) -> None:
+        """So many bytes were given to the queue."""
+        if self.queued_bytes == 0:
+            self._busy_since = time.monotonic()
+        self.queued_bytes += num_bytes
+
+    def end(self, num_bytes: int, moved_bytes: int) -> None:
+        """So many bytes are not queued any more, and some of them were moved."""
+        now = time.monotonic()
+        self._busy_s += now - self._busy_since
+        self._moved_bytes += moved_bytes
+        self._busy_since = now
+        self.queued_bytes -= num_bytes
+        if self._busy_s > 1.0:                              # older measurements count half
+            self._busy_s, self._moved_bytes = self._busy_s / 2, self._moved_bytes / 2
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second, of late; as first thought until there is something to go by."""
+        return (self._moved_bytes + _FIRST_BANDWIDTH / 100) / (self._busy_s + 0.01)

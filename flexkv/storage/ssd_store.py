@@ -1,0 +1,405 @@
+"""The SSD tier: blocks in slots of preallocated files, over one or more directories."""
+
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.checksum import xxh3_64
+from flexkv.errors import CapacityError, StorageError
+from flexkv.storage.file_layer import FileLayer
+from flexkv.storage.recovered import Recovered, newest_records
+from flexkv.storage.slot_health import SlotHealth
+from flexkv.storage.slot_ledger import SlotLedger
+from flexkv.storage.slot_table import RECORD
+from flexkv.storage.ssd_batch import READ, WRITE, Batch, Batches, Result
+from flexkv.storage.ssd_directory import SsdDirectory
+from flexkv.storage.striped_slots import StripedSlots
+
+logger = logging.getLogger("flexkv.storage")
+
+class SsdStore:
+    """Blocks on disk: fixed slots, a record beside each, and a queue that moves bytes.
+
+    A block is written in this order: the slot's record is emptied, the data is written, the record is written. So
+    after a kill at any moment a slot holds the old block, the new one, or none. A block is read only if the slot's
+    record names its key, and is good only if what was read has the checksum in that record.
+
+    May be used from any thread. Nothing waits for a disk but the constructor, ``recover``, ``clear`` and ``close``.
+    ``event_fd`` is readable when ``results`` has something to do; it should be called once a second even so, for that
+    is when a disk that hangs is noticed.
+
+    Parameters
+    ----------
+    directories : sequence of Path
+    capacity_bytes : int
+        For all files in all directories; shared out evenly.
+    slot_bytes : int
+        A multiple of 4096.
+    domain : bytes
+        Identity of what makes KV comparable: blocks of others are not offered, and their slots are free.
+    memory : buffer
+        Host slots: slot i is bytes [i*slot_bytes, (i+1)*slot_bytes).
+    make_queue : callable
+        ``IoQueue`` or its like.
+    deadline_s : float
+        An access that takes longer has failed.
+    probe_s : float
+        A directory that was taken out is tried every so often.
+    files : FileLayer
+    queue_options
+        For ``make_queue``.
+
+    Raises
+    ------
+    CapacityError, StorageError, DirectoryInUseError
+        As ``SsdDirectory``; nothing is left open then.
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[Path],
+        capacity_bytes: int,
+        slot_bytes: int,
+        domain: bytes,
+        memory: Any,
+        *,
+        make_queue: Callable[..., Any],
+        deadline_s: float = 10.0,
+        probe_s: float = 5.0,
+        files: FileLayer = os,
+        **queue_options: Any,
+    ) -> None:
+        if slot_bytes < 1 or slot_bytes % 4096:
+            raise ValueError(f"slots of {slot_bytes} bytes: must be a multiple of 4096")
+        if not directories:
+            raise ValueError("no directory for the SSD tier")
+        self.slot_bytes = slot_bytes
+        self._domain = xxh3_64(domain)
+        self._num_host_slots = memoryview(memory).nbytes // slot_bytes
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._directories: list[SsdDirectory] = []
+        try:
+            for path in directories:
+                first = sum(directory.num_slots for directory in self._directories)
+                share = capacity_bytes // len(directories)
+                self._directories.append(SsdDirectory(Path(path), first, share, slot_bytes, files, probe_s))
+            self.num_slots = sum(directory.num_slots for directory in self._directories)
+            if self.num_slots >= 1 << 31:
+                raise CapacityError(f"{self.num_slots} slots are more than 2**31: set ssd_cache_gb lower")
+            fds = [directory.data.fd for directory in self._directories]
+            self._queue = make_queue(fds, memory, deadline_s=deadline_s, **queue_options)
+        except BaseException:
+            for directory in self._directories:
+                directory.close(clean=False)
+            raise
+        self._first = np.array([directory.first_slot for directory in self._directories], dtype=np.int64)
+        self.slots = StripedSlots(self._directories)
+        self._floor = max(directory.table.header.floor for directory in self._directories)
+        self._sequence = max(time.time_ns(), self._floor)   # the last one given; a clock, so that it always rises
+        self._ledger = SlotLedger(self.num_slots)
+        self._health = SlotHealth(self.slots, self.num_slots)
+        self._batches = Batches()
+        self._closed = False
+        self._epoll = select.epoll()
+        self._epoll.register(self._batches.event_fd, select.EPOLLIN)
+        self._epoll.register(self._queue.event_fd, select.EPOLLIN)
+        self.event_fd = self._epoll.fileno()
+
+    # ---- start, end -------------------------------------------------------------------------------------------
+
+    def register(self, upto_bytes: int) -> None:
+        """So many bytes of the host memory exist by now."""
+        self._queue.register(upto_bytes)
+
+    def recover(self) -> Recovered:
+        """Read the tables: the newest block of each key of this domain, the oldest first.
+
+        To be called before anything else; InvariantError if slots are in use. The slots of what is found are in use
+        after it: the caller frees those that it does not want.
+        """
+        everything = self.slots.take_all()
+        slots, records, used = newest_records(self._directories, self._domain, self._floor)
+        with self._lock:
+            self._ledger.recorded[used] = True
+            self._ledger.learn(slots, records["key"], records["checksum"])
+            if len(records):
+                self._sequence = max(self._sequence, int(records["sequence"][-1]))
+        unwanted = np.ones(self.num_slots, dtype=np.bool_)
+        unwanted[slots] = False
+        self.slots.free(everything[unwanted[everything]])
+        return Recovered(np.ascontiguousarray(records["key"]), np.ascontiguousarray(records["parent"]), slots)
+
+    def clear(self) -> None:
+        """Forget every block, also after a restart; what is under way fails. Waits for the disks.
+
+        Raises
+        ------
+        StorageError
+            A directory could not be told: after a restart it may offer what it holds. Until then it does not.
+        """
+        with self._lock:
+            self._floor = self._sequence
+            self._ledger.forget(slice(None))
+            for batch in self._batches:
+                self._stop(batch)
+        failed = []
+        for directory in self._directories:
+            try:
+                directory.wait_for(partial(directory.table.update, floor=self._floor))
+            except OSError as error:
+                failed.append(f"{directory.path} ({error.strerror})")
+        if failed:
+            raise StorageError(f"{', '.join(failed)} could not be cleared: remove what is in there before a restart")
+
+    def close(self) -> None:
+        """Cancel what has not begun, wait (bounded) for the rest, and leave the tables in good order. Can be called
+        again. ``results`` still tells what had not been told."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for batch in self._batches:
+                self._stop(batch)
+        deadline = time.monotonic() + self._deadline_s
+        while len(self._batches) and (left := deadline - time.monotonic()) > 0:
+            self._epoll.poll(min(left, 0.1))
+            with self._lock:
+                self._take()
+        self._queue.close()
+        with self._lock:
+            self._take()
+            clean = len(self._batches) == 0
+            for batch in self._batches:
+                self._fail(batch, batch.left())
+        for directory in self._directories:
+            directory.close(clean)
+        self._epoll.close()
+        self._batches.close()
+
+    # ---- jobs -------------------------------------------------------------------------------------------------
+
+    def write(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        parents: NDArray[np.uint64],
+    ) -> None:
+        """Write blocks from host slots to slots, which the caller has allocated. What they held is forgotten."""
+        self._check(slots, host_slots, keys)
+        self._check(slots, host_slots, parents)
+        if len(np.unique(slots)) != len(slots):
+            raise ValueError("a slot is given twice")
+        with self._lock:
+            able = ~self._ledger.writing[slots] & ~self.slots.is_retired(slots) & keys.any(axis=1)
+            for directory, where in self._split(job, slots, able):
+                batch = self._batches.begin(WRITE, job, directory, where, slots, host_slots, keys)
+                batch.parents = parents[where]
+                batch.sequence = self._sequence + 1
+                self._sequence += len(where)
+                self._ledger.writing[batch.slots] = True
+                self._ledger.forget(batch.slots)
+                directory.post(partial(self._erase_and_submit, batch))
+
+    def read(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64]
+    ) -> None:
+        """Read blocks from slots to host slots. A block is good only if it is the one that ``keys`` names."""
+        self._check(slots, host_slots, keys)
+        with self._lock:
+            named = self._ledger.holds(slots, keys)
+            self._health.log.add("key_mismatches", int((~named).sum()), "SSD tier")
+            for directory, where in self._split(job, slots, named):
+                self._submit(self._batches.begin(READ, job, directory, where, slots, host_slots, keys))
+
+    def cancel(self, job: int) -> None:
+        """What has not begun fails; what is under way is finished. An unknown job is left alone."""
+        with self._lock:
+            for batch in self._batches.of_job(job):
+                self._stop(batch)
+
+    def results(self) -> list[Result]:
+        """(job, indices, ok) of blocks that have ended since the last call, each once. Nothing touches their host slots
+        any more."""
+        with self._lock:
+            if not self._closed:
+                self._take()
+                for directory in self._directories:
+                    if directory.hangs(self._deadline_s) and self._health.hung(directory, self._deadline_s):
+                        self._after_take_out(directory, hung=True)
+            return self._batches.take_results()
+
+    def usable(self) -> bool:
+        """Whether there is a directory that takes reads and writes."""
+        return not self._closed and any(directory.usable for directory in self._directories)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, and gauges."""
+        return {
+            **self._health.log.counts,
+            "blocks_read": self._batches.num_ok[READ],
+            "blocks_written": self._batches.num_ok[WRITE],
+            "directories": len(self._directories),
+            "directories_usable": sum(directory.usable for directory in self._directories),
+            "queued_bytes": sum(directory.queued_bytes for directory in self._directories),
+            "num_slots": self.num_slots,
+        }
+
+    # ---- what is under way ------------------------------------------------------------------------------------
+    # All of this is called under the lock, except where it says otherwise.
+
+    def _check(self, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> None:
+        if not len(slots) == len(host_slots) == len(keys) or keys.shape[1:] != (2,):
+            raise ValueError(f"{len(slots)} slots, {len(host_slots)} host slots, keys of shape {keys.shape}")
+        for name, numbers, limit in (("slot", slots, self.num_slots), ("host slot", host_slots, self._num_host_slots)):
+            if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
+                raise ValueError(f"{name}s {numbers.min()} to {numbers.max()}: there are {limit}")
+
+    def _split(
+        self, job: int, slots: NDArray[np.int32], able: NDArray[np.bool_]
+    ) -> Iterator[tuple[SsdDirectory, NDArray[np.intp]]]:
+        """The indices of each directory, in the order of slots; those that cannot be done fail here."""
+        owner = np.searchsorted(self._first, slots, side="right") - 1
+        order = np.argsort(slots, kind="stable")
+        usable = np.array([directory.usable and not self._closed for directory in self._directories])[owner]
+        self._health.log.add("refused", int((~usable).sum()), "SSD tier", "a directory is taken out")
+        failed = np.flatnonzero(~(able & usable))
+        self._batches.tell(job, failed, np.zeros(len(failed), dtype=np.bool_))
+        order = order[(able & usable)[order]]
+        for which in np.unique(owner[order]):
+            yield self._directories[which], order[owner[order] == which]
+
+    def _submit(self, batch: Batch) -> None:
+        batch.submitted = True
+        local = batch.slots.astype(np.int64) - batch.directory.first_slot
+        self._queue.submit(
+            batch.kind, batch.tags(), np.full(len(local), self._directories.index(batch.directory), dtype=np.int32),
+            local * self.slot_bytes, batch.host_slots.astype(np.int64) * self.slot_bytes, self.slot_bytes,
+        )
+
+    def _stop(self, batch: Batch) -> None:
+        if batch.submitted:
+            self._queue.cancel(batch.tags()[batch.left()])
+        else:
+            self._fail(batch, batch.left())
+
+    def _fail(self, batch: Batch, positions: NDArray[np.intp]) -> None:
+        self._end(batch, positions, np.zeros(len(positions), dtype=np.bool_))
+
+    def _end(self, batch: Batch, positions: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+        if batch.kind == WRITE:
+            self._ledger.writing[batch.slots[positions]] = False
+        self._batches.end(batch, positions, ok)
+
+    # ---- on a directory's thread, without the lock ------------------------------------------------------------
+
+    def _erase_and_submit(self, batch: Batch) -> None:
+        directory = batch.directory
+        slots = batch.slots[self._ledger.recorded[batch.slots]]
+        failed = ""
+        try:
+            if len(slots):
+                directory.table.erase(slots - np.int32(directory.first_slot))
+                self._ledger.recorded[slots] = False
+        except OSError as error:
+            failed = str(error)
+        with self._lock:
+            left = batch.left()                             # none, if cancelled meanwhile
+            if failed or self._closed or batch.sequence <= self._floor:
+                self._fail(batch, left)
+                if failed and self._health.fault(directory, batch.slots[left], "table_errors", failed):
+                    self._after_take_out(directory)
+            elif len(left):
+                self._submit(batch)
+
+    def _record(self, batch: Batch, positions: NDArray[np.intp], checksums: NDArray[np.uint64]) -> None:
+        directory = batch.directory
+        slots = batch.slots[positions]
+        records = np.zeros(len(slots), dtype=RECORD)
+        records["key"], records["parent"] = batch.keys[positions], batch.parents[positions]
+        records["checksum"], records["domain"], records["length"] = checksums, self._domain, self.slot_bytes
+        records["sequence"] = batch.sequence + positions
+        failed = ""
+        self._ledger.recorded[slots] = True
+        try:
+            directory.table.write(slots - np.int32(directory.first_slot), records)
+        except OSError as error:
+            failed = str(error)
+        with self._lock:
+            still = ~batch.ended[positions]
+            positions, slots, checksums = positions[still], slots[still], checksums[still]
+            ok = not failed and batch.sequence > self._floor
+            if ok:
+                self._ledger.learn(slots, batch.keys[positions], checksums)
+            self._end(batch, positions, np.full(len(positions), ok))
+            if failed and self._health.fault(directory, slots, "table_errors", failed):
+                self._after_take_out(directory)
+        self._drop_cache(directory, len(positions))
+
+    def _drop_cache(self, directory: SsdDirectory, blocks: int) -> None:
+        try:
+            directory.data.moved(blocks * self.slot_bytes)
+        except OSError as error:
+            self._health.log.add("write_errors", 1, directory.path, str(error))
+
+    # ---- results ----------------------------------------------------------------------------------------------
+
+    def _take(self) -> None:
+        """Take in what the queue has done."""
+        self._batches.quiet()
+        tags, results, checksums = self._queue.take()
+        for number, at in Batch.group(tags):
+            batch = self._batches.get(number)
+            if batch is not None:
+                finish = self._finish_read if batch.kind == READ else self._finish_write
+                at = at[~batch.ended[Batch.positions(tags[at])]]
+                finish(batch, Batch.positions(tags[at]), results[at], checksums[at])
+
+    def _finish_read(
+        self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
+    ) -> None:
+        directory, slots = batch.directory, batch.slots[positions]
+        done = results == 0
+        named = self._ledger.holds(slots, batch.keys[positions])    # it may have been rewritten or cleared meanwhile
+        right = checksums == self._ledger.checksums[slots]
+        wrong = slots[done & named & ~right]
+        ok = done & named & right
+        self._health.log.add("key_mismatches", int((done & ~named).sum()), directory.path)
+        if ok.any():
+            directory.succeeded()
+        out = self._health.judge(directory, slots, results, "read_errors")
+        out |= self._health.fault(directory, wrong, "checksum_mismatches", f"slots {wrong[:4]}")
+        self._ledger.forget(wrong)
+        self._end(batch, positions, ok)
+        if not directory.data.is_direct:
+            directory.post(partial(self._drop_cache, directory, len(positions)))
+        if out:
+            self._after_take_out(directory)
+
+    def _finish_write(
+        self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
+    ) -> None:
+        directory, done = batch.directory, results == 0
+        batch.moved[positions[done]] = True
+        if done.any():
+            directory.succeeded()
+            directory.post(partial(self._record, batch, positions[done], checksums[done]))
+        out = self._health.judge(directory, batch.slots[positions], results, "write_errors")
+        self._fail(batch, positions[~done])
+        if out:
+            self._after_take_out(directory)
+
+    def _after_take_out(self, directory: SsdDirectory, hung: bool = False) -> None:
+        """End what waits for a directory; what has been moved too, if its thread hangs before the records."""
+        for batch in self._batches:
+            if batch.directory is directory:
+                if hung:
+                    self._fail(batch, np.flatnonzero(batch.moved & ~batch.ended))
+                self._stop(batch)
