@@ -83,7 +83,7 @@ class KVManager:
             dp_client_ids=(dp_client_id,),
             hugepage_bytes=cache_config.hugepage_bytes,
             on_capacity=self._on_capacity,
-            **({"housekeeping": self._tiering.keep_house} if self._tiering is not None else {}),
+            housekeeping=self._tiering.keep_house if self._tiering is not None else None,
         )
         self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block, self._tiering)
 
@@ -130,6 +130,8 @@ class KVManager:
             if self._tiering is not None:
                 self._tiering.open(self._cache, self._transfer)
         self._cache.grow(num_slots)
+        if self._tiering is not None:
+            self._tiering.grow(num_slots)
 
     # ---- tokens: the API that upstream's adapters use ---------------------------------------------------------
 
@@ -263,7 +265,7 @@ class KVManager:
     def prefetch_async(
         self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, swa_aware: bool = False
     ) -> int:
-        """Bring blocks of slower tiers into host memory. The task ends when they are there; its mask tells which are."""
+        """Bring blocks of slower tiers into host memory; the task ends when they are there, its mask tells which."""
         self._refuse_swa(swa_aware)
         tokens, _ = self._tokens_and_start(token_ids, None)
         keys = self._keys(tokens, namespace, None)

@@ -10,13 +10,14 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv._core.io_queue import IoQueue
 from flexkv.cache.engine import GlobalCacheEngine, SsdTier
 from flexkv.cache.plan import FetchPlan, GetPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
-from flexkv.cache.recovery import chains
 from flexkv.cache.ssd_writer import SsdWriter
 from flexkv.config import CacheConfig
 from flexkv.errors import FlexKVError
+from flexkv.storage.ssd_store import SsdStore
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.graph import Dependency, OpKind, TransferGraph, TransferOp
 from flexkv.transfer.ssd import MakeStore, SsdExecutor, Store
@@ -30,7 +31,7 @@ _IN_FLIGHT_BYTES = 128 << 20
 """Written at a time: as many host slots are pinned for it."""
 
 _QUEUE_SHARE = 8
-"""At most one part in so many of the host tier is queued to be written: it has to be there still when its turn comes."""
+"""One part in so many of the host tier may be queued to be written: it must still be there when its turn comes."""
 
 _IDLE_S = 1.0
 """Between two looks at the queue when nothing happens."""
@@ -60,7 +61,7 @@ class Tiering:
         self._lock = threading.Lock()          # taken before the index's and the data plane's
         self._fetch_ops: dict[int, TransferOp] = {}
         self._writes: set[int] = set()
-        self._resets = 0
+        self._resets = self._usable_slots = 0
         self._transfer: TransferEngine | None = None
         self._cache: GlobalCacheEngine | None = None
         self._store: Store | None = None
@@ -69,15 +70,18 @@ class Tiering:
 
     # ---- life -------------------------------------------------------------------------------------------------
 
-    def num_slots(self, slot_bytes: int) -> int:
-        """At most so many slots will there be."""
-        return self._config.ssd_bytes // slot_bytes
-
     def open(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
         """Open the store in the background; the host pool exists."""
         self._cache, self._transfer = cache, transfer
         self._thread = threading.Thread(target=self._open, args=(cache, transfer), name="flexkv-ssd", daemon=True)
         self._thread.start()
+
+    def grow(self, num_slots: int) -> None:
+        """The host pool has so many slots by now."""
+        with self._lock:
+            self._usable_slots = num_slots
+            if self._store is not None:
+                self._store.register(num_slots * self._store.slot_bytes)
 
     def _open(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
         pool = transfer.host_pool
@@ -106,24 +110,23 @@ class Tiering:
     def _recover(self, cache: GlobalCacheEngine, store: Store, resets: int) -> int:
         """Put what is on the disks into the index, parents before children; give back the rest of its slots."""
         found = store.recover()
-        indexed = np.zeros(len(found.slots), dtype=np.bool_)
+        indexed = np.zeros(len(found), dtype=np.bool_)
         planner = LoadPlanner(
             self._config.load_policy, store.slot_bytes, self._config.tokens_per_block,
             self._config.prefill_tokens_per_s, time.monotonic,
         )
 
         def sequences() -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int32]]]:
-            for path, known in chains(found.keys, found.parents):
-                slots = found.slots[path].copy()
-                slots[:known] = -1
-                yield found.keys[path], slots
+            for path in found.paths():
+                yield found.keys[path], np.where(indexed[path], np.int32(-1), found.slots[path])
                 indexed[path] = True
 
         with self._lock:
             self._store = store
             is_stale = resets != self._resets
+            store.register(self._usable_slots * store.slot_bytes)
         if is_stale:
-            store.clear()
+            self._clear(store)
         cache.attach_ssd(SsdTier(store.slots, planner, store.usable), () if is_stale else sequences())
         cache.free_ssd(found.slots[~indexed])
         return int(indexed.sum())
@@ -138,7 +141,13 @@ class Tiering:
         if store is not None and self._transfer is not None:
             for task_id in writes:
                 self._transfer.cancel(task_id)
+            self._clear(store)
+
+    def _clear(self, store: Store) -> None:
+        try:
             store.clear()
+        except FlexKVError as error:
+            logger.error("%s", error)
 
     def shutdown(self) -> None:
         """Write what is queued, for a bounded time. The store is closed by the data plane."""
@@ -220,11 +229,10 @@ class Tiering:
                 self._wake()
 
     def stats(self) -> dict[str, int]:
-        """Counts of the writer and of the store."""
-        return {
-            **(self._writer.stats() if self._writer is not None else {}),
-            **({f"ssd_store_{name}": count for name, count in self._store.stats().items()} if self._store else {}),
-        }
+        """Counts of the writer and of the store; none before it is open."""
+        if self._writer is None or self._store is None:
+            return {}
+        return {**self._writer.stats(), **{f"ssd_store_{name}": n for name, n in self._store.stats().items()}}
 
 
 def _fetch_op(plan: FetchPlan) -> TransferOp:
@@ -233,6 +241,7 @@ def _fetch_op(plan: FetchPlan) -> TransferOp:
 
 def make_ssd_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> Store:
     """Open the store in the directories of the configuration."""
-    from flexkv.storage.ssd_store import SsdStore
-
-    return SsdStore(config.ssd_directories, config.ssd_bytes, slot_bytes, domain, memory)
+    return SsdStore(
+        config.ssd_directories, config.ssd_bytes, slot_bytes, domain, memory, make_queue=IoQueue,
+        deadline_s=config.ssd_deadline_s, depth=config.ssd_queue_depth, method=config.ssd_io,
+    )

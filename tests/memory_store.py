@@ -9,17 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.slots import SlotAllocator
+from flexkv.storage.recovered import Recovered
 
 Key = bytes
-
-
-@dataclass
-class Recovered:
-    """What a store finds when it starts."""
-
-    keys: NDArray[np.uint64]
-    parents: NDArray[np.uint64]
-    slots: NDArray[np.int32]
 
 
 @dataclass
@@ -81,6 +73,9 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._waiting: list[Piece] = []
         self._results: list[tuple[int, NDArray[np.intp], NDArray[np.bool_]]] = []
+
+    def register(self, upto_bytes: int) -> None:
+        """Nothing to do."""
 
     def recover(self) -> Recovered:
         used = sorted(self.disk.records)

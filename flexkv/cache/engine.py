@@ -17,7 +17,6 @@ from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.reasons import StopReason
 from flexkv.cache.tier import HOST, SSD, Slots, Tier, no_slots
 
-
 _NOWHERE = np.zeros(0, dtype=np.intp)
 
 

@@ -77,12 +77,11 @@ class Tier:
         self._clock = clock
 
     def take(self, tree: RadixTree, count: int) -> NDArray[np.int32]:
-        """Slots for ``count`` blocks, or for as many as can be had; evicts where too few are free."""
+        """Slots for ``count`` blocks, or for as many as can be had; evicts where too few are free. None are had
+        where the tier goes out of service just now."""
         self.make_room(tree, count)
         slots = self.slots.allocate(min(count, self.slots.num_free))
-        if slots is None:
-            raise InvariantError(f"{self.slots.num_free} slots are free, but {count} cannot be had")
-        return slots
+        return np.zeros(0, dtype=np.int32) if slots is None else slots
 
     def make_room(self, tree: RadixTree, count: int) -> None:
         """Evict until ``count`` slots are free, or nothing more may go."""

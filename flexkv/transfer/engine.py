@@ -66,7 +66,7 @@ class TransferEngine:
         Called with the number of usable slots as the pool grows, on a background thread.
     executors : sequence of Executor
         More executors, for other kinds of ops.
-    housekeeping : callable
+    housekeeping : callable, optional
         Called on the background thread whenever something has happened; returns in how many seconds it wants to be
         called next.
 
@@ -87,7 +87,7 @@ class TransferEngine:
         hugepage_bytes: int = 0,
         on_capacity: Callable[[int], None],
         executors: tuple[Executor, ...] = (),
-        housekeeping: Callable[[], float] = lambda: _TICK_S,
+        housekeeping: Callable[[], float] | None = None,
     ) -> None:
         self._config = config
         self._host_bytes = host_bytes
@@ -371,7 +371,7 @@ class TransferEngine:
 
     def _keep_house(self) -> float:
         try:
-            return self._housekeeping()
+            return self._housekeeping() if self._housekeeping is not None else _TICK_S
         except Exception:
             logger.exception("housekeeping failed")
             return _TICK_S

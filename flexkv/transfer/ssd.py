@@ -9,20 +9,13 @@ from numpy.typing import NDArray
 
 from flexkv.cache.tier import Slots
 from flexkv.config import CacheConfig
+from flexkv.storage.recovered import Recovered
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.graph import OpKind, TransferOp
 
 
-class Recovered(Protocol):
-    """Blocks that were on the disks: keys and parents (n, 2) uint64, slots (n,) int32; the slots are allocated."""
-
-    keys: NDArray[np.uint64]
-    parents: NDArray[np.uint64]
-    slots: NDArray[np.int32]
-
-
 class Store(Protocol):
-    """The interface of ``SsdStore``. No method waits, but ``recover`` and ``close``."""
+    """The interface of ``SsdStore``. No method waits, but ``recover``, ``clear`` and ``close``."""
 
     event_fd: int
     num_slots: int
@@ -32,8 +25,11 @@ class Store(Protocol):
     def slots(self) -> Slots:
         """Its slots; whoever allocates and frees them locks."""
 
+    def register(self, upto_bytes: int) -> None:
+        """So many bytes of host memory exist by now."""
+
     def recover(self) -> Recovered:
-        """Read back what was written before the start."""
+        """Read back what was written before the start; its slots are allocated."""
 
     def write(
         self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
@@ -53,7 +49,7 @@ class Store(Protocol):
         """``(job, indices, ok)`` of what has ended, each index once."""
 
     def clear(self) -> None:
-        """Forget everything, also after a restart."""
+        """Forget everything, also after a restart. Waits for the disks."""
 
     def usable(self) -> bool:
         """Whether reads and writes are taken now."""

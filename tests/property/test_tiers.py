@@ -13,7 +13,7 @@ from flexkv.cache.engine import GlobalCacheEngine, SsdTier
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import FetchPlan, GetPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
-from flexkv.cache.recovery import chains
+from flexkv.storage.recovered import Recovered
 
 from .examples import EXAMPLES
 from .model_tree import Prefix, keys_of
@@ -25,8 +25,9 @@ SEQUENCES = st.sampled_from([(0, 0, 0, 0, 0), (0, 0, 0), (0, 0, 1, 1), (0, 1), (
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from([
-            "put", "sink", "sink", "sink", "begin_put", "end_put", "begin_get", "begin_get", "end_get", "arrive", "arrive", "end_fetch",
-            "end_fetch", "write", "write", "begin_write", "end_write", "evict", "evict", "reset", "break", "restart",
+            "put", "sink", "sink", "sink", "begin_put", "end_put", "begin_get", "begin_get", "end_get", "arrive",
+            "arrive", "end_fetch", "end_fetch", "write", "write", "begin_write", "end_write", "evict", "evict", "reset",
+            "break", "restart",
         ]),
         SEQUENCES,
         st.integers(0, 63),
@@ -267,15 +268,14 @@ class Checked:
         order = np.random.default_rng(seed).permutation(len(used))
         keys = np.array([keys_of(names[i])[-1] for i in order], dtype=np.uint64).reshape(-1, 2)
         parents = np.array([keys_of(names[i])[-2] if len(names[i]) > 1 else (0, 0) for i in order], dtype=np.uint64)
-        slots = np.array(used, dtype=np.int32)[order]
-        found, rest = [], set(slots.tolist())
-        for path, known in chains(keys, parents.reshape(-1, 2)):
-            mine = slots[path].copy()
-            mine[:known] = -1
-            found.append((keys[path], mine))
-            rest -= set(mine.tolist())
-        self.attach(found)
-        self.engine.free_ssd(np.array(sorted(rest), dtype=np.int32))
+        found = Recovered(keys, parents.reshape(-1, 2), np.array(used, dtype=np.int32)[order])
+        known = np.zeros(len(found), dtype=np.bool_)
+        paths = []
+        for path in found.paths():
+            paths.append((found.keys[path], np.where(known[path], np.int32(-1), found.slots[path])))
+            known[path] = True
+        self.attach(paths)
+        self.engine.free_ssd(found.slots[~known])
         whole = {name for name in names if all(name[: i + 1] in names for i in range(len(name)))}
         if self.usable:
             for name in names:

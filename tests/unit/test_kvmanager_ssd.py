@@ -14,6 +14,7 @@ from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
+from flexkv.transfer.ssd import MakeStore
 from tests.harness import LAYERS, TOKENS, Tensors, until, wait_ready
 from tests.memory_store import Disk, MemoryStore
 
@@ -82,10 +83,12 @@ class Stage:
 
 
 @contextmanager
-def stage(tmp_path: Path, disk: Disk | None = None, **settings: Any) -> Iterator[Stage]:
+def stage(
+    tmp_path: Path, disk: Disk | None = None, make_store: MakeStore | None = None, **settings: Any
+) -> Iterator[Stage]:
     stores: list[MemoryStore] = []
 
-    def make_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> MemoryStore:
+    def make_memory_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> MemoryStore:
         assert slot_bytes == SLOT_BYTES
         stores.append(MemoryStore(config.ssd_bytes // slot_bytes, slot_bytes, memory, disk))
         return stores[-1]
@@ -99,7 +102,7 @@ def stage(tmp_path: Path, disk: Disk | None = None, **settings: Any) -> Iterator
         ),
         gpu_register_port=str(tmp_path / "s"),
         transfer_config=TransferConfig(),
-        make_store=make_store,
+        make_store=make_store or make_memory_store,
     )
     manager.start()
     tensors = Tensors()
@@ -107,10 +110,11 @@ def stage(tmp_path: Path, disk: Disk | None = None, **settings: Any) -> Iterator
     client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
     try:
         wait_ready(manager, HOST_SLOTS)
-        until(lambda: "ssd_written_blocks" in manager.stats())
+        if make_store is None:
+            until(lambda: "ssd_written_blocks" in manager.stats())
         made = Stage(manager, client, tensors, stores)
         yield made
-        if not made.store.held:
+        if manager.is_ready() and stores:
             check_nothing_is_lost(made)
     finally:
         manager.shutdown()
@@ -150,7 +154,6 @@ def test_what_is_on_ssd_is_there_after_a_restart(tmp_path: Path) -> None:
         contents = made.contents
         made.manager.shutdown()                             # what is queued is written first
         assert len(disk.records) == 9
-        made.store.held = True
     with stage(tmp_path, disk) as made:
         made.contents = contents
         assert made.ready(6, 1) == 6
@@ -159,3 +162,163 @@ def test_what_is_on_ssd_is_there_after_a_restart(tmp_path: Path) -> None:
         made.get(3, 2)
         assert made.ready(7, 1) == 6
         assert made.manager.lookup(made.keys(7, 1)).reason is StopReason.NEVER_SEEN
+
+
+def test_gets_of_the_same_blocks_share_one_read(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(5, 1)
+        made.flood()
+        made.store.held = True
+        first = made.start_get(5, 1, 32)
+        second = made.start_get(4, 1, 40)
+        assert made.store.num_waiting == 5
+        made.store.let_go()
+        results = made.manager.wait([first, second])
+        assert {result.status for result in results.values()} == {Status.SUCCESS}
+        assert set(made.store.reads_of.values()) == {1}
+        assert made.tensors.read(range(32, 37)) == made.contents[1]
+        assert made.contents[1].startswith(made.tensors.read(range(40, 44)))
+
+
+def test_a_read_that_fails_takes_only_the_blocks_behind_it_along(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(5, 1)
+        made.flood()
+        bad = made.keys(5, 1)[2].tobytes()
+        made.store.broken = {slot for slot, record in made.store.disk.records.items() if record.key == bad}
+        task = made.start_get(5, 1)
+        assert made.manager.wait(task)[task].status is Status.FAILED
+        made.settle()
+        found = made.manager.lookup(made.keys(5, 1))
+        assert (found.num_ready, found.reason) == (2, StopReason.FAILED)
+        made.manager.check_integrity()
+        made.store.broken.clear()
+        made.put(5, 1)                                      # the hole is filled
+        made.get(5, 1)
+        assert made.store.num_reads == 5
+
+
+def test_blocks_in_host_memory_do_not_wait_for_ssd(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(6, 1)
+        made.flood()
+        task = made.start_get(2, 1)                         # the first two are in host memory again
+        made.manager.wait(task)
+        made.settle()
+        slow = made.manager.lookup(made.keys(6, 1)).num_to_fetch
+        assert slow == 4
+        made.store.held = True
+        made.tensors.zero()
+        task = made.start_get(6, 1)
+        graph = made.manager._tasks._tasks[task].graph
+        assert graph is not None
+        op = graph.ops[0]
+        until(lambda: int(op.resolved.sum()) == 6 - slow)
+        assert made.store.num_waiting == slow
+        made.store.let_go()
+        assert made.manager.wait(task)[task].status is Status.SUCCESS
+        assert made.tensors.read(range(32, 38)) == made.contents[1]
+
+
+def test_a_fetch_goes_on_when_its_get_is_cancelled(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(5, 1)
+        made.flood()
+        made.store.held = True
+        task = made.start_get(5, 1)
+        made.manager.cancel(task)
+        assert made.manager.wait(task, completely=True)[task].status is Status.CANCELLED
+        assert made.manager.stats()["blocks_being_fetched"] == 5
+        made.manager.check_integrity()
+        made.store.let_go()
+        made.settle()
+        assert made.manager.lookup(made.keys(5, 1)).num_to_fetch == 0
+        made.get(5, 1)
+        assert made.store.num_reads == 5
+
+
+def test_a_prefetch_ends_when_the_blocks_are_in_host_memory(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        tokens = np.random.default_rng(1).integers(0, 50_000, 5 * TOKENS)
+        made.put(5, 1)
+        made.flood()
+        made.store.held = True
+        task = made.manager.prefetch_async(tokens)
+        assert made.manager.try_wait(task) == {}
+        made.store.let_go()
+        response = made.manager.wait(task)[task]
+        assert response.status is Status.SUCCESS
+        assert response.return_mask is not None
+        assert response.return_mask.all()
+        assert made.manager.lookup(made.keys(5, 1)).num_to_fetch == 0
+
+
+def test_a_full_host_gives_misses_and_no_failures(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        tokens = np.random.default_rng(1).integers(0, 50_000, 10 * TOKENS)
+        made.put(10, 1)
+        made.flood()
+        other = np.random.default_rng(made.fresh).integers(0, 50_000, (HOST_SLOTS - 2) * TOKENS)
+        task, mask = made.manager.get_match(other)          # pins them
+        assert mask.all()
+        held, mask = made.manager.get_match(tokens)
+        assert mask.sum() == 2 * TOKENS
+        made.manager.cancel([task, held])
+
+
+def test_nothing_of_before_a_reset_comes_back(tmp_path: Path) -> None:
+    disk = Disk()
+    with stage(tmp_path, disk) as made:
+        made.put(5, 1)
+        made.settle()
+        made.store.held = True
+        made.put(4, 2)                                      # its write is under way at the reset
+        until(lambda: made.store.num_waiting == 4)
+        made.manager.reset()
+        made.store.let_go()
+        made.settle()
+        assert made.ready(5, 1) == made.ready(4, 2) == 0
+        made.manager.check_integrity()
+        assert not disk.records
+
+
+def test_a_tier_that_is_out_of_service_is_a_miss(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(5, 1)
+        made.flood()
+        made.store.is_usable = False
+        assert made.ready(5, 1) == 0
+        made.put(5, 1)
+        made.get(5, 1)
+        assert made.store.num_reads == 0
+        made.store.is_usable = True
+        made.manager.check_integrity()
+
+
+def test_what_is_sooner_computed_is_not_offered(tmp_path: Path) -> None:
+    with stage(tmp_path, load_policy="never") as made:
+        made.put(5, 1)
+        made.flood()
+        found = made.manager.lookup(made.keys(5, 1))
+        assert (found.num_ready, found.reason) == (0, StopReason.TOO_SLOW)
+
+
+def test_a_sequence_that_is_used_again_is_written(tmp_path: Path) -> None:
+    with stage(tmp_path, ssd_admission="second_touch") as made:
+        made.put(4, 1)
+        made.put(4, 2)
+        made.get(4, 2)                                      # loaded
+        made.settle()
+        assert made.store.num_writes == 4
+        made.put(6, 1)                                      # goes on from an earlier one
+        made.settle()
+        assert made.store.num_writes == 10
+
+
+def test_without_a_store_all_works_as_before(tmp_path: Path) -> None:
+    def no_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> MemoryStore:
+        raise OSError(28, "No space left on device")
+
+    with stage(tmp_path, make_store=no_store) as made:
+        made.put(4, 1)
+        made.get(4, 1)
