@@ -21,6 +21,7 @@ MODULES: dict[str, list[str]] = {
     "chains": [],
     "checksum": [],
     "cuda_driver": [],
+    "cuda_memory": [],
     "device_copy": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
     "hashing": [],
     "io_queue": ["csrc/io_faulty.c", "csrc/io_queue.c", "csrc/io_threads.c", "csrc/io_uring.c"],

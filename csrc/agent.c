@@ -13,8 +13,10 @@
 #include <unistd.h>
 
 #define BATCH_BYTES (1u << 20)    /* copied by the CPU between two looks at cancels and at the socket */
-#define SPIN_NS 100000            /* a window that ends so soon is noticed at once */
-#define POLL_NS 20000             /* between two looks at windows under way, later on */
+#define SMALL_BYTES (4u << 20)    /* somebody may wait for an op of this size and do nothing else */
+#define SPIN_NS 100000            /* a window of such an op that ends so soon is noticed at once */
+#define POLL_NS 20000             /* between two looks at them, later on */
+#define BULK_POLL_NS 100000       /* and at windows of larger ops: each look takes a lock that the engine's launches need */
 #define FULL_RING_WAIT_MS 1       /* the controller reads its ring without being asked; it is only late */
 
 struct op {
@@ -25,6 +27,7 @@ struct op {
     uint32_t span;                /* that `started` and windows to come are of */
     int cancelled;                /* or failed: no more of it starts */
     int failed;                   /* a window was not moved: what ends after it is not good either */
+    int incomplete;               /* a block is out of range */
     int32_t *slots;
     int32_t *pages;
     uint8_t *ok;
@@ -50,12 +53,14 @@ struct flexkv_agent {
     struct op *ops;               /* given and not finished, oldest first; of the thread alone */
     struct window *windows[FLEXKV_H2D + 1];  /* under way of each kind, oldest first */
     uint64_t last_news_ns;        /* when something started or ended */
+    uint64_t spoiled_task;        /* the last of which an earlier part of a load has failed */
     uint8_t *buffer;              /* for a record */
     uint64_t buffer_size;
     pthread_mutex_t lock;         /* for what follows */
     pthread_cond_t changed;
     uint64_t layerwise_task;      /* the last that something was started of */
     uint32_t layerwise_spans;     /* spans of it of which everything was, counted from the first */
+    struct flexkv_signals signals;
     struct flexkv_outcome *first;
     struct flexkv_outcome **last;
 };
@@ -206,10 +211,30 @@ static void end_span(struct flexkv_agent *agent, struct op *op)
     }
 }
 
+/* Tell who waits for layers that the span completes. */
+static void signal_span(struct flexkv_agent *agent, const struct op *op, uint32_t span)
+{
+    const struct flexkv_signals *signals = &agent->signals;
+    const int *fds;
+
+    if (!op->msg.counter || op->msg.flags & FLEXKV_OP_MORE || op->failed || op->cancelled || op->incomplete ||
+        agent->spoiled_task == op->msg.task_id)
+        return;
+    pthread_mutex_lock(&agent->lock);
+    fds = signals->fds + (uint64_t)(op->msg.counter - 1) * signals->num_layers;
+    if (op->msg.counter <= signals->num_counters)
+        for (uint32_t layer = 0; layer < signals->num_layers; layer++)
+            if (signals->span_of[layer] == span)
+                eventfd_write(fds[layer], 1);
+    pthread_mutex_unlock(&agent->lock);
+}
+
 static int finish(struct flexkv_agent *agent, struct op *op, uint32_t first)
 {
     int rc;
 
+    if (op->msg.flags & FLEXKV_OP_MORE && memchr(op->ok, 0, op->msg.count))
+        agent->spoiled_task = op->msg.task_id;
     note_span(agent, op, last_span(agent, op));
     op->done = op->msg.count;
     unlink_op(agent, op);
@@ -321,6 +346,7 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
         run++;
     if (run == op->started) {     /* a block that is out of range: not ok, over with the next window or the op */
         op->started++;
+        op->incomplete = 1;
         end_span(agent, op);
         return 1;
     }
@@ -361,6 +387,8 @@ static int end_window(struct flexkv_agent *agent, enum flexkv_kind kind)
     if (rc < 0)
         op->failed = op->cancelled = 1;
     whole = window->span == last_span(agent, op);
+    if (until == op->msg.count)
+        signal_span(agent, op, window->span);
     free(window);
     if (!whole)
         return 1;
@@ -413,15 +441,25 @@ static int work(struct flexkv_agent *agent)
     return changed;
 }
 
+/* Whether a small op is under way. */
+static int urgent(const struct flexkv_agent *agent)
+{
+    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
+        for (const struct window *window = agent->windows[kind]; window; window = window->next)
+            if (window->op->msg.op_blocks * agent->options.at.spans[0].bytes <= SMALL_BYTES)
+                return 1;
+    return 0;
+}
+
 static int sleep_until_news(struct flexkv_agent *agent)
 {
-    struct timespec pause = { 0, POLL_NS };
-    int busy = agent->windows[FLEXKV_D2H] || agent->windows[FLEXKV_H2D];
+    int busy = agent->windows[FLEXKV_D2H] || agent->windows[FLEXKV_H2D], soon = busy && urgent(agent);
+    struct timespec pause = { 0, soon ? POLL_NS : BULK_POLL_NS };
     struct pollfd fds[] = { { agent->options.submission_event_fd, POLLIN, 0 }, { agent->wake_fd, POLLIN, 0 },
                             { agent->options.socket_fd, POLLIN | POLLRDHUP, 0 } };
     eventfd_t count;
 
-    if (busy && now_ns() - agent->last_news_ns < SPIN_NS)
+    if (soon && now_ns() - agent->last_news_ns < SPIN_NS)
         return 0;
     if (flexkv_ring_set_waiting(&agent->submissions, 1))
         return 0;
@@ -595,6 +633,13 @@ int flexkv_agent_wait_span(struct flexkv_agent *agent, uint64_t task_id, uint32_
         rc = pthread_cond_timedwait(&agent->changed, &agent->lock, &until);
     pthread_mutex_unlock(&agent->lock);
     return started ? 0 : rc ? -rc : atomic_load(&agent->status);
+}
+
+void flexkv_agent_set_signals(struct flexkv_agent *agent, const struct flexkv_signals *signals)
+{
+    pthread_mutex_lock(&agent->lock);
+    agent->signals = *signals;
+    pthread_mutex_unlock(&agent->lock);
 }
 
 int flexkv_agent_status(struct flexkv_agent *agent)

@@ -27,6 +27,8 @@ struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count]
     uint32_t count;
     uint32_t op_blocks;           /* blocks of the whole op, of which this may be a part */
     uint32_t flags;               /* enum flexkv_op_flag */
+    uint32_t counter;             /* of a layerwise load: whose eventfds tell of its layers, from 1; 0: none */
+    uint32_t pad;
 };
 
 struct flexkv_msg_cancel {
@@ -111,6 +113,13 @@ struct flexkv_outcome {           /* of an op, for the process that owns the pag
     const uint8_t *ok;
 };
 
+struct flexkv_signals {           /* how layers of a load are told of */
+    const int *fds;               /* eventfds, [counter][layer] */
+    const uint32_t *span_of;      /* by layer: the span with its last byte */
+    uint32_t num_counters;
+    uint32_t num_layers;
+};
+
 struct flexkv_agent;
 
 /* The memory and descriptors in the options stay the caller's, and must outlive flexkv_agent_stop. */
@@ -128,6 +137,11 @@ int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms);
 /* Wait until all windows of a span of a layerwise load, and of those before it, have been started, or never will be. 0, or
  * -ETIMEDOUT, or the agent's status if that has ended. */
 int flexkv_agent_wait_span(struct flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms);
+
+/* From now on a load with a counter adds 1 to a layer's eventfd when the layer is in its pages. The layers of a load of
+ * which a block has failed are never told of: whoever waits must not read them. The arrays stay the caller's, until this
+ * is called again or flexkv_agent_stop. */
+void flexkv_agent_set_signals(struct flexkv_agent *agent, const struct flexkv_signals *signals);
 
 /* 0 while it runs; after that why it ended: -EPIPE (hang-up), -EBADMSG, -ECANCELED (stopped), ... */
 int flexkv_agent_status(struct flexkv_agent *agent);

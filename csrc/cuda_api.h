@@ -14,12 +14,16 @@ typedef struct cu_stream_s *cu_stream;
 typedef struct cu_event_s *cu_event;
 typedef struct cu_module_s *cu_module;
 typedef struct cu_function_s *cu_function;
+typedef uint64_t cu_allocation;   /* CUmemGenericAllocationHandle */
 
-enum { CU_SUCCESS = 0, CU_ERROR_NOT_READY = 600 };
+enum { CU_SUCCESS = 0, CU_ERROR_INVALID_VALUE = 1, CU_ERROR_NOT_READY = 600 };
 enum { CU_STREAM_NON_BLOCKING = 1, CU_EVENT_DISABLE_TIMING = 2 };
 enum { CU_MEMHOSTREGISTER_PORTABLE = 1, CU_MEMHOSTREGISTER_DEVICEMAP = 2 };
-enum { CU_MEMORYTYPE_UNIFIED = 4 };
+enum { CU_MEMORYTYPE_DEVICE = 2, CU_MEMORYTYPE_UNIFIED = 4 };
 enum { CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1 };
+enum { CU_POINTER_MEMORY_TYPE = 2, CU_POINTER_DEVICE_ORDINAL = 9, CU_POINTER_IPC_CAPABLE = 10 };
+enum { CU_IPC_LAZY_PEER_ACCESS = 1 };
+enum { CU_HANDLE_FILE_DESCRIPTOR = 1, CU_LOCATION_DEVICE = 1, CU_ACCESS_READ_WRITE = 3 };
 
 struct cu_memcpy2d {              /* CUDA_MEMCPY2D_v2 */
     size_t src_x, src_y;
@@ -43,12 +47,34 @@ struct cu_memcpy_attributes {     /* CUmemcpyAttributes */
     unsigned int flags;
 };
 
+struct cu_uuid { unsigned char bytes[16]; };
+struct cu_ipc_handle { char bytes[64]; };
+struct cu_location { unsigned int type; int id; };
+
+struct cu_allocation_properties { /* CUmemAllocationProp */
+    unsigned int type, handle_types;
+    struct cu_location location;
+    void *win32;
+    unsigned char compression, rdma;
+    unsigned short usage;
+    unsigned char reserved[4];
+};
+
+struct cu_access {                /* CUmemAccessDesc */
+    struct cu_location location;
+    unsigned int flags;
+};
+
+_Static_assert(sizeof(struct cu_allocation_properties) == 32 && sizeof(struct cu_access) == 12, "as in cuda.h");
+
 /* name of the member, prototype; those in the second list may be missing */
 #define FLEXKV_CUDA_FUNCTIONS(X) \
     X(cuGetErrorName, (cu_result error, const char **name)) \
     X(cuGetErrorString, (cu_result error, const char **text)) \
     X(cuDriverGetVersion, (int *version)) \
     X(cuDeviceGet, (cu_device *device, int ordinal)) \
+    X(cuDeviceGetCount, (int *count)) \
+    X(cuDeviceGetUuid, (struct cu_uuid *uuid, cu_device device)) \
     X(cuDeviceGetAttribute, (int *value, int attribute, cu_device device)) \
     X(cuDevicePrimaryCtxRetain, (cu_context *context, cu_device device)) \
     X(cuCtxPushCurrent, (cu_context context)) \
@@ -58,6 +84,21 @@ struct cu_memcpy_attributes {     /* CUmemcpyAttributes */
     X(cuModuleGetFunction, (cu_function *function, cu_module module, const char *name)) \
     X(cuMemAlloc, (cu_ptr *ptr, size_t bytes)) \
     X(cuMemFree, (cu_ptr ptr)) \
+    X(cuMemGetAddressRange, (cu_ptr *base, size_t *bytes, cu_ptr ptr)) \
+    X(cuPointerGetAttribute, (void *value, int attribute, cu_ptr ptr)) \
+    X(cuIpcGetMemHandle, (struct cu_ipc_handle *handle, cu_ptr ptr)) \
+    X(cuIpcOpenMemHandle, (cu_ptr *ptr, struct cu_ipc_handle handle, unsigned int flags)) \
+    X(cuIpcCloseMemHandle, (cu_ptr ptr)) \
+    X(cuMemRetainAllocationHandle, (cu_allocation *allocation, void *ptr)) \
+    X(cuMemGetAllocationPropertiesFromHandle, (struct cu_allocation_properties *properties, cu_allocation allocation)) \
+    X(cuMemExportToShareableHandle, (void *handle, cu_allocation allocation, int type, unsigned long long flags)) \
+    X(cuMemImportFromShareableHandle, (cu_allocation *allocation, void *handle, int type)) \
+    X(cuMemRelease, (cu_allocation allocation)) \
+    X(cuMemAddressReserve, (cu_ptr *ptr, size_t bytes, size_t alignment, cu_ptr wish, unsigned long long flags)) \
+    X(cuMemAddressFree, (cu_ptr ptr, size_t bytes)) \
+    X(cuMemMap, (cu_ptr ptr, size_t bytes, size_t offset, cu_allocation allocation, unsigned long long flags)) \
+    X(cuMemUnmap, (cu_ptr ptr, size_t bytes)) \
+    X(cuMemSetAccess, (cu_ptr ptr, size_t bytes, const struct cu_access *access, size_t count)) \
     X(cuMemHostRegister, (void *ptr, size_t bytes, unsigned int flags)) \
     X(cuMemHostUnregister, (void *ptr)) \
     X(cuStreamCreateWithPriority, (cu_stream *stream, unsigned int flags, int priority)) \

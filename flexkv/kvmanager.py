@@ -213,6 +213,9 @@ class KVManager:
             For each task, the engine's token slot for each token of its mask, in order.
         as_batch : bool
             Accepted; the data plane takes what is queued together anyway.
+        layerwise_transfer : bool
+            Loads go layer by layer, and each rank's eventfds of ``counter_id`` (from 0) are told of each layer that is
+            there (``enable_layerwise_transfer``). Layers of a load that fails are never told of.
         fence : int
             Steps of the rank (``KVTPClient.advance_fence``) before which the pages must not be touched; 0: none.
 
@@ -228,16 +231,18 @@ class KVManager:
         KeyError
             A task is not known, or was launched already; no task of the call was launched.
         """
-        if layerwise_transfer or swa_slot_mappings is not None:
-            raise NotImplementedError("eventfd signals for each layer and sliding-window transfers are not available")
+        if swa_slot_mappings is not None:
+            raise NotImplementedError("sliding-window transfers are not available in this version")
         ids = [task_ids] if isinstance(task_ids, int) else list(task_ids)
         mappings = [slot_mappings] if isinstance(task_ids, int) else list(slot_mappings)  # type: ignore[arg-type]
+        if layerwise_transfer and len(ids) > 1:
+            raise ValueError(f"{len(ids)} tasks cannot tell of their layers with one counter: launch one at a time")
         if len(ids) != len(mappings):
             raise SlotMappingError(f"{len(mappings)} slot mappings for {len(ids)} tasks: give one for each")
         tasks = [self._tasks.matched(task_id) for task_id in ids]
         pages = [self._pages(task, mapping) for task, mapping in zip(tasks, mappings, strict=True)]
         for task, task_pages in zip(tasks, pages, strict=True):
-            self._tasks.run(task, task_pages, fence)
+            self._tasks.run(task, task_pages, fence, layerwise_transfer, counter_id + 1 if layerwise_transfer else 0)
         return ids
 
     def get_async(

@@ -1,6 +1,7 @@
 """Tasks of ``KVManager``: one get or put each, from match to result."""
 
 import enum
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.tiering import Tiering
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
+
+logger = logging.getLogger("flexkv.kvmanager")
 
 _STATUS = {
     OpStatus.DONE: KVResponseStatus.SUCCESS,
@@ -190,7 +193,9 @@ class TaskTable:
             task = self._tasks.get(task_id)
             return task.blocks if task is not None else np.zeros(0, dtype=np.int32)
 
-    def run(self, task: KVTask, pages: NDArray[np.int32], fence: int, layerwise: bool = False) -> None:
+    def run(
+        self, task: KVTask, pages: NDArray[np.int32], fence: int, layerwise: bool = False, counter: int = 0
+    ) -> None:
         """Move the task's blocks between their slots and ``pages`` ((m,) int32)."""
         with self._lock:
             task.stage = TaskStage.RUNNING
@@ -205,6 +210,7 @@ class TaskTable:
                 dp_client_id=self._dp_client_id,
                 fence=fence,
                 layerwise=layerwise and loading,
+                counter=counter if loading else 0,
                 depends_on=task.needs,
             )
             task.graph = TransferGraph(task.task_id, [op])
@@ -241,6 +247,11 @@ class TaskTable:
             task.ok = graph.ops[-1].ok
             if graph.status is OpStatus.CANCELLED and isinstance(task.plan, PutPlan):
                 task.ok = np.zeros_like(task.ok)       # its pages may have been given away before the last copies
+            if graph.ops[-1].counter and graph.status is not OpStatus.DONE:
+                logger.critical(
+                    "task %d failed, and the engine can only be told of layers that are there: it waits for the others "
+                    "until its watchdog ends it", task.task_id,
+                )
             self._settle(task, _STATUS[graph.status])
 
     def _settle(self, task: KVTask, status: KVResponseStatus) -> None:

@@ -35,17 +35,60 @@ cdef extern from "cuda_api.h" nogil:
     ctypedef cu_module_s *cu_module
     ctypedef cu_function_s *cu_function
 
+    enum:
+        CU_ERROR_INVALID_VALUE
+        CU_MEMORYTYPE_DEVICE
+        CU_POINTER_MEMORY_TYPE
+        CU_POINTER_DEVICE_ORDINAL
+        CU_POINTER_IPC_CAPABLE
+        CU_IPC_LAZY_PEER_ACCESS
+        CU_HANDLE_FILE_DESCRIPTOR
+        CU_LOCATION_DEVICE
+        CU_ACCESS_READ_WRITE
+
+    struct cu_uuid:
+        unsigned char bytes[16]
+    struct cu_ipc_handle:
+        char bytes[64]
+    struct cu_location:
+        unsigned int type
+        int id
+    struct cu_allocation_properties:
+        unsigned int handle_types
+        cu_location location
+    struct cu_access:
+        cu_location location
+        unsigned int flags
+
     struct flexkv_cuda:
         int (*cuGetErrorName)(int error, const char **name)
         int (*cuGetErrorString)(int error, const char **text)
         int (*cuDriverGetVersion)(int *version)
         int (*cuDeviceGet)(int *device, int ordinal)
+        int (*cuDeviceGetCount)(int *count)
+        int (*cuDeviceGetUuid)(cu_uuid *uuid, int device)
         int (*cuDeviceGetAttribute)(int *value, int attribute, int device)
         int (*cuDevicePrimaryCtxRetain)(cu_context *context, int device)
         int (*cuCtxPushCurrent)(cu_context context)
         int (*cuCtxPopCurrent)(cu_context *context)
         int (*cuModuleLoadData)(cu_module *module, const void *image)
         int (*cuModuleGetFunction)(cu_function *function, cu_module module, const char *name)
+        int (*cuMemGetAddressRange)(uint64_t *base, size_t *num_bytes, uint64_t ptr)
+        int (*cuPointerGetAttribute)(void *value, int attribute, uint64_t ptr)
+        int (*cuIpcGetMemHandle)(cu_ipc_handle *handle, uint64_t ptr)
+        int (*cuIpcOpenMemHandle)(uint64_t *ptr, cu_ipc_handle handle, unsigned int flags)
+        int (*cuIpcCloseMemHandle)(uint64_t ptr)
+        int (*cuMemRetainAllocationHandle)(uint64_t *allocation, void *ptr)
+        int (*cuMemGetAllocationPropertiesFromHandle)(cu_allocation_properties *properties, uint64_t allocation)
+        int (*cuMemExportToShareableHandle)(void *handle, uint64_t allocation, int type, unsigned long long flags)
+        int (*cuMemImportFromShareableHandle)(uint64_t *allocation, void *handle, int type)
+        int (*cuMemRelease)(uint64_t allocation)
+        int (*cuMemAddressReserve)(uint64_t *ptr, size_t num_bytes, size_t alignment, uint64_t wish,
+                                   unsigned long long flags)
+        int (*cuMemAddressFree)(uint64_t ptr, size_t num_bytes)
+        int (*cuMemMap)(uint64_t ptr, size_t num_bytes, size_t offset, uint64_t allocation, unsigned long long flags)
+        int (*cuMemUnmap)(uint64_t ptr, size_t num_bytes)
+        int (*cuMemSetAccess)(uint64_t ptr, size_t num_bytes, const cu_access *access, size_t count)
         void *cuMemcpyBatchAsync
 
 
@@ -67,6 +110,8 @@ cdef extern from "agent.h" nogil:
         uint32_t count
         uint32_t op_blocks
         uint32_t flags
+        uint32_t counter
+        uint32_t pad
 
     struct flexkv_msg_cancel:
         uint64_t op_id
@@ -118,6 +163,12 @@ cdef extern from "agent.h" nogil:
         const int32_t *pages
         const uint8_t *ok
 
+    struct flexkv_signals:
+        const int *fds
+        const uint32_t *span_of
+        uint32_t num_counters
+        uint32_t num_layers
+
     struct flexkv_agent:
         pass
 
@@ -126,6 +177,7 @@ cdef extern from "agent.h" nogil:
     flexkv_outcome *flexkv_agent_take(flexkv_agent *agent)
     int flexkv_agent_wait(flexkv_agent *agent, int timeout_ms)
     int flexkv_agent_wait_span(flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms)
+    void flexkv_agent_set_signals(flexkv_agent *agent, const flexkv_signals *signals)
     int flexkv_agent_status(flexkv_agent *agent)
     void flexkv_agent_stop(flexkv_agent *agent)
 

@@ -1,7 +1,7 @@
 """CUDA: the driver's functions, found at run time. The only module that knows where they come from."""
 from libc.stdint cimport uint64_t, uintptr_t
 
-from flexkv._core._csrc cimport cu_context, cu_function, cu_module, flexkv_cuda
+from flexkv._core._csrc cimport cu_context, cu_function, cu_module, cu_uuid, flexkv_cuda
 from flexkv.errors import CudaError, CudaUnavailableError
 
 
@@ -79,6 +79,32 @@ cdef class Driver:
             self.devices[ordinal] = Device(self, ordinal)
         return self.devices[ordinal]
 
+    def find_device(self, bytes uuid not None):
+        """The device with a UUID, under whatever ordinal this process has it; None if it does not have it."""
+        cdef int ordinal, count = 0
+        self.check(self.table.cuDeviceGetCount(&count), "cuDeviceGetCount")
+        for ordinal in range(count):
+            if self.uuid_of(ordinal) == uuid:
+                return self.device(ordinal)
+        return None
+
+    cdef bytes uuid_of(self, int ordinal):
+        cdef int handle = 0
+        cdef cu_uuid uuid
+        self.check(self.table.cuDeviceGet(&handle, ordinal), "cuDeviceGet")
+        self.check(self.table.cuDeviceGetUuid(&uuid, handle), "cuDeviceGetUuid")
+        return (<char *>uuid.bytes)[:16]
+
+    def addresses(self):
+        """Address of each function by its name, 0 if the driver lacks it: for tests that call every one."""
+        cdef void **members = <void **>&self.table
+        cdef int i = 0
+        found = {}
+        while FLEXKV_CUDA_NAMES[i] != NULL:
+            found[(<bytes>FLEXKV_CUDA_NAMES[i]).decode()] = <uintptr_t>members[i]
+            i += 1
+        return found
+
 
 cdef class Device:
     """One GPU. Its primary context is kept until the process ends.
@@ -99,21 +125,30 @@ cdef class Device:
         self.driver = driver
         self.ordinal = ordinal
         self.architecture = f"sm_{major}{minor}"
+        self.uuid = driver.uuid_of(ordinal)
         self.context = context
+
+    cdef int enter(self) except -1:
+        """Make the context current, until ``leave``."""
+        self.driver.check(self.driver.table.cuCtxPushCurrent(self.context), "cuCtxPushCurrent")
+        return 0
+
+    cdef void leave(self) noexcept:
+        cdef cu_context popped = NULL
+        self.driver.table.cuCtxPopCurrent(&popped)
 
     def load_function(self, bytes image not None, bytes name not None):
         """Load a compiled module into the device, for as long as the process lives; return a function's handle."""
         cdef flexkv_cuda *table = &self.driver.table
         cdef cu_module module = NULL
         cdef cu_function function = NULL
-        cdef cu_context popped = NULL
         cdef const char *data = image
-        self.driver.check(table.cuCtxPushCurrent(self.context), "cuCtxPushCurrent")
+        self.enter()
         try:
             self.driver.check(table.cuModuleLoadData(&module, data), "cuModuleLoadData")
             self.driver.check(table.cuModuleGetFunction(&function, module, name), "cuModuleGetFunction")
         finally:
-            table.cuCtxPopCurrent(&popped)
+            self.leave()
         return <uint64_t>function
 
 

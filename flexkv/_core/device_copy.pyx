@@ -13,6 +13,7 @@ from flexkv._core._csrc cimport (
     flexkv_agent,
     flexkv_agent_advance,
     flexkv_agent_options,
+    flexkv_agent_set_signals,
     flexkv_agent_start,
     flexkv_agent_status,
     flexkv_agent_stop,
@@ -33,6 +34,7 @@ from flexkv._core._csrc cimport (
     flexkv_outcome,
     flexkv_pages,
     flexkv_region,
+    flexkv_signals,
     flexkv_span,
     FLEXKV_D2H,
     FLEXKV_H2D,
@@ -82,7 +84,7 @@ cdef class DeviceAgent:
     cdef flexkv_pages at
     cdef Driver driver
     cdef int ended
-    cdef object regions, spans
+    cdef object regions, spans, signals
     cdef SharedMapping pool, rings
     cdef list fds
 
@@ -204,6 +206,31 @@ cdef class DeviceAgent:
         if rc == 0 and self.cuda != NULL:
             self.driver.check(flexkv_cuda_copy_follow(self.cuda, span, <cu_stream>stream), "cuStreamWaitEvent")
         return rc == 0
+
+    def set_signals(self, list fds, span_of_layer):
+        """Loads with a counter tell of their layers from now on: 1 is added to a layer's eventfd when the layer is in
+        its pages. Layers of a load of which a block failed are never told of.
+
+        Parameters
+        ----------
+        fds : list of list of int
+            Eventfds of each counter, one a layer. They become the agent's.
+        span_of_layer : (num_layers,) uint32
+            The span with a layer's last byte.
+        """
+        cdef flexkv_signals signals
+        descriptors = np.ascontiguousarray(fds, dtype=np.int32)
+        spans = np.ascontiguousarray(span_of_layer, dtype=np.uint32)
+        if descriptors.ndim != 2 or spans.shape != descriptors.shape[1:] or descriptors.size == 0:
+            raise ValueError(f"{descriptors.shape} eventfds for {spans.shape} layers")
+        cdef const int[:, ::1] descriptor_view = descriptors
+        cdef const uint32_t[::1] span_view = spans
+        signals.fds, signals.span_of = &descriptor_view[0, 0], &span_view[0]
+        signals.num_counters, signals.num_layers = <uint32_t>len(descriptors), <uint32_t>len(spans)
+        if self.agent != NULL:
+            flexkv_agent_set_signals(self.agent, &signals)
+        self.fds += descriptors.ravel().tolist()
+        self.signals = (self.signals, descriptors, spans)      # the agent may still look at those before
 
     @property
     def device_error(self):

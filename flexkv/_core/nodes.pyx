@@ -1,6 +1,7 @@
 """Nodes of the radix tree: their arrays, links, the table that finds them, and the counts that must always hold."""
 import numpy as np
 
+cimport cython
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -30,6 +31,8 @@ cdef enum:
     POPULATE_BYTES = 32768
     MADV_POPULATE_WRITE = 23           # of <linux/mman.h> 5.14; newer than Debian 12's libc headers need to be
 
+
+@cython.no_gc_clear                    # __dealloc__ reads the arena, also when a cycle with the tree in it is collected
 cdef class NodeStore:
     """What ``RadixTree`` is built from; every method leaves links and counts consistent, none of them locks."""
 

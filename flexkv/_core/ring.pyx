@@ -92,8 +92,9 @@ cdef class ControllerRings:
         self.fd = self.submission_event_fd = self.completion_event_fd = -1
 
     def push_op(self, uint64_t op_id, uint64_t task_id, int kind, uint64_t fence, const int32_t[::1] slots not None,
-                const int32_t[::1] pages not None, uint32_t op_blocks, uint32_t flags=0):
-        """Give the agent an op on up to ``max_blocks`` blocks; False if the ring is full now. ``flags``: OpFlag.
+                const int32_t[::1] pages not None, uint32_t op_blocks, uint32_t flags=0, uint32_t counter=0):
+        """Give the agent an op on up to ``max_blocks`` blocks; False if the ring is full now. ``flags``: OpFlag;
+        ``counter``: whose eventfds tell of the load's layers, from 1.
 
         Raises
         ------
@@ -105,7 +106,7 @@ cdef class ControllerRings:
         if pages.shape[0] != count or count == 0:
             raise ValueError(f"{count} slots and {pages.shape[0]} pages")
         msg.op_id, msg.task_id, msg.fence, msg.kind = op_id, task_id, fence, kind
-        msg.count, msg.op_blocks, msg.flags = count, op_blocks, flags
+        msg.count, msg.op_blocks, msg.flags, msg.counter, msg.pad = count, op_blocks, flags, counter, 0
         parts[0].data, parts[0].size = &msg, sizeof(msg)
         parts[1].data, parts[1].size = &slots[0], 4 * count
         parts[2].data, parts[2].size = &pages[0], 4 * count

@@ -29,6 +29,9 @@ TOTAL_BYTES = 1 << 30
 REPEATS = 15
 KIB = 1024
 
+_SLICES = 25
+"""Of matrix products with each background."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -260,45 +263,69 @@ def _latency(session: Session) -> Iterator[Line]:
                    round(theirs * 1e6, 1), round(mine / theirs, 3), 300)
 
 
-def _gemm_seconds(background: Callable[[threading.Event], object], seconds: float = 2.0) -> float:
-    """Seconds of a bf16 matrix product, while ``background`` runs until it is told to stop."""
-    import torch
+class _Products:
+    """A stream of bf16 matrix products that never runs dry: their speed is what a copy in the background costs."""
 
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    out = torch.empty_like(a)
-    stop = threading.Event()
+    COUNT = 30
 
-    thread = threading.Thread(target=background, args=(stop,))
-    torch.cuda.synchronize()
-    thread.start()
-    stream, count, batch = torch.cuda.Stream(), 0, 20
-    with torch.cuda.stream(stream):
-        for _ in range(batch):
-            torch.mm(a, b, out=out)
-        stream.synchronize()
-        start = time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            for _ in range(batch):
-                torch.mm(a, b, out=out)
-            stream.synchronize()
-            count += batch
-        took = (time.perf_counter() - start) / count
-    stop.set()
-    thread.join()
-    return took
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+        self._a, self._b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        self._out = torch.empty_like(self._a)
+        self._stream = torch.cuda.Stream()
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def _give(self, count: int) -> None:
+        for _ in range(count):
+            self._torch.mm(self._a, self._b, out=self._out)
+
+    def seconds(self, background: Callable[[threading.Event], object] | None) -> float:
+        """Of a product, while ``background`` runs, from now until the next call, which tells it to stop."""
+        self._stop.set()
+        with self._torch.cuda.stream(self._stream):
+            self._give(self.COUNT)                      # while what ran before ends
+            if self._thread is not None:
+                self._thread.join()
+            self._thread = None
+            if background is not None:
+                self._stop = threading.Event()
+                self._thread = threading.Thread(target=background, args=(self._stop,))
+                self._thread.start()
+            self._give(self.COUNT // 2)
+            self._events[0].record()
+            self._give(self.COUNT)
+            self._events[1].record()
+        self._stream.synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1e3 / self.COUNT
+
+
+def _slowdowns(products: _Products, *backgrounds: Callable[[threading.Event], object]) -> list[tuple[float, float]]:
+    """Median slowdown by each background and its standard error, in percent. The clocks of a GPU under load drift by
+    more than what is measured, so slices of some 40 ms take turns, and each is compared with the two beside it."""
+    ratios: list[list[float]] = [[] for _ in backgrounds]
+    products.seconds(None)
+    before = products.seconds(None)
+    for _ in range(_SLICES):
+        for i, background in enumerate(backgrounds):
+            with_it = products.seconds(background)
+            after = products.seconds(None)
+            ratios[i].append(2 * with_it / (before + after))
+            before = after
+    return [(100 * (float(np.median(r)) - 1), 100 * 1.25 * float(np.std(r)) / len(r) ** 0.5) for r in ratios]
 
 
 def _interference(session: Session, plain: Plain) -> Iterator[Line]:
+    products = _Products()
     for kind in (OpKind.D2H, OpKind.H2D):
-        alone, ours, theirs = [], [], []
-        for _ in range(3):
-            alone.append(_gemm_seconds(lambda stop: None))
-            ours.append(_gemm_seconds(functools.partial(session.keep_moving, kind)))
-            theirs.append(_gemm_seconds(functools.partial(plain.keep_moving, kind)))
-        base = float(np.median(alone))
-        mine, memcpy = (100 * (float(np.median(times)) / base - 1) for times in (ours, theirs))
-        yield Line("gpu", f"slowdown of a bf16 GEMM stream during {kind.name}; ceiling: plain memcpy", round(mine, 2),
-                   "%", round(memcpy, 2), None, 3)
+        (mine, error), (memcpy, _) = _slowdowns(
+            products, functools.partial(session.keep_moving, kind), functools.partial(plain.keep_moving, kind)
+        )
+        yield Line("gpu", f"slowdown of a bf16 GEMM stream during {kind.name} (± {error:.2f}); ceiling: plain memcpy",
+                   round(mine, 2), "%", round(memcpy, 2), None, _SLICES)
 
 
 def run(config: TransferConfig | None = None, only: str = "") -> Iterator[Line]:

@@ -167,6 +167,9 @@ class TransferConfig(_Settings):
         32, "Size of a staging buffer in GPU memory; there are six.", unit="MiB", low=1, high=1024
     )
     gpu_num_ctas: int = setting(16, "Thread blocks of the copy kernel.", low=1, high=1024)
+    enable_layerwise_transfer: bool = setting(
+        False, "SGLang: take a rank's eventfds, and tell it of each layer of a load as soon as the layer is there."
+    )
     ring_bytes: int = setting(1 << 20, "Size of each shared-memory ring; a power of two.", unit="bytes", low=4096)
 
     def __post_init__(self) -> None:

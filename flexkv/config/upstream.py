@@ -42,7 +42,6 @@ UNAVAILABLE: dict[str, str] = {
     "enable_p2p_ssd": "nodes do not share KV in this version; leave it off",
     "enable_3rd_remote": "there is no remote tier in this version; leave it off",
     "use_mooncake_store_backend": "there is no remote tier in this version; leave it off",
-    "enable_layerwise_transfer": "signals by eventfd are not available; for vLLM see layerwise_loads; leave it off",
     "enable_metrics": "there is no exporter in this version; leave it off",
 }
 """Accepted as long as they are off: a user who turns them on must not believe that they work."""

@@ -1,117 +1,45 @@
-"""KVTPClient: registers a rank's KV tensors, and owns the agent that copies them."""
+"""KVTPClient: a rank, as upstream's adapters use it."""
 
 import logging
 import os
-import socket
-import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.block_table import TensorSpec, layer_spans, regions_from_tensors
-from flexkv._core.cuda_driver import Device, load_driver
-from flexkv._core.device_copy import DeviceAgent
-from flexkv.config import TransferConfig
-from flexkv.errors import AgentLostError, CudaError, RegistrationError
-from flexkv.server.handshake import join_controller
-from flexkv.server.tensors import upstream_spec
+from flexkv.errors import AgentLostError, RegistrationError
+from flexkv.server.layer_signals import LayerSignals
+from flexkv.server.rank import CONNECT_TIMEOUT_S, OpResult, RankClient
+from flexkv.server.shared_tensor import TensorSharedHandle, local_specs
 from flexkv.storage.layout import KVCacheLayout
-from flexkv.transfer.cuda_kernel import move_function
-from flexkv.transfer.graph import OpKind
-from flexkv.transfer.protocol import Hello, Welcome, socket_path
+from flexkv.transfer.layerwise import layerwise_socket
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("flexkv.client")
 
-_CONNECT_TIMEOUT_S = 60.0
 
-_LAYER_GROUPS = 8
-"""Of a load layer by layer: compute starts after an eighth of it, and copies stay large."""
+def _layers_of(num_tensors: int, num_layers: int) -> list[int]:
+    """The layer of each of a list of tensors: one after the other, and again for V where K and V are apart."""
+    return [i % num_layers if num_tensors % num_layers == 0 else i for i in range(num_tensors)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OpResult:
-    """What became of one task on this rank.
+class KVTPClient(RankClient):
+    """A rank that registers tensors of a framework and waits for the controller.
 
-    Attributes
-    ----------
-    pages : (n,) int32
-        Pages that it was to move.
-    ok : (n,) bool
+    With the setting ``enable_layerwise_transfer`` it takes the eventfds of a rank of SGLang, at the socket of
+    ``build_layerwise_eventfd_socket_path``, and layerwise loads tell of their layers there.
     """
 
-    task_id: int
-    kind: OpKind
-    pages: NDArray[np.int32]
-    ok: NDArray[np.bool_]
-
-    @property
-    def failed_pages(self) -> NDArray[np.int32]:
-        """Pages whose block was not moved; after a failed load their content is undefined."""
-        return self.pages[~self.ok]
-
-
-class KVTPClient:
-    """One rank: its tensors, and the native thread that moves blocks between them and the host tier.
-
-    Parameters
-    ----------
-    gpu_register_port : str
-        Path of the controller's Unix socket (an ``ipc://`` address is taken too).
-    dp_client_id : int
-        Data-parallel rank of the engine.
-    device_id : int
-        Device of this rank; tells ranks apart where ``intra_client_id`` is not given.
-    pp_rank : int
-        Pipeline-parallel rank.
-    intra_client_id : int, optional
-        Rank within the pipeline stage (tensor parallel).
-    transfer_config : TransferConfig, optional
-        How blocks are to cross the bus.
-    """
-
-    def __init__(
-        self,
-        gpu_register_port: str,
-        dp_client_id: int = 0,
-        device_id: int = 0,
-        pp_rank: int = 0,
-        intra_client_id: int | None = None,
-        transfer_config: TransferConfig | None = None,
-    ) -> None:
-        self._path = socket_path(gpu_register_port)
-        self._dp_client_id = dp_client_id
-        self._pp_rank = pp_rank
-        self._rank = device_id if intra_client_id is None else intra_client_id
-        self._config = transfer_config or TransferConfig()
-        self._device: Device | None = None
-        self._streams: dict[bool, int] = {}          # that the last fence of loads, of saves, was on
-        self._agent: DeviceAgent | None = None
-        self._partial: dict[int, list[OpResult]] = {}
-        self._connected = threading.Event()
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._fences = (0, 0)
-        self._keep_alive: object = None
-        self._keep_outcomes = True
-        self._suspended = False
-        self._num_tensors = 0
-        self._span_of: list[int] = []                # of each tensor
-        self._lock = threading.Lock()
-        self.error: Exception | None = None
-        """Why there is no agent, when connecting has failed for good."""
-
-    # ---- registration -----------------------------------------------------------------------------------------
+    _signals: LayerSignals | None = None
+    _eventfds: list[list[int]] | None = None         # of each counter, one a layer
 
     def register_to_server(
         self,
-        kv_caches: "list[torch.Tensor]",
+        kv_caches: "Sequence[torch.Tensor | TensorSharedHandle]",
         kv_layout: KVCacheLayout,
         override_device_id: int | None = None,
         layer_groups: list[list[int]] | None = None,
@@ -123,21 +51,21 @@ class KVTPClient:
         swa_gpu_layouts: None = None,
         swa_handles_per_group: None = None,
         resume: bool = False,
-        indexer_buffers: "list[torch.Tensor] | None" = None,
+        indexer_buffers: "Sequence[torch.Tensor | TensorSharedHandle] | None" = None,
         indexer_layout: KVCacheLayout | None = None,
     ) -> None:
         """Register tensors as upstream's adapters do, and wait for the controller. There is nothing to poll then.
 
         Parameters
         ----------
-        kv_caches : list of Tensor
+        kv_caches : list of Tensor or TensorSharedHandle
             Their first dimension counts pages, or token slots (``num_block * tokens_per_block`` of them). Tensors of
-            different shapes together make one block.
+            different shapes together make one block. Handles are open until ``suspend_gpu_mappings`` or ``close``.
         kv_layout : KVCacheLayout
             Of all tensors, where ``gpu_layouts`` does not say otherwise.
         layer_groups, gpu_layouts : list of list of int, list of KVCacheLayout
             Indices into ``kv_caches`` of each group, and the group's layout.
-        indexer_buffers, indexer_layout : list of Tensor, KVCacheLayout
+        indexer_buffers, indexer_layout : list of Tensor or TensorSharedHandle, KVCacheLayout
             More tensors of the same blocks.
         resume : bool
             After ``suspend_gpu_mappings``; the tensors may be at other addresses.
@@ -161,14 +89,39 @@ class KVTPClient:
         for group, layout in zip(layer_groups or (), gpu_layouts or (), strict=True):
             for index in group:
                 layouts[index] = layout
-        tensors = [*kv_caches, *(indexer_buffers or ())]
-        layouts += [indexer_layout or kv_layout] * len(indexer_buffers or ())
-        specs = [upstream_spec(tensor, layout) for tensor, layout in zip(tensors, layouts, strict=True)]
+        indexers = list(indexer_buffers or ())
+        tensors, layouts = [*kv_caches, *indexers], layouts + [indexer_layout or kv_layout] * len(indexers)
+        layers = _layers_of(len(kv_caches), kv_layout.num_layer) + _layers_of(len(indexers), kv_layout.num_layer)
+        order = sorted(range(len(tensors)), key=layers.__getitem__)
         if override_device_id is not None:
             self._rank = override_device_id
         self._keep_outcomes = False                  # upstream's adapters ask the KVManager alone
-        self.register_tensors(specs, keep_alive=tensors)
-        self.wait_connected(_CONNECT_TIMEOUT_S)
+        with ExitStack() as opened:
+            specs = local_specs(tensors, layouts, opened)
+            self.register_tensors(
+                [specs[i] for i in order], keep_alive=tensors, layers=sorted(layers), opened=opened
+            )
+        self.wait_connected(CONNECT_TIMEOUT_S)
+        if self._config.enable_layerwise_transfer and self._signals is None:
+            path = layerwise_socket(self._dp_client_id, self._pp_rank)
+            self._signals = LayerSignals(path, kv_layout.num_layer, self._take_eventfds)
+        self._use_eventfds()
+
+    def _take_eventfds(self, fds: list[list[int]]) -> None:
+        self._close_eventfds()
+        self._eventfds = fds
+        self._use_eventfds()
+
+    def _use_eventfds(self) -> None:
+        """Each agent has copies of its own: another one comes with ``resume``."""
+        if self._agent is not None and self._eventfds is not None:
+            self._agent.set_signals([[os.dup(fd) for fd in row] for row in self._eventfds], self._span_of_layer)
+
+    def _close_eventfds(self) -> None:
+        for row in self._eventfds or ():
+            for fd in row:
+                os.close(fd)
+        self._eventfds = None
 
     def suspend_gpu_mappings(self) -> int:
         """Stop moving blocks, and let the tensors go: they may be unmapped afterwards. What the host tier holds stays.
@@ -178,201 +131,7 @@ class KVTPClient:
         int
             How many tensors it was.
         """
-        if self._thread is None or self._closing.is_set():
-            return 0
-        self._closing.set()
-        self._thread.join()
-        if self._agent is not None:
-            self._agent.close()
-        self._thread, self._suspended, self._keep_alive = None, True, None
-        count, self._num_tensors = self._num_tensors, 0
-        return count
-
-    def register_tensors(
-        self, specs: Sequence[TensorSpec], connect_timeout_s: float = _CONNECT_TIMEOUT_S, keep_alive: object = None
-    ) -> None:
-        """Register tensors, and return: a thread connects as soon as the controller is there.
-
-        Parameters
-        ----------
-        specs : sequence of TensorSpec
-            The memory must stay valid until ``close``; ``keep_alive`` is held until then.
-        connect_timeout_s : float
-            When to give up, in seconds.
-
-        Raises
-        ------
-        RegistrationError
-            The tensors cannot be described by pages, or are on several devices.
-        CudaUnavailableError, CudaError
-            They are on a GPU, and it cannot be used.
-        """
-        regions, num_pages, segment_bytes = regions_from_tensors(specs)
-        if self._thread is not None:
-            raise RegistrationError("this rank has registered its tensors already")
-        devices = {spec.device for spec in specs}
-        if len(devices) > 1:
-            raise RegistrationError(f"tensors on devices {devices}: a rank's tensors must be on one")
-        ordinal = devices.pop()
-        self._device = None if ordinal is None else load_driver().device(ordinal)
-        self._keep_alive = keep_alive
-        self._num_tensors = len(specs)
-        if self._suspended:
-            self._suspended = False
-            self._connected, self._closing = threading.Event(), threading.Event()
-        sizes = [regions_from_tensors([spec])[2] for spec in specs]
-        spans, self._span_of = layer_spans(regions, sizes, _LAYER_GROUPS)
-        hello = Hello(self._dp_client_id, self._pp_rank, self._rank, os.getpid(), num_pages, segment_bytes)
-        deadline = time.monotonic() + connect_timeout_s
-        self._thread = threading.Thread(
-            target=self._connect, args=(hello, regions, spans, deadline), name="flexkv-register", daemon=True
-        )
-        self._thread.start()
-
-    def _connect(
-        self, hello: Hello, regions: NDArray[np.void], spans: NDArray[np.void], deadline: float
-    ) -> None:
-        try:
-            connection, welcome, fds = join_controller(self._path, hello, deadline, self._closing)
-            self._start_agent(connection, welcome, fds, hello, regions, spans)
-        except Exception as error:
-            self.error = error
-            if not self._closing.is_set():
-                logger.error("this rank cannot load or save KV: %s", error)
-        finally:
-            self._connected.set()
-
-    def _start_agent(
-        self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, regions: NDArray[np.void],
-        spans: NDArray[np.void],
-    ) -> None:
-        agent = DeviceAgent(
-            regions=regions,
-            spans=spans,
-            num_pages=hello.num_pages,
-            pool_fd=fds[0],
-            pool_bytes=welcome.pool_bytes,
-            slot_bytes=welcome.slot_bytes,
-            segment_offset=welcome.segment_offset,
-            ring_fd=fds[1],
-            ring_bytes=welcome.ring_bytes,
-            submission_event_fd=fds[2],
-            completion_event_fd=fds[3],
-            socket_fd=connection.detach(),
-            keep_outcomes=self._keep_outcomes,
-            device=self._device,
-            move_function=0 if self._device is None else move_function(self._device),
-            strategy=self._config.gpu_strategy,
-            window_bytes=self._config.gpu_window_mb << 20,
-            num_ctas=self._config.gpu_num_ctas,
-        )
-        with self._lock:
-            self._agent = agent
-            for load, stream in self._streams.items():
-                agent.fence(stream, load, self._fences[not load])
-            agent.advance(*self._fences)
-        self._connected.set()
-        self._pin_pool(agent)
-
-    def _pin_pool(self, agent: DeviceAgent) -> None:
-        """Part by part, so that the first blocks can move at once and the engine is never held up for long."""
-        try:
-            while not self._closing.is_set() and agent.register_some():
-                pass
-        except CudaError as error:
-            logger.warning("part of the host pool cannot be pinned, its blocks move slowly: %s", error)
-
-    def wait_connected(self, timeout_s: float) -> None:
-        """Wait until the agent runs.
-
-        Raises
-        ------
-        RegistrationError
-            It does not, after ``timeout_s`` seconds, or never will.
-        """
-        if not self._connected.wait(timeout_s):
-            raise RegistrationError(f"not registered after {timeout_s:g} s: is the controller there, and every rank?")
-        if self.error is not None:
-            raise RegistrationError(str(self.error)) from self.error
-
-    @property
-    def is_connected(self) -> bool:
-        """The agent runs, and the controller is there."""
-        return self._agent is not None and self._agent.status == 0
-
-    @property
-    def is_lost(self) -> bool:
-        """There will be no more results: connecting failed, the controller is gone, or this is closed."""
-        return self.error is not None or (self._agent is not None and self._agent.status != 0)
-
-    # ---- what the rank's hooks call ---------------------------------------------------------------------------
-
-    def advance_fence(self, load: int | None = None, save: int | None = None, stream: int | None = None) -> None:
-        """Let loads (saves) start whose fence is at most ``load`` (``save``): the compute that used (wrote) their
-        pages is done, or was given to the CUDA stream with the handle ``stream``, which they then wait for.
-
-        Raises
-        ------
-        CudaError
-        """
-        with self._lock:
-            for is_load, fence in ((True, load), (False, save)):
-                if fence is not None and stream is not None:
-                    self._streams[is_load] = stream
-                    if self._agent is not None:
-                        self._agent.fence(stream, is_load, fence)
-            self._fences = (max(self._fences[0], load or 0), max(self._fences[1], save or 0))
-            if self._agent is not None:
-                self._agent.advance(*self._fences)
-
-    def follow_load(self, task_id: int, tensor: int | None, timeout_s: float, stream: int | None = None) -> bool:
-        """Compute given to ``stream`` from now on starts after a layerwise load has filled a tensor's pages.
-
-        Parameters
-        ----------
-        task_id : int
-        tensor : int, optional
-            Index of the tensor as registered; None: all of them.
-        timeout_s : float
-            The thread waits, at most so long, until the copies were given to the GPU, not until they are made;
-            without a GPU it waits for the copies.
-        stream : int, optional
-            Handle of a CUDA stream.
-
-        Returns
-        -------
-        bool
-            False: the agent has ended, or not begun in time. True does not say that the load succeeds.
-
-        Raises
-        ------
-        CudaError
-        """
-        span = max(self._span_of) if tensor is None else self._span_of[tensor]
-        return self._agent is not None and self._agent.follow(task_id, span, timeout_s, stream or 0)
-
-    def poll_results(self) -> list[OpResult]:
-        """Tasks that ended on this rank since the last call."""
-        results: list[OpResult] = []
-        while self._agent is not None and (outcome := self._agent.take()) is not None:
-            task_id, kind, op_blocks, pages, ok = outcome
-            parts = self._partial.pop(task_id, [])
-            parts.append(OpResult(task_id, OpKind(kind), pages, ok))
-            if sum(len(part.pages) for part in parts) < op_blocks:
-                self._partial[task_id] = parts
-                continue
-            whole = [np.concatenate([part.pages for part in parts]), np.concatenate([part.ok for part in parts])]
-            results.append(OpResult(task_id, OpKind(kind), whole[0], whole[1]))
-            if not whole[1].all() and self._agent.device_error is not None:
-                logger.error("task %d: blocks were not moved: %s", task_id, self._agent.device_error)
-        return results
-
-    def wait_results(self, timeout_s: float) -> bool:
-        """Wait until ``poll_results`` has something, or never will have again; False after ``timeout_s`` seconds."""
-        agent = self._agent
-        if agent is None:
-            return self._connected.wait(timeout_s)
-        return agent.wait(timeout_s)
+        return self.suspend()
 
     def set_slot_mapping(self, task_id: int, slot_mapping: NDArray[np.int64]) -> None:
         """For ranks on other nodes than the controller's, which this version does not have.
@@ -385,10 +144,18 @@ class KVTPClient:
         raise AgentLostError("ranks on other nodes are not available in this version")
 
     def close(self) -> None:
-        """Stop the agent and let the tensors go. Can be called again."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join()
-        if self._agent is not None:
-            self._agent.close()
-        self._keep_alive = None
+        """Stop the agent and let the tensors go. Can be called again.
+
+        Raises
+        ------
+        CudaError
+            A handle's mapping could not be closed; the agent has stopped.
+        """
+        if self._signals is not None:
+            self._signals.close()
+            self._signals = None
+        self._close_eventfds()
+        super().close()
+
+
+__all__ = ["KVTPClient", "OpResult"]

@@ -1,5 +1,6 @@
 """Tensors of a framework, as memory with strides."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flexkv._core.block_table import TensorSpec
@@ -21,12 +22,12 @@ def tensor_spec(tensor: "torch.Tensor", page_dim: int = 0, tokens_per_page: int 
     )
 
 
-def upstream_spec(tensor: "torch.Tensor", layout: KVCacheLayout) -> TensorSpec:
-    """Describe a tensor whose first dimension counts the layout's pages, or its token slots."""
-    rows, slots = tensor.shape[0], layout.num_block * layout.tokens_per_block
+def upstream_spec(spec: TensorSpec, layout: KVCacheLayout) -> TensorSpec:
+    """A tensor whose first dimension counts the layout's pages, or its token slots."""
+    rows, slots = spec.shape[0], layout.num_block * layout.tokens_per_block
     if rows not in (layout.num_block, slots):
         raise RegistrationError(
-            f"a tensor of shape {tuple(tensor.shape)} has neither {layout.num_block} pages nor {slots} token slots in "
+            f"a tensor of shape {spec.shape} has neither {layout.num_block} pages nor {slots} token slots in "
             "its first dimension"
         )
-    return tensor_spec(tensor, tokens_per_page=None if rows == layout.num_block else layout.tokens_per_block)
+    return spec if rows == layout.num_block else replace(spec, tokens_per_page=layout.tokens_per_block)

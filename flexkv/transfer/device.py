@@ -116,7 +116,7 @@ class AgentLink:
             slots, pages = (src, dst) if loading else (dst, src)
             flags = part.flags | (OpFlag.CANCELLED if part.flight.cancelled else OpFlag(0))
             if not self.rings.push_op(
-                part.part_id, op.task_id, op.kind, op.fence, slots, pages, len(op), flags
+                part.part_id, op.task_id, op.kind, op.fence, slots, pages, len(op), flags, op.counter
             ):
                 return
             self._outstanding[part.part_id] = part

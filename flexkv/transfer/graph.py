@@ -76,6 +76,8 @@ class TransferOp:
         Step of the ranks before which pages must not be touched; 0: none.
     layerwise : bool
         A load that goes layer by layer, so that compute of the first overlaps it.
+    counter : int
+        Of a layerwise load: whose eventfds tell of its layers, from 1; 0: none.
     depends_on : sequence of Dependency
     keys, parents : (n, 2) uint64, optional
         Names under which a tier that outlives the process records what it is given.
@@ -96,6 +98,7 @@ class TransferOp:
         dp_client_id: int = 0,
         fence: int = 0,
         layerwise: bool = False,
+        counter: int = 0,
         depends_on: Sequence[Dependency] = (),
         keys: NDArray[np.uint64] | None = None,
         parents: NDArray[np.uint64] | None = None,
@@ -108,6 +111,7 @@ class TransferOp:
         self.dp_client_id = dp_client_id
         self.fence = fence
         self.layerwise = layerwise
+        self.counter = counter
         self.depends_on = tuple(depends_on)
         self.keys = keys
         self.parents = parents

@@ -12,7 +12,7 @@ ROOT = HERE.parents[1]
 def build() -> Path:
     """The library, newer than its source."""
     library = ROOT / "build" / "fake_cuda" / "libcuda.so.1"
-    sources = [HERE / "libcuda.c", ROOT / "csrc" / "cuda_api.h"]
+    sources = [HERE / "libcuda.c", HERE / "memory.h", ROOT / "csrc" / "cuda_api.h"]
     if not library.exists() or any(source.stat().st_mtime > library.stat().st_mtime for source in sources):
         library.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(

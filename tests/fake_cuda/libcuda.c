@@ -1,12 +1,16 @@
 /* A CUDA driver without a GPU: device memory is ordinary memory, every stream is a thread that works through what it was
  * given, events and waits order streams as the real ones do, the copy kernel is emulated. Calls can be made to fail, and
  * work to take long. Built as libcuda.so.1 and found where the real one would be. */
+#define _GNU_SOURCE
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "cuda_api.h"
 
@@ -189,6 +193,16 @@ static cu_result fake_cuGetErrorString(cu_result error, const char **text)
 static cu_result fake_cuDriverGetVersion(int *version) { ENTER; *version = 13000; return 0; }
 static cu_result fake_cuDeviceGet(cu_device *device, int ordinal) { ENTER; *device = ordinal; return ordinal ? 101 : 0; }
 
+static cu_result fake_cuDeviceGetCount(int *number) { ENTER; *number = 1; return 0; }
+
+static cu_result fake_cuDeviceGetUuid(struct cu_uuid *uuid, cu_device device)
+{
+    ENTER;
+    (void)device;
+    memcpy(uuid->bytes, "a fake GPU's id.", 16);
+    return 0;
+}
+
 static cu_result fake_cuDeviceGetAttribute(int *value, int attribute, cu_device device)
 {
     ENTER;
@@ -238,30 +252,7 @@ static cu_result fake_cuModuleGetFunction(cu_function *function, cu_module modul
     return strcmp(name, "flexkv_move_blocks") ? NOT_FOUND : 0;
 }
 
-static cu_result fake_cuMemAlloc(cu_ptr *ptr, size_t bytes)
-{
-    uint64_t *block;
-
-    ENTER;
-    NEEDS_CONTEXT;
-    if (!(block = malloc(bytes + 64)))
-        return OUT_OF_MEMORY;
-    *block = bytes;
-    memset(block + 8, 0xa5, bytes);
-    *ptr = (cu_ptr)(block + 8);
-    count(1, (long)bytes);
-    return 0;
-}
-
-static cu_result fake_cuMemFree(cu_ptr ptr)
-{
-    uint64_t *block = (uint64_t *)ptr - 8;
-
-    NEEDS_CONTEXT;
-    count(-1, -(long)*block);
-    free(block);
-    return 0;
-}
+#include "memory.h"
 
 #define MAX_PARTS 256
 static struct { void *ptr; size_t bytes; } parts[MAX_PARTS];
@@ -481,6 +472,8 @@ cu_result cuGetProcAddress_v2(const char *name, void **address, int version, uin
     static const struct { const char *name; void *address; } functions[] = {
         { "cuInit", fake_cuInit },
         { "cuGetProcAddress", cuGetProcAddress_v2 },
+        { "cuMemCreate", fake_cuMemCreate },           /* these two for tests alone */
+        { "cuMemGetAllocationGranularity", fake_cuMemGetAllocationGranularity },
 #define FAKE(name, arguments) { #name, fake_##name },
         FLEXKV_CUDA_FUNCTIONS(FAKE)
         FLEXKV_CUDA_OPTIONAL(FAKE)

@@ -28,7 +28,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # What nobody in the package imports, because it is for others.
 ENTRY_POINTS = {
-    "flexkv.cli", "flexkv.common.config", "flexkv.common.request", "flexkv.common.storage",
+    "flexkv.cli", "flexkv.common.config", "flexkv.common.memory_handle", "flexkv.common.request",
+    "flexkv.common.storage",
     "flexkv.integration.vllm.vllm_v1_adapter", "flexkv.integration.vllm.connector",
     "flexkv._core.checksum",
 }
@@ -149,6 +150,7 @@ def test_import_is_light() -> None:
 def test_upstream_names_are_there() -> None:
     from flexkv import KVManager, KVTPClient
     from flexkv.common.config import CacheConfig, ModelConfig
+    from flexkv.common.memory_handle import TensorSharedHandle
     from flexkv.common.request import KVResponse, KVResponseStatus
     from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
 
@@ -158,4 +160,4 @@ def test_upstream_names_are_there() -> None:
     for name in ("start", "is_ready", "shutdown", "reset", "get_match", "put_match", "get_async", "put_async",
                  "prefetch_async", "launch", "wait", "try_wait", "cancel"):
         assert callable(getattr(KVManager, name))
-    assert all((KVTPClient, CacheConfig, ModelConfig, KVResponse, KVCacheLayout, KVCacheLayoutType))
+    assert all((KVTPClient, CacheConfig, ModelConfig, TensorSharedHandle, KVResponse, KVCacheLayout, KVCacheLayoutType))

@@ -101,7 +101,7 @@ def test_bad_arguments_change_nothing(tmp_path: Path) -> None:
         with pytest.raises(NotImplementedError):
             manager.get_match(tokens_of(2), swa_aware=True)
         with pytest.raises(NotImplementedError):
-            manager.launch([first], [mapping([0, 1])], layerwise_transfer=True)
+            manager.launch([first], [mapping([0, 1])], swa_slot_mappings=[])  # type: ignore[arg-type]
         assert manager.wait([first, second], timeout=0)[first].status is Status.UNREADY
         manager.launch([first, second], [mapping([0, 1]), mapping([2, 3])], as_batch=True)
         with pytest.raises(KeyError, match="launched already"):

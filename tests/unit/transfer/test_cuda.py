@@ -348,7 +348,7 @@ def test_a_driver_without_batches(tmp_path: Path, cuda: FakeCuda, monkeypatch: p
     from flexkv._core import cuda_driver
 
     cuda.fail("cuMemcpyBatchAsync", 0, code=500)
-    monkeypatch.setattr("flexkv.server.client.load_driver", cuda_driver.Driver)
+    monkeypatch.setattr("flexkv.server.rank.load_driver", cuda_driver.Driver)
     tensors = Tensors(device=0)
     assert not cuda_driver.Driver().has_batch_copy
     with local(tmp_path, tensors=tensors, gpu_strategy="batch") as (manager, _, _):
