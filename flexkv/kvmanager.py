@@ -14,7 +14,7 @@ from flexkv.cache.plan import MatchResult
 from flexkv.cache.reasons import StopReason
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
 from flexkv.errors import SlotMappingError
-from flexkv.kvtask import KVTask, TaskTable
+from flexkv.kvtask import KVTask, TaskTable, tokens_and_start
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.tiering import Tiering, make_ssd_store
 from flexkv.transfer.engine import TransferEngine
@@ -120,12 +120,10 @@ class KVManager:
     def _on_capacity(self, num_slots: int) -> None:
         if self._cache is None:
             pool = self._transfer.host_pool
+            config = self._cache_config
             self._cache = GlobalCacheEngine(
-                pool.num_slots,
-                self._policy,
-                self._cache_config.evict_start_threshold,
-                self._cache_config.evict_ratio,
-                num_ssd_slots=self._cache_config.ssd_bytes // pool.slot_bytes,
+                pool.num_slots, self._policy, config.evict_start_threshold, config.evict_ratio,
+                num_ssd_slots=config.ssd_bytes // pool.slot_bytes,
             )
             if self._tiering is not None:
                 self._tiering.open(self._cache, self._transfer)
@@ -167,7 +165,7 @@ class KVManager:
             Tokens that ``launch`` will load.
         """
         self._refuse_swa(swa_aware)
-        tokens, start = self._tokens_and_start(token_ids, token_mask)
+        tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
         task = self._tasks.new_get(self._cache, keys, start, None, len(tokens))
         return task.task_id, task.token_mask()
@@ -188,7 +186,7 @@ class KVManager:
         mask : (num_tokens,) bool
             Tokens that ``launch`` will save.
         """
-        tokens, start = self._tokens_and_start(token_ids, token_mask)
+        tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
         task = self._tasks.new_put(self._cache, keys, start, len(keys), len(tokens))
         return task.task_id, task.token_mask()
@@ -272,7 +270,7 @@ class KVManager:
     ) -> int:
         """Bring blocks of slower tiers into host memory; the task ends when they are there, its mask tells which."""
         self._refuse_swa(swa_aware)
-        tokens, _ = self._tokens_and_start(token_ids, None)
+        tokens = np.asarray(token_ids)
         keys = self._keys(tokens, namespace, None)
         task = self._tasks.new_get(self._cache, keys, 0, None, len(tokens), choose=False)
         self._tasks.await_arrival(task)
@@ -281,21 +279,6 @@ class KVManager:
     def _refuse_swa(self, swa_aware: bool) -> None:
         if swa_aware:
             raise NotImplementedError("swa_aware: sliding-window groups are not available in this version")
-
-    def _tokens_and_start(
-        self, token_ids: ArrayLike, token_mask: NDArray[np.bool_] | None
-    ) -> tuple[NDArray[np.integer], int]:
-        """The tokens, and the first block that lies wholly where the mask is True."""
-        tokens = np.asarray(token_ids)
-        if token_mask is None:
-            return tokens, 0
-        mask = np.asarray(token_mask)
-        if mask.dtype != np.bool_ or mask.shape != tokens.shape:
-            raise ValueError(f"token_mask is {mask.dtype} {mask.shape}; give bool {tokens.shape}, one for each token")
-        first = int(mask.argmax()) if mask.any() else len(mask)
-        if not mask[first:].all():
-            raise ValueError("token_mask has False after True: only leading tokens can be left out")
-        return tokens, -(-first // self._tokens_per_block)
 
     def _keys(
         self, tokens: NDArray[np.integer], namespace: Sequence[str] | None, extras: Mapping[int, bytes] | None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import GetPlan, PutPlan
@@ -26,6 +26,28 @@ _STATUS = {
 }
 _MAX_UNCLAIMED = 4096
 """Results that nobody asks for are dropped, oldest first, beyond this many."""
+
+
+def tokens_and_start(
+    token_ids: ArrayLike, token_mask: NDArray[np.bool_] | None, tokens_per_block: int
+) -> tuple[NDArray[np.integer], int]:
+    """The tokens, and the first block that lies wholly where the mask is True.
+
+    Raises
+    ------
+    ValueError
+        The mask is not one of leading False and then True, one for each token.
+    """
+    tokens = np.asarray(token_ids)
+    if token_mask is None:
+        return tokens, 0
+    mask = np.asarray(token_mask)
+    if mask.dtype != np.bool_ or mask.shape != tokens.shape:
+        raise ValueError(f"token_mask is {mask.dtype} {mask.shape}; give bool {tokens.shape}, one for each token")
+    first = int(mask.argmax()) if mask.any() else len(mask)
+    if not mask[first:].all():
+        raise ValueError("token_mask has False after True: only leading tokens can be left out")
+    return tokens, -(-first // tokens_per_block)
 
 
 class TaskStage(enum.Enum):

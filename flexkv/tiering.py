@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.io_queue import IoQueue
-from flexkv.cache.engine import GlobalCacheEngine, SsdTier
+from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import FetchPlan, GetPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.ssd_writer import SsdWriter
+from flexkv.cache.tier import SsdTier
 from flexkv.config import CacheConfig
 from flexkv.errors import FlexKVError
 from flexkv.storage.ssd_store import SsdStore
@@ -62,6 +63,7 @@ class Tiering:
         self._fetch_ops: dict[int, TransferOp] = {}
         self._writes: set[int] = set()
         self._resets = self._usable_slots = 0
+        self._hurry = False
         self._transfer: TransferEngine | None = None
         self._cache: GlobalCacheEngine | None = None
         self._store: Store | None = None
@@ -156,8 +158,9 @@ class Tiering:
         self._thread.join()
         writer = self._writer
         if writer is not None:
-            self._write_queued(hurry=True)
-            if not self._transfer.wait(lambda: self._write_queued(hurry=True), _DRAIN_S):
+            self._hurry = True
+            self._transfer.wake()
+            if not self._transfer.wait(lambda: writer.idle, _DRAIN_S):
                 logger.warning("not all was written to SSD within %g s: %s", _DRAIN_S, writer.stats())
 
     # ---- gets -------------------------------------------------------------------------------------------------
@@ -200,17 +203,10 @@ class Tiering:
     def keep_house(self) -> float:
         """Write what is queued, as far as it may be now; returns in how many seconds to call again. For the data
         plane's background thread."""
-        if self._writer is None:
-            return _IDLE_S
-        self._write_queued(hurry=False)
-        return min(_IDLE_S, self._writer.pause())
-
-    def _write_queued(self, hurry: bool) -> bool:
-        """Returns whether nothing is left to do."""
         writer = self._writer
         if writer is None or self._transfer is None:
-            return True
-        while (plan := writer.next(hurry)) is not None:
+            return _IDLE_S
+        while (plan := writer.next(self._hurry)) is not None:
             op = TransferOp(
                 OpKind.H2DISK, plan.host_slots, plan.ssd_slots, keys=plan.keys[plan.blocks], parents=plan.parents
             )
@@ -218,14 +214,14 @@ class Tiering:
             with self._lock:
                 self._writes.add(graph.task_id)
             self._transfer.submit(graph, partial(self._written, plan), background=True)
-        return writer.idle
+        return min(_IDLE_S, writer.pause())
 
     def _written(self, plan: WritePlan, graph: TransferGraph) -> None:
         with self._lock:
             self._writes.discard(graph.task_id)
         if self._writer is not None:
             self._writer.ended(plan, graph.ops[0].ok)
-            if self._writer.pause() == 0.0:
+            if self._hurry or self._writer.pause() == 0.0:
                 self._wake()
 
     def stats(self) -> dict[str, int]:

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,28 +12,10 @@ from flexkv._core.slots import SlotAllocator
 from flexkv.cache.eviction import EvictionPolicy
 from flexkv.cache.fetches import FetchTable
 from flexkv.cache.plan import FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
-from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.reasons import StopReason
-from flexkv.cache.tier import HOST, SSD, Slots, Tier, no_slots
+from flexkv.cache.tier import HOST, SSD, SsdTier, Tier, no_slots
 
 _NOWHERE = np.zeros(0, dtype=np.intp)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SsdTier:
-    """What the index is told of the SSD tier when it comes into service.
-
-    Attributes
-    ----------
-    slots : Slots
-    planner : LoadPlanner
-    usable : callable
-        Whether blocks can be read and written now.
-    """
-
-    slots: Slots
-    planner: LoadPlanner
-    usable: Callable[[], bool]
 
 
 class GlobalCacheEngine:

@@ -1,6 +1,7 @@
 """One tier: its slots, and what goes when they run out."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from flexkv._core.radix import RadixTree
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.eviction import EvictionPolicy
+from flexkv.cache.planner import LoadPlanner
 from flexkv.errors import InvariantError
 
 HOST = 0
@@ -137,3 +139,20 @@ class Tier:
 def no_slots() -> Slots:
     """Of a tier that is not there yet."""
     return SlotAllocator(0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SsdTier:
+    """What the index is told of the SSD tier when it comes into service.
+
+    Attributes
+    ----------
+    slots : Slots
+    planner : LoadPlanner
+    usable : callable
+        Whether blocks can be read and written now.
+    """
+
+    slots: Slots
+    planner: LoadPlanner
+    usable: Callable[[], bool]

@@ -7,21 +7,16 @@ import os
 import select
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-
-import numpy as np
-from numpy.typing import NDArray
 
 from flexkv.config import TransferConfig
 from flexkv.errors import CapacityError, TransferError
 from flexkv.storage.host_pool import HostPool
 from flexkv.transfer.device import AgentLink, DeviceExecutor
 from flexkv.transfer.executor import ArrivalExecutor, Executor
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph
 from flexkv.transfer.registry import Registry
+from flexkv.transfer.scheduler import OnDone, Scheduler
 
 logger = logging.getLogger("flexkv.transfer")
 
@@ -30,17 +25,6 @@ _SPIN_NS = 50_000
 
 _TICK_S = 1.0
 """Deadlines are looked at at least this often."""
-
-OnDone = Callable[[TransferGraph], None]
-
-
-@dataclass(eq=False, slots=True)
-class _Active:
-    graph: TransferGraph
-    on_done: OnDone
-    deadline: float
-    ops_left: int
-    verdict: OpStatus | None = None     # CANCELLED or TIMEOUT, whichever came first
 
 
 class TransferEngine:
@@ -105,8 +89,7 @@ class TransferEngine:
             kind: executor for executor in (*executors, ArrivalExecutor(), self._device) for kind in executor.kinds
         }
         self._watched = [executor for executor in executors if executor.event_fd >= 0]
-        self._active: dict[int, _Active] = {}
-        self._ended: deque[Callable[[], None]] = deque()
+        self._scheduler = Scheduler(self._executors)
         self._pool: HostPool | None = None
         self._registry: Registry | None = None
         self._thread: threading.Thread | None = None
@@ -162,11 +145,11 @@ class TransferEngine:
             if self._closing:
                 return
             self._closing = True
-            unfinished = list(self._active)
+            unfinished = self._scheduler.running()
         for task_id in unfinished:
             self.cancel(task_id)
         if self._thread is not None:
-            self.wait(lambda: not self._active, self._config.handshake_timeout_s)
+            self.wait(lambda: self._scheduler.idle, self._config.handshake_timeout_s)
             self._stopped = True
             os.eventfd_write(self._wake_fd, 1)
             self._thread.join()
@@ -227,75 +210,22 @@ class TransferEngine:
         A ``background`` graph has no deadline: nobody waits for it, and its executor bounds each block."""
         with self._lock:
             deadline = math.inf if background else time.monotonic() + self._config.op_timeout_s
-            active = _Active(graph, on_done, deadline, len(graph.ops), OpStatus.CANCELLED if self._closing else None)
-            self._active[graph.task_id] = active
-            graph.status = OpStatus.RUNNING
-            for op in graph.ops:
-                op.status = OpStatus.RUNNING
-                for needed in {needed.op for needed in op.depends_on if not needed.op.done}:
-                    needed.dependents.append(op)
-            for op in graph.ops:
-                self._start_blocks(active, op)
+            self._scheduler.submit(graph, on_done, deadline, OpStatus.CANCELLED if self._closing else None)
         self._fire()
 
     def cancel(self, task_id: int) -> None:
         """Start nothing more of a graph; what is being copied is finished. Unknown or ended graphs are left alone."""
         with self._lock:
-            active = self._active.get(task_id)
-            if active is not None:
-                self._stop(active, OpStatus.CANCELLED)
-        self._fire()
-
-    def _stop(self, active: _Active, verdict: OpStatus) -> None:
-        if active.verdict is None:
-            active.verdict = verdict
-            active.graph.status = verdict
-            for op in active.graph.ops:
-                if not op.done:
-                    self._executors[op.kind].cancel(op)
-                    self._start_blocks(active, op)
+            self._scheduler.stop(task_id, OpStatus.CANCELLED)
             self._news.notify_all()
-
-    def _start_blocks(self, active: _Active, op: TransferOp) -> None:
-        startable, doomed = op.startable()
-        if active.verdict is not None:
-            startable, doomed = startable[:0], np.flatnonzero(~op.started)
-        for indices, is_doomed in ((startable, False), (doomed, True)):
-            if len(indices):
-                op.started[indices] = True
-                self._executors[op.kind].submit(op, indices, self._progress, is_doomed)
-
-    def _progress(self, op: TransferOp, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
-        op.resolve(indices, ok)
-        for later in op.dependents:
-            if not later.done:
-                self._start_blocks(self._active[later.task_id], later)
-        if op.done:
-            self._end_op(self._active[op.task_id], op)
-
-    def _end_op(self, active: _Active, op: TransferOp) -> None:
-        op.status = OpStatus.DONE if op.ok.all() else active.verdict or OpStatus.FAILED
-        self._executors[op.kind].forget(op)
-        op.dependents.clear()
-        for callback in op.callbacks:
-            self._ended.append(partial(callback, op))
-        active.ops_left -= 1
-        if active.ops_left == 0:
-            graph = active.graph
-            del self._active[graph.task_id]
-            if all(op.status is OpStatus.DONE for op in graph.ops):
-                graph.status = OpStatus.DONE
-            else:
-                graph.status = active.verdict or OpStatus.FAILED
-            graph.quiesced = True
-            self._ended.append(partial(active.on_done, graph))
+        self._fire()
 
     def _fire(self) -> None:
         """Run callbacks that are due, and tell those who wait."""
         fired = False
         while True:
             try:
-                callback = self._ended.popleft()
+                callback = self._scheduler.ended.popleft()
             except IndexError:
                 break
             fired = True
@@ -351,7 +281,7 @@ class TransferEngine:
     def _run(self) -> None:
         assert self._epoll is not None  # narrowing: start() has made it
         pause = 0.0
-        while not self._closing or self._active:
+        while not self._closing or not self._scheduler.idle:
             events = self._epoll.poll(min(pause, self._time_to_next_deadline()))
             for fd, _ in events:
                 self._handle(fd)
@@ -415,8 +345,7 @@ class TransferEngine:
     def _enforce_deadlines(self) -> None:
         assert self._registry is not None and self._epoll is not None  # narrowing
         self._registry.drop_silent(self._epoll)
-        now = time.monotonic()
-        for active in list(self._active.values()):
-            if active.deadline <= now and active.verdict is None:
-                logger.error("task %d took more than %g s", active.graph.task_id, self._config.op_timeout_s)
-                self._stop(active, OpStatus.TIMEOUT)
+        for task_id in self._scheduler.late(time.monotonic()):
+            logger.error("task %d took more than %g s", task_id, self._config.op_timeout_s)
+            self._scheduler.stop(task_id, OpStatus.TIMEOUT)
+            self._news.notify_all()

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexkv._core.slots import SlotAllocator
-from flexkv.cache.engine import GlobalCacheEngine, SsdTier
+from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import FetchPlan, GetPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
+from flexkv.cache.tier import SsdTier
 from flexkv.storage.recovered import Recovered
 
 from .examples import EXAMPLES
