@@ -125,11 +125,9 @@ class KVManager:
                 pool.num_slots, self._policy, config.evict_start_threshold, config.evict_ratio,
                 num_ssd_slots=config.ssd_bytes // pool.slot_bytes,
             )
-            if self._tiering is not None:
-                self._tiering.open(self._cache, self._transfer)
         self._cache.grow(num_slots)
         if self._tiering is not None:
-            self._tiering.grow(num_slots)
+            self._tiering.grow(self._cache, self._transfer, num_slots)
 
     # ---- tokens: the API that upstream's adapters use ---------------------------------------------------------
 
@@ -271,10 +269,7 @@ class KVManager:
         """Bring blocks of slower tiers into host memory; the task ends when they are there, its mask tells which."""
         self._refuse_swa(swa_aware)
         tokens = np.asarray(token_ids)
-        keys = self._keys(tokens, namespace, None)
-        task = self._tasks.new_get(self._cache, keys, 0, None, len(tokens), choose=False)
-        self._tasks.await_arrival(task)
-        return task.task_id
+        return self._tasks.prefetch(self._cache, self._keys(tokens, namespace, None), len(tokens))
 
     def _refuse_swa(self, swa_aware: bool) -> None:
         if swa_aware:
@@ -342,6 +337,10 @@ class KVManager:
         task = self._tasks.new_get(self._cache, keys, start_block, start_block + len(pages), 0)
         self._tasks.run(task, pages, fence, layerwise)
         return task.task_id
+
+    def prefetch_blocks(self, keys: NDArray[np.uint64]) -> int:
+        """Bring leading blocks of a sequence into host memory; the task ends when they are there."""
+        return self._tasks.prefetch(self._cache, keys, 0)
 
     def put_blocks(
         self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0

@@ -16,7 +16,7 @@ from flexkv.tiering import Tiering
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
 
-logger = logging.getLogger("flexkv.kvmanager")
+logger = logging.getLogger("flexkv.kvtask")
 
 _STATUS = {
     OpStatus.DONE: KVResponseStatus.SUCCESS,
@@ -238,8 +238,13 @@ class TaskTable:
             task.graph = TransferGraph(task.task_id, [op])
         self._transfer.submit(task.graph, self._on_done)
 
-    def await_arrival(self, task: KVTask) -> None:
-        """End a get without a transfer of its own, when all of its blocks are in host memory."""
+    def prefetch(self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int) -> int:
+        """A task that ends when all blocks that can be had are in host memory, however long that takes to load."""
+        task = self.new_get(cache, keys, 0, None, num_tokens, choose=False)
+        self._await_arrival(task)
+        return task.task_id
+
+    def _await_arrival(self, task: KVTask) -> None:
         with self._lock:
             task.stage = TaskStage.RUNNING
             if not task.needs:

@@ -65,22 +65,21 @@ class Tiering:
         self._resets = self._usable_slots = 0
         self._hurry = False
         self._transfer: TransferEngine | None = None
-        self._cache: GlobalCacheEngine | None = None
         self._store: Store | None = None
         self._writer: SsdWriter | None = None
         self._thread: threading.Thread | None = None
 
     # ---- life -------------------------------------------------------------------------------------------------
 
-    def open(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
-        """Open the store in the background; the host pool exists."""
-        self._cache, self._transfer = cache, transfer
-        self._thread = threading.Thread(target=self._open, args=(cache, transfer), name="flexkv-ssd", daemon=True)
-        self._thread.start()
-
-    def grow(self, num_slots: int) -> None:
-        """The host pool has so many slots by now."""
+    def grow(self, cache: GlobalCacheEngine, transfer: TransferEngine, num_slots: int) -> None:
+        """The host pool has so many slots by now. The first time, the store is opened in the background."""
         with self._lock:
+            if self._thread is None:
+                self._transfer = transfer
+                self._thread = threading.Thread(
+                    target=self._open, args=(cache, transfer), name="flexkv-ssd", daemon=True
+                )
+                self._thread.start()
             self._usable_slots = num_slots
             if self._store is not None:
                 self._store.register(num_slots * self._store.slot_bytes)
