@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 class FlexKVConnector(FlexKVConnectorV1):
-    """``FlexKVConnectorV1`` whose cached KV is forgotten by ``reset_prefix_cache(reset_connector=True)``, and that reads
-    from SSD as soon as a request is queued."""
+    """``FlexKVConnectorV1`` whose cached KV is forgotten by ``reset_prefix_cache(reset_connector=True)``, and that
+    reads from SSD as soon as a request is queued."""
 
     def on_new_request(self, request: "Request") -> None:
         """A request was queued."""
