@@ -576,6 +576,12 @@ static int grow(struct flexkv_io_queue *queue)
     return result > (int64_t)registered;
 }
 
+static int is_over(const struct flexkv_io_queue *queue, uint64_t now)
+{
+    return queue->close_ns && !queue->num_under_way && !must_hash(queue) &&
+           (!queue->stuck.first || now >= queue->close_ns);
+}
+
 /* How long there is nothing to do unless an I/O ends or somebody wakes this thread; negative: for ever. */
 static int64_t sleep_ns(struct flexkv_io_queue *queue, uint64_t now)
 {
@@ -592,15 +598,9 @@ static int64_t sleep_ns(struct flexkv_io_queue *queue, uint64_t now)
             queue->registrable_bytes > queue->refused_bytes);
     queue->asleep = !busy;
     pthread_mutex_unlock(&queue->lock);
-    if (busy)
+    if (busy || is_over(queue, now))
         return 0;
     return !until ? -1 : until > now ? (int64_t)(until - now) : 0;
-}
-
-static int is_over(const struct flexkv_io_queue *queue, uint64_t now)
-{
-    return queue->close_ns && !queue->num_under_way && !must_hash(queue) &&
-           (!queue->stuck.first || now >= queue->close_ns);
 }
 
 static void work(struct flexkv_io_queue *queue)

@@ -9,9 +9,10 @@ from flexkv.errors import FlexKVError
 _USAGE = """\
 usage: flexkv COMMAND [OPTIONS]
 
-  demo    a real vLLM that loads its KV from CPU memory instead of computing it
-  bench   measure the control plane: hash, match, insert, memory, api
-  config  print the configuration reference
+  demo     a real vLLM that loads its KV from CPU memory instead of computing it
+  bench    measure the control plane: hash, match, insert, memory, api
+  config   print the configuration reference
+  inspect  what a directory of the SSD tier holds
 
 flexkv COMMAND --help tells more."""
 
@@ -34,7 +35,15 @@ def _config(argv: list[str]) -> int:
     return main(argv)
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "bench": _bench, "config": _config}
+def _inspect(argv: list[str]) -> int:
+    from flexkv.storage.inspect import main
+
+    return main(argv)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo, "bench": _bench, "config": _config, "inspect": _inspect,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,11 +39,12 @@ class _Durable:
     def lose(self, rng: random.Random) -> None:
         """Of what was not synced, some sectors are on the disk and some are not."""
         content = bytearray(self.content)
+        share = rng.choice([0.01, 0.1, 0.5, 0.9])
         for offset, data in self.pending:
             start = 0
             while start < len(data):
                 stop = min(len(data), start + SECTOR - (offset + start) % SECTOR)
-                if rng.random() < 0.5:
+                if rng.random() > share:
                     self._apply(content, offset + start, data[start:stop])
                 start = stop
         with open(self.path, "wb") as file:
@@ -116,6 +117,7 @@ class FaultyFiles:
         """To be called when nobody uses the files any more."""
         for file in self._files.values():
             file.lose(self.rng)
+        self._files.clear()
 
     def _durable(self, fd: int) -> _Durable | None:
         if not self._track:
@@ -193,6 +195,9 @@ class ThreadQueue:
         columns = list(zip(*ended, strict=True)) or [(), (), ()]
         tags, results, checksums = columns
         return np.array(tags, np.uint64), np.array(results, np.int32), np.array(checksums, np.uint64)
+
+    def busy(self) -> NDArray[np.uint64]:
+        return np.empty(0, dtype=np.uint64)
 
     def close(self) -> None:
         with self._news:

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 
-from flexkv.bench import api, gpu, hash, insert, match, memory
+from flexkv.bench import api, gpu, hash, insert, match, memory, recover
 from flexkv.bench.report import Line, show
 
 _BENCHES: dict[str, Callable[[int], Iterator[Line]]] = {
@@ -11,6 +11,7 @@ _BENCHES: dict[str, Callable[[int], Iterator[Line]]] = {
     "match": match.run,
     "insert": insert.run,
     "memory": memory.run,
+    "recover": recover.run,
     "api": lambda blocks: api.run(),
     "gpu": lambda blocks: gpu.run(),
 }

@@ -84,6 +84,7 @@ class DataFile:
     """
 
     def __init__(self, path: Path, num_bytes: int, files: FileLayer) -> None:
+        self._path = path
         self._files = files
         self._probe_offset = num_bytes - PROBE_BYTES
         self._page = mmap.mmap(-1, PROBE_BYTES)         # aligned, as O_DIRECT needs it
@@ -120,10 +121,14 @@ class DataFile:
     def moved(self, num_bytes: int) -> None:
         """Keep the page cache from growing without bound; waits for the disk now and then."""
         self._unsynced += num_bytes
-        if not self.is_direct and self._unsynced >= _DROP_BYTES:
-            self._unsynced = 0
+        if self.is_direct or self._unsynced < _DROP_BYTES:
+            return
+        self._unsynced = 0
+        try:
             self._files.fdatasync(self.fd)
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:                        # what is lost by it has a wrong checksum when it is read
+            logger.error("%s cannot be synced: %s", self._path, error.strerror)
 
     def close(self) -> None:
         """Close the file; once."""

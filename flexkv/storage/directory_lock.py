@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import struct
 from pathlib import Path
 
 from flexkv.errors import DirectoryInUseError, StorageError
@@ -10,9 +11,16 @@ from flexkv.storage.file_layer import open_private
 
 LOCK_NAME = "flexkv.lock"
 
+_FLOCK = struct.Struct("hhqqi0q")
+"""struct flock of <fcntl.h>: type, whence, start, length, pid."""
+
+_WHOLE_FILE = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
 
 class DirectoryLock:
     """A lock on a directory, which the kernel drops when the process ends, however it ends.
+
+    It is a lock of the open file (F_OFD_SETLK), as flock is, but one that others can ask for without taking it.
 
     Raises
     ------
@@ -27,7 +35,7 @@ class DirectoryLock:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = open_private(directory / LOCK_NAME, 0)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
         except BlockingIOError:
             owner = os.pread(self._fd, 1024, 0).decode(errors="replace").strip()
             self.release()
@@ -52,9 +60,7 @@ def owner_of(directory: Path) -> str:
     except OSError:
         return ""
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(fd, 1024, 0).decode(errors="replace").strip() or "another process"
+        (kind, *_) = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _WHOLE_FILE))
+        return "" if kind == fcntl.F_UNLCK else os.pread(fd, 1024, 0).decode(errors="replace").strip()
     finally:
         os.close(fd)
-    return ""

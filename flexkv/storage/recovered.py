@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.chains import LeafPaths, leaf_paths, newest
+from flexkv.storage.slot_table import choose
 from flexkv.storage.ssd_directory import SsdDirectory
 
 logger = logging.getLogger("flexkv.storage")
@@ -48,7 +49,7 @@ class Recovered:
 
 def newest_records(
     directories: Sequence[SsdDirectory], domain: int, floor: int
-) -> tuple[NDArray[np.int32], NDArray[np.void], NDArray[np.int32]]:
+) -> tuple[NDArray[np.int32], NDArray[np.void], NDArray[np.int32], int]:
     """Read the tables of all directories.
 
     Returns
@@ -58,16 +59,19 @@ def newest_records(
     records : (n,) RECORD
     used : (m,) int32
         Slots whose record is not empty, whatever it is.
+    last_sequence : int
+        The highest of any record, of other domains too.
     """
-    slots, records, used = [], [], []
+    slots, records, used, last_sequence = [], [], [], 0
     for directory in directories:
         scan = directory.table.scan(domain, floor)
         logger.info("%s: %s", directory.path, ", ".join(f"{n} {what}" for what, n in scan.states.items() if n))
         slots.append(scan.slots + np.int32(directory.first_slot))
         records.append(scan.records)
         used.append(scan.used + np.int32(directory.first_slot))
+        last_sequence = max(last_sequence, scan.last_sequence)
     every_slot, every_record = np.concatenate(slots), np.concatenate(records)
     sequences = np.ascontiguousarray(every_record["sequence"])
     keep = np.flatnonzero(newest(np.ascontiguousarray(every_record["key"]), sequences))
     keep = keep[np.argsort(sequences[keep], kind="stable")]
-    return every_slot[keep], every_record[keep], np.concatenate(used)
+    return every_slot[keep], choose(every_record, keep), np.concatenate(used), last_sequence

@@ -37,6 +37,8 @@ class SlotHealth:
 
         A slot whose access took too long may still be accessed, so it is not used again.
         """
+        if not results.any():
+            return False
         late = slots[results == -errno.ETIMEDOUT]
         self._retire(directory, late)
         out = self.fault(directory, late, "timeouts", "an access did not end in time")
@@ -56,13 +58,11 @@ class SlotHealth:
         self.log.add("directories_taken_out", 1, directory.path)
         return True
 
-    def hung(self, directory: SsdDirectory, seconds: float) -> bool:
-        """A directory's thread has not gone on for so long; True: it is taken out now."""
-        if not directory.take_out(f"its slot table has not answered for {seconds:g} s"):
-            return False
-        self.log.add("timeouts", 1, directory.path, "slot table")
-        self.log.add("directories_taken_out", 1, directory.path)
-        return True
+    def hung(self, directory: SsdDirectory, seconds: float) -> None:
+        """A directory's thread has not gone on for so long: it is taken out, if it is not already."""
+        if directory.take_out(f"its slot table has not answered for {seconds:g} s"):
+            self.log.add("timeouts", 1, directory.path, "slot table")
+            self.log.add("directories_taken_out", 1, directory.path)
 
     def _retire(self, directory: SsdDirectory, slots: NDArray[np.int32]) -> None:
         if len(slots):

@@ -79,6 +79,8 @@ class Scan:
         Slots whose record is not empty.
     domains : dict
         Records that count, by domain.
+    last_sequence : int
+        The highest of those; 0: there are none.
     """
 
     slots: NDArray[np.int32]
@@ -86,6 +88,13 @@ class Scan:
     states: dict[str, int]
     used: NDArray[np.int32]
     domains: dict[int, int]
+    last_sequence: int
+
+
+def choose(records: NDArray[np.void], indices: NDArray[np.intp]) -> NDArray[np.void]:
+    """``records[indices]``, which numpy does field by field, several times as fast."""
+    words = records.view(np.uint64).reshape(len(records), RECORD.itemsize // 8)
+    return words.take(indices, axis=0).view(RECORD).reshape(len(indices))
 
 
 _STATES = {
@@ -170,25 +179,26 @@ class SlotTable:
         slots, records, used = [np.empty(0, np.int32)], [np.empty(0, RECORD)], [np.empty(0, np.int32)]
         counts = np.zeros(len(_STATES), dtype=np.int64)
         domains: dict[int, int] = {}
+        last_sequence = 0
         for first in range(0, self.header.num_slots, _SCAN_RECORDS):
             want = min(_SCAN_RECORDS, self.header.num_slots - first)
             raw = self._read(first, want)
             states = slot_records.scan(raw, first, domain, self.header.slot_bytes, floor)
             chunk = raw.view(RECORD).reshape(-1)
             mine = np.flatnonzero(states == slot_records.MINE)
-            others = chunk["domain"][states == slot_records.OTHER_DOMAIN]
+            counts_too = (states == slot_records.MINE) | (states == slot_records.OTHER_DOMAIN)
+            last_sequence = max(last_sequence, int(chunk["sequence"].max(initial=0, where=counts_too)))
             slots.append((mine + first).astype(np.int32))
-            records.append(chunk[mine])
+            records.append(choose(chunk, mine))
             used.append((np.flatnonzero(states != slot_records.EMPTY) + first).astype(np.int32))
             counts += np.bincount(states, minlength=len(_STATES))
             counts[slot_records.EMPTY] += want - len(states)
-            for digest, count in zip(*np.unique(others, return_counts=True), strict=True):
+            for digest, count in zip(*np.unique(chunk["domain"][counts_too], return_counts=True), strict=True):
                 domains[int(digest)] = domains.get(int(digest), 0) + int(count)
-        found = np.concatenate(slots)
-        if len(found):
-            domains[domain] = len(found)
         by_name = {name: int(counts[state]) for name, state in _STATES.items()}
-        return Scan(found, np.concatenate(records), by_name, np.concatenate(used), domains)
+        return Scan(
+            np.concatenate(slots), np.concatenate(records), by_name, np.concatenate(used), domains, last_sequence
+        )
 
     def _read(self, first: int, count: int) -> NDArray[np.uint8]:
         """(n, 64) uint8; n is less than ``count`` where the file ends or cannot be read."""

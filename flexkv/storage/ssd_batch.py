@@ -40,6 +40,8 @@ class Batch:
         The queue has it.
     moved : (n,) bool
         The data is written, the record is not yet.
+    late : (n,) bool
+        A read has failed because it took too long, and the kernel may still write to its host slot.
     ended : (n,) bool
         The caller has been told.
     """
@@ -56,10 +58,12 @@ class Batch:
     sequence: int = 0
     submitted: bool = False
     moved: NDArray[np.bool_] = field(init=False)
+    late: NDArray[np.bool_] = field(init=False)
     ended: NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
         self.moved = np.zeros(len(self.indices), dtype=np.bool_)
+        self.late = np.zeros(len(self.indices), dtype=np.bool_)
         self.ended = np.zeros(len(self.indices), dtype=np.bool_)
 
     def tags(self) -> NDArray[np.uint64]:
@@ -79,8 +83,8 @@ class Batch:
     def group(tags: NDArray[np.uint64]) -> Iterator[tuple[int, NDArray[np.intp]]]:
         """Batch number, and where in ``tags`` its tags are."""
         numbers = tags >> np.uint64(_POSITION_BITS)
-        for number in np.unique(numbers):
-            yield int(number), np.flatnonzero(numbers == number)
+        for number in dict.fromkeys(numbers.tolist()):
+            yield number, np.flatnonzero(numbers == number)
 
 
 class Batches:
@@ -112,6 +116,10 @@ class Batches:
         """A batch that is under way."""
         return self._batches.get(number)
 
+    def late(self) -> list[Batch]:
+        """Those with blocks that are late."""
+        return [batch for batch in self._batches.values() if batch.late.any()]
+
     def of_job(self, job: int) -> list[Batch]:
         """What of a job is under way."""
         return list(self._jobs.get(job, ()))
@@ -132,7 +140,7 @@ class Batches:
         """These positions of a batch have their result."""
         if len(positions) == 0:
             return
-        batch.ended[positions] = True
+        batch.ended[positions], batch.late[positions] = True, False
         num_ok = int(ok.sum())
         self.num_ok[batch.kind] += num_ok
         slot_bytes = batch.directory.slot_bytes
@@ -153,13 +161,15 @@ class Batches:
 
     def take_results(self) -> list[Result]:
         """Results that have not been taken."""
+        self.quiet()
         results, self._results = self._results, []
         return results
 
     def quiet(self) -> None:
         """Make ``event_fd`` unreadable until there is more."""
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.event_fd)
+        if self.event_fd >= 0:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self.event_fd)
 
     def close(self) -> None:
         """Close ``event_fd``; once."""

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from flexkv.errors import CapacityError, StorageError
 from flexkv.storage.data_file import PROBE_BYTES, DataFile, allocate
 from flexkv.storage.directory_lock import DirectoryLock
 from flexkv.storage.file_layer import FileLayer, open_private
-from flexkv.storage.slot_table import Header, SlotTable
+from flexkv.storage.slot_table import HEADER_BYTES, RECORD, Header, SlotTable
 
 logger = logging.getLogger("flexkv.storage")
 
@@ -122,6 +122,9 @@ class SsdDirectory:
             logger.info("%s was not closed; what was being written is left out", self.path)
         if header is not None and header.num_slots > self.num_slots:
             self.table.update(num_slots=self.num_slots)         # before its records go
+        if header is not None:                                  # what is behind the last record is no record
+            kept = min(header.num_slots, self.num_slots)
+            self._files.ftruncate(self._table_fd, HEADER_BYTES + kept * RECORD.itemsize)
         self._allocate(table_path, data_path, before)
         floor = 0 if header is None else header.floor
         self.table.store(Header(self.slot_bytes, self.num_slots, floor))
@@ -268,3 +271,27 @@ class SsdDirectory:
     def bandwidth(self) -> float:
         """Bytes a second, of late; as first thought until there is something to go by."""
         return (self._moved_bytes + _FIRST_BANDWIDTH / 100) / (self._busy_s + 0.01)
+
+
+def open_directories(
+    paths: Sequence[Path], capacity_bytes: int, slot_bytes: int, files: FileLayer, probe_s: float
+) -> list[SsdDirectory]:
+    """Open all directories, with an even share of the capacity and numbers of slots that follow one another.
+
+    Raises
+    ------
+    CapacityError, StorageError, DirectoryInUseError
+        As ``SsdDirectory``; those that are open are closed again.
+    """
+    if not paths or capacity_bytes // slot_bytes >= 1 << 31:
+        raise CapacityError(f"{len(paths)} directories, {capacity_bytes} bytes: one or more, and < 2**31 slots")
+    opened: list[SsdDirectory] = []
+    try:
+        for path in paths:
+            first = sum(directory.num_slots for directory in opened)
+            opened.append(SsdDirectory(Path(path), first, capacity_bytes // len(paths), slot_bytes, files, probe_s))
+    except BaseException:
+        for directory in opened:
+            directory.close(clean=False)
+        raise
+    return opened

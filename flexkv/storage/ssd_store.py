@@ -1,6 +1,6 @@
 """The SSD tier: blocks in slots of preallocated files, over one or more directories."""
 
-import logging
+import errno
 import os
 import select
 import threading
@@ -14,17 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.checksum import xxh3_64
-from flexkv.errors import CapacityError, StorageError
+from flexkv._core.io_queue import IoQueue
+from flexkv.errors import StorageError
 from flexkv.storage.file_layer import FileLayer
 from flexkv.storage.recovered import Recovered, newest_records
 from flexkv.storage.slot_health import SlotHealth
 from flexkv.storage.slot_ledger import SlotLedger
 from flexkv.storage.slot_table import RECORD
 from flexkv.storage.ssd_batch import READ, WRITE, Batch, Batches, Result
-from flexkv.storage.ssd_directory import SsdDirectory
+from flexkv.storage.ssd_directory import SsdDirectory, open_directories
 from flexkv.storage.striped_slots import StripedSlots
 
-logger = logging.getLogger("flexkv.storage")
 
 class SsdStore:
     """Blocks on disk: fixed slots, a record beside each, and a queue that moves bytes.
@@ -61,7 +61,7 @@ class SsdStore:
     Raises
     ------
     CapacityError, StorageError, DirectoryInUseError
-        As ``SsdDirectory``; nothing is left open then.
+        As ``open_directories``; nothing is left open then.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SsdStore:
         domain: bytes,
         memory: Any,
         *,
-        make_queue: Callable[..., Any],
+        make_queue: Callable[..., Any] = IoQueue,
         deadline_s: float = 10.0,
         probe_s: float = 5.0,
         files: FileLayer = os,
@@ -80,23 +80,15 @@ class SsdStore:
     ) -> None:
         if slot_bytes < 1 or slot_bytes % 4096:
             raise ValueError(f"slots of {slot_bytes} bytes: must be a multiple of 4096")
-        if not directories:
-            raise ValueError("no directory for the SSD tier")
         self.slot_bytes = slot_bytes
         self._domain = xxh3_64(domain)
         self._num_host_slots = memoryview(memory).nbytes // slot_bytes
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._directories: list[SsdDirectory] = []
+        self._directories = open_directories(directories, capacity_bytes, slot_bytes, files, probe_s)
+        self.num_slots = sum(directory.num_slots for directory in self._directories)
+        fds = [directory.data.fd for directory in self._directories]
         try:
-            for path in directories:
-                first = sum(directory.num_slots for directory in self._directories)
-                share = capacity_bytes // len(directories)
-                self._directories.append(SsdDirectory(Path(path), first, share, slot_bytes, files, probe_s))
-            self.num_slots = sum(directory.num_slots for directory in self._directories)
-            if self.num_slots >= 1 << 31:
-                raise CapacityError(f"{self.num_slots} slots are more than 2**31: set ssd_cache_gb lower")
-            fds = [directory.data.fd for directory in self._directories]
             self._queue = make_queue(fds, memory, deadline_s=deadline_s, **queue_options)
         except BaseException:
             for directory in self._directories:
@@ -128,12 +120,11 @@ class SsdStore:
         after it: the caller frees those that it does not want.
         """
         everything = self.slots.take_all()
-        slots, records, used = newest_records(self._directories, self._domain, self._floor)
+        slots, records, used, last_sequence = newest_records(self._directories, self._domain, self._floor)
         with self._lock:
             self._ledger.recorded[used] = True
             self._ledger.learn(slots, records["key"], records["checksum"])
-            if len(records):
-                self._sequence = max(self._sequence, int(records["sequence"][-1]))
+            self._sequence = max(self._sequence, last_sequence)
         unwanted = np.ones(self.num_slots, dtype=np.bool_)
         unwanted[slots] = False
         self.slots.free(everything[unwanted[everything]])
@@ -163,7 +154,13 @@ class SsdStore:
 
     def close(self) -> None:
         """Cancel what has not begun, wait (bounded) for the rest, and leave the tables in good order. Can be called
-        again. ``results`` still tells what had not been told."""
+        again. ``results`` still tells what had not been told.
+
+        Raises
+        ------
+        TransferError
+            The kernel keeps accesses of a disk that hangs: the host memory must not be used again. Files stay open.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -175,16 +172,15 @@ class SsdStore:
             self._epoll.poll(min(left, 0.1))
             with self._lock:
                 self._take()
-        self._queue.close()
         with self._lock:
-            self._take()
             clean = len(self._batches) == 0
             for batch in self._batches:
                 self._fail(batch, batch.left())
+            self._epoll.close()
+            self._batches.close()
+        self._queue.close()
         for directory in self._directories:
             directory.close(clean)
-        self._epoll.close()
-        self._batches.close()
 
     # ---- jobs -------------------------------------------------------------------------------------------------
 
@@ -232,7 +228,8 @@ class SsdStore:
             if not self._closed:
                 self._take()
                 for directory in self._directories:
-                    if directory.hangs(self._deadline_s) and self._health.hung(directory, self._deadline_s):
+                    if directory.hangs(self._deadline_s):
+                        self._health.hung(directory, self._deadline_s)
                         self._after_take_out(directory, hung=True)
             return self._batches.take_results()
 
@@ -341,13 +338,7 @@ class SsdStore:
             self._end(batch, positions, np.full(len(positions), ok))
             if failed and self._health.fault(directory, slots, "table_errors", failed):
                 self._after_take_out(directory)
-        self._drop_cache(directory, len(positions))
-
-    def _drop_cache(self, directory: SsdDirectory, blocks: int) -> None:
-        try:
-            directory.data.moved(blocks * self.slot_bytes)
-        except OSError as error:
-            self._health.log.add("write_errors", 1, directory.path, str(error))
+        directory.data.moved(len(positions) * self.slot_bytes)
 
     # ---- results ----------------------------------------------------------------------------------------------
 
@@ -361,6 +352,8 @@ class SsdStore:
                 finish = self._finish_read if batch.kind == READ else self._finish_write
                 at = at[~batch.ended[Batch.positions(tags[at])]]
                 finish(batch, Batch.positions(tags[at]), results[at], checksums[at])
+        for batch in self._batches.late():
+            self._fail(batch, np.flatnonzero(batch.late & ~np.isin(batch.tags(), self._queue.busy())))
 
     def _finish_read(
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
@@ -371,15 +364,17 @@ class SsdStore:
         right = checksums == self._ledger.checksums[slots]
         wrong = slots[done & named & ~right]
         ok = done & named & right
+        late = results == -errno.ETIMEDOUT                  # told when the kernel has let go of their memory
+        batch.late[positions[late]] = True
         self._health.log.add("key_mismatches", int((done & ~named).sum()), directory.path)
         if ok.any():
             directory.succeeded()
         out = self._health.judge(directory, slots, results, "read_errors")
         out |= self._health.fault(directory, wrong, "checksum_mismatches", f"slots {wrong[:4]}")
         self._ledger.forget(wrong)
-        self._end(batch, positions, ok)
+        self._end(batch, positions[~late], ok[~late])
         if not directory.data.is_direct:
-            directory.post(partial(self._drop_cache, directory, len(positions)))
+            directory.post(partial(directory.data.moved, len(positions) * self.slot_bytes))
         if out:
             self._after_take_out(directory)
 

@@ -31,7 +31,7 @@ ENTRY_POINTS = {
     "flexkv.cli", "flexkv.common.config", "flexkv.common.memory_handle", "flexkv.common.request",
     "flexkv.common.storage",
     "flexkv.integration.vllm.vllm_v1_adapter", "flexkv.integration.vllm.connector",
-    "flexkv._core.checksum",
+    "flexkv._core.checksum", "flexkv.storage.ssd_store",
 }
 
 BUDGETS = {".py": 400, ".pyx": 600, ".c": 800, ".h": 800}

@@ -1,0 +1,82 @@
+"""The command ``flexkv inspect``: what a directory of the SSD tier holds."""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from flexkv.errors import StorageError
+from flexkv.storage.directory_lock import owner_of
+from flexkv.storage.slot_table import SlotTable
+from flexkv.storage.ssd_directory import DATA_NAME, TABLE_NAME
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """What is in a directory, whether a process uses it or not; nothing is changed.
+
+    Returns
+    -------
+    dict
+        ``slots`` counts slots by what they hold: ``used``, ``void`` (cleared, or of another size), ``broken``,
+        ``empty``. ``domains`` counts used ones by the digest of their domain.
+
+    Raises
+    ------
+    StorageError
+        There is no table, or not one that this version can read.
+    """
+    try:
+        fd = os.open(directory / TABLE_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StorageError(f"{directory / TABLE_NAME} cannot be read: {error.strerror}") from error
+    try:
+        table = SlotTable(fd, os)
+        header = table.load()
+        if header is None:
+            raise StorageError(f"{directory / TABLE_NAME} is not a slot table that this version can read")
+        scan = table.scan(0)
+    finally:
+        os.close(fd)
+    data = directory / DATA_NAME
+    return {
+        "directory": str(directory),
+        "used_by": owner_of(directory) or None,
+        "closed_cleanly": header.clean,
+        "slot_bytes": header.slot_bytes,
+        "num_slots": header.num_slots,
+        "data_bytes": data.stat().st_size if data.exists() else None,
+        "slots": {
+            "used": scan.states["other_domain"] + scan.states["mine"],
+            **{state: scan.states[state] for state in ("void", "broken", "empty")},
+        },
+        "domains": {f"{digest:016x}": count for digest, count in sorted(scan.domains.items())},
+        "last_cleared": None if header.floor == 0 else _date(header.floor),
+    }
+
+
+def _date(sequence: int) -> str:
+    """Sequences start at the clock of when a store was opened."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sequence / 1e9))
+
+
+def main(argv: list[str]) -> int:
+    """Describe directories, as text or as JSON."""
+    parser = argparse.ArgumentParser(prog="flexkv inspect", description="What directories of the SSD tier hold.")
+    parser.add_argument("directory", nargs="+", type=Path)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args(argv)
+    for directory in args.directory:
+        told = describe(directory)
+        if args.json:
+            print(json.dumps(told))
+            continue
+        slots = ", ".join(f"{count} {state}" for state, count in told["slots"].items() if count)
+        print(f"{directory}: {told['num_slots']} slots of {told['slot_bytes']} bytes: {slots}")
+        print(f"  {'used by ' + told['used_by'] if told['used_by'] else 'not in use'}; "
+              f"{'closed cleanly' if told['closed_cleanly'] else 'open, or not closed cleanly'}; "
+              f"last cleared: {told['last_cleared'] or 'never'}")
+        for digest, count in told["domains"].items():
+            print(f"  domain {digest}: {count} blocks, {count * told['slot_bytes'] / (1 << 30):.3f} GiB")
+    return 0
