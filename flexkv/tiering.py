@@ -18,6 +18,7 @@ from flexkv.cache.ssd_writer import SsdWriter
 from flexkv.cache.tier import SsdTier
 from flexkv.config import CacheConfig
 from flexkv.errors import FlexKVError
+from flexkv.storage.recovered import Recovered
 from flexkv.storage.ssd_store import SsdStore
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.graph import Dependency, OpKind, TransferGraph, TransferOp
@@ -81,22 +82,28 @@ class Tiering:
                 )
                 self._thread.start()
             self._usable_slots = num_slots
-            if self._store is not None:
-                self._store.register(num_slots * self._store.slot_bytes)
+            store = self._store
+        if store is not None:
+            store.register(num_slots * store.slot_bytes)
 
     def _open(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
         pool = transfer.host_pool
         resets, start = self._resets, time.monotonic()
         try:
             store = self._make_store(self._config, pool.slot_bytes, self._domain, pool.memory)
+            try:
+                found = store.recover()
+            except BaseException:
+                store.close()
+                raise
         except (FlexKVError, OSError) as error:
             logger.error("there is no SSD tier: %s", error)
             return
         if not transfer.add_executor(SsdExecutor(store)):
             store.close()
             return
-        found = self._recover(cache, store, resets)
-        logger.info("SSD tier: %d slots, %d blocks found, %.2f s", store.num_slots, found, time.monotonic() - start)
+        count = self._index(cache, store, found, resets)
+        logger.info("SSD tier: %d slots, %d blocks found, %.2f s", store.num_slots, count, time.monotonic() - start)
         blocks = max(1, _BATCH_BYTES // pool.slot_bytes)
         self._writer = SsdWriter(
             cache,
@@ -108,9 +115,8 @@ class Tiering:
             clock=time.monotonic,
         )
 
-    def _recover(self, cache: GlobalCacheEngine, store: Store, resets: int) -> int:
+    def _index(self, cache: GlobalCacheEngine, store: Store, found: Recovered, resets: int) -> int:
         """Put what is on the disks into the index, parents before children; give back the rest of its slots."""
-        found = store.recover()
         indexed = np.zeros(len(found), dtype=np.bool_)
         planner = LoadPlanner(
             self._config.load_policy, store.slot_bytes, self._config.tokens_per_block,
@@ -124,8 +130,8 @@ class Tiering:
 
         with self._lock:
             self._store = store
-            is_stale = resets != self._resets
-            store.register(self._usable_slots * store.slot_bytes)
+            is_stale, usable_slots = resets != self._resets, self._usable_slots
+        store.register(usable_slots * store.slot_bytes)
         if is_stale:
             self._clear(store)
         cache.attach_ssd(SsdTier(store.slots, planner, store.usable), () if is_stale else sequences())
