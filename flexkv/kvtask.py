@@ -74,6 +74,8 @@ class KVTask:
         Moved.
     needs : tuple of Dependency
         What its blocks wait for.
+    loading : bool
+        A get; else a put.
     """
 
     task_id: int
@@ -89,6 +91,7 @@ class KVTask:
     ok: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
     needs: tuple[Dependency, ...] = ()
     tiering: Tiering | None = None
+    loading: bool = True
 
     def token_mask(self, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
         """(num_tokens,) bool: tokens of the task's blocks, or of the ``chosen`` ones ((m,) bool)."""
@@ -190,7 +193,7 @@ class TaskTable:
         with self._lock:
             task = KVTask(
                 next(self._transfer.task_ids), cache, plan, blocks, slots, self._tokens_per_block, num_tokens,
-                needs=needs, tiering=self._tiering,
+                needs=needs, tiering=self._tiering, loading=not isinstance(plan, PutPlan),
             )
             self._tasks[task.task_id] = task
             return task
@@ -220,11 +223,15 @@ class TaskTable:
     ) -> None:
         """Move the task's blocks between their slots and ``pages`` ((m,) int32)."""
         with self._lock:
+            if self._tasks.get(task.task_id) is not task:
+                # cancelled since it was matched, as by a reset: its slots may be another's by now, so all blocks fail
+                self._tasks[task.task_id] = task
+                task.slots, task.needs = np.full_like(task.slots, -1), ()
             task.stage = TaskStage.RUNNING
             if len(task.blocks) == 0:
                 self._settle(task, KVResponseStatus.SUCCESS)
                 return
-            loading = not isinstance(task.plan, PutPlan)
+            loading = task.loading
             op = TransferOp(
                 OpKind.H2D if loading else OpKind.D2H,
                 src=task.slots if loading else pages,
@@ -246,6 +253,8 @@ class TaskTable:
 
     def _await_arrival(self, task: KVTask) -> None:
         with self._lock:
+            if self._tasks.get(task.task_id) is not task:      # cancelled since it was matched
+                return
             task.stage = TaskStage.RUNNING
             if not task.needs:
                 task.ok = np.ones(len(task.blocks), dtype=np.bool_)

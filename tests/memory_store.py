@@ -162,8 +162,8 @@ class MemoryStore:
     def results(self) -> list[tuple[int, NDArray[np.intp], NDArray[np.bool_]]]:
         with self._lock:
             results, self._results = self._results, []
-        if results:
-            os.eventfd_read(self.event_fd)
+            if results:
+                os.eventfd_read(self.event_fd)
         return results
 
     def clear(self) -> None:
