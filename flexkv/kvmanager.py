@@ -14,9 +14,11 @@ from flexkv.cache.plan import MatchResult
 from flexkv.cache.reasons import StopReason
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
 from flexkv.errors import SlotMappingError
-from flexkv.kvtask import KVTask, TaskTable
+from flexkv.kvtask import KVTask, TaskTable, tokens_and_start
 from flexkv.response import KVResponse, KVResponseStatus
+from flexkv.tiering import Tiering, make_ssd_store
 from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.ssd import MakeStore
 
 logger = logging.getLogger("flexkv.kvmanager")
 
@@ -45,6 +47,8 @@ class KVManager:
         Accepted for upstream's signature; must be None in this version.
     transfer_config : TransferConfig, optional
         Default: from ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
+    make_store : callable
+        Makes the store of the SSD tier; for tests.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class KVManager:
         event_collector: None = None,
         *,
         transfer_config: TransferConfig | None = None,
+        make_store: MakeStore = make_ssd_store,
     ) -> None:
         if event_collector is not None:
             raise NotImplementedError("event_collector: KV events are not available in this version; pass None")
@@ -66,6 +71,7 @@ class KVManager:
         self._domain = domain(model_config, cache_config)
         self._policy = make_policy(cache_config.eviction_policy, cache_config.hit_reward_seconds)
         self._cache: GlobalCacheEngine | None = None
+        self._tiering = Tiering(cache_config, self._domain, make_store) if cache_config.ssd_bytes else None
         transfer_config = transfer_config or load_config().transfer
         port = gpu_register_port or transfer_config.gpu_register_port or default_register_port(dp_client_id)
         transfer_config = transfer_config.replace(gpu_register_port=port)
@@ -77,8 +83,9 @@ class KVManager:
             dp_client_ids=(dp_client_id,),
             hugepage_bytes=cache_config.hugepage_bytes,
             on_capacity=self._on_capacity,
+            housekeeping=self._tiering.keep_house if self._tiering is not None else None,
         )
-        self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block)
+        self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block, self._tiering)
 
     # ---- life -------------------------------------------------------------------------------------------------
 
@@ -91,7 +98,10 @@ class KVManager:
         return self._transfer.is_ready and self._cache is not None
 
     def shutdown(self) -> None:
-        """Cancel what is under way, and give back memory, threads and the socket. Can be called again."""
+        """Cancel what is under way, and give back memory, threads and the socket; what is queued for SSD is written
+        first. Can be called again."""
+        if self._tiering is not None:
+            self._tiering.shutdown()
         self._transfer.shutdown()
 
     def reset(self, timeout: float = 5.0) -> None:
@@ -101,19 +111,23 @@ class KVManager:
         """
         if self._cache is not None:
             self._cache.reset()
+        if self._tiering is not None:
+            self._tiering.reset()
         unsettled = self._tasks.unsettled()
         self.cancel(unsettled)
         self._tasks.wait(unsettled, timeout, self._tasks.is_settled)
 
     def _on_capacity(self, num_slots: int) -> None:
         if self._cache is None:
+            pool = self._transfer.host_pool
+            config = self._cache_config
             self._cache = GlobalCacheEngine(
-                self._transfer.host_pool.num_slots,
-                self._policy,
-                self._cache_config.evict_start_threshold,
-                self._cache_config.evict_ratio,
+                pool.num_slots, self._policy, config.evict_start_threshold, config.evict_ratio,
+                num_ssd_slots=config.ssd_bytes // pool.slot_bytes,
             )
         self._cache.grow(num_slots)
+        if self._tiering is not None:
+            self._tiering.grow(self._cache, self._transfer, num_slots)
 
     # ---- tokens: the API that upstream's adapters use ---------------------------------------------------------
 
@@ -149,7 +163,7 @@ class KVManager:
             Tokens that ``launch`` will load.
         """
         self._refuse_swa(swa_aware)
-        tokens, start = self._tokens_and_start(token_ids, token_mask)
+        tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
         task = self._tasks.new_get(self._cache, keys, start, None, len(tokens))
         return task.task_id, task.token_mask()
@@ -170,7 +184,7 @@ class KVManager:
         mask : (num_tokens,) bool
             Tokens that ``launch`` will save.
         """
-        tokens, start = self._tokens_and_start(token_ids, token_mask)
+        tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
         task = self._tasks.new_put(self._cache, keys, start, len(keys), len(tokens))
         return task.task_id, task.token_mask()
@@ -252,32 +266,14 @@ class KVManager:
     def prefetch_async(
         self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, swa_aware: bool = False
     ) -> int:
-        """Bring blocks of slower tiers into host memory. With host memory alone there is nothing to bring: the task
-        ends at once, and its mask tells what is there."""
+        """Bring blocks of slower tiers into host memory; the task ends when they are there, its mask tells which."""
         self._refuse_swa(swa_aware)
-        tokens, _ = self._tokens_and_start(token_ids, None)
-        task = self._tasks.new_get(self._cache, self._keys(tokens, namespace, None), 0, None, len(tokens))
-        self._tasks.settle_now(task)
-        return task.task_id
+        tokens = np.asarray(token_ids)
+        return self._tasks.prefetch(self._cache, self._keys(tokens, namespace, None), len(tokens))
 
     def _refuse_swa(self, swa_aware: bool) -> None:
         if swa_aware:
             raise NotImplementedError("swa_aware: sliding-window groups are not available in this version")
-
-    def _tokens_and_start(
-        self, token_ids: ArrayLike, token_mask: NDArray[np.bool_] | None
-    ) -> tuple[NDArray[np.integer], int]:
-        """The tokens, and the first block that lies wholly where the mask is True."""
-        tokens = np.asarray(token_ids)
-        if token_mask is None:
-            return tokens, 0
-        mask = np.asarray(token_mask)
-        if mask.dtype != np.bool_ or mask.shape != tokens.shape:
-            raise ValueError(f"token_mask is {mask.dtype} {mask.shape}; give bool {tokens.shape}, one for each token")
-        first = int(mask.argmax()) if mask.any() else len(mask)
-        if not mask[first:].all():
-            raise ValueError("token_mask has False after True: only leading tokens can be left out")
-        return tokens, -(-first // self._tokens_per_block)
 
     def _keys(
         self, tokens: NDArray[np.integer], namespace: Sequence[str] | None, extras: Mapping[int, bytes] | None
@@ -321,10 +317,13 @@ class KVManager:
         seed = chain_seed(self._domain, tuple(namespace or ()), self._secret)
         return SequenceHasher(seed, self._tokens_per_block, self._secret)
 
-    def lookup(self, keys: NDArray[np.uint64]) -> MatchResult:
-        """How many leading blocks of ``keys`` ((n, 2) uint64) can be loaded, and why no more. Holds nothing."""
+    def lookup(self, keys: NDArray[np.uint64], start_block: int = 0) -> MatchResult:
+        """How many leading blocks of ``keys`` ((n, 2) uint64) can be loaded, and why no more. Holds nothing.
+
+        ``start_block``: those before it are not to be loaded.
+        """
         cache = self._cache
-        return cache.match(keys) if cache is not None else MatchResult(0, StopReason.NEVER_SEEN)
+        return cache.match(keys, start_block) if cache is not None else MatchResult(0, StopReason.NEVER_SEEN)
 
     def get_blocks(
         self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0,
@@ -338,6 +337,10 @@ class KVManager:
         task = self._tasks.new_get(self._cache, keys, start_block, start_block + len(pages), 0)
         self._tasks.run(task, pages, fence, layerwise)
         return task.task_id
+
+    def prefetch_blocks(self, keys: NDArray[np.uint64]) -> int:
+        """Bring leading blocks of a sequence into host memory; the task ends when they are there."""
+        return self._tasks.prefetch(self._cache, keys, 0)
 
     def put_blocks(
         self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0
@@ -379,8 +382,12 @@ class KVManager:
             self._tasks.cancel(task_id)
 
     def stats(self) -> dict[str, int]:
-        """Counts of the index and of the tasks, now."""
-        return {**(self._cache.stats() if self._cache is not None else {}), "tasks": len(self._tasks)}
+        """Counts of the index, of the SSD tier and of the tasks, now."""
+        return {
+            **(self._cache.stats() if self._cache is not None else {}),
+            **(self._tiering.stats() if self._tiering is not None else {}),
+            "tasks": len(self._tasks),
+        }
 
     def check_integrity(self) -> None:
         """Raise InvariantError if the index or the slots are not consistent."""

@@ -1,22 +1,22 @@
 """Tasks of ``KVManager``: one get or put each, from match to result."""
 
 import enum
-import itertools
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import GetPlan, PutPlan
 from flexkv.response import KVResponse, KVResponseStatus
+from flexkv.tiering import Tiering
 from flexkv.transfer.engine import TransferEngine
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
 
-logger = logging.getLogger("flexkv.kvmanager")
+logger = logging.getLogger("flexkv.kvtask")
 
 _STATUS = {
     OpStatus.DONE: KVResponseStatus.SUCCESS,
@@ -26,6 +26,28 @@ _STATUS = {
 }
 _MAX_UNCLAIMED = 4096
 """Results that nobody asks for are dropped, oldest first, beyond this many."""
+
+
+def tokens_and_start(
+    token_ids: ArrayLike, token_mask: NDArray[np.bool_] | None, tokens_per_block: int
+) -> tuple[NDArray[np.integer], int]:
+    """The tokens, and the first block that lies wholly where the mask is True.
+
+    Raises
+    ------
+    ValueError
+        The mask is not one of leading False and then True, one for each token.
+    """
+    tokens = np.asarray(token_ids)
+    if token_mask is None:
+        return tokens, 0
+    mask = np.asarray(token_mask)
+    if mask.dtype != np.bool_ or mask.shape != tokens.shape:
+        raise ValueError(f"token_mask is {mask.dtype} {mask.shape}; give bool {tokens.shape}, one for each token")
+    first = int(mask.argmax()) if mask.any() else len(mask)
+    if not mask[first:].all():
+        raise ValueError("token_mask has False after True: only leading tokens can be left out")
+    return tokens, -(-first // tokens_per_block)
 
 
 class TaskStage(enum.Enum):
@@ -50,6 +72,10 @@ class KVTask:
         Host slot of each; -1: not there, will be reported as failed.
     ok : (m,) bool
         Moved.
+    needs : tuple of Dependency
+        What its blocks wait for.
+    loading : bool
+        A get; else a put.
     """
 
     task_id: int
@@ -63,6 +89,9 @@ class KVTask:
     graph: TransferGraph | None = None
     status: KVResponseStatus | None = None
     ok: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    needs: tuple[Dependency, ...] = ()
+    tiering: Tiering | None = None
+    loading: bool = True
 
     def token_mask(self, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
         """(num_tokens,) bool: tokens of the task's blocks, or of the ``chosen`` ones ((m,) bool)."""
@@ -85,6 +114,8 @@ class KVTask:
             self.cache.end_get(self.plan)
         elif isinstance(self.plan, PutPlan) and self.cache is not None:
             self.cache.end_put(self.plan, self.ok)
+            if self.tiering is not None:
+                self.tiering.put_ended(self.plan)
             self.cache.evict_ahead()
         self.plan = None
 
@@ -100,28 +131,45 @@ class TaskTable:
     dp_client_id : int
         Whose ranks move the blocks.
     tokens_per_block : int
+    tiering : Tiering or None
+        The tiers below host memory.
     """
 
-    def __init__(self, transfer: TransferEngine, dp_client_id: int, tokens_per_block: int) -> None:
+    def __init__(
+        self, transfer: TransferEngine, dp_client_id: int, tokens_per_block: int, tiering: Tiering | None = None
+    ) -> None:
         self._transfer = transfer
+        self._tiering = tiering
         self._dp_client_id = dp_client_id
         self._tokens_per_block = tokens_per_block
         self._lock = threading.RLock()
         self._tasks: dict[int, KVTask] = {}
-        self._ids = itertools.count(1)
         self._unclaimed: dict[int, None] = {}            # settled, in that order
 
     def new_get(
-        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int,
+        choose: bool = True,
     ) -> KVTask:
-        """Match blocks ``[start, stop)``; with ``stop`` None as far as they are there, else all of them, -1 if not."""
-        plan = cache.begin_get(keys, start, len(keys) if stop is None else stop) if cache is not None else None
+        """Match blocks ``[start, stop)``; with ``stop`` None as far as they are there, else all of them, -1 if not.
+
+        ``choose``: with ``stop`` None, leave out what is sooner computed than loaded.
+        """
+        plan, needs = self._begin_get(cache, keys, start, len(keys) if stop is None else stop, choose and stop is None)
         found = plan.slots if plan is not None else np.zeros(0, dtype=np.int32)
         count = len(found) if stop is None else stop - start
         slots = np.full(count, -1, dtype=np.int32)
         slots[: len(found)] = found
         first = start if stop is not None or plan is None else plan.start
-        return self._add(cache, plan, np.arange(first, first + count, dtype=np.int32), slots, num_tokens)
+        return self._add(cache, plan, np.arange(first, first + count, dtype=np.int32), slots, num_tokens, needs)
+
+    def _begin_get(
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, choose: bool
+    ) -> tuple[GetPlan | None, tuple[Dependency, ...]]:
+        if cache is None:
+            return None, ()
+        if self._tiering is None:
+            return cache.begin_get(keys, start, stop, choose), ()
+        return self._tiering.begin_get(cache, keys, start, stop, choose)
 
     def new_put(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, num_tokens: int
@@ -140,9 +188,13 @@ class TaskTable:
         blocks: NDArray[np.int32],
         slots: NDArray[np.int32],
         num_tokens: int,
+        needs: tuple[Dependency, ...] = (),
     ) -> KVTask:
         with self._lock:
-            task = KVTask(next(self._ids), cache, plan, blocks, slots, self._tokens_per_block, num_tokens)
+            task = KVTask(
+                next(self._transfer.task_ids), cache, plan, blocks, slots, self._tokens_per_block, num_tokens,
+                needs=needs, tiering=self._tiering, loading=not isinstance(plan, PutPlan),
+            )
             self._tasks[task.task_id] = task
             return task
 
@@ -171,11 +223,15 @@ class TaskTable:
     ) -> None:
         """Move the task's blocks between their slots and ``pages`` ((m,) int32)."""
         with self._lock:
+            if self._tasks.get(task.task_id) is not task:
+                # cancelled since it was matched, as by a reset: its slots may be another's by now, so all blocks fail
+                self._tasks[task.task_id] = task
+                task.slots, task.needs = np.full_like(task.slots, -1), ()
             task.stage = TaskStage.RUNNING
             if len(task.blocks) == 0:
                 self._settle(task, KVResponseStatus.SUCCESS)
                 return
-            loading = not isinstance(task.plan, PutPlan)
+            loading = task.loading
             op = TransferOp(
                 OpKind.H2D if loading else OpKind.D2H,
                 src=task.slots if loading else pages,
@@ -184,15 +240,29 @@ class TaskTable:
                 fence=fence,
                 layerwise=layerwise and loading,
                 counter=counter if loading else 0,
+                depends_on=task.needs,
             )
             task.graph = TransferGraph(task.task_id, [op])
         self._transfer.submit(task.graph, self._on_done)
 
-    def settle_now(self, task: KVTask) -> None:
-        """End a task without a transfer, all of its blocks good."""
+    def prefetch(self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int) -> int:
+        """A task that ends when all blocks that can be had are in host memory, however long that takes to load."""
+        task = self.new_get(cache, keys, 0, None, num_tokens, choose=False)
+        self._await_arrival(task)
+        return task.task_id
+
+    def _await_arrival(self, task: KVTask) -> None:
         with self._lock:
-            task.ok = np.ones(len(task.blocks), dtype=np.bool_)
-            self._settle(task, KVResponseStatus.SUCCESS)
+            if self._tasks.get(task.task_id) is not task:      # cancelled since it was matched
+                return
+            task.stage = TaskStage.RUNNING
+            if not task.needs:
+                task.ok = np.ones(len(task.blocks), dtype=np.bool_)
+                self._settle(task, KVResponseStatus.SUCCESS)
+                return
+            op = TransferOp(OpKind.ARRIVAL, task.slots, task.slots, depends_on=task.needs)
+            task.graph = TransferGraph(task.task_id, [op])
+        self._transfer.submit(task.graph, self._on_done)
 
     def cancel(self, task_id: int) -> None:
         """Stop a task. One that was not launched is gone; one that runs will settle, and has a result."""

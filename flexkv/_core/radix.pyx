@@ -166,6 +166,24 @@ cdef class RadixTree(NodeStore):
                 count += 1
         return out_array[:count]
 
+    def slots(self, const uint64_t[:, ::1] keys not None, int tier):
+        """(n,) int32: the slot of each block of ``keys`` on ``tier``, ready or being written; -1 where it has none."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m
+        cdef int32_t node = ROOT
+        self.check_tier(tier)
+        out_array = np.full(n, -1, dtype=np.int32)
+        cdef int32_t[::1] out = out_array
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                memcpy(&out[pos], self.slots_of(&self.nodes[node], tier), 4 * m)
+                pos += m
+                if m < self.nodes[node].length:
+                    break
+        return out_array
+
     def insert(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier, double now):
         """Give blocks slots on ``tier``, in state *writing*; blocks that the tree lacks are added.
 

@@ -1,33 +1,31 @@
-"""The control plane: one index over the slots of the host tier; decides, moves no bytes."""
+"""The control plane: one index over the slots of all tiers; decides, moves no bytes."""
 
-import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import RadixTree
+from flexkv._core.radix import Match, RadixTree
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.eviction import EvictionPolicy
-from flexkv.cache.plan import GetPlan, MatchResult, PutPlan
+from flexkv.cache.fetches import FetchTable
+from flexkv.cache.plan import FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
 from flexkv.cache.reasons import StopReason
-from flexkv.errors import InvariantError
+from flexkv.cache.tier import HOST, SSD, SsdTier, Tier, no_slots
 
-logger = logging.getLogger("flexkv.cache")
-
-HOST = 0
-"""Tier number of CPU memory in the index."""
+_NOWHERE = np.zeros(0, dtype=np.intp)
 
 
 class GlobalCacheEngine:
-    """Index, slots and eviction of the host tier.
+    """Index, slots and eviction of the host tier and, where there is one, of the SSD tier below it.
 
     Thread safe: one lock around every method, held for microseconds; none of them waits for a transfer.
 
-    A block is *absent*, *writing* (between ``begin_put`` and ``end_put``) or *ready*; only ready blocks are offered.
-    A pinned block (between ``begin_get`` and ``end_get``) keeps its slot.
+    A block is *absent*, *writing* or *ready* on each tier; only ready blocks are offered. On the host it is writing
+    between ``begin_put`` and ``end_put``, and between ``begin_get`` and ``end_fetch`` if it comes from SSD; on SSD
+    between ``begin_write`` and ``end_write``. A pinned block keeps its slots.
 
     Parameters
     ----------
@@ -35,11 +33,13 @@ class GlobalCacheEngine:
         Slots that the host tier will have when the pool is fully grown.
     policy : EvictionPolicy
     evict_start_threshold : float
-        Share of the usable slots in use, above which ``evict_ahead`` frees slots.
+        Share of the usable slots of a tier in use, above which ``evict_ahead`` frees slots.
     evict_ratio : float
         Share of the usable slots that one such batch frees.
     clock : callable
         Seconds, monotonic.
+    num_ssd_slots : int
+        At most so many slots will the SSD tier have, when it comes (``attach_ssd``); 0: it never does.
     """
 
     def __init__(
@@ -49,99 +49,293 @@ class GlobalCacheEngine:
         evict_start_threshold: float = 1.0,
         evict_ratio: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        num_ssd_slots: int = 0,
     ) -> None:
         self._lock = threading.RLock()
-        self._num_slots = num_slots
-        self._policy = policy
-        self._start_threshold = evict_start_threshold
-        self._ratio = evict_ratio
         self._clock = clock
-        self._slots = SlotAllocator(0, num_slots)
+        self._host_slots = SlotAllocator(0, num_slots)
+        self._max_slots = num_slots + num_ssd_slots
+        self._host = Tier(HOST, self._host_slots, policy, evict_start_threshold, evict_ratio, clock)
+        self._below = Tier(SSD, no_slots(), policy, evict_start_threshold, evict_ratio, clock)
+        self._tiers = [self._host, self._below] if num_ssd_slots else [self._host]
+        self._ssd: SsdTier | None = None
+        self._fetches = FetchTable(num_slots if num_ssd_slots else 0)
         self._tree = self._new_tree()
         self._retired: list[RadixTree] = []
-        self._evicted_blocks = 0
 
     def _new_tree(self) -> RadixTree:
         # Twice the slots: a block that lost its slot stays in the index while a block below it is in use.
-        return RadixTree(2 * self._num_slots)
+        return RadixTree(2 * self._max_slots, len(self._tiers))
 
     def grow(self, num_slots: int) -> None:
-        """Make ``num_slots`` slots usable in all (the pool grows while it is in service)."""
+        """Make ``num_slots`` host slots usable in all (the pool grows while it is in service)."""
         with self._lock:
-            self._slots.grow(num_slots)
+            self._host_slots.grow(num_slots)
 
-    def match(self, keys: NDArray[np.uint64]) -> MatchResult:
-        """How many leading blocks of ``keys`` ((n, 2) uint64) are ready, and why no more. Changes nothing."""
+    # ---- get --------------------------------------------------------------------------------------------------
+
+    def match(self, keys: NDArray[np.uint64], start: int = 0) -> MatchResult:
+        """How many leading blocks of ``keys`` ((n, 2) uint64) can be had, and why no more. Changes nothing.
+
+        ``start``: blocks before it are not wanted, so that it does not matter where they are.
+        """
         with self._lock:
             match = self._tree.match(keys)
-        return MatchResult(match.num_ready, StopReason(match.reason))
+            start = min(start, match.num_ready)
+            stop, reason, _, slow = self._sources(keys, match, start, choose=True)
+        return MatchResult(stop, reason, len(slow))
 
-    def begin_get(self, keys: NDArray[np.uint64], start: int, stop: int) -> GetPlan:
-        """Pin the ready blocks of ``[start, stop)`` that follow on a ready prefix; the plan may be shorter, or empty.
+    def begin_get(self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True) -> GetPlan:
+        """Pin the blocks of ``[start, stop)`` that can be had and follow on a prefix that can; the plan may be
+        shorter, or empty.
+
+        Blocks that are on SSD alone get host slots, and are to be waited for (``joins``); those that nobody fetches
+        yet are in ``fetch``, which the caller has to start. ``choose``: leave out what is sooner computed than loaded.
 
         Every plan must be given back to ``end_get`` once.
         """
         with self._lock:
-            match = self._tree.match(keys[:stop])
-            stop = match.num_ready
-            start = min(start, stop)
             keys = keys[:stop]
+            match = self._tree.match(keys)
+            start = min(start, match.num_ready)
+            stop, reason, slots, slow = self._sources(keys, match, start, choose)
             self._tree.pin(keys, start, stop)
+            fetch = None
+            if len(slow):
+                short, fetch = self._begin_fetch(keys, match, slots, slow)
+                if short < stop:
+                    self._tree.unpin(keys, short, stop)
+                    stop, reason = short, StopReason.NO_ROOM
+            keys = keys[:stop]
             self._tree.touch(keys, self._clock())
-            return GetPlan(keys, start, stop, match.slots[start:], StopReason(match.reason), self._tree)
+            slots = slots[start:stop]
+            joins = self._fetches.joins(slots) if len(slow) else ()
+            return GetPlan(keys, start, stop, slots, reason, self._tree, fetch, joins)
+
+    def _sources(
+        self, keys: NDArray[np.uint64], match: Match, start: int, choose: bool
+    ) -> tuple[int, StopReason, NDArray[np.int32], NDArray[np.intp]]:
+        """Where the ready blocks from ``start`` on come from.
+
+        Returns
+        -------
+        stop : int
+        reason : StopReason
+        slots : (num_ready,) int32
+            Host slots; -1: none yet. Before ``start`` and after ``stop`` they mean nothing.
+        slow : (k,) intp
+            Positions of the blocks in ``[start, stop)`` that are not ready on the host.
+        """
+        stop, reason = match.num_ready, StopReason(match.reason)
+        if len(self._tiers) == 1:
+            return stop, reason, match.slots, _NOWHERE
+        is_slow = match.tiers[start:] != HOST
+        if not is_slow.any():
+            return stop, reason, match.slots, _NOWHERE
+        slots = self._tree.slots(keys[:stop], HOST)
+        taken = is_slow & (slots[start:] >= 0)
+        taken &= ~self._fetches.filling(slots[start:])
+        if taken.any():                          # a put writes there: neither to be read, nor to be read into
+            stop, reason = start + int(taken.argmax()), StopReason.NOT_READY
+        is_slow = is_slow[: stop - start]
+        num_worth = self._num_worth(is_slow & (slots[start:stop] < 0), is_slow, choose)
+        if start + num_worth < stop:
+            stop, reason = start + num_worth, StopReason.TOO_SLOW
+        return stop, reason, slots, start + np.flatnonzero(is_slow[:num_worth])
+
+    def _num_worth(self, to_read: NDArray[np.bool_], slow: NDArray[np.bool_], choose: bool) -> int:
+        if self._ssd is None or not self._ssd.usable():
+            return int(slow.argmax()) if slow.any() else len(slow)
+        return self._ssd.planner.worth(to_read, self._fetches.num_blocks) if choose else len(slow)
+
+    def _begin_fetch(
+        self, keys: NDArray[np.uint64], match: Match, slots: NDArray[np.int32], slow: NDArray[np.intp]
+    ) -> tuple[int, FetchPlan | None]:
+        """Give host slots, in ``slots``, to blocks that are on SSD alone; returns where they end, and what to read."""
+        wanted = slow[slots[slow] < 0]
+        if len(wanted) == 0 or self._ssd is None:
+            return match.num_ready, None
+        taken = self._host.take(self._tree, len(wanted))
+        stop = int(wanted[len(taken)]) if len(taken) < len(wanted) else match.num_ready
+        wanted = wanted[: len(taken)]
+        if len(wanted) == 0:
+            return stop, None
+        slots[wanted] = taken
+        keys = keys[: wanted[-1] + 1]
+        plan = FetchPlan(
+            keys, wanted.astype(np.int32), self._tree, match.slots[wanted], taken, self._fetches.new_id()
+        )
+        self._tree.insert(keys, plan.by_position(taken), HOST, self._clock())
+        self._tree.pin(keys, int(wanted[0]), len(keys))
+        self._fetches.add(plan)
+        self._ssd.planner.read_began()
+        return stop, plan
 
     def end_get(self, plan: GetPlan) -> None:
-        """Release the pins of ``plan``: nothing reads its slots any more."""
+        """Release the pins of ``plan``: nothing reads its slots any more. Its fetch goes on."""
         with self._lock:
             plan.tree.unpin(plan.keys, plan.start, plan.stop)
             self._sweep_retired()
 
-    def begin_put(self, keys: NDArray[np.uint64], start: int, stop: int) -> PutPlan:
-        """Give slots to the blocks of ``[start, stop)`` that are absent; evicts where none is free.
+    def end_fetch(self, plan: FetchPlan, arrived: NDArray[np.bool_]) -> None:
+        """Blocks that ``arrived`` ((m,) bool) become ready on the host, the others absent on both tiers; nothing
+        touches either slot now."""
+        with self._lock:
+            self._fetches.remove(plan)
+            if self._ssd is not None:
+                self._ssd.planner.read_ended(int(arrived.sum()))
+            self._end_writing(self._host, plan, plan.host_slots, arrived)
+            lost = ~arrived
+            if lost.any():
+                plan.tree.drop(plan.keys, plan.by_position(plan.ssd_slots, lost), SSD, failed=True)
+                self._below.slots.free(plan.ssd_slots[lost])
+            plan.tree.unpin(plan.keys, int(plan.blocks[0]), len(plan.keys))
+            self._sweep_retired()
 
-        Blocks that are ready, or that another request is writing, are left out. Where slots run out, or a block
-        before ``start`` is absent, the plan is shorter, or empty. Every plan must be given back to ``end_put`` once.
+    # ---- put --------------------------------------------------------------------------------------------------
+
+    def begin_put(self, keys: NDArray[np.uint64], start: int, stop: int) -> PutPlan:
+        """Give host slots to the blocks of ``[start, stop)`` that are absent; evicts where none is free.
+
+        Blocks that are ready on any tier, or that another request is writing, are left out. Where slots run out, or a
+        block before ``start`` is absent, the plan is shorter, or empty. Every plan must be given back to ``end_put``
+        once.
         """
         with self._lock:
             keys = keys[:stop]
-            absent = self._tree.absent(keys)
-            if len(absent) > self._slots.num_free and len(absent):
-                self._make_room(keys, int(absent[0]), len(absent) - self._slots.num_free)
-                absent = self._tree.absent(keys)
+            absent = self._absent(keys)
+            num_known = max(0, (int(absent[0]) if len(absent) else len(keys)) - start)
+            if len(absent) > self._host.slots.num_free and len(absent):
+                self._make_room(keys, int(absent[0]), len(absent))
+                absent = self._absent(keys)
             if len(absent) and absent[0] < start:
                 absent = absent[:0]
-            blocks = absent[: self._slots.num_free]
-            slots = self._slots.allocate(len(blocks))
-            if slots is None:
-                raise InvariantError(f"{self._slots.num_free} slots are free, but {len(blocks)} cannot be had")
-            last = int(blocks[-1]) + 1 if len(blocks) else 0
-            plan = PutPlan(keys[:last], blocks, slots, self._tree)
+            slots = self._host.slots.allocate(min(len(absent), self._host.slots.num_free))
+            assert slots is not None  # narrowing: as many as are free
+            blocks = absent[: len(slots)]
+            last = int(blocks[-1]) + 1 if len(blocks) else start + num_known if num_known else 0
+            plan = PutPlan(keys[:last], blocks, self._tree, slots, num_known)
             if len(plan):
                 now = self._clock()
-                self._tree.insert(plan.keys, plan.slots_by_position(), HOST, now)
+                self._tree.insert(plan.keys, plan.by_position(slots), HOST, now)
                 self._tree.touch(plan.keys, now, hit=False)
             return plan
+
+    def _absent(self, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
+        if self._ssd is not None and not self._ssd.usable():
+            # what is on SSD cannot be had for now: it may be put again
+            return np.flatnonzero(self._tree.slots(keys, HOST) < 0).astype(np.int32)
+        return self._tree.absent(keys)
+
+    def _make_room(self, keys: NDArray[np.uint64], num_present: int, count: int) -> None:
+        self._tree.pin(keys, 0, num_present)     # not the prefix that the new blocks are to follow
+        try:
+            self._host.make_room(self._tree, count)
+        finally:
+            self._tree.unpin(keys, 0, num_present)
 
     def end_put(self, plan: PutPlan, written: NDArray[np.bool_]) -> None:
         """Blocks that are ``written`` ((m,) bool) become ready, the others absent; nothing writes their slots now."""
         with self._lock:
-            if plan.tree is not self._tree:      # reset while it was being written: must not be seen
-                written = np.zeros_like(written)
-            failed = ~written
-            if written.any():
-                plan.tree.set_ready(plan.keys, plan.slots_by_position(written), HOST)
-            if failed.any():
-                plan.tree.drop(plan.keys, plan.slots_by_position(failed), HOST, failed=True)
-                self._slots.free(plan.slots[failed])
+            self._end_writing(self._host, plan, plan.slots, written)
             self._sweep_retired()
 
-    def evict_ahead(self) -> int:
-        """Free a batch of slots if fewer than the watermark are free; returns how many. Not for the request path."""
+    def _end_writing(
+        self, tier: Tier, plan: PutPlan | FetchPlan | WritePlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
+    ) -> None:
+        # After a reset too: its tree offers nothing, and lets go of a slot when nobody reads it any more.
+        if ok.any():
+            plan.tree.set_ready(plan.keys, plan.by_position(slots, ok), tier.number)
+        if not ok.all():
+            plan.tree.drop(plan.keys, plan.by_position(slots, ~ok), tier.number, failed=True)
+            tier.slots.free(slots[~ok])
+
+    # ---- write-back -------------------------------------------------------------------------------------------
+
+    def on_ssd(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(n,) bool: blocks that have a slot on SSD, ready or being written."""
         with self._lock:
-            used = self._slots.capacity - self._slots.num_free
-            if used <= self._start_threshold * self._slots.capacity:
-                return 0
-            return self._evict(self._batch())
+            on_ssd: NDArray[np.bool_] = self._tree.slots(keys, SSD) >= 0
+            return on_ssd
+
+    def begin_write(self, keys: NDArray[np.uint64], limit: int) -> WritePlan | None:
+        """Give SSD slots to up to ``limit`` leading blocks that are ready on the host and absent on SSD.
+
+        None: there is nothing to write, or no slot can be had. Every plan must be given back to ``end_write`` once.
+        """
+        with self._lock:
+            if self._ssd is None or not self._ssd.usable():
+                return None
+            match = self._tree.match(keys)
+            keys = keys[: match.num_ready]
+            blocks = np.flatnonzero((match.tiers == HOST) & (self._tree.slots(keys, SSD) < 0))[:limit]
+            if len(blocks) == 0:
+                return None
+            first, last = int(blocks[0]), int(blocks[-1]) + 1
+            self._tree.pin(keys, 0, last)
+            taken = self._below.take(self._tree, len(blocks))
+            self._tree.unpin(keys, 0, last)
+            blocks = blocks[: len(taken)]
+            if len(blocks) == 0:
+                return None
+            keys = keys[: blocks[-1] + 1]
+            plan = WritePlan(keys, blocks.astype(np.int32), self._tree, match.slots[blocks], taken)
+            self._tree.insert(keys, plan.by_position(taken), SSD, self._clock())
+            self._tree.pin(keys, first, len(keys))
+            return plan
+
+    def end_write(self, plan: WritePlan, written: NDArray[np.bool_]) -> None:
+        """Blocks that are ``written`` ((m,) bool) become ready on SSD, the others absent there; nothing touches
+        either slot now."""
+        with self._lock:
+            self._end_writing(self._below, plan, plan.ssd_slots, written)
+            plan.tree.unpin(plan.keys, int(plan.blocks[0]), len(plan.keys))
+            self._sweep_retired()
+
+    # ---- the SSD tier -----------------------------------------------------------------------------------------
+
+    def attach_ssd(
+        self, tier: SsdTier, chains: Iterable[tuple[NDArray[np.uint64], NDArray[np.int32]]] = ()
+    ) -> bool:
+        """The SSD tier comes into service, with what is on it.
+
+        Must have been called before anything is written there. The lock is released after each chain.
+
+        Parameters
+        ----------
+        tier : SsdTier
+        chains : iterable of (keys, slots)
+            Sequences ((n, 2) uint64) from their first block, and the slot of each block ((n,) int32; -1: was in an
+            earlier chain). These slots are allocated.
+
+        Returns
+        -------
+        bool
+            False: there was a reset meanwhile; the slots of what is left of ``chains`` belong to the caller.
+        """
+        with self._lock:
+            self._ssd, tree = tier, self._tree
+            self._below.slots = tier.slots
+        for keys, slots in chains:
+            with self._lock:
+                if tree is not self._tree:
+                    return False
+                tree.insert(keys, slots, SSD, self._clock())
+                tree.set_ready(keys, slots, SSD)
+        return True
+
+    def free_ssd(self, slots: NDArray[np.int32]) -> None:
+        """Give back SSD slots ((n,) int32) of what was found there and is of no use."""
+        with self._lock:
+            self._below.slots.free(slots)
+
+    # ---- eviction, reset --------------------------------------------------------------------------------------
+
+    def evict_ahead(self) -> int:
+        """Free a batch of slots of each tier where fewer than the watermark are free; returns how many. Not for the
+        request path."""
+        with self._lock:
+            return sum(tier.evict_ahead(self._tree) for tier in self._tiers)
 
     def reset(self) -> None:
         """Forget every block. Plans in flight stay valid, but nothing they write or read will be offered again."""
@@ -150,65 +344,42 @@ class GlobalCacheEngine:
             self._tree = self._new_tree()
             self._sweep_retired()
 
-    def _batch(self) -> int:
-        return max(1, int(self._ratio * self._slots.capacity))
-
-    def _make_room(self, keys: NDArray[np.uint64], num_present: int, want: int) -> None:
-        self._tree.pin(keys, 0, num_present)     # not the prefix that the new blocks are to follow
-        try:
-            self._evict(max(want, self._batch()))
-        finally:
-            self._tree.unpin(keys, 0, num_present)
-
-    def _evict(self, want: int) -> int:
-        freed = 0
-        while freed < want:
-            candidates = self._tree.evictable(HOST)
-            score = self._policy.score(self._tree.nodes_view()[candidates], self._clock())
-            if len(candidates) > want - freed:   # each gives at least one slot
-                lowest = np.argpartition(score, want - freed - 1)[: want - freed]
-                candidates, score = candidates[lowest], score[lowest]
-            slots = self._tree.evict(HOST, candidates[np.argsort(score, kind="stable")], want - freed)
-            if len(slots) == 0:
-                break
-            self._slots.free(slots)
-            freed += len(slots)
-        self._evicted_blocks += freed
-        return freed
-
     def _sweep_retired(self) -> None:
         for tree in self._retired[:]:
-            while len(slots := tree.evict(HOST, tree.evictable(HOST), tree.num_blocks)):
-                self._slots.free(slots)
+            for tier in self._tiers:
+                tier.sweep(tree)
             if tree.num_blocks == 0:
                 self._retired.remove(tree)
+
+    # ---- what there is ----------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
         """Blocks, slots and bytes of the index, now; ``evicted_blocks`` since the start."""
         with self._lock:
-            return {
-                "num_slots": self._slots.capacity,
-                "free_slots": self._slots.num_free,
+            stats = {
+                "num_slots": self._host.slots.capacity,
+                "free_slots": self._host.slots.num_free,
                 "indexed_blocks": self._tree.num_blocks,
                 "index_bytes": self._tree.memory_bytes,
-                "evicted_blocks": self._evicted_blocks,
+                "evicted_blocks": self._host.evicted_blocks,
             }
+            if len(self._tiers) > 1:
+                stats |= {
+                    "ssd_slots": self._below.slots.capacity,
+                    "ssd_free_slots": self._below.slots.num_free,
+                    "ssd_evicted_blocks": self._below.evicted_blocks,
+                    "blocks_being_fetched": self._fetches.num_blocks,
+                }
+            return stats
 
     def check_integrity(self) -> None:
-        """Every slot is free or held by exactly one block: free + indexed = total.
+        """Every slot of each tier is free or held by exactly one block: free + indexed = total.
 
         Raises
         ------
         InvariantError
         """
         with self._lock:
-            held = np.concatenate([tree.check_integrity()[HOST] for tree in [self._tree, *self._retired]])
-            self._slots.check_integrity()
-            if len(np.unique(held)) != len(held):
-                raise InvariantError("two blocks hold one slot")
-            if len(held) + self._slots.num_free != self._slots.capacity:
-                raise InvariantError(
-                    f"{len(held)} slots indexed + {self._slots.num_free} free != {self._slots.capacity} in all"
-                )
-            if any(self._slots.is_free(int(slot)) for slot in held):
-                raise InvariantError("a block holds a slot that is free")
+            held = [tree.check_integrity() for tree in [self._tree, *self._retired]]
+            for tier in self._tiers:
+                tier.check_integrity(np.concatenate([slots[tier.number] for slots in held]))

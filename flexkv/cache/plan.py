@@ -1,4 +1,4 @@
-"""What one get or put will move: made by ``GlobalCacheEngine``, carried out by the data plane."""
+"""What one get, put, fetch or write-back will move: made by ``GlobalCacheEngine``, carried out by the data plane."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,122 @@ from flexkv.cache.reasons import StopReason
 
 @dataclass(frozen=True, slots=True)
 class MatchResult:
-    """Answer to "how much of this sequence is here": ``num_ready`` leading blocks, and why no more."""
+    """Answer to "how much of this sequence is here": ``num_ready`` leading blocks, and why no more.
+
+    Attributes
+    ----------
+    num_to_fetch : int
+        How many of them have to be read from SSD first.
+    """
 
     num_ready: int
     reason: StopReason
+    num_to_fetch: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlocksOfSequence:
+    """Some blocks of a sequence.
+
+    Attributes
+    ----------
+    keys : (n, 2) uint64
+        The sequence up to the last of them.
+    blocks : (m,) int32
+        Their positions, ascending.
+    tree : RadixTree
+        The index the plan was made from; a reset replaces the engine's index, not the plan's.
+    """
+
+    keys: NDArray[np.uint64]
+    blocks: NDArray[np.int32]
+    tree: RadixTree
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def by_position(
+        self, slots: NDArray[np.int32], chosen: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.int32]:
+        """(n,) int32: the slot ((m,) int32) at each chosen block's position, -1 elsewhere, as the index wants it."""
+        placed = np.full(len(self.keys), -1, dtype=np.int32)
+        if chosen is None:
+            placed[self.blocks] = slots
+        else:
+            placed[self.blocks[chosen]] = slots[chosen]
+        return placed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PutPlan(BlocksOfSequence):
+    """Blocks that have a host slot each, in state writing, until ``end_put``. If there are none, ``keys`` are those of
+    the blocks that were there already.
+
+    Attributes
+    ----------
+    slots : (m,) int32
+        Their host slots.
+    num_known : int
+        Leading blocks of what was put that were there already: the sequence goes on from an earlier one.
+    """
+
+    slots: NDArray[np.int32]
+    num_known: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FetchPlan(BlocksOfSequence):
+    """Blocks that are ready on SSD and on their way to host slots, in state writing there, until ``end_fetch``. The
+    SSD slots are pinned.
+
+    Attributes
+    ----------
+    ssd_slots, host_slots : (m,) int32
+    fetch_id : int
+    """
+
+    ssd_slots: NDArray[np.int32]
+    host_slots: NDArray[np.int32]
+    fetch_id: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WritePlan(BlocksOfSequence):
+    """Blocks that are ready in host slots and on their way to SSD slots, in state writing there, until ``end_write``.
+    The host slots are pinned.
+
+    Attributes
+    ----------
+    host_slots, ssd_slots : (m,) int32
+    """
+
+    host_slots: NDArray[np.int32]
+    ssd_slots: NDArray[np.int32]
+
+    @property
+    def parents(self) -> NDArray[np.uint64]:
+        """(m, 2) uint64: key of the block before each; zero for the first of a sequence."""
+        parents: NDArray[np.uint64] = self.keys[self.blocks - 1]
+        parents[self.blocks == 0] = 0
+        return parents
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Join:
+    """Blocks of a get that a fetch brings.
+
+    Attributes
+    ----------
+    fetch_id : int
+    mine : (k,) intp
+        Which blocks of the get, counted from its ``start``.
+    theirs : (k,) intp
+        Which blocks of the fetch.
+    """
+
+    fetch_id: int
+    mine: NDArray[np.intp]
+    theirs: NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,7 +141,11 @@ class GetPlan:
     reason : StopReason
         Why the plan ends at ``stop``.
     tree : RadixTree
-        The index it was made from; a reset replaces the engine's index, not the plan's.
+        As in ``BlocksOfSequence``.
+    fetch : FetchPlan or None
+        What has to be read from SSD for it, and nobody reads yet: whoever made the plan starts it.
+    joins : tuple of Join
+        Blocks whose host slot is filled by a fetch, this one's or another's.
     """
 
     keys: NDArray[np.uint64]
@@ -38,38 +154,8 @@ class GetPlan:
     slots: NDArray[np.int32]
     reason: StopReason
     tree: RadixTree
+    fetch: FetchPlan | None = None
+    joins: tuple[Join, ...] = ()
 
     def __len__(self) -> int:
         return self.stop - self.start
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PutPlan:
-    """Blocks of a sequence that have a slot each, in state writing, until ``end_put``.
-
-    Attributes
-    ----------
-    keys : (n, 2) uint64
-        The sequence up to the last block to write.
-    blocks : (m,) int32
-        Positions of the blocks to write, ascending.
-    slots : (m,) int32
-        Their host slots.
-    """
-
-    keys: NDArray[np.uint64]
-    blocks: NDArray[np.int32]
-    slots: NDArray[np.int32]
-    tree: RadixTree
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def slots_by_position(self, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.int32]:
-        """(n,) int32: the slot at each chosen block's position, -1 elsewhere, as the index wants it."""
-        by_position = np.full(len(self.keys), -1, dtype=np.int32)
-        if chosen is None:
-            by_position[self.blocks] = self.slots
-        else:
-            by_position[self.blocks[chosen]] = self.slots[chosen]
-        return by_position

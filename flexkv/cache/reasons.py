@@ -15,3 +15,7 @@ class StopReason(enum.IntEnum):
     """Another request is still writing it."""
     FAILED = radix.REASON_FAILED
     """It was written or read back with an error, and dropped."""
+    NO_ROOM = 5
+    """It is on SSD, and no slot of host memory can be had to load it through: all are in use."""
+    TOO_SLOW = 6
+    """It is on SSD, and computing it is sooner done than loading it, or loading is switched off."""

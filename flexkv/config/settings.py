@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from flexkv.config.field import check, setting
@@ -68,6 +69,36 @@ class CacheConfig(_Settings):
     )
     use_hugepage_cpu_buffer: bool = setting(False, "Host tier in hugepages; the system must have reserved them.")
     hugepage_size_bytes: int = setting(2 << 20, "Size of those hugepages.", unit="bytes", low=4096)
+    ssd_cache_gb: float = setting(
+        0.0, "Space of the SSD tier; 0: none. Must be more than the host tier: what is there is on SSD too.",
+        unit="GiB", low=0.0,
+    )
+    ssd_cache_dir: str = setting(
+        "./flexkv_ssd", "Directories of the SSD tier, with `;` between them; best one for each device."
+    )
+    ssd_admission: str = setting(
+        "second_touch", "What is written to SSD: what was loaded or put again, and what follows on it; or all.",
+        choices=("second_touch", "all"),
+    )
+    ssd_write_mb_per_s: float = setting(
+        0.0, "At most so much is written to SSD, to spare it; 0: no limit.", unit="MiB/s", low=0.0
+    )
+    ssd_queue_depth: int = setting(64, "Reads and writes under way on SSD at a time.", low=1, high=4096)
+    ssd_io: str = setting(
+        "auto", "How SSD is read and written: io_uring, threads, or the first of these that works.",
+        choices=("auto", "uring", "threads"),
+    )
+    ssd_deadline_s: float = setting(
+        10.0, "A read or write of SSD that takes longer has failed.", unit="s", low=0.01
+    )
+    load_policy: str = setting(
+        "auto", "Which blocks are loaded from SSD: those that are sooner loaded than computed, all, or none.",
+        choices=("auto", "always", "never"),
+    )
+    prefill_tokens_per_s: float = setting(
+        0.0, "How fast the engine computes a prompt, for `load_policy`; 0: not known, so that all is loaded.",
+        unit="tokens/s", low=0.0,
+    )
     key_secret: str = setting("", "Secret of the deployment: block keys cannot be computed without it.", secret=True)
 
     def __post_init__(self) -> None:
@@ -82,11 +113,27 @@ class CacheConfig(_Settings):
             )
         if self.num_cpu_blocks is None and self.cpu_cache_gb <= 0:
             raise ConfigError("cpu_cache_gb", self.cpu_cache_gb, "must be more than 0 (GiB)")
+        if self.ssd_cache_gb and self.num_cpu_blocks is None and self.ssd_cache_gb <= self.cpu_cache_gb:
+            raise ConfigError(
+                "ssd_cache_gb", self.ssd_cache_gb, f"must be more than cpu_cache_gb ({self.cpu_cache_gb:g}), or 0"
+            )
+        if self.ssd_cache_gb and not self.ssd_directories:
+            raise ConfigError("ssd_cache_dir", self.ssd_cache_dir, "must name at least one directory")
 
     @property
     def host_bytes(self) -> int:
         """Bytes of the host tier."""
         return int(self.cpu_cache_gb * (1 << 30))
+
+    @property
+    def ssd_bytes(self) -> int:
+        """Bytes of the SSD tier; 0: there is none."""
+        return int(self.ssd_cache_gb * (1 << 30))
+
+    @property
+    def ssd_directories(self) -> list[Path]:
+        """Where it is."""
+        return [Path(part.strip()) for part in self.ssd_cache_dir.split(";") if part.strip()]
 
     @property
     def hugepage_bytes(self) -> int:

@@ -20,7 +20,7 @@ MEANINGLESS: dict[str, str] = {
         "slots have one layout, and dtype and shapes come from the engine's tensors",
     ),
     **dict.fromkeys(
-        ("ssd_io_opt", "iouring_entries", "iouring_flags", "max_file_size_gb", "ssd_cache_dir", "hugetlbfs_dir",
+        ("ssd_io_opt", "iouring_entries", "iouring_flags", "max_file_size_gb", "hugetlbfs_dir",
          "mooncake_store_config_path", "mooncake_config_path", "redis_host", "redis_port", "redis_password",
          "local_ip", "node_ttl_seconds", "layerwise_notify_mode", "layerwise_eventfd_socket",
          "layerwise_eventfd_connect_max_retries", "slru_protected_threshold", "py_metrics_port",
@@ -36,8 +36,7 @@ MEANINGLESS: dict[str, str] = {
 """Accepted and ignored, with the reason that the log gives."""
 
 UNAVAILABLE: dict[str, str] = {
-    "ssd_cache_gb": "there is no SSD tier in this version; leave it at 0",
-    "enable_gds": "there is no SSD tier in this version; leave it off",
+    "enable_gds": "blocks go from SSD to the GPU through host memory in this version; leave it off",
     "enable_nixl": "there is no NIXL transport in this version; leave it off",
     "enable_p2p_cpu": "nodes do not share KV in this version; leave it off",
     "enable_p2p_ssd": "nodes do not share KV in this version; leave it off",

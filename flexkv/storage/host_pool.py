@@ -58,6 +58,11 @@ class HostPool:
             hint = "set vm.nr_hugepages, or turn hugepages off" if hugepage_bytes else "set cpu_cache_gb lower"
             raise CapacityError(f"no host pool of {self.num_bytes} bytes: {error.strerror}; {hint}") from error
 
+    @property
+    def memory(self) -> mmap.mmap:
+        """All slots, one after another."""
+        return self._memory
+
     def slot(self, index: int) -> memoryview:
         """The bytes of one slot, writable."""
         if not 0 <= index < self.num_slots:

@@ -1,25 +1,22 @@
 """TransferEngine: runs transfer graphs over executors, and makes sure that each of them ends."""
 
+import itertools
 import logging
+import math
 import os
 import select
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-
-import numpy as np
-from numpy.typing import NDArray
 
 from flexkv.config import TransferConfig
 from flexkv.errors import CapacityError, TransferError
 from flexkv.storage.host_pool import HostPool
 from flexkv.transfer.device import AgentLink, DeviceExecutor
-from flexkv.transfer.executor import Executor
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.executor import ArrivalExecutor, Executor
+from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph
 from flexkv.transfer.registry import Registry
+from flexkv.transfer.scheduler import OnDone, Scheduler
 
 logger = logging.getLogger("flexkv.transfer")
 
@@ -28,17 +25,6 @@ _SPIN_NS = 50_000
 
 _TICK_S = 1.0
 """Deadlines are looked at at least this often."""
-
-OnDone = Callable[[TransferGraph], None]
-
-
-@dataclass(eq=False, slots=True)
-class _Active:
-    graph: TransferGraph
-    on_done: OnDone
-    deadline: float
-    ops_left: int
-    verdict: OpStatus | None = None     # CANCELLED or TIMEOUT, whichever came first
 
 
 class TransferEngine:
@@ -64,6 +50,14 @@ class TransferEngine:
         Called with the number of usable slots as the pool grows, on a background thread.
     executors : sequence of Executor
         More executors, for other kinds of ops.
+    housekeeping : callable, optional
+        Called on the background thread whenever something has happened; returns in how many seconds it wants to be
+        called next.
+
+    Attributes
+    ----------
+    task_ids : iterator of int
+        Where graphs get their ids from.
     """
 
     def __init__(
@@ -77,6 +71,7 @@ class TransferEngine:
         hugepage_bytes: int = 0,
         on_capacity: Callable[[int], None],
         executors: tuple[Executor, ...] = (),
+        housekeeping: Callable[[], float] | None = None,
     ) -> None:
         self._config = config
         self._host_bytes = host_bytes
@@ -85,18 +80,20 @@ class TransferEngine:
         self._clients = dp_client_ids
         self._hugepage_bytes = hugepage_bytes
         self._on_capacity = on_capacity
+        self._housekeeping = housekeeping
+        self.task_ids = itertools.count(1)
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
         self._device = DeviceExecutor(ranks)
         self._executors: dict[OpKind, Executor] = {
-            kind: executor for executor in (*executors, self._device) for kind in executor.kinds
+            kind: executor for executor in (*executors, ArrivalExecutor(), self._device) for kind in executor.kinds
         }
-        self._active: dict[int, _Active] = {}
-        self._ended: deque[Callable[[], None]] = deque()
+        self._watched = [executor for executor in executors if executor.event_fd >= 0]
+        self._scheduler = Scheduler(self._executors)
         self._pool: HostPool | None = None
         self._registry: Registry | None = None
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = self._stopped = False
         self._epoll: select.epoll | None = None
         self._wake_fd = -1
         self._links: dict[int, AgentLink] = {}      # by socket and by eventfd descriptor
@@ -124,6 +121,8 @@ class TransferEngine:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._epoll.register(self._registry.listener.fileno(), select.EPOLLIN)
+        for executor in self._watched:
+            self._epoll.register(executor.event_fd, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name="flexkv-transfer", daemon=True)
         self._thread.start()
 
@@ -146,11 +145,12 @@ class TransferEngine:
             if self._closing:
                 return
             self._closing = True
-            unfinished = list(self._active)
+            unfinished = self._scheduler.running()
         for task_id in unfinished:
             self.cancel(task_id)
         if self._thread is not None:
-            self.wait(lambda: not self._active, self._config.handshake_timeout_s)
+            self.wait(lambda: self._scheduler.idle, self._config.handshake_timeout_s)
+            self._stopped = True
             os.eventfd_write(self._wake_fd, 1)
             self._thread.join()
         with self._lock:
@@ -162,8 +162,28 @@ class TransferEngine:
                 self._epoll.close()
                 os.close(self._wake_fd)
         self._fire()
+        for executor in set(self._executors.values()):
+            executor.close()
         if self._pool is not None:
             self._pool.close()
+
+    def add_executor(self, executor: Executor) -> bool:
+        """Take ops of more kinds; False, and nothing is done, if the engine is shutting down."""
+        with self._lock:
+            if self._closing:
+                return False
+            self._executors.update(dict.fromkeys(executor.kinds, executor))
+            if executor.event_fd >= 0:
+                self._watched.append(executor)
+                if self._epoll is not None:
+                    self._epoll.register(executor.event_fd, select.EPOLLIN)
+        return True
+
+    def wake(self) -> None:
+        """Let the background thread look around, and call ``housekeeping``."""
+        with self._lock:
+            if not self._closing and self._epoll is not None:
+                os.eventfd_write(self._wake_fd, 1)
 
     def _make_pool(self, slot_bytes: int) -> HostPool:
         num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
@@ -183,77 +203,29 @@ class TransferEngine:
 
     # ---- graphs -----------------------------------------------------------------------------------------------
 
-    def submit(self, graph: TransferGraph, on_done: OnDone) -> None:
+    def submit(self, graph: TransferGraph, on_done: OnDone, background: bool = False) -> None:
         """Run a graph. ``on_done(graph)`` is called once, when it is quiesced: every block has its result, and
-        nothing touches its slots or pages any more. ``graph.status`` may be final before."""
+        nothing touches its slots or pages any more. ``graph.status`` may be final before.
+
+        A ``background`` graph has no deadline: nobody waits for it, and its executor bounds each block."""
         with self._lock:
-            deadline = time.monotonic() + self._config.op_timeout_s
-            active = _Active(graph, on_done, deadline, len(graph.ops), OpStatus.CANCELLED if self._closing else None)
-            self._active[graph.task_id] = active
-            graph.status = OpStatus.RUNNING
-            for op in graph.ops:
-                op.status = OpStatus.RUNNING
-                self._start_blocks(active, op)
+            deadline = math.inf if background else time.monotonic() + self._config.op_timeout_s
+            self._scheduler.submit(graph, on_done, deadline, OpStatus.CANCELLED if self._closing else None)
         self._fire()
 
     def cancel(self, task_id: int) -> None:
         """Start nothing more of a graph; what is being copied is finished. Unknown or ended graphs are left alone."""
         with self._lock:
-            active = self._active.get(task_id)
-            if active is not None:
-                self._stop(active, OpStatus.CANCELLED)
-        self._fire()
-
-    def _stop(self, active: _Active, verdict: OpStatus) -> None:
-        if active.verdict is None:
-            active.verdict = verdict
-            active.graph.status = verdict
-            for op in active.graph.ops:
-                if not op.done:
-                    self._executors[op.kind].cancel(op)
-                    self._start_blocks(active, op)
+            self._scheduler.stop(task_id, OpStatus.CANCELLED)
             self._news.notify_all()
-
-    def _start_blocks(self, active: _Active, op: TransferOp) -> None:
-        startable, doomed = op.startable()
-        if active.verdict is not None:
-            startable, doomed = startable[:0], np.flatnonzero(~op.started)
-        for indices, is_doomed in ((startable, False), (doomed, True)):
-            if len(indices):
-                op.started[indices] = True
-                self._executors[op.kind].submit(op, indices, self._progress, is_doomed)
-
-    def _progress(self, op: TransferOp, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
-        op.resolve(indices, ok)
-        active = self._active[op.task_id]
-        for later in active.graph.ops:
-            if op in later.depends_on:
-                self._start_blocks(active, later)
-        if op.done:
-            self._end_op(active, op)
-
-    def _end_op(self, active: _Active, op: TransferOp) -> None:
-        op.status = OpStatus.DONE if op.ok.all() else active.verdict or OpStatus.FAILED
-        self._executors[op.kind].forget(op)
-        for callback in op.callbacks:
-            self._ended.append(partial(callback, op))
-        active.ops_left -= 1
-        if active.ops_left == 0:
-            graph = active.graph
-            del self._active[graph.task_id]
-            if all(op.status is OpStatus.DONE for op in graph.ops):
-                graph.status = OpStatus.DONE
-            else:
-                graph.status = active.verdict or OpStatus.FAILED
-            graph.quiesced = True
-            self._ended.append(partial(active.on_done, graph))
+        self._fire()
 
     def _fire(self) -> None:
         """Run callbacks that are due, and tell those who wait."""
         fired = False
         while True:
             try:
-                callback = self._ended.popleft()
+                callback = self._scheduler.ended.popleft()
             except IndexError:
                 break
             fired = True
@@ -272,6 +244,8 @@ class TransferEngine:
         with self._lock:
             for link in list(self._device.links):
                 link.drain()
+            for executor in self._watched:
+                executor.drain()
         self._fire()
 
     def wait(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
@@ -306,8 +280,9 @@ class TransferEngine:
 
     def _run(self) -> None:
         assert self._epoll is not None  # narrowing: start() has made it
-        while not self._closing or self._active:
-            events = self._epoll.poll(self._time_to_next_deadline())
+        pause = 0.0
+        while not self._closing or not self._scheduler.idle:
+            events = self._epoll.poll(min(pause, self._time_to_next_deadline()))
             for fd, _ in events:
                 self._handle(fd)
             with self._lock:
@@ -316,10 +291,20 @@ class TransferEngine:
                     while link.drain() or link.rings.set_waiting(True):
                         if not link.healthy:
                             break
+                for executor in self._watched:
+                    executor.drain()
                 self._enforce_deadlines()
             self._fire()
-            if self._closing and any(fd == self._wake_fd for fd, _ in events):
+            pause = self._keep_house()
+            if self._stopped:
                 return
+
+    def _keep_house(self) -> float:
+        try:
+            return self._housekeeping() if self._housekeeping is not None else _TICK_S
+        except Exception:
+            logger.exception("housekeeping failed")
+            return _TICK_S
 
     def _time_to_next_deadline(self) -> float:
         assert self._registry is not None  # narrowing
@@ -335,6 +320,8 @@ class TransferEngine:
                 self._registry.readable(fd, self._epoll)
             except CapacityError as error:
                 logger.error("%s", error)
+        elif fd == self._wake_fd:
+            os.eventfd_read(fd)
         elif fd in self._links:
             link = self._links[fd]
             if fd == link.connection.fileno():
@@ -358,8 +345,7 @@ class TransferEngine:
     def _enforce_deadlines(self) -> None:
         assert self._registry is not None and self._epoll is not None  # narrowing
         self._registry.drop_silent(self._epoll)
-        now = time.monotonic()
-        for active in list(self._active.values()):
-            if active.deadline <= now and active.verdict is None:
-                logger.error("task %d took more than %g s", active.graph.task_id, self._config.op_timeout_s)
-                self._stop(active, OpStatus.TIMEOUT)
+        for task_id in self._scheduler.late(time.monotonic()):
+            logger.error("task %d took more than %g s", task_id, self._config.op_timeout_s)
+            self._scheduler.stop(task_id, OpStatus.TIMEOUT)
+            self._news.notify_all()

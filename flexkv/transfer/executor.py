@@ -15,11 +15,17 @@ Progress = Callable[[TransferOp, NDArray[np.intp], NDArray[np.bool_]], None]
 class Executor(ABC):
     """Moves blocks of ops of certain kinds.
 
-    Every method is called under the engine's lock, and must not wait. ``progress`` is called under the same lock,
-    exactly once for each block that was submitted, whatever happens.
+    Every method but ``close`` is called under the engine's lock, and must not wait. ``progress`` is called under the
+    same lock, exactly once for each block that was submitted, whatever happens.
+
+    Attributes
+    ----------
+    event_fd : int
+        Readable when ``drain`` has something to take in; the engine's background thread watches it. -1: none.
     """
 
     kinds: frozenset[OpKind]
+    event_fd: int = -1
 
     @abstractmethod
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
@@ -31,3 +37,22 @@ class Executor(ABC):
 
     def forget(self, op: TransferOp) -> None:  # noqa: B027  (most keep nothing)
         """The op has ended: drop what is kept for it."""
+
+    def drain(self) -> bool:
+        """Take in results that are there; True if there was any."""
+        return False
+
+    def close(self) -> None:  # noqa: B027
+        """Give back what is held; nothing is touched any more afterwards. Called once, by the engine's shutdown."""
+
+
+class ArrivalExecutor(Executor):
+    """Moves nothing: each block has arrived as soon as it may start."""
+
+    kinds = frozenset({OpKind.ARRIVAL})
+
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
+        progress(op, indices, np.full(len(indices), not doomed))
+
+    def cancel(self, op: TransferOp) -> None:
+        """Nothing is ever under way."""

@@ -10,10 +10,15 @@ from flexkv.errors import InvariantError
 
 
 class OpKind(enum.IntEnum):
-    """From where to where. The numbers are those of the device agent's protocol (csrc/agent.h)."""
+    """From where to where. The first two are numbers of the device agent's protocol (csrc/agent.h); the others are not
+    sent to agents."""
 
     D2H = 1
     H2D = 2
+    DISK2H = 3
+    H2DISK = 4
+    ARRIVAL = 5
+    """Moves nothing: a block arrives when those have that it depends on."""
 
 
 class OpStatus(enum.Enum):
@@ -27,11 +32,38 @@ class OpStatus(enum.Enum):
     TIMEOUT = "timeout"
 
 
+class Dependency:
+    """Block ``mine[i]`` of the op that has it waits for block ``theirs[i]`` of ``op``, which may be of another graph.
+
+    Parameters
+    ----------
+    op : TransferOp
+    mine : (k,) intp
+        No block twice.
+    theirs : (k,) intp
+    """
+
+    __slots__ = ("mine", "op", "theirs")
+
+    def __init__(self, op: "TransferOp", mine: NDArray[np.intp], theirs: NDArray[np.intp]) -> None:
+        if len(mine) != len(theirs):
+            raise ValueError(f"{len(mine)} blocks depend on {len(theirs)}: they must match")
+        self.op = op
+        self.mine = np.ascontiguousarray(mine, dtype=np.intp)
+        self.theirs = np.ascontiguousarray(theirs, dtype=np.intp)
+
+    @classmethod
+    def each(cls, op: "TransferOp") -> "Dependency":
+        """Every block waits for the one at its own place."""
+        every = np.arange(len(op))
+        return cls(op, every, every)
+
+
 class TransferOp:
     """Moves block i from ``src[i]`` to ``dst[i]``.
 
-    Block i starts when block i of every op in ``depends_on`` has arrived, whatever their other blocks do; if one of
-    them fails, it fails.
+    A block starts when all blocks that it depends on have arrived, whatever other blocks do; if one of those fails, it
+    fails.
 
     Parameters
     ----------
@@ -46,13 +78,16 @@ class TransferOp:
         A load that goes layer by layer, so that compute of the first overlaps it.
     counter : int
         Of a layerwise load: whose eventfds tell of its layers, from 1; 0: none.
-    depends_on : sequence of TransferOp
-        Of the same length.
+    depends_on : sequence of Dependency
+    keys, parents : (n, 2) uint64, optional
+        Names under which a tier that outlives the process records what it is given.
 
     Attributes
     ----------
     ok, resolved : (n,) bool
         Arrived; arrived or failed.
+    dependents : list of TransferOp
+        Running ops that wait for this one; kept by the engine.
     """
 
     def __init__(
@@ -64,10 +99,12 @@ class TransferOp:
         fence: int = 0,
         layerwise: bool = False,
         counter: int = 0,
-        depends_on: Sequence["TransferOp"] = (),
+        depends_on: Sequence[Dependency] = (),
+        keys: NDArray[np.uint64] | None = None,
+        parents: NDArray[np.uint64] | None = None,
     ) -> None:
-        if len(src) != len(dst) or len(src) == 0 or any(len(op) != len(src) for op in depends_on):
-            raise ValueError(f"{len(src)} sources, {len(dst)} destinations: an op and what it waits for must match")
+        if len(src) != len(dst) or len(src) == 0:
+            raise ValueError(f"{len(src)} sources, {len(dst)} destinations: they must match, and not be none")
         self.kind = kind
         self.src = np.ascontiguousarray(src, dtype=np.int32)
         self.dst = np.ascontiguousarray(dst, dtype=np.int32)
@@ -76,6 +113,9 @@ class TransferOp:
         self.layerwise = layerwise
         self.counter = counter
         self.depends_on = tuple(depends_on)
+        self.keys = keys
+        self.parents = parents
+        self.dependents: list[TransferOp] = []
         self.task_id = 0          # set by its graph
         self.status = OpStatus.PENDING
         self.ok = np.zeros(len(src), dtype=np.bool_)
@@ -114,14 +154,15 @@ class TransferOp:
         """Blocks not started that can start now, and blocks not started that never can."""
         ready = ~self.started
         doomed = np.zeros(len(self), dtype=np.bool_)
-        for op in self.depends_on:
-            ready &= op.resolved & op.ok
-            doomed |= op.resolved & ~op.ok
+        for dependency in self.depends_on:
+            arrived, ended = dependency.op.ok[dependency.theirs], dependency.op.resolved[dependency.theirs]
+            ready[dependency.mine] &= arrived
+            doomed[dependency.mine] |= ended & ~arrived
         return np.flatnonzero(ready), np.flatnonzero(doomed & ~self.started)
 
 
 class TransferGraph:
-    """The ops of one task, in an order in which each comes after what it depends on.
+    """The ops of one task, in an order in which each comes after those of them that it depends on.
 
     Attributes
     ----------
@@ -147,12 +188,12 @@ class TransferGraph:
 
     def check_integrity(self) -> None:
         """Raise InvariantError if an op is missing, out of order, or its counts are wrong."""
-        seen: set[TransferOp] = set()
+        later = set(self.ops)
         if not self.ops:
             raise InvariantError("a graph without ops")
         for op in self.ops:
-            if any(before not in seen for before in op.depends_on):
-                raise InvariantError("an op comes before what it depends on, or that is not in the graph")
+            if any(needed.op in later for needed in op.depends_on):
+                raise InvariantError("an op comes before what it depends on")
             if op.num_resolved != int(op.resolved.sum()) or (op.ok & ~op.resolved).any():
                 raise InvariantError("the results of an op are inconsistent")
-            seen.add(op)
+            later.remove(op)

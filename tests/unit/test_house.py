@@ -17,6 +17,7 @@ LAYERS = [
     {"_core"},
     {"cache", "storage", "response"},
     {"transfer"},
+    {"tiering"},
     {"kvtask"},
     {"kvmanager"},
     {"server"},

@@ -50,6 +50,26 @@ def test_round_trip_with_two_ranks_in_other_processes(tmp_path: Path) -> None:
         assert [rank("tensors", "read", pages[::-1]) for rank in (first, second)] == before
 
 
+def test_a_task_that_a_reset_took_before_it_ran_moves_nothing(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, client, tensors):
+        tensors.fill(range(3), 1)
+        hasher = manager.hasher()
+        hasher.extend(tokens_of(3))
+        put = manager.put_blocks(hasher.keys, 0, np.arange(3, dtype=np.int32))
+        assert put is not None
+        manager.wait(put, completely=True)
+        get = manager._tasks.new_get(manager._cache, hasher.keys, 0, 3, 0)
+        late = manager._tasks.new_put(manager._cache, hasher.keys[:0], 0, 0, 0)
+        manager.reset()                                                     # on another thread
+        pages = np.arange(10, 13, dtype=np.int32)
+        manager._tasks.run(get, pages, 0)
+        assert manager.wait(get.task_id, completely=True)[get.task_id].status is Status.FAILED
+        assert sorted(result_of(client, get.task_id).failed_pages.tolist()) == [10, 11, 12]
+        assert not any(tensors.read(pages))
+        manager._tasks.run(late, pages[:0], 0)
+        assert manager.wait(late.task_id)[late.task_id].status is Status.SUCCESS
+
+
 def test_only_what_is_missing_moves(tmp_path: Path) -> None:
     with local(tmp_path) as (manager, _, _tensors):
         tokens = tokens_of(6)

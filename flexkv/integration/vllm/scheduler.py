@@ -46,6 +46,7 @@ class SchedulerSide:
         self._saved: list[SavedBlocks] = []
         self._finishing: dict[str, list[int]] = {}
         self._outstanding: set[int] = set()
+        self._prefetches: set[int] = set()
         self._running: set[str] = set()                     # computing, as of the last step
         self._num_requests = self._num_prompt_tokens = self._num_hit_tokens = self._num_layerwise = 0
 
@@ -57,15 +58,31 @@ class SchedulerSide:
             return 0, False
         tracked = self._track(request)
         tracked.num_computed = num_computed_tokens
-        match = self._manager.lookup(tracked.keys())
+        match = self._manager.lookup(tracked.keys(), num_computed_tokens // self._block_size)
         num_new = match.num_ready * self._block_size - num_computed_tokens
         if num_new <= 0:
             return 0, False
-        tracked.layerwise = self._may_run_behind_load(request)
+        if match.num_to_fetch:
+            self._prefetch(tracked, match.num_ready)
+        tracked.layerwise = match.num_to_fetch == 0 and self._may_run_behind_load(request)
         if tracked.layerwise:          # vLLM needs a token to compute, and not in a page that is being loaded
             whole = (request.num_tokens - 1) // self._block_size * self._block_size
             num_new = max(0, min(num_new, whole - num_computed_tokens))
         return num_new, not tracked.layerwise and num_new > 0
+
+    def on_new_request(self, request: "Request") -> None:
+        """A request was queued: bring what is on SSD into host memory while it waits."""
+        if self._manager.is_ready() and is_cacheable(request):
+            tracked = self._track(request)
+            match = self._manager.lookup(tracked.keys())
+            if match.num_to_fetch:
+                self._prefetch(tracked, match.num_ready)
+
+    def _prefetch(self, tracked: TrackedRequest, num_blocks: int) -> None:
+        """Once a request, so that it is being read even if the request cannot be scheduled yet; its load joins in."""
+        if not tracked.prefetched:
+            tracked.prefetched = True
+            self._prefetches.add(self._manager.prefetch_blocks(tracked.keys()[:num_blocks]))
 
     def _may_run_behind_load(self, request: "Request") -> bool:
         """Whether the request should run at once, layer by layer behind its load. The whole step runs at the speed of
@@ -164,6 +181,8 @@ class SchedulerSide:
         """Take the results of tasks that have ended."""
         ended = self._manager.try_wait(self._outstanding)
         self._outstanding.difference_update(ended)
+        if self._prefetches:
+            self._prefetches.difference_update(self._manager.try_wait(self._prefetches))
 
     def _release_preempted(self, output: "SchedulerOutput") -> None:
         """Preempted requests lose their pages in the coming step: no save may still read them."""

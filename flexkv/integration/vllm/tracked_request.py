@@ -50,6 +50,8 @@ class TrackedRequest:
         Leading blocks that were saved, loaded, or found to be saved.
     layerwise : bool
         What vLLM was told of the load to come: the request runs behind it, layer by layer.
+    prefetched : bool
+        What is on SSD was asked for.
     saves : set of int
         Tasks that are not known to have ended.
     """
@@ -64,6 +66,7 @@ class TrackedRequest:
         self.num_computed = 0
         self.num_offered = 0
         self.layerwise = False
+        self.prefetched = False
         self.saves: set[int] = set()
 
     def keys(self) -> NDArray[np.uint64]:

@@ -161,6 +161,10 @@ class FlexKVConnectorV1Impl:
 
     # ---- scheduler --------------------------------------------------------------------------------------------
 
+    def on_new_request(self, request: "Request") -> None:
+        """A request was queued. The stock wrapper does not pass this on; ``connector.FlexKVConnector`` does."""
+        self.scheduler.on_new_request(request)
+
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
         """How many tokens can be loaded, and that it happens while others compute."""
         return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens)

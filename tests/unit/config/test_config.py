@@ -50,8 +50,10 @@ def test_order_of_sources(tmp_path: Path) -> None:
         ({"ring_bytes": 5000, **SMALL}, "power of two"),
         ({"audit": 1, **SMALL}, "true or false"),
         ({"key_secret": 5, **SMALL}, r"key_secret = '\*\*\*'"),
-        ({"ssd_cache_gb": 100}, "no SSD tier in this version"),
-        ({"enable_gds": True}, "no SSD tier"),
+        ({"ssd_cache_gb": 0.5, **SMALL}, r"ssd_cache_gb = 0.5: must be more than cpu_cache_gb \(0.5\)"),
+        ({"ssd_cache_gb": 1, "ssd_cache_dir": ";", **SMALL}, "ssd_cache_dir = ';': must name at least one"),
+        ({"ssd_admission": "most", **SMALL}, "one of second_touch, all"),
+        ({"enable_gds": True}, "through host memory"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
@@ -65,7 +67,7 @@ def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> Non
         ("FLEXKV_CPU_CACHE", "1", "did you mean FLEXKV_CPU_CACHE_GB"),
         ("FLEXKV_CPU_CACHE_GB", "lots", "must be a number"),
         ("FLEXKV_AUDIT", "perhaps", "true or false"),
-        ("FLEXKV_SSD_CACHE_GB", "10", "no SSD tier"),
+        ("FLEXKV_SSD_CACHE_GB", "much", "must be a number"),
         ("FLEXKV_CONFIG_PATH", "/nowhere/c.yml", "cannot be read"),
         ("FLEXKV_CONFIG_PATH", "/etc/hostname", "must be a .yml"),
     ],

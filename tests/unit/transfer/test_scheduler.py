@@ -11,7 +11,7 @@ from flexkv.config import TransferConfig
 from flexkv.errors import InvariantError
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.executor import Executor, Progress
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
 
 IDS = np.arange(4, dtype=np.int32)
 
@@ -50,7 +50,7 @@ class Pipeline:
     def __init__(self, engine: TransferEngine, first: Leg, second: Leg) -> None:
         self.engine, self.first, self.second = engine, first, second
         one = TransferOp(OpKind.D2H, IDS, IDS)
-        two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[one])
+        two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[Dependency.each(one)])
         self.graph = TransferGraph(7, [one, two])
         self.done: list[TransferGraph] = []
         self.ended: list[TransferOp] = []
@@ -143,13 +143,111 @@ def test_a_callback_that_raises_does_not_stop_the_others(pipeline: Pipeline, cap
 
 def test_a_graph_must_be_in_order() -> None:
     one = TransferOp(OpKind.D2H, IDS, IDS)
-    two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[one])
+    two = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[Dependency.each(one)])
     with pytest.raises(InvariantError):
         TransferGraph(1, [two, one])
     with pytest.raises(InvariantError):
         TransferGraph(1, [])
     with pytest.raises(ValueError, match="must match"):
         TransferOp(OpKind.D2H, IDS, IDS[:2])
+    with pytest.raises(ValueError, match="must match"):
+        Dependency(one, np.arange(2), np.arange(3))
     one.resolve(np.array([1]), True)
     with pytest.raises(InvariantError, match="two results"):
         one.resolve(np.array([1]), True)
+
+
+class Shared:
+    """A fetch as a graph of its own, and loads that wait for some of its blocks."""
+
+    def __init__(self, engine: TransferEngine, fetch: Leg, load: Leg) -> None:
+        self.engine, self.fetch, self.load = engine, fetch, load
+        self.source = TransferOp(OpKind.D2H, IDS, IDS)
+        self.done: list[int] = []
+
+    def start_fetch(self) -> None:
+        self.engine.submit(TransferGraph(1, [self.source]), self._ended, background=True)
+
+    def start_load(self, task_id: int, mine: list[int], theirs: list[int]) -> TransferOp:
+        needs = Dependency(self.source, np.array(mine, dtype=np.intp), np.array(theirs, dtype=np.intp))
+        op = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[needs])
+        self.engine.submit(TransferGraph(task_id, [op]), self._ended)
+        return op
+
+    def _ended(self, graph: TransferGraph) -> None:
+        self.done.append(graph.task_id)
+
+
+@pytest.fixture
+def shared(pipeline: Pipeline) -> Shared:
+    """After the fixture's own graph has ended."""
+    pipeline.first.arrive(pipeline.engine, 0, 1, 2, 3)
+    pipeline.second.arrive(pipeline.engine, 0, 1, 2, 3)
+    pipeline.first.given.clear()
+    pipeline.second.given.clear()
+    return Shared(pipeline.engine, pipeline.first, pipeline.second)
+
+
+def test_blocks_wait_for_those_of_another_graph_and_the_others_go_at_once(shared: Shared) -> None:
+    shared.start_fetch()
+    op = shared.start_load(2, mine=[1, 3], theirs=[0, 2])
+    assert shared.load.given == [0, 2]
+    shared.fetch.arrive(shared.engine, 1, 3)
+    assert shared.load.given == [0, 2]
+    shared.fetch.arrive(shared.engine, 2)
+    assert shared.load.given == [0, 2, 3]
+    shared.fetch.arrive(shared.engine, 0, ok=False)
+    assert shared.load.doomed == [1]
+    shared.load.arrive(shared.engine, 0, 2, 3)
+    assert shared.done == [1, 2]
+    assert op.ok.tolist() == [True, False, True, True]
+
+
+def test_what_has_arrived_before_counts_at_once(shared: Shared) -> None:
+    shared.start_fetch()
+    shared.fetch.arrive(shared.engine, 0, 1)
+    shared.fetch.arrive(shared.engine, 2, ok=False)
+    op = shared.start_load(2, mine=[0, 1, 2, 3], theirs=[0, 1, 2, 3])
+    assert shared.load.given == [0, 1]
+    assert shared.load.doomed == [2]
+    shared.fetch.arrive(shared.engine, 3)
+    assert shared.load.given == [0, 1, 3]
+    shared.load.arrive(shared.engine, 0, 1, 3)
+    assert op.ok.tolist() == [True, True, False, True]
+    assert shared.source.dependents == []
+
+
+def test_a_load_may_come_before_the_fetch_it_waits_for(shared: Shared) -> None:
+    op = shared.start_load(2, mine=[0], theirs=[3])
+    assert shared.load.given == [1, 2, 3]
+    shared.start_fetch()
+    shared.fetch.arrive(shared.engine, 3)
+    assert shared.load.given == [1, 2, 3, 0]
+    shared.load.arrive(shared.engine, 0, 1, 2, 3)
+    shared.fetch.arrive(shared.engine, 0, 1, 2)
+    assert shared.done == [2, 1]
+    assert op.ok.all()
+
+
+def test_a_fetch_outlives_the_load_that_is_cancelled(shared: Shared) -> None:
+    shared.start_fetch()
+    shared.start_load(2, mine=[0, 1, 2, 3], theirs=[0, 1, 2, 3])
+    shared.engine.cancel(2)
+    assert shared.done == [2]
+    assert not shared.fetch.cancelled
+    shared.fetch.arrive(shared.engine, 0, 1, 2, 3)
+    assert shared.load.given == []
+    assert shared.done == [2, 1]
+
+
+def test_arrival_moves_nothing(shared: Shared) -> None:
+    shared.start_fetch()
+    op = TransferOp(OpKind.ARRIVAL, IDS, IDS, depends_on=[Dependency.each(shared.source)])
+    shared.engine.submit(TransferGraph(2, [op]), lambda graph: shared.done.append(graph.task_id))
+    shared.fetch.arrive(shared.engine, 0, 2)
+    assert op.ok.tolist() == [True, False, True, False]
+    shared.fetch.arrive(shared.engine, 1, ok=False)
+    shared.fetch.arrive(shared.engine, 3)
+    assert op.ok.tolist() == [True, False, True, True]
+    assert op.status is OpStatus.FAILED
+    assert set(shared.done) == {1, 2}

@@ -1,0 +1,82 @@
+"""Load or compute: how much of what is on SSD is sooner loaded than computed."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+_KEEP = 0.8
+"""Of what was measured before, when another read has ended."""
+
+
+class LoadPlanner:
+    """Decides on blocks that have to be read from SSD, and measures how fast that goes. The caller locks.
+
+    Parameters
+    ----------
+    policy : str
+        ``auto``, ``always`` or ``never``.
+    slot_bytes : int
+        Bytes of a block.
+    tokens_per_block : int
+    prefill_tokens_per_s : float
+        How fast the engine computes; 0: not known, so that ``auto`` always loads.
+    clock : callable
+        Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        slot_bytes: int,
+        tokens_per_block: int,
+        prefill_tokens_per_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._policy = policy
+        self._slot_bytes = slot_bytes
+        self._tokens_per_block = tokens_per_block
+        self._prefill_tokens_per_s = prefill_tokens_per_s
+        self._clock = clock
+        self._bytes = self._seconds = self._busy_since = 0.0
+        self._reads = 0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What reads have brought while any was under way; 0: not known yet."""
+        return self._bytes / self._seconds if self._seconds > 0 else 0.0
+
+    def read_began(self) -> None:
+        """A read begins."""
+        if self._reads == 0:
+            self._busy_since = self._clock()
+        self._reads += 1
+
+    def read_ended(self, num_blocks: int) -> None:
+        """A read has ended, and brought so many blocks."""
+        now = self._clock()
+        self._bytes = _KEEP * self._bytes + num_blocks * self._slot_bytes
+        self._seconds = _KEEP * self._seconds + now - self._busy_since
+        self._busy_since = now
+        self._reads -= 1
+
+    def worth(self, slow: NDArray[np.bool_], queued_blocks: int) -> int:
+        """How many of the blocks to load.
+
+        Parameters
+        ----------
+        slow : (n,) bool
+            Of consecutive blocks that could be loaded, those that have to be read from SSD.
+        queued_blocks : int
+            Blocks to be read before them.
+        """
+        first = int(slow.argmax()) if slow.any() else len(slow)
+        if self._policy == "never":
+            return first
+        speed, rate = self.bytes_per_s, self._prefill_tokens_per_s
+        if first == len(slow) or self._policy == "always" or speed == 0 or rate == 0:
+            return len(slow)
+        load_s = (queued_blocks + np.cumsum(slow[first:])) * (self._slot_bytes / speed)
+        compute_s = np.arange(1, len(slow) - first + 1) * (self._tokens_per_block / rate)
+        sooner = np.flatnonzero(load_s <= compute_s)
+        return first + (int(sooner[-1]) + 1 if len(sooner) else 0)

@@ -1,0 +1,152 @@
+"""What is copied to SSD, and when: admission, a bounded queue, a rate limit. Moves no bytes."""
+
+import math
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.plan import PutPlan, WritePlan
+
+
+class SsdWriter:
+    """Sequences that are worth writing to SSD, in the order in which they will be.
+
+    Thread safe; its lock is taken before the index's. Nothing here waits, and no request waits for it: where too much
+    is queued, sequences are left out and counted.
+
+    Parameters
+    ----------
+    cache : GlobalCacheEngine
+    write_all : bool
+        False: a block is written once there is evidence that it is used again: it was loaded, or was put again, or
+        follows on blocks that were.
+    batch_blocks : int
+        Written at a time: large enough for long runs of slots.
+    max_in_flight_blocks, max_queued_blocks : int
+    blocks_per_s : float
+        Limit of the rate; 0: none.
+    clock : callable
+        Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        cache: GlobalCacheEngine,
+        *,
+        write_all: bool,
+        batch_blocks: int,
+        max_in_flight_blocks: int,
+        max_queued_blocks: int,
+        blocks_per_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._cache = cache
+        self._write_all = write_all
+        self._batch = batch_blocks
+        self._max_in_flight = max_in_flight_blocks
+        self._max_queued = max_queued_blocks
+        self._rate = blocks_per_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._queue: dict[bytes, tuple[NDArray[np.uint64], int]] = {}   # by last key: the sequence, blocks to write
+        self._queued = self._in_flight = self._dropped = self._written = 0
+        self._not_before = 0.0
+
+    # ---- evidence ---------------------------------------------------------------------------------------------
+
+    def hit(self, keys: NDArray[np.uint64]) -> bool:
+        """A sequence ((n, 2) uint64) was loaded; True if some of it is to be written."""
+        return self._add(keys, int((~self._cache.on_ssd(keys)).sum()))
+
+    def put(self, plan: PutPlan) -> bool:
+        """A put has ended; True if some of its sequence is to be written."""
+        keys = plan.keys
+        if len(keys) == 0:
+            return False
+        on_ssd = self._cache.on_ssd(keys)
+        before = int(plan.blocks[0]) - 1 if len(plan) else -1
+        with self._lock:
+            follows = before >= 0 and (bool(on_ssd[before]) or self._forget(keys[before].tobytes()))
+        if not (self._write_all or follows or plan.num_known):
+            return False
+        return self._add(keys, int((~on_ssd).sum()))
+
+    def _forget(self, tail: bytes) -> bool:
+        """Take a sequence off the queue; False if it is not there."""
+        _, count = self._queue.pop(tail, (None, 0))
+        self._queued -= count
+        return count > 0
+
+    def _add(self, keys: NDArray[np.uint64], count: int) -> bool:
+        if count == 0:
+            return False
+        with self._lock:
+            tail = keys[-1].tobytes()
+            self._forget(tail)
+            if self._queued + count > self._max_queued:
+                self._dropped += count
+                return False
+            self._queue[tail] = (keys, count)
+            self._queued += count
+        return True
+
+    # ---- writing ----------------------------------------------------------------------------------------------
+
+    def next(self, hurry: bool = False) -> WritePlan | None:
+        """What to write now; None: nothing is queued, or enough is under way, or (unless ``hurry``) it is too soon.
+
+        Every plan must be given back to ``ended`` once.
+        """
+        with self._lock:
+            while self._queue and self._room() > 0 and (hurry or self._clock() >= self._not_before):
+                tail, (keys, _) = next(iter(self._queue.items()))
+                plan = self._cache.begin_write(keys, self._room())
+                if plan is None or len(plan) < self._room():
+                    self._forget(tail)
+                if plan is not None:
+                    self._in_flight += len(plan)
+                    if self._rate:
+                        self._not_before = max(self._clock(), self._not_before) + len(plan) / self._rate
+                    return plan
+        return None
+
+    def _room(self) -> int:
+        return min(self._batch, self._max_in_flight - self._in_flight)
+
+    def ended(self, plan: WritePlan, written: NDArray[np.bool_]) -> None:
+        """A write has ended; ``written`` : (m,) bool."""
+        self._cache.end_write(plan, written)
+        with self._lock:
+            self._in_flight -= len(plan)
+            self._written += int(written.sum())
+
+    def pause(self) -> float:
+        """Seconds until ``next`` may have something; infinite if that takes more news."""
+        with self._lock:
+            if not self._queue or self._room() <= 0:
+                return math.inf
+            return max(0.0, self._not_before - self._clock())
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is queued or under way."""
+        return not self._queue and self._in_flight == 0
+
+    def clear(self) -> None:
+        """Forget what is queued."""
+        with self._lock:
+            self._queue.clear()
+            self._queued = 0
+
+    def stats(self) -> dict[str, int]:
+        """Blocks, now and since the start."""
+        with self._lock:
+            return {
+                "ssd_written_blocks": self._written,
+                "ssd_dropped_writes": self._dropped,
+                "ssd_queued_blocks": self._queued,
+                "ssd_blocks_being_written": self._in_flight,
+            }

@@ -1,0 +1,248 @@
+"""Traffic between host memory and SSD: fetches for gets, and write-backs behind puts. Wires index and data plane."""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.io_queue import IoQueue
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.plan import FetchPlan, GetPlan, PutPlan, WritePlan
+from flexkv.cache.planner import LoadPlanner
+from flexkv.cache.ssd_writer import SsdWriter
+from flexkv.cache.tier import SsdTier
+from flexkv.config import CacheConfig
+from flexkv.errors import FlexKVError
+from flexkv.storage.recovered import Recovered
+from flexkv.storage.ssd_store import SsdStore
+from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.graph import Dependency, OpKind, TransferGraph, TransferOp
+from flexkv.transfer.ssd import MakeStore, SsdExecutor, Store
+
+logger = logging.getLogger("flexkv.tiering")
+
+_BATCH_BYTES = 32 << 20
+"""Written as one op: enough for large writes, and little for a read to wait behind."""
+
+_IN_FLIGHT_BYTES = 128 << 20
+"""Written at a time: as many host slots are pinned for it."""
+
+_QUEUE_SHARE = 8
+"""One part in so many of the host tier may be queued to be written: it must still be there when its turn comes."""
+
+_IDLE_S = 1.0
+"""Between two looks at the queue when nothing happens."""
+
+_DRAIN_S = 30.0
+"""How long a shutdown waits for what is queued."""
+
+
+class Tiering:
+    """The SSD tier of a manager.
+
+    Until the store is open, which takes a while, and if it cannot be opened, everything works as without it.
+
+    Parameters
+    ----------
+    config : CacheConfig
+    domain : bytes
+        What makes KV comparable; blocks of other domains on the same disks are not seen.
+    make_store : callable
+        ``make_store(config, slot_bytes, domain, memory) -> Store``.
+    """
+
+    def __init__(self, config: CacheConfig, domain: bytes, make_store: MakeStore) -> None:
+        self._config = config
+        self._domain = hashlib.sha256(domain + b"\0" + config.secret).digest()
+        self._make_store = make_store
+        self._lock = threading.Lock()          # taken before the index's and the data plane's
+        self._fetch_ops: dict[int, TransferOp] = {}
+        self._writes: set[int] = set()
+        self._resets = self._usable_slots = 0
+        self._hurry = False
+        self._transfer: TransferEngine | None = None
+        self._store: Store | None = None
+        self._writer: SsdWriter | None = None
+        self._thread: threading.Thread | None = None
+
+    # ---- life -------------------------------------------------------------------------------------------------
+
+    def grow(self, cache: GlobalCacheEngine, transfer: TransferEngine, num_slots: int) -> None:
+        """The host pool has so many slots by now. The first time, the store is opened in the background."""
+        with self._lock:
+            if self._thread is None:
+                self._transfer = transfer
+                self._thread = threading.Thread(
+                    target=self._open, args=(cache, transfer), name="flexkv-ssd", daemon=True
+                )
+                self._thread.start()
+            self._usable_slots = num_slots
+            store = self._store
+        if store is not None:
+            store.register(num_slots * store.slot_bytes)
+
+    def _open(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
+        pool = transfer.host_pool
+        resets, start = self._resets, time.monotonic()
+        try:
+            store = self._make_store(self._config, pool.slot_bytes, self._domain, pool.memory)
+            try:
+                found = store.recover()
+            except BaseException:
+                store.close()
+                raise
+        except (FlexKVError, OSError) as error:
+            logger.error("there is no SSD tier: %s", error)
+            return
+        if not transfer.add_executor(SsdExecutor(store)):
+            store.close()
+            return
+        count = self._index(cache, store, found, resets)
+        logger.info("SSD tier: %d slots, %d blocks found, %.2f s", store.num_slots, count, time.monotonic() - start)
+        blocks = max(1, _BATCH_BYTES // pool.slot_bytes)
+        self._writer = SsdWriter(
+            cache,
+            write_all=self._config.ssd_admission == "all",
+            batch_blocks=blocks,
+            max_in_flight_blocks=max(blocks, _IN_FLIGHT_BYTES // pool.slot_bytes),
+            max_queued_blocks=max(blocks, pool.num_slots // _QUEUE_SHARE),
+            blocks_per_s=self._config.ssd_write_mb_per_s * (1 << 20) / pool.slot_bytes,
+            clock=time.monotonic,
+        )
+
+    def _index(self, cache: GlobalCacheEngine, store: Store, found: Recovered, resets: int) -> int:
+        """Put what is on the disks into the index, parents before children; give back the rest of its slots."""
+        indexed = np.zeros(len(found), dtype=np.bool_)
+        planner = LoadPlanner(
+            self._config.load_policy, store.slot_bytes, self._config.tokens_per_block,
+            self._config.prefill_tokens_per_s, time.monotonic,
+        )
+
+        def sequences() -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int32]]]:
+            for path in found.paths():
+                yield found.keys[path], np.where(indexed[path], np.int32(-1), found.slots[path])
+                indexed[path] = True
+
+        with self._lock:
+            self._store = store
+            is_stale, usable_slots = resets != self._resets, self._usable_slots
+        store.register(usable_slots * store.slot_bytes)
+        if is_stale:
+            self._clear(store)
+        cache.attach_ssd(SsdTier(store.slots, planner, store.usable), () if is_stale else sequences())
+        cache.free_ssd(found.slots[~indexed])
+        return int(indexed.sum())
+
+    def reset(self) -> None:
+        """Forget what is on SSD, and what is on its way there; the index was reset already."""
+        with self._lock:
+            self._resets += 1
+            store, writes = self._store, list(self._writes)
+        if self._writer is not None:
+            self._writer.clear()
+        if store is not None and self._transfer is not None:
+            for task_id in writes:
+                self._transfer.cancel(task_id)
+            self._clear(store)
+
+    def _clear(self, store: Store) -> None:
+        try:
+            store.clear()
+        except FlexKVError as error:
+            logger.error("%s", error)
+
+    def shutdown(self) -> None:
+        """Write what is queued, for a bounded time. The store is closed by the data plane."""
+        if self._thread is None or self._transfer is None:
+            return
+        self._thread.join()
+        writer = self._writer
+        if writer is not None:
+            self._hurry = True
+            self._transfer.wake()
+            if not self._transfer.wait(lambda: writer.idle, _DRAIN_S):
+                logger.warning("not all was written to SSD within %g s: %s", _DRAIN_S, writer.stats())
+
+    # ---- gets -------------------------------------------------------------------------------------------------
+
+    def begin_get(
+        self, cache: GlobalCacheEngine, keys: NDArray[np.uint64], start: int, stop: int, choose: bool
+    ) -> tuple[GetPlan, tuple[Dependency, ...]]:
+        """``cache.begin_get``, and start to read what has to be read; the blocks of the plan wait as told."""
+        with self._lock:
+            plan = cache.begin_get(keys, start, stop, choose)
+            if plan.fetch is not None:
+                self._fetch_ops[plan.fetch.fetch_id] = _fetch_op(plan.fetch)
+            needs = tuple(Dependency(self._fetch_ops[join.fetch_id], join.mine, join.theirs) for join in plan.joins)
+            graph = None
+            if plan.fetch is not None and self._transfer is not None:
+                graph = TransferGraph(next(self._transfer.task_ids), [self._fetch_ops[plan.fetch.fetch_id]])
+        if graph is not None and plan.fetch is not None and self._transfer is not None:
+            self._transfer.submit(graph, partial(self._fetched, cache, plan.fetch), background=True)
+        if self._writer is not None and plan.stop > 0 and self._writer.hit(plan.keys):
+            self._wake()
+        return plan, needs
+
+    def _fetched(self, cache: GlobalCacheEngine, plan: FetchPlan, graph: TransferGraph) -> None:
+        with self._lock:
+            cache.end_fetch(plan, graph.ops[0].ok)
+            del self._fetch_ops[plan.fetch_id]
+        cache.evict_ahead()
+
+    # ---- write-back -------------------------------------------------------------------------------------------
+
+    def put_ended(self, plan: PutPlan) -> None:
+        """A put's blocks are ready: they may be worth writing."""
+        if self._writer is not None and self._writer.put(plan):
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._transfer is not None:
+            self._transfer.wake()
+
+    def keep_house(self) -> float:
+        """Write what is queued, as far as it may be now; returns in how many seconds to call again. For the data
+        plane's background thread."""
+        writer = self._writer
+        if writer is None or self._transfer is None:
+            return _IDLE_S
+        while (plan := writer.next(self._hurry)) is not None:
+            op = TransferOp(
+                OpKind.H2DISK, plan.host_slots, plan.ssd_slots, keys=plan.keys[plan.blocks], parents=plan.parents
+            )
+            graph = TransferGraph(next(self._transfer.task_ids), [op])
+            with self._lock:
+                self._writes.add(graph.task_id)
+            self._transfer.submit(graph, partial(self._written, plan), background=True)
+        return min(_IDLE_S, writer.pause())
+
+    def _written(self, plan: WritePlan, graph: TransferGraph) -> None:
+        with self._lock:
+            self._writes.discard(graph.task_id)
+        if self._writer is not None:
+            self._writer.ended(plan, graph.ops[0].ok)
+            if self._hurry or self._writer.pause() == 0.0:
+                self._wake()
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the writer and of the store; none before it is open."""
+        if self._writer is None or self._store is None:
+            return {}
+        return {**self._writer.stats(), **{f"ssd_store_{name}": n for name, n in self._store.stats().items()}}
+
+
+def _fetch_op(plan: FetchPlan) -> TransferOp:
+    return TransferOp(OpKind.DISK2H, plan.ssd_slots, plan.host_slots, keys=plan.keys[plan.blocks])
+
+
+def make_ssd_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> Store:
+    """Open the store in the directories of the configuration."""
+    return SsdStore(
+        config.ssd_directories, config.ssd_bytes, slot_bytes, domain, memory, make_queue=IoQueue,
+        deadline_s=config.ssd_deadline_s, depth=config.ssd_queue_depth, method=config.ssd_io,
+    )

@@ -1,0 +1,116 @@
+"""Scheduler of graphs: starts each block when what it depends on has arrived, and notices when all have ended."""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.transfer.executor import Executor
+from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+
+OnDone = Callable[[TransferGraph], None]
+
+
+@dataclass(eq=False, slots=True)
+class _Active:
+    graph: TransferGraph
+    on_done: OnDone
+    deadline: float
+    ops_left: int
+    verdict: OpStatus | None = None     # CANCELLED or TIMEOUT, whichever came first
+
+
+class Scheduler:
+    """Graphs that run, over executors. The caller locks.
+
+    Parameters
+    ----------
+    executors : mapping from OpKind to Executor
+        May be added to.
+
+    Attributes
+    ----------
+    ended : deque of callables
+        Callbacks of ops and graphs that have ended; to be called without the lock, in order.
+    """
+
+    def __init__(self, executors: Mapping[OpKind, Executor]) -> None:
+        self._executors = executors
+        self._active: dict[int, _Active] = {}
+        self.ended: deque[Callable[[], None]] = deque()
+
+    @property
+    def idle(self) -> bool:
+        """No graph runs."""
+        return not self._active
+
+    def running(self) -> list[int]:
+        """Ids of the graphs that run."""
+        return list(self._active)
+
+    def late(self, now: float) -> list[int]:
+        """Ids of the graphs whose deadline has passed, and that were not stopped."""
+        return [i for i, active in self._active.items() if active.deadline <= now and active.verdict is None]
+
+    def submit(
+        self, graph: TransferGraph, on_done: OnDone, deadline: float, verdict: OpStatus | None = None
+    ) -> None:
+        """Run a graph, until ``deadline`` (``time.monotonic``) at most: see ``late``. With a ``verdict`` it is stopped
+        before it starts anything."""
+        active = _Active(graph, on_done, deadline, len(graph.ops), verdict)
+        self._active[graph.task_id] = active
+        graph.status = OpStatus.RUNNING
+        for op in graph.ops:
+            op.status = OpStatus.RUNNING
+            for needed in {dependency.op for dependency in op.depends_on if not dependency.op.done}:
+                needed.dependents.append(op)
+        for op in graph.ops:
+            self._start_blocks(active, op)
+
+    def stop(self, task_id: int, verdict: OpStatus) -> None:
+        """Start nothing more of a graph; what is under way is finished. Unknown or ended graphs are left alone."""
+        active = self._active.get(task_id)
+        if active is not None and active.verdict is None:
+            active.verdict = verdict
+            active.graph.status = verdict
+            for op in active.graph.ops:
+                if not op.done:
+                    self._executors[op.kind].cancel(op)
+                    self._start_blocks(active, op)
+
+    def _start_blocks(self, active: _Active, op: TransferOp) -> None:
+        startable, doomed = op.startable()
+        if active.verdict is not None:
+            startable, doomed = startable[:0], np.flatnonzero(~op.started)
+        for indices, is_doomed in ((startable, False), (doomed, True)):
+            if len(indices):
+                op.started[indices] = True
+                self._executors[op.kind].submit(op, indices, self._progress, is_doomed)
+
+    def _progress(self, op: TransferOp, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+        op.resolve(indices, ok)
+        for later in op.dependents:
+            if not later.done:
+                self._start_blocks(self._active[later.task_id], later)
+        if op.done:
+            self._end_op(self._active[op.task_id], op)
+
+    def _end_op(self, active: _Active, op: TransferOp) -> None:
+        op.status = OpStatus.DONE if op.ok.all() else active.verdict or OpStatus.FAILED
+        self._executors[op.kind].forget(op)
+        op.dependents.clear()
+        for callback in op.callbacks:
+            self.ended.append(partial(callback, op))
+        active.ops_left -= 1
+        if active.ops_left == 0:
+            graph = active.graph
+            del self._active[graph.task_id]
+            if all(op.status is OpStatus.DONE for op in graph.ops):
+                graph.status = OpStatus.DONE
+            else:
+                graph.status = active.verdict or OpStatus.FAILED
+            graph.quiesced = True
+            self.ended.append(partial(active.on_done, graph))

@@ -1,0 +1,115 @@
+"""SSD executor: gives ops between host slots and SSD slots to the store, and takes in what it reports."""
+
+import itertools
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.cache.tier import Slots
+from flexkv.config import CacheConfig
+from flexkv.storage.recovered import Recovered
+from flexkv.transfer.executor import Executor, Progress
+from flexkv.transfer.graph import OpKind, TransferOp
+
+
+class Store(Protocol):
+    """The interface of ``SsdStore``. No method waits, but ``recover``, ``clear`` and ``close``."""
+
+    event_fd: int
+    num_slots: int
+    slot_bytes: int
+
+    @property
+    def slots(self) -> Slots:
+        """Its slots; whoever allocates and frees them locks."""
+
+    def register(self, upto_bytes: int) -> None:
+        """So many bytes of host memory exist by now."""
+
+    def recover(self) -> Recovered:
+        """Read back what was written before the start; its slots are allocated."""
+
+    def write(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        parents: NDArray[np.uint64],
+    ) -> None:
+        """Write host slots into SSD slots, and record their keys."""
+
+    def read(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64]
+    ) -> None:
+        """Read SSD slots into host slots, and verify that they hold the blocks of ``keys``."""
+
+    def cancel(self, job: int) -> None:
+        """What has not begun fails."""
+
+    def results(self) -> list[tuple[int, NDArray[np.intp], NDArray[np.bool_]]]:
+        """``(job, indices, ok)`` of what has ended, each index once."""
+
+    def clear(self) -> None:
+        """Forget everything, also after a restart. Waits for the disks."""
+
+    def usable(self) -> bool:
+        """Whether reads and writes are taken now."""
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start."""
+
+    def close(self) -> None:
+        """Wait for what is under way (bounded); afterwards nothing touches host memory."""
+
+
+MakeStore = Callable[[CacheConfig, int, bytes, object], Store]
+"""``make_store(config, slot_bytes, domain, memory)``."""
+
+
+class SsdExecutor(Executor):
+    """Moves blocks between host slots and the slots of a store, which it owns.
+
+    Each submission of blocks of an op is one job of the store.
+
+    Parameters
+    ----------
+    store : Store
+    """
+
+    kinds = frozenset({OpKind.DISK2H, OpKind.H2DISK})
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.event_fd = store.event_fd
+        self._jobs: dict[int, tuple[TransferOp, NDArray[np.intp], Progress]] = {}
+        self._left: dict[int, int] = {}
+        self._ids = itertools.count(1)
+
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
+        if doomed or op.keys is None or (op.kind is OpKind.H2DISK and op.parents is None):
+            progress(op, indices, np.zeros(len(indices), dtype=np.bool_))
+            return
+        job = next(self._ids)
+        self._jobs[job] = (op, indices, progress)
+        self._left[job] = len(indices)
+        if op.kind is OpKind.DISK2H:
+            self._store.read(job, op.src[indices], op.dst[indices], op.keys[indices])
+        elif op.parents is not None:
+            self._store.write(job, op.dst[indices], op.src[indices], op.keys[indices], op.parents[indices])
+
+    def cancel(self, op: TransferOp) -> None:
+        for job, (other, _, _) in list(self._jobs.items()):
+            if other is op:
+                self._store.cancel(job)
+
+    def drain(self) -> bool:
+        results = self._store.results()
+        for job, which, ok in results:
+            op, indices, progress = self._jobs[job]
+            self._left[job] -= len(which)
+            if self._left[job] == 0:
+                del self._jobs[job], self._left[job]
+            progress(op, indices[which], np.asarray(ok))
+        return bool(results)
+
+    def close(self) -> None:
+        self._store.close()

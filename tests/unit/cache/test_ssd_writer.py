@@ -1,0 +1,180 @@
+"""What is written to SSD: evidence, backpressure, batches, the rate."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.slots import SlotAllocator
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.eviction import LRU
+from flexkv.cache.planner import LoadPlanner
+from flexkv.cache.ssd_writer import SsdWriter
+from flexkv.cache.tier import SsdTier
+from tests.property.model_tree import keys_of
+
+SLOTS = 64
+
+
+class World:
+    """An index with an SSD tier, its writer, and the time."""
+
+    def __init__(self, ssd_slots: int = SLOTS, **limits: float) -> None:
+        self.now = 100.0
+        self.cache = GlobalCacheEngine(SLOTS, LRU(), clock=self.clock, num_ssd_slots=ssd_slots)
+        self.cache.grow(SLOTS)
+        planner = LoadPlanner("always", 1, 1, 0.0, self.clock)
+        assert self.cache.attach_ssd(SsdTier(SlotAllocator(ssd_slots), planner, lambda: True))
+        settings = {"write_all": False, "batch_blocks": 8, "max_in_flight_blocks": 16, "max_queued_blocks": 32,
+                    "blocks_per_s": 0.0, **limits}
+        self.writer = SsdWriter(self.cache, clock=self.clock, **settings)  # type: ignore[arg-type]
+
+    def clock(self) -> float:
+        return self.now
+
+    def put(self, sequence: tuple[int, ...], start: int = 0) -> bool:
+        plan = self.cache.begin_put(keys_of(sequence), start, len(sequence))
+        self.cache.end_put(plan, np.ones(len(plan), dtype=np.bool_))
+        return self.writer.put(plan)
+
+    def get(self, sequence: tuple[int, ...]) -> bool:
+        plan = self.cache.begin_get(keys_of(sequence), 0, len(sequence))
+        self.cache.end_get(plan)
+        return self.writer.hit(plan.keys)
+
+    def write(self, ok: bool = True) -> list[int]:
+        """Write all that may be written now; the sizes of the writes."""
+        sizes = []
+        while (plan := self.writer.next()) is not None:
+            sizes.append(len(plan))
+            self.writer.ended(plan, np.full(len(plan), ok))
+        return sizes
+
+    def on_ssd(self, sequence: tuple[int, ...]) -> NDArray[np.bool_]:
+        return self.cache.on_ssd(keys_of(sequence))
+
+
+def test_what_was_seen_once_is_not_written() -> None:
+    world = World()
+    assert not world.put((1, 2, 3))
+    assert world.write() == []
+    assert world.writer.pause() == math.inf
+
+
+def test_what_was_loaded_is_written_once() -> None:
+    world = World()
+    world.put((1, 2, 3))
+    assert world.get((1, 2, 3))
+    assert world.write() == [3]
+    assert world.on_ssd((1, 2, 3)).all()
+    assert not world.get((1, 2, 3))
+    assert world.writer.stats()["ssd_written_blocks"] == 3
+
+
+def test_what_was_put_again_is_written_with_what_follows() -> None:
+    world = World()
+    world.put((1, 2, 3))
+    assert world.put((1, 2, 3, 4, 5))
+    assert world.write() == [5]
+    assert world.put((1, 2, 3, 4, 5, 6), start=5)               # as the same request goes on
+    assert world.write() == [1]
+
+
+def test_a_sequence_that_grows_is_one_entry_of_the_queue() -> None:
+    world = World()
+    world.put((1, 2))
+    assert world.put((1, 2, 3))
+    for end in range(4, 9):
+        sequence = tuple(range(1, end + 1))
+        assert world.put(sequence, start=end - 1)               # follows on what is queued
+    assert world.writer.stats()["ssd_queued_blocks"] == 8
+    assert world.write() == [8]
+
+
+def test_a_request_that_was_never_seen_before_leaves_no_evidence_by_its_parts() -> None:
+    world = World()
+    assert not world.put((1, 2))
+    assert not world.put((1, 2, 3, 4), start=2)
+
+
+def test_all_means_all() -> None:
+    world = World(write_all=True)
+    assert world.put((1, 2, 3))
+    assert world.write() == [3]
+
+
+def test_long_sequences_go_in_batches_of_adjacent_slots() -> None:
+    world = World(write_all=True)
+    world.put(tuple(range(1, 21)))
+    plans = []
+    while (plan := world.writer.next()) is not None:
+        assert (np.diff(plan.ssd_slots) == 1).all()
+        plans.append(plan)
+    assert [len(plan) for plan in plans] == [8, 8]              # as much as may be under way
+    assert world.writer.pause() == math.inf
+    for plan in plans:
+        world.writer.ended(plan, np.ones(len(plan), dtype=np.bool_))
+    assert world.write() == [4]
+    assert world.writer.idle
+    world.cache.check_integrity()
+
+
+def test_parents_are_the_blocks_before() -> None:
+    world = World(write_all=True)
+    world.put((1, 2, 3))
+    plan = world.writer.next()
+    assert plan is not None
+    keys = keys_of((1, 2, 3))
+    assert plan.parents.tolist() == [[0, 0], keys[0].tolist(), keys[1].tolist()]
+
+
+def test_too_much_is_left_out_and_counted() -> None:
+    world = World(write_all=True, max_queued_blocks=10)
+    assert world.put((1,) * 8)
+    assert not world.put((2,) * 4)
+    assert world.writer.stats()["ssd_dropped_writes"] == 4
+    assert world.write() == [8]
+    assert not world.on_ssd((2,) * 4).any()
+
+
+def test_the_rate_is_kept_unless_there_is_a_hurry() -> None:
+    world = World(write_all=True, blocks_per_s=4.0)
+    world.put(tuple(range(1, 13)))
+    assert world.write() == [8]
+    assert world.writer.pause() == 2.0
+    world.now += 1.9
+    assert world.write() == []
+    world.now += 0.2
+    assert world.write() == [4]
+    world.put((2, 2))
+    assert world.writer.next() is None
+    assert world.writer.next(hurry=True) is not None
+
+
+def test_what_could_not_be_written_is_absent_and_its_slots_are_free() -> None:
+    world = World(write_all=True)
+    world.put((1, 2, 3))
+    assert world.write(ok=False) == [3]
+    assert not world.on_ssd((1, 2, 3)).any()
+    assert world.cache.stats()["ssd_free_slots"] == SLOTS
+    world.cache.check_integrity()
+    assert world.get((1, 2, 3))                                  # may be tried again
+
+
+def test_a_full_tier_evicts_what_was_used_longest_ago() -> None:
+    world = World(ssd_slots=8, write_all=True)
+    for first in (1, 2, 3):
+        world.now += 1
+        world.put((first,) * 4)
+        assert world.write() == [4]
+    assert not world.on_ssd((1,) * 4).any()
+    assert world.on_ssd((3,) * 4).all()
+    world.cache.check_integrity()
+
+
+def test_forgetting_the_queue() -> None:
+    world = World(write_all=True)
+    world.put((1, 2, 3))
+    world.writer.clear()
+    assert world.write() == []
+    assert world.writer.idle
