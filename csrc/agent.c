@@ -27,7 +27,6 @@ struct op {
     uint32_t span;                /* that `started` and windows to come are of */
     int cancelled;                /* or failed: no more of it starts */
     int failed;                   /* a window was not moved: what ends after it is not good either */
-    int incomplete;               /* a block is out of range */
     int32_t *slots;
     int32_t *pages;
     uint8_t *ok;
@@ -53,7 +52,7 @@ struct flexkv_agent {
     struct op *ops;               /* given and not finished, oldest first; of the thread alone */
     struct window *windows[FLEXKV_H2D + 1];  /* under way of each kind, oldest first */
     uint64_t last_news_ns;        /* when something started or ended */
-    uint64_t spoiled_task;        /* the last of which an earlier part of a load has failed */
+    int layers_lost;              /* a load with a counter is not whole: no layer is told of any more */
     uint8_t *buffer;              /* for a record */
     uint64_t buffer_size;
     pthread_mutex_t lock;         /* for what follows */
@@ -178,6 +177,14 @@ static uint32_t last_span(const struct flexkv_agent *agent, const struct op *op)
     return op->msg.flags & FLEXKV_OP_LAYERWISE ? agent->options.at.num_spans - 1 : 0;
 }
 
+/* A block of the op will not be moved. */
+static void lose_layers(struct flexkv_agent *agent, const struct op *op)
+{
+    pthread_mutex_lock(&agent->lock);
+    agent->layers_lost |= op->msg.counter > 0;
+    pthread_mutex_unlock(&agent->lock);
+}
+
 /* Tell who waits that spans of a layerwise load were started, up to `span`. */
 static void note_span(struct flexkv_agent *agent, const struct op *op, uint32_t span)
 {
@@ -202,8 +209,10 @@ static void end_span(struct flexkv_agent *agent, struct op *op)
 
     if (!(op->msg.flags & FLEXKV_OP_LAYERWISE) || op->started < op->msg.count)
         return;
-    if (backend->mark && backend->mark(backend->context, op->span))
+    if (backend->mark && backend->mark(backend->context, op->span)) {
         op->failed = op->cancelled = 1;
+        lose_layers(agent, op);
+    }
     note_span(agent, op, op->span);
     if (op->span < last_span(agent, op)) {
         op->span++;
@@ -211,21 +220,23 @@ static void end_span(struct flexkv_agent *agent, struct op *op)
     }
 }
 
-/* Tell who waits for layers that the span completes. */
-static void signal_span(struct flexkv_agent *agent, const struct op *op, uint32_t span)
+/* Blocks of a span have arrived: tell who waits for its layers if these are all, and fail if he cannot be told. */
+static void signal_span(struct flexkv_agent *agent, struct op *op, uint32_t span, int all)
 {
     const struct flexkv_signals *signals = &agent->signals;
     const int *fds;
 
-    if (!op->msg.counter || op->msg.flags & FLEXKV_OP_MORE || op->failed || op->cancelled || op->incomplete ||
-        agent->spoiled_task == op->msg.task_id)
+    if (!op->msg.counter)
         return;
     pthread_mutex_lock(&agent->lock);
-    fds = signals->fds + (uint64_t)(op->msg.counter - 1) * signals->num_layers;
-    if (op->msg.counter <= signals->num_counters)
+    agent->layers_lost |= op->msg.counter > signals->num_counters;
+    op->failed |= agent->layers_lost;
+    if (!op->failed && all && !(op->msg.flags & FLEXKV_OP_MORE)) {
+        fds = signals->fds + (uint64_t)(op->msg.counter - 1) * signals->num_layers;
         for (uint32_t layer = 0; layer < signals->num_layers; layer++)
             if (signals->span_of[layer] == span)
                 eventfd_write(fds[layer], 1);
+    }
     pthread_mutex_unlock(&agent->lock);
 }
 
@@ -233,8 +244,6 @@ static int finish(struct flexkv_agent *agent, struct op *op, uint32_t first)
 {
     int rc;
 
-    if (op->msg.flags & FLEXKV_OP_MORE && memchr(op->ok, 0, op->msg.count))
-        agent->spoiled_task = op->msg.task_id;
     note_span(agent, op, last_span(agent, op));
     op->done = op->msg.count;
     unlink_op(agent, op);
@@ -259,7 +268,8 @@ static int accept_op(struct flexkv_agent *agent, uint64_t size)
     if (!op)
         return -ENOMEM;
     op->msg = msg;
-    op->cancelled = (msg.flags & FLEXKV_OP_CANCELLED) != 0;
+    if ((op->cancelled = (msg.flags & FLEXKV_OP_CANCELLED) != 0))
+        lose_layers(agent, op);
     op->span = msg.flags & FLEXKV_OP_LAYERWISE && agent->options.at.num_spans > 1;
     op->slots = (int32_t *)(op + 1);
     op->pages = op->slots + msg.count;
@@ -279,8 +289,10 @@ static int accept_cancel(struct flexkv_agent *agent, uint64_t size)
         return -EBADMSG;
     memcpy(&msg, agent->buffer, sizeof(msg));
     for (struct op *op = agent->ops; op; op = op->next)
-        if (op->msg.op_id == msg.op_id)
+        if (op->msg.op_id == msg.op_id) {
             op->cancelled = 1;
+            lose_layers(agent, op);
+        }
     return 0;                     /* not found: it is finished, and its result on the way */
 }
 
@@ -346,7 +358,7 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
         run++;
     if (run == op->started) {     /* a block that is out of range: not ok, over with the next window or the op */
         op->started++;
-        op->incomplete = 1;
+        lose_layers(agent, op);
         end_span(agent, op);
         return 1;
     }
@@ -356,7 +368,10 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
                                      op->pages + op->started, run - op->started);
     if (taken <= 0) {
         free(window);
-        op->cancelled |= taken < 0;
+        if (taken < 0) {
+            op->cancelled = 1;
+            lose_layers(agent, op);
+        }
         return taken < 0;
     }
     if (op->span == last_span(agent, op))
@@ -384,11 +399,12 @@ static int end_window(struct flexkv_agent *agent, enum flexkv_kind kind)
     first = op->done;
     until = window->until;
     agent->windows[kind] = window->next;
-    if (rc < 0)
+    if (rc < 0) {
         op->failed = op->cancelled = 1;
+        lose_layers(agent, op);
+    }
     whole = window->span == last_span(agent, op);
-    if (until == op->msg.count)
-        signal_span(agent, op, window->span);
+    signal_span(agent, op, window->span, until == op->msg.count);
     free(window);
     if (!whole)
         return 1;
@@ -441,12 +457,12 @@ static int work(struct flexkv_agent *agent)
     return changed;
 }
 
-/* Whether a small op is under way. */
+/* Whether somebody may wait for what is under way: for a small op, or for each layer. */
 static int urgent(const struct flexkv_agent *agent)
 {
     for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
         for (const struct window *window = agent->windows[kind]; window; window = window->next)
-            if (window->op->msg.op_blocks * agent->options.at.spans[0].bytes <= SMALL_BYTES)
+            if (window->op->msg.counter || window->op->msg.op_blocks * agent->options.at.spans[0].bytes <= SMALL_BYTES)
                 return 1;
     return 0;
 }
@@ -639,6 +655,7 @@ void flexkv_agent_set_signals(struct flexkv_agent *agent, const struct flexkv_si
 {
     pthread_mutex_lock(&agent->lock);
     agent->signals = *signals;
+    agent->layers_lost = 0;
     pthread_mutex_unlock(&agent->lock);
 }
 

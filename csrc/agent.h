@@ -138,9 +138,9 @@ int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms);
  * -ETIMEDOUT, or the agent's status if that has ended. */
 int flexkv_agent_wait_span(struct flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms);
 
-/* From now on a load with a counter adds 1 to a layer's eventfd when the layer is in its pages. The layers of a load of
- * which a block has failed are never told of: whoever waits must not read them. The arrays stay the caller's, until this
- * is called again or flexkv_agent_stop. */
+/* From now on a load with a counter adds 1 to a layer's eventfd when the layer is in its pages. Once a block of such a load
+ * is lost no layer is told of, of this load and of all after it: whoever waits may wait for the last of several. Arrays
+ * and eventfds stay the caller's, and must stay until this is called again or flexkv_agent_stop. */
 void flexkv_agent_set_signals(struct flexkv_agent *agent, const struct flexkv_signals *signals);
 
 /* 0 while it runs; after that why it ended: -EPIPE (hang-up), -EBADMSG, -ECANCELED (stopped), ... */

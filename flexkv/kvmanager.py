@@ -18,6 +18,7 @@ from flexkv.kvtask import KVTask, TaskTable, tokens_and_start
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.tiering import Tiering, make_ssd_store
 from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.layerwise import MAX_COUNTERS
 from flexkv.transfer.ssd import MakeStore
 
 logger = logging.getLogger("flexkv.kvmanager")
@@ -231,8 +232,11 @@ class KVManager:
             raise NotImplementedError("sliding-window transfers are not available in this version")
         ids = [task_ids] if isinstance(task_ids, int) else list(task_ids)
         mappings = [slot_mappings] if isinstance(task_ids, int) else list(slot_mappings)  # type: ignore[arg-type]
-        if layerwise_transfer and len(ids) > 1:
-            raise ValueError(f"{len(ids)} tasks cannot tell of their layers with one counter: launch one at a time")
+        if layerwise_transfer and not (len(ids) == 1 and 0 <= counter_id < MAX_COUNTERS):
+            raise ValueError(
+                f"{len(ids)} tasks with counter_id {counter_id}: launch layerwise tasks one at a time, each with a "
+                f"counter of its own, 0 to {MAX_COUNTERS - 1}"
+            )
         if len(ids) != len(mappings):
             raise SlotMappingError(f"{len(mappings)} slot mappings for {len(ids)} tasks: give one for each")
         tasks = [self._tasks.matched(task_id) for task_id in ids]

@@ -209,12 +209,12 @@ cdef class DeviceAgent:
 
     def set_signals(self, list fds, span_of_layer):
         """Loads with a counter tell of their layers from now on: 1 is added to a layer's eventfd when the layer is in
-        its pages. Layers of a load of which a block failed are never told of.
+        its pages. Once a block of such a load is lost, no layer is told of any more, and such loads fail.
 
         Parameters
         ----------
         fds : list of list of int
-            Eventfds of each counter, one a layer. They become the agent's.
+            Eventfds of each counter, one a layer. They stay the caller's, open until the next call or ``close``.
         span_of_layer : (num_layers,) uint32
             The span with a layer's last byte.
         """
@@ -229,8 +229,7 @@ cdef class DeviceAgent:
         signals.num_counters, signals.num_layers = <uint32_t>len(descriptors), <uint32_t>len(spans)
         if self.agent != NULL:
             flexkv_agent_set_signals(self.agent, &signals)
-        self.fds += descriptors.ravel().tolist()
-        self.signals = (self.signals, descriptors, spans)      # the agent may still look at those before
+        self.signals = (descriptors, spans)
 
     @property
     def device_error(self):

@@ -293,7 +293,7 @@ class _Products:
             self._thread = None
             if background is not None:
                 self._stop = threading.Event()
-                self._thread = threading.Thread(target=background, args=(self._stop,))
+                self._thread = threading.Thread(target=background, args=(self._stop,), daemon=True)
                 self._thread.start()
             self._give(self.COUNT // 2)
             self._events[0].record()

@@ -126,7 +126,7 @@ def _same(answers: Answers, prompt: int) -> bool:
 
 
 def _median_ms(answers: Answers, phase: str) -> float:
-    return round(statistics.median(answer["ttft_ms"] for answer in answers[phase]), 1)
+    return round(float(statistics.median(answer["ttft_ms"] for answer in answers[phase])), 1)
 
 
 def _table(answers: Answers) -> None:

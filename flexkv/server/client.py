@@ -27,6 +27,12 @@ def _layers_of(num_tensors: int, num_layers: int) -> list[int]:
     return [i % num_layers if num_tensors % num_layers == 0 else i for i in range(num_tensors)]
 
 
+def _close_all(fds: list[list[int]] | None) -> None:
+    for row in fds or ():
+        for fd in row:
+            os.close(fd)
+
+
 class KVTPClient(RankClient):
     """A rank that registers tensors of a framework and waits for the controller.
 
@@ -35,7 +41,7 @@ class KVTPClient(RankClient):
     """
 
     _signals: LayerSignals | None = None
-    _eventfds: list[list[int]] | None = None         # of each counter, one a layer
+    _eventfds: list[list[int]] | None = None         # of each counter, one a layer; under the lock
 
     def register_to_server(
         self,
@@ -96,32 +102,26 @@ class KVTPClient(RankClient):
         if override_device_id is not None:
             self._rank = override_device_id
         self._keep_outcomes = False                  # upstream's adapters ask the KVManager alone
+        if self._config.enable_layerwise_transfer and self._signals is None:
+            path = layerwise_socket(self._dp_client_id, self._pp_rank)
+            self._signals = LayerSignals(path, max(layers) + 1, self._take_eventfds)
         with ExitStack() as opened:
             specs = local_specs(tensors, layouts, opened)
             self.register_tensors(
                 [specs[i] for i in order], keep_alive=tensors, layers=sorted(layers), opened=opened
             )
         self.wait_connected(CONNECT_TIMEOUT_S)
-        if self._config.enable_layerwise_transfer and self._signals is None:
-            path = layerwise_socket(self._dp_client_id, self._pp_rank)
-            self._signals = LayerSignals(path, kv_layout.num_layer, self._take_eventfds)
-        self._use_eventfds()
+        if self._eventfds is not None:               # of before ``suspend_gpu_mappings``
+            self._take_eventfds(self._eventfds)
 
     def _take_eventfds(self, fds: list[list[int]]) -> None:
-        self._close_eventfds()
-        self._eventfds = fds
-        self._use_eventfds()
-
-    def _use_eventfds(self) -> None:
-        """Each agent has copies of its own: another one comes with ``resume``."""
-        if self._agent is not None and self._eventfds is not None:
-            self._agent.set_signals([[os.dup(fd) for fd in row] for row in self._eventfds], self._span_of_layer)
-
-    def _close_eventfds(self) -> None:
-        for row in self._eventfds or ():
-            for fd in row:
-                os.close(fd)
-        self._eventfds = None
+        with self._lock:
+            if self._agent is None:
+                raise RegistrationError("the rank's tensors are not registered yet")
+            self._agent.set_signals(fds, self._span_of_layer)
+            before, self._eventfds = self._eventfds, fds
+        if before is not fds:
+            _close_all(before)
 
     def suspend_gpu_mappings(self) -> int:
         """Stop moving blocks, and let the tensors go: they may be unmapped afterwards. What the host tier holds stays.
@@ -154,8 +154,11 @@ class KVTPClient(RankClient):
         if self._signals is not None:
             self._signals.close()
             self._signals = None
-        self._close_eventfds()
-        super().close()
+        try:
+            super().close()
+        finally:                                     # after the agent, which writes them
+            _close_all(self._eventfds)
+            self._eventfds = None
 
 
 __all__ = ["KVTPClient", "OpResult"]

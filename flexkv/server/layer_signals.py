@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexkv.errors import RegistrationError
+from flexkv.transfer.layerwise import MAX_COUNTERS
 
 logger = logging.getLogger("flexkv.client")
 
@@ -18,7 +19,10 @@ _TIMEOUT_S = 5.0
 _MAX_LAYERS = 253
 """SCM_MAX_FD of <net/scm.h>: descriptors of one message."""
 
-_MAX_COUNTERS = 64
+_PAUSE_S = 0.1
+"""After the process ran out of descriptors."""
+
+_live: set[Path] = set()
 
 
 class LayerSignals:
@@ -31,53 +35,73 @@ class LayerSignals:
     num_layers : int
         What was registered; a rank with another number of layers is refused.
     on_signals : callable
-        Called with the eventfds of each counter, one a layer, which become the callee's unless it raises.
+        Called with the eventfds of each counter, one a layer, which become the callee's unless it raises ValueError
+        or OSError.
 
     Raises
     ------
     RegistrationError
-        The socket cannot be had.
+        The socket cannot be had, or another client of this process listens there.
     """
 
     def __init__(self, path: Path, num_layers: int, on_signals: Callable[[list[list[int]]], None]) -> None:
         self._path = path
         self._num_layers = num_layers
         self._on_signals = on_signals
+        self._closing = threading.Event()
+        if path in _live:
+            raise RegistrationError(
+                f"another client of this process takes eventfds at {path}: give each its dp_client_id or pp_rank"
+            )
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            path.unlink(missing_ok=True)    # this process's own, of a client that was closed, or of a dead namesake
+            path.unlink(missing_ok=True)    # of a dead process that had this one's number
             self._listener.bind(str(path))
             self._listener.listen(4)
         except OSError as error:
             self._listener.close()
-            raise RegistrationError(f"cannot listen for eventfds at {path}: {error.strerror or error}") from error
+            raise RegistrationError(
+                f"cannot listen for eventfds at {path}: {error.strerror or error}; set XDG_RUNTIME_DIR to a private "
+                "folder with a short path"
+            ) from error
+        _live.add(path)
         self._thread = threading.Thread(target=self._serve, name="flexkv-signals", daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:
-        while True:
+        while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return                      # closed
+            except OSError as error:
+                if not self._closing.is_set():
+                    logger.error("a rank cannot connect to give its eventfds: %s", error)
+                    self._closing.wait(_PAUSE_S)
+                continue
             with connection:
-                fds: list[list[int]] = []
-                try:
-                    connection.settimeout(_TIMEOUT_S)
-                    self._receive(connection, fds)
-                    self._on_signals(fds)
-                    connection.sendall(b"\x01")
-                except (OSError, RegistrationError) as error:
-                    logger.error("a rank's eventfds are refused, its layers are not told of: %s", error)
-                    for fd in [fd for row in fds for fd in row]:
-                        os.close(fd)
+                self._take(connection)
+
+    def _take(self, connection: socket.socket) -> None:
+        fds: list[list[int]] = []
+        try:
+            connection.settimeout(_TIMEOUT_S)
+            self._receive(connection, fds)
+            self._on_signals(fds)
+        except (OSError, ValueError) as error:
+            logger.error("a rank's eventfds are refused, its layers are not told of: %s", error)
+            for fd in [fd for row in fds for fd in row]:
+                os.close(fd)
+            return
+        try:
+            connection.sendall(b"\x01")
+        except OSError as error:
+            logger.warning("a rank went away before it was told that its eventfds were taken: %s", error)
 
     def _receive(self, connection: socket.socket, fds: list[list[int]]) -> None:
         header = connection.recv(_HEADER.size, socket.MSG_WAITALL)
         if len(header) != _HEADER.size:
             raise RegistrationError("the rank hung up")
         _, _, num_layers, num_counters = _HEADER.unpack(header)
-        if num_layers != self._num_layers or num_layers > _MAX_LAYERS or not 1 <= num_counters <= _MAX_COUNTERS:
+        if num_layers != self._num_layers or num_layers > _MAX_LAYERS or not 1 <= num_counters <= MAX_COUNTERS:
             raise RegistrationError(
                 f"eventfds for {num_counters} counters of {num_layers} layers; {self._num_layers} layers are registered"
             )
@@ -89,7 +113,9 @@ class LayerSignals:
 
     def close(self) -> None:
         """Stop listening."""
+        self._closing.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
         self._path.unlink(missing_ok=True)
+        _live.discard(self._path)

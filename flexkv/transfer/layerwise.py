@@ -5,6 +5,9 @@ from pathlib import Path
 
 from flexkv.config import runtime_directory
 
+MAX_COUNTERS = 64
+"""Loads that a rank can tell apart; SGLang has three."""
+
 
 def layerwise_socket(dp_client_id: int, pp_rank: int) -> Path:
     """The socket of this process: rank and client share it, so no other process has to be told of the descriptors."""

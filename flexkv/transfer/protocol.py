@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flexkv.errors import RegistrationError
 
-_MAGIC = b"FLEXKV01"
+_MAGIC = b"FLEXKV02"
 _HELLO = struct.Struct("<8siiiiQQ")
 _WELCOME = struct.Struct("<8sQQQQQ")
 _REFUSAL = struct.Struct("<8s1024s")

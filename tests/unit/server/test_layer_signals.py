@@ -45,13 +45,16 @@ class Counters:
             connection.settimeout(10)
             connection.connect(path)
             try:
-                connection.sendall(struct.pack("iiii", 0, 1, claimed_layers, COUNTERS))
-                for counter, row in enumerate(self.fds):
-                    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", row))]
-                    connection.sendmsg([struct.pack("i", counter)], ancillary)
+                self.give(connection, claimed_layers)
                 return connection.recv(1)
             except (ConnectionResetError, BrokenPipeError):
                 return b""
+
+    def give(self, connection: socket.socket, claimed_layers: int) -> None:
+        connection.sendall(struct.pack("iiii", 0, 1, claimed_layers, COUNTERS))
+        for counter, row in enumerate(self.fds):
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", row))]
+            connection.sendmsg([struct.pack("i", counter)], ancillary)
 
     def wait(self, counter: int, layer: int, timeout_s: float = 10.0) -> bool:
         fd = self.fds[counter][layer]
@@ -123,6 +126,10 @@ def rank(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rank]:
             cuda.reset()
 
 
+def open_eventfds() -> int:
+    return sum("eventfd" in os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+
+
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -142,7 +149,7 @@ def test_each_layer_is_there_when_it_is_told_of(rank: Rank) -> None:
 
 
 def test_eventfds_outlive_sleep_and_come_again(rank: Rank) -> None:
-    """A rank that lost its answer connects again; one whose tensors were unmapped does not."""
+    """A rank connects again if it likes; one whose tensors were unmapped does not."""
     before = rank.save(4)
     first, rank.counters = rank.counters, Counters()
     assert first.send(rank.path) == b"\x01"
@@ -158,14 +165,63 @@ def test_eventfds_outlive_sleep_and_come_again(rank: Rank) -> None:
     first.close()
 
 
-def test_a_load_with_a_block_that_fails_is_not_told_of(rank: Rank) -> None:
+def test_a_rank_that_lost_its_answer_connects_again(rank: Rank) -> None:
+    rank.save(4)
+    lost = Counters()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(rank.path)
+        lost.give(connection, LAYERS)                          # and is gone before it is answered
+    lost.close()
+    assert rank.counters.send(rank.path) == b"\x01"
+    for counter in range(COUNTERS):
+        task = rank.load(4, counter)
+        assert all(rank.counters.wait(counter, layer) for layer in range(LAYERS))
+        assert rank.manager.wait(task)[task].status is Status.SUCCESS
+
+
+def test_after_a_load_with_a_block_that_fails_nothing_is_told_of(rank: Rank) -> None:
+    """Nor of later loads: a step over both requests waits for the last one alone. A new handshake starts again."""
     rank.save(8)
     assert rank.counters.send(rank.path) == b"\x01"
     task = rank.load(8, 0, first=PAGES - 4)                    # the last four pages do not exist
     assert rank.manager.wait(task)[task].status is Status.FAILED
-    assert rank.counters.told() == []
     task = rank.load(8, 1)
-    assert all(rank.counters.wait(1, layer) for layer in range(LAYERS))
+    assert rank.manager.wait(task)[task].status is Status.FAILED
+    assert rank.counters.told() == []
+    assert rank.counters.send(rank.path) == b"\x01"
+    task = rank.load(8, 2)
+    assert all(rank.counters.wait(2, layer) for layer in range(LAYERS))
+    assert rank.manager.wait(task)[task].status is Status.SUCCESS
+
+
+def test_a_cancelled_load_is_not_told_of(rank: Rank) -> None:
+    rank.save(8)
+    assert rank.counters.send(rank.path) == b"\x01"
+    task, mask = rank.manager.get_match(tokens_of(8))
+    assert mask.all()
+    rank.manager.launch([task], [mapping(range(12, 20))], layerwise_transfer=True, counter_id=0, fence=1)
+    rank.manager.cancel(task)
+    assert rank.manager.wait(task, completely=True)[task].status is Status.CANCELLED
+    rank.client.advance_fence(load=1)
+    task = rank.load(8, 1)
+    assert rank.manager.wait(task)[task].status is Status.FAILED
+    assert rank.counters.told() == []
+
+
+def test_a_counter_that_nobody_gave_is_a_failed_load(rank: Rank) -> None:
+    rank.save(4)
+    task = rank.load(4, 0)                                     # before the handshake
+    assert rank.manager.wait(task)[task].status is Status.FAILED
+    assert rank.counters.send(rank.path) == b"\x01"
+    task = rank.load(4, COUNTERS)
+    assert rank.manager.wait(task)[task].status is Status.FAILED
+    task, _ = rank.manager.get_match(tokens_of(4))
+    for wrong in (-3, 64):
+        with pytest.raises(ValueError, match="0 to 63"):
+            rank.manager.launch([task], [mapping(range(12, 16))], layerwise_transfer=True, counter_id=wrong)
+    rank.manager.cancel(task)
+    assert rank.counters.told() == []
+    task = rank.manager.get_async(tokens_of(4), mapping(range(12, 16)))
     assert rank.manager.wait(task)[task].status is Status.SUCCESS
 
 
@@ -189,12 +245,12 @@ def test_a_copy_that_fails_is_not_told_of(tmp_path: Path) -> None:
 def test_eventfds_that_do_not_fit_are_refused(rank: Rank, layers: int, claimed: int) -> None:
     """And kept by nobody; the right ones are taken after that."""
     rank.save(4)
-    open_before = len(os.listdir("/proc/self/fd"))
+    before = open_eventfds()
     wrong = Counters(layers)
     assert wrong.send(rank.path, claimed) != b"\x01"
     wrong.close()
     assert rank.counters.send(rank.path) == b"\x01"
-    assert len(os.listdir("/proc/self/fd")) <= open_before + 2 * COUNTERS * LAYERS
+    assert open_eventfds() == before + COUNTERS * LAYERS
     task = rank.load(4, 2)
     assert all(rank.counters.wait(2, layer) for layer in range(LAYERS))
     assert rank.manager.wait(task)[task].status is Status.SUCCESS
