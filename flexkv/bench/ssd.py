@@ -40,7 +40,7 @@ class Run:
 
 
 class Fio:
-    """``fio`` on a file of its own, each block once, in random order."""
+    """``fio`` on the same file (another may lie elsewhere, and be faster), each block once, in random order."""
 
     def __init__(self, path: Path) -> None:
         program = shutil.which("fio")
@@ -136,6 +136,8 @@ def _compare(ours: Ours, fio: Fio, way: str, size: int, depth: int) -> Iterator[
     mine, theirs = [], []
     for _ in range(REPEATS):
         theirs.append(fio.run(way, size, depth))
+        if way == "mixed":
+            ours.write_all()        # for what we read to be known again
         mine.append(ours.run(way, size, depth))
     case = f"{way} {size // KIB} KiB, depth {depth}"
     gigabytes = FILE_BYTES / 1e9
@@ -155,14 +157,13 @@ def run(directory: Path | None, only: str = "") -> Iterator[Line]:
         There is no fio, or the file system has no O_DIRECT.
     """
     with tempfile.TemporaryDirectory(prefix="flexkv-bench-", dir=directory) as folder:
-        fio = Fio(Path(folder, "fio"))
+        fio = Fio(Path(folder, "file"))
         try:
-            ours = Ours(Path(folder, "flexkv"))
+            ours = Ours(Path(folder, "file"))
         except OSError as error:
             raise FlexKVError(f"{folder}: {error.strerror}; choose a folder on a local disk with --dir") from error
         try:
             ours.write_all()
-            fio.run("write", 1024 * KIB, 32)
             for way in _FIO_WORDS:
                 for size in SIZES:
                     for depth in DEPTHS:
