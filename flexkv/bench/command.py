@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("bench", choices=[*_BENCHES, "all"], help="all: those that need no GPU and no disk")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the index (default 1,000,000)")
-    parser.add_argument("--dir", type=Path, help="of ssd: a folder on the disk to measure; 3 GB are written there")
+    parser.add_argument("--dir", type=Path, help="of ssd: a folder on the disk; takes 1 GiB for a while")
     args = parser.parse_args(argv)
     if not 10_000 <= args.blocks <= 500_000_000:
         parser.error("--blocks must be between 10,000 and 500,000,000")
