@@ -24,7 +24,7 @@ MODULES: dict[str, list[str]] = {
     "cuda_memory": [],
     "device_copy": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
     "hashing": [],
-    "io_queue": ["csrc/io_faulty.c", "csrc/io_queue.c", "csrc/io_threads.c", "csrc/io_uring.c"],
+    "io_queue": [f"csrc/io_{part}.c" for part in ("faulty", "job", "queue", "threads", "uring")],
     "mapping": [],
     "nodes": [],
     "radix": [],

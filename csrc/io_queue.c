@@ -1,6 +1,6 @@
 #include "io_queue.h"
 
-#include "io_method.h"
+#include "io_job.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -14,48 +14,10 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
-#define MERGED_BYTES (1u << 20)   /* neighbours become one I/O up to this size */
-#define MAX_VECTORS 256u          /* of an I/O; the kernel takes 1024 */
 #define MAX_PIECE_BYTES (1u << 30)    /* the kernel moves less than 2 GiB in one I/O */
 #define AHEAD 4u                  /* writes of a file with a checksum that wait for their turn */
 #define AGAIN_NS 1000000          /* until what the kernel could not take is tried again */
 #define ALIGNMENT 4096u           /* O_DIRECT goes on from there after a short I/O */
-
-struct piece {
-    struct piece *next;
-    uint64_t tag;
-    uint64_t file_offset;
-    uint64_t memory_offset;
-    uint64_t size;
-    uint64_t checksum;
-    uint32_t file;
-    uint8_t kind;
-    uint8_t alone;                /* an I/O with others has failed */
-};
-
-struct pieces {
-    struct piece *first;
-    struct piece **last;
-};
-
-/* An I/O and its pieces, in the order of the file. */
-struct job {
-    struct flexkv_io io;          /* of what has not been moved; first, so that one is the other */
-    struct job *next, **at;       /* in a list of jobs */
-    struct pieces pieces;
-    uint32_t num_pieces;
-    uint64_t offset;              /* of the first piece */
-    uint64_t covered;             /* bytes from there on that have been moved */
-    uint64_t deadline_ns;
-    int64_t error;                /* of what is not covered */
-    int is_stuck;
-    struct iovec vectors[];
-};
-
-struct jobs {
-    struct job *first;
-    struct job **last;
-};
 
 struct file {
     struct pieces waiting[2];     /* of each kind */
@@ -115,60 +77,6 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-static void clear_pieces(struct pieces *pieces)
-{
-    pieces->first = NULL;
-    pieces->last = &pieces->first;
-}
-
-static void append_piece(struct pieces *pieces, struct piece *piece)
-{
-    piece->next = NULL;
-    *pieces->last = piece;
-    pieces->last = &piece->next;
-}
-
-static struct piece *pop_piece(struct pieces *pieces)
-{
-    struct piece *piece = pieces->first;
-
-    if (piece && !(pieces->first = piece->next))
-        pieces->last = &pieces->first;
-    return piece;
-}
-
-static void clear_jobs(struct jobs *jobs)
-{
-    jobs->first = NULL;
-    jobs->last = &jobs->first;
-}
-
-static void append_job(struct jobs *jobs, struct job *job)
-{
-    job->next = NULL;
-    job->at = jobs->last;
-    *jobs->last = job;
-    jobs->last = &job->next;
-}
-
-static void remove_job(struct jobs *jobs, struct job *job)
-{
-    *job->at = job->next;
-    if (job->next)
-        job->next->at = job->at;
-    else
-        jobs->last = job->at;
-}
-
-static struct job *pop_job(struct jobs *jobs)
-{
-    struct job *job = jobs->first;
-
-    if (job)
-        remove_job(jobs, job);
-    return job;
-}
-
 /* The piece has a result. */
 static void tell(struct flexkv_io_queue *queue, const struct piece *piece, int64_t result)
 {
@@ -188,55 +96,6 @@ static void tell_all(struct flexkv_io_queue *queue, struct pieces *pieces, int64
         tell(queue, piece, result);
         free(piece);
     }
-}
-
-/* Whether `next` can go with `piece`, whose I/O has so many bytes and vectors already. */
-static int follows(const struct piece *piece, const struct piece *next, uint64_t bytes, uint32_t num_vectors)
-{
-    return next && !piece->alone && !next->alone && next->file_offset == piece->file_offset + piece->size &&
-           bytes + next->size <= MERGED_BYTES && num_vectors < MAX_VECTORS;
-}
-
-static int adjacent(const struct piece *piece, const struct piece *next)
-{
-    return next->memory_offset == piece->memory_offset + piece->size;
-}
-
-/* Make an I/O of the first piece that waits and the neighbours behind it. NULL: no memory. */
-static struct job *form(struct flexkv_io_queue *queue, struct file *file, enum flexkv_io_kind kind)
-{
-    struct pieces *waiting = &file->waiting[kind];
-    struct piece *piece = waiting->first;
-    uint32_t num_vectors = 1, num_pieces = 1;
-    uint64_t bytes = piece->size;
-    struct iovec *vector;
-    struct job *job;
-
-    for (; follows(piece, piece->next, bytes, num_vectors); piece = piece->next, num_pieces++) {
-        num_vectors += !adjacent(piece, piece->next);
-        bytes += piece->next->size;
-    }
-    job = calloc(1, sizeof(*job) + num_vectors * sizeof(struct iovec));
-    if (!job)
-        return NULL;
-    job->io.kind = kind;
-    job->io.file = (uint32_t)(file - queue->files);
-    job->io.offset = job->offset = waiting->first->file_offset;
-    job->io.vectors = vector = job->vectors;
-    job->io.num_vectors = num_vectors;
-    job->num_pieces = num_pieces;
-    clear_pieces(&job->pieces);
-    for (uint32_t i = 0; i < num_pieces; i++) {
-        struct piece *before = piece;
-
-        piece = pop_piece(waiting);
-        if (i && adjacent(before, piece))
-            vector->iov_len += piece->size;
-        else
-            *(vector += i > 0) = (struct iovec){ queue->options.memory + piece->memory_offset, piece->size };
-        append_piece(&job->pieces, piece);
-    }
-    return job;
 }
 
 static uint64_t hash(const struct flexkv_io_queue *queue, const struct piece *piece)
@@ -321,21 +180,6 @@ static void retry(struct flexkv_io_queue *queue, uint64_t now)
     }
 }
 
-/* Have the I/O go on at an offset further on. */
-static void advance(struct job *job, uint64_t offset)
-{
-    uint64_t bytes = offset - job->io.offset;
-
-    job->io.offset = offset;
-    while (bytes >= job->io.vectors->iov_len) {
-        bytes -= job->io.vectors->iov_len;
-        job->io.vectors++;
-        job->io.num_vectors--;
-    }
-    job->io.vectors->iov_base = (uint8_t *)job->io.vectors->iov_base + bytes;
-    job->io.vectors->iov_len -= bytes;
-}
-
 /* The method has given back a job. */
 static void take_back(struct flexkv_io_queue *queue, struct job *job, uint64_t now)
 {
@@ -364,7 +208,7 @@ static void take_back(struct flexkv_io_queue *queue, struct job *job, uint64_t n
         return;
     }
     next = reached & ~(uint64_t)(ALIGNMENT - 1);
-    advance(job, next > job->io.offset ? next : reached);
+    flexkv_io_advance(job, next > job->io.offset ? next : reached);
     start(queue, job, now);
 }
 
@@ -439,6 +283,20 @@ static void refuse(struct flexkv_io_queue *queue, struct file *file, int64_t err
     tell_all(queue, &file->waiting[FLEXKV_IO_WRITE], error);
 }
 
+/* A job of what waits first, or NULL if nothing does. */
+static struct job *form(struct flexkv_io_queue *queue, struct pieces *waiting)
+{
+    struct job *job = NULL;
+
+    while (waiting->first && !(job = flexkv_io_form(waiting, queue->options.memory))) {
+        struct piece *piece = pop_piece(waiting);
+
+        tell(queue, piece, -ENOMEM);
+        free(piece);
+    }
+    return job;
+}
+
 /* The next job of a file. Reads go first; while some wait, writes have a quarter of the depth. */
 static struct job *next_job(struct flexkv_io_queue *queue, struct file *file)
 {
@@ -451,7 +309,7 @@ static struct job *next_job(struct flexkv_io_queue *queue, struct file *file)
         file->num_ahead--;
         return pop_job(&file->hashed);
     }
-    return read_waits ? form(queue, file, FLEXKV_IO_READ) : NULL;
+    return form(queue, &file->waiting[FLEXKV_IO_READ]);
 }
 
 static void start_some(struct flexkv_io_queue *queue, struct file *file, uint64_t now)
@@ -467,9 +325,7 @@ static void start_some(struct flexkv_io_queue *queue, struct file *file, uint64_
         queue->num_under_way++;
         start(queue, job, now);
     }
-    while (file->waiting[FLEXKV_IO_WRITE].first && file->num_ahead < AHEAD) {
-        if (!(job = form(queue, file, FLEXKV_IO_WRITE)))
-            break;
+    while (file->num_ahead < AHEAD && (job = form(queue, &file->waiting[FLEXKV_IO_WRITE]))) {
         file->num_ahead++;
         append_job(&queue->to_hash[FLEXKV_IO_WRITE], job);
     }

@@ -1,7 +1,8 @@
 /* I/O queue: a thread that moves pieces between memory and files, and tells the XXH3-64 of each.
  *
  * A piece is so many bytes that are in one place of a file and in one place of memory. Neighbours of one file become one
- * I/O. Each piece that was submitted has one result; whatever happens, none is lost. */
+ * I/O. Each piece that was submitted has one result; whatever happens, none is lost. Pieces have no order among each
+ * other. */
 #ifndef FLEXKV_IO_QUEUE_H
 #define FLEXKV_IO_QUEUE_H
 

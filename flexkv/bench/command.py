@@ -2,31 +2,34 @@
 
 import argparse
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from flexkv.bench import api, gpu, hash, insert, match, memory, recover
+from flexkv.bench import api, gpu, hash, insert, match, memory, recover, ssd
 from flexkv.bench.report import Line, show
 
-_BENCHES: dict[str, Callable[[int], Iterator[Line]]] = {
-    "hash": lambda blocks: hash.run(),
-    "match": match.run,
-    "insert": insert.run,
-    "memory": memory.run,
-    "recover": recover.run,
-    "api": lambda blocks: api.run(),
-    "gpu": lambda blocks: gpu.run(),
+_BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
+    "hash": lambda args: hash.run(),
+    "match": lambda args: match.run(args.blocks),
+    "insert": lambda args: insert.run(args.blocks),
+    "memory": lambda args: memory.run(args.blocks),
+    "recover": lambda args: recover.run(args.blocks),
+    "api": lambda args: api.run(),
+    "gpu": lambda args: gpu.run(),
+    "ssd": lambda args: ssd.run(args.dir),
 }
-_EVERYWHERE = [name for name in _BENCHES if name != "gpu"]
+_EVERYWHERE = [name for name in _BENCHES if name not in ("gpu", "ssd")]
 
 
 def main(argv: list[str]) -> int:
     """Run one bench, or all."""
     parser = argparse.ArgumentParser(prog="flexkv bench", description="Measures; asserts no time, but right results.")
-    parser.add_argument("bench", choices=[*_BENCHES, "all"], help="all: those that need no GPU")
+    parser.add_argument("bench", choices=[*_BENCHES, "all"], help="all: those that need no GPU and no disk")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the index (default 1,000,000)")
+    parser.add_argument("--dir", type=Path, help="of ssd: a folder on the disk to measure; 3 GB are written there")
     args = parser.parse_args(argv)
     if not 10_000 <= args.blocks <= 500_000_000:
         parser.error("--blocks must be between 10,000 and 500,000,000")
     chosen = _EVERYWHERE if args.bench == "all" else [args.bench]
-    show((line for name in chosen for line in _BENCHES[name](args.blocks)), args.json)
+    show((line for name in chosen for line in _BENCHES[name](args)), args.json)
     return 0

@@ -1,0 +1,182 @@
+"""The I/O queue with checksums, beside ``fio`` with io_uring on the same file system; the two take turns."""
+
+import json
+import mmap
+import os
+import resource
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.checksum import xxh3_64_slots
+from flexkv._core.io_queue import READ, WRITE, IoQueue
+from flexkv.bench.report import Line
+from flexkv.errors import FlexKVError
+
+FILE_BYTES = 1 << 30
+REPEATS = 5
+KIB = 1024
+SIZES = [64 * KIB, 256 * KIB, 1024 * KIB, 2048 * KIB, 4096 * KIB]
+DEPTHS = [4, 32]
+STALL_S = 60.0
+_FIO_WORDS = {"read": "randread", "write": "randwrite", "mixed": "randrw"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What it took to move FILE_BYTES once."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+class Fio:
+    """``fio`` on a file of its own, each block once, in random order."""
+
+    def __init__(self, path: Path) -> None:
+        program = shutil.which("fio")
+        if program is None:
+            raise FlexKVError("the ceiling of this bench is fio: sudo apt-get install fio")
+        self._command = [
+            program, "--name=flexkv", f"--filename={path}", f"--size={FILE_BYTES}", "--ioengine=io_uring", "--direct=1",
+            "--fallocate=none", "--output-format=json",
+        ]
+
+    def run(self, way: str, size: int, depth: int) -> Run:
+        options = [f"--rw={_FIO_WORDS[way]}", f"--bs={size}", f"--iodepth={depth}"]
+        done = subprocess.run([*self._command, *options], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise FlexKVError(f"fio failed: {done.stderr.strip() or done.stdout.strip()}")
+        job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+        if job["error"] or job["read"]["io_bytes"] + job["write"]["io_bytes"] != FILE_BYTES:
+            raise FlexKVError(f"fio did not move what it was asked to: error {job['error']}")
+        seconds = max(job["read"]["runtime"], job["write"]["runtime"]) / 1e3
+        return Run(seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3)
+
+
+class Ours:
+    """The queue on a file and memory of the same size, each piece once, in random order in both."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+        self.memory = mmap.mmap(-1, FILE_BYTES)
+        self._bytes = np.frombuffer(self.memory, dtype=np.uint8)
+        self._rng = np.random.default_rng(0)
+        self._bytes.view(np.uint64)[:] = self._rng.integers(0, 1 << 64, FILE_BYTES // 8, dtype=np.uint64)
+        os.posix_fallocate(self._fd, 0, FILE_BYTES)
+
+    def write_all(self) -> None:
+        """Every block of the file has been written: what is measured writes over it."""
+        self.run("write", 1024 * KIB, 32)
+
+    def run(self, way: str, size: int, depth: int) -> Run:
+        """Move FILE_BYTES; raises if bytes are not right."""
+        count = FILE_BYTES // size
+        in_file, in_memory = (self._rng.permutation(count).astype(np.int64) for _ in range(2))
+        reads = count if way == "read" else count // 2 if way == "mixed" else 0
+        expected = self._place(in_file[:reads], in_memory[:reads], size)
+        queue = IoQueue([self._fd], self.memory, depth=depth)
+        try:
+            queue.register(FILE_BYTES)
+            while queue.registered_bytes < FILE_BYTES and not queue.reason:
+                time.sleep(1e-3)
+            taken, run = self._move(queue, in_file * size, in_memory * size, reads, size)
+        finally:
+            queue.close()
+        expected = np.concatenate([expected, self._sums(in_memory[reads:], size)])
+        if not np.array_equal(taken, expected) or not np.array_equal(expected, self._sums(in_memory, size)):
+            raise FlexKVError(f"{way} of {size} bytes: bytes differ")
+        return run
+
+    def _sums(self, slots: NDArray[np.int64], size: int) -> NDArray[np.uint64]:
+        return xxh3_64_slots(self._bytes, size, slots.astype(np.int32))
+
+    def _place(self, in_file: NDArray[np.int64], in_memory: NDArray[np.int64], size: int) -> NDArray[np.uint64]:
+        """Checksums of what is in the file at these places, read without the queue; the memory for it is cleared."""
+        sums = np.empty(len(in_file), dtype=np.uint64)
+        for i, (source, target) in enumerate(zip(in_file, in_memory, strict=True)):
+            view = memoryview(self.memory)[target * size : (target + 1) * size]
+            if os.preadv(self._fd, [view], int(source) * size) != size:
+                raise FlexKVError("the file of this bench is too short")
+            view.release()
+            sums[i] = self._sums(in_memory[i : i + 1], size)[0]
+            self._bytes[target * size : target * size + 64] = 0
+        return sums
+
+    def _move(
+        self, queue: IoQueue, in_file: NDArray[np.int64], in_memory: NDArray[np.int64], reads: int, size: int
+    ) -> tuple[NDArray[np.uint64], Run]:
+        """Checksums of each piece, and what it took."""
+        count = len(in_file)
+        tags, files, sums = np.arange(count, dtype=np.uint64), np.zeros(count, np.int32), np.zeros(count, np.uint64)
+        before, start, done = _cpu_seconds(), time.perf_counter(), 0
+        for kind, part in ((WRITE, slice(reads, count)), (READ, slice(0, reads))):
+            queue.submit(kind, tags[part], files[part], in_file[part], in_memory[part], size)
+        while done < count:
+            if not select.select([queue.event_fd], [], [], STALL_S)[0]:
+                raise FlexKVError(f"nothing was moved for {STALL_S:.0f} seconds")
+            which, results, checksums = queue.take()
+            if results.any():
+                raise FlexKVError(f"a piece was not moved: {os.strerror(-int(results.min()))}")
+            sums[which.astype(np.intp)] = checksums
+            done += len(which)
+        return sums, Run(time.perf_counter() - start, _cpu_seconds() - before)
+
+    def close(self) -> None:
+        os.close(self._fd)
+        del self._bytes
+        self.memory.close()
+
+
+def _cpu_seconds() -> float:
+    """Of all threads of this process, those that the kernel runs for it too."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _compare(ours: Ours, fio: Fio, way: str, size: int, depth: int) -> Iterator[Line]:
+    mine, theirs = [], []
+    for _ in range(REPEATS):
+        theirs.append(fio.run(way, size, depth))
+        mine.append(ours.run(way, size, depth))
+    case = f"{way} {size // KIB} KiB, depth {depth}"
+    gigabytes = FILE_BYTES / 1e9
+    speed, best = (gigabytes / float(np.median([run.seconds for run in runs])) for runs in (mine, theirs))
+    yield Line("ssd", f"{case}; ceiling: fio", round(speed, 2), "GB/s", round(best, 2), round(speed / best, 3), REPEATS)
+    cost, least = (float(np.median([run.cpu_seconds for run in runs])) / gigabytes for runs in (mine, theirs))
+    yield Line("ssd", f"{case}; CPU time; ceiling: fio", round(cost, 3), "s/GB", round(least, 3),
+               round(least / cost, 3), REPEATS)
+
+
+def run(directory: Path | None, only: str = "") -> Iterator[Line]:
+    """Reads, writes, and both at once, in several sizes and depths.
+
+    Raises
+    ------
+    FlexKVError
+        There is no fio, or the file system has no O_DIRECT.
+    """
+    with tempfile.TemporaryDirectory(prefix="flexkv-bench-", dir=directory) as folder:
+        fio = Fio(Path(folder, "fio"))
+        try:
+            ours = Ours(Path(folder, "flexkv"))
+        except OSError as error:
+            raise FlexKVError(f"{folder}: {error.strerror}; choose a folder on a local disk with --dir") from error
+        try:
+            ours.write_all()
+            fio.run("write", 1024 * KIB, 32)
+            for way in _FIO_WORDS:
+                for size in SIZES:
+                    for depth in DEPTHS:
+                        if only in f"{way} {size // KIB} KiB, depth {depth}":
+                            yield from _compare(ours, fio, way, size, depth)
+        finally:
+            ours.close()
