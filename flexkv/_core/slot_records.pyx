@@ -1,8 +1,8 @@
 """Records of the slot table: sealed when written, checked when read back.
 
 A record is 64 bytes, so it never crosses a sector: key 16, parent 16, checksum 8, sequence 8, domain 8, length 4,
-check 4, little-endian. The check is the low half of the XXH3-64 of what precedes it, seeded with the slot, so that a record that
-was written to, or read from, another place does not pass. 64 zero bytes are an empty slot.
+check 4, little-endian. The check is the low half of the XXH3-64 of what precedes it, seeded with the slot, so that a
+record that was written to, or read from, another place does not pass. 64 zero bytes are an empty slot.
 """
 import numpy as np
 

@@ -58,7 +58,7 @@ def newest_records(
         Of the newest record of each key of the domain, the oldest first.
     records : (n,) RECORD
     used : (m,) int32
-        Slots whose record is not empty, whatever it is.
+        Slots whose record may not be empty, whatever it is.
     last_sequence : int
         The highest of any record, of other domains too.
     """

@@ -1,5 +1,6 @@
 """The slot table: beside the data, what each slot holds, so that the cache is warm after a restart."""
 
+import logging
 import struct
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from flexkv._core import slot_records
 from flexkv._core.checksum import xxh3_64
 from flexkv.storage.file_layer import FileLayer, read_into, write_all
+
+logger = logging.getLogger("flexkv.storage")
 
 HEADER_BYTES = 4096
 RECORD = np.dtype([
@@ -76,7 +79,7 @@ class Scan:
     states : dict
         How many slots are ``empty``, ``mine``, of an ``other_domain``, ``void``, or ``broken``.
     used : (m,) int32
-        Slots whose record is not empty.
+        Slots whose record is not empty, or could not be read.
     domains : dict
         Records that count, by domain.
     last_sequence : int
@@ -190,7 +193,8 @@ class SlotTable:
             last_sequence = max(last_sequence, int(chunk["sequence"].max(initial=0, where=counts_too)))
             slots.append((mine + first).astype(np.int32))
             records.append(choose(chunk, mine))
-            used.append((np.flatnonzero(states != slot_records.EMPTY) + first).astype(np.int32))
+            unknown = np.arange(first + len(states), first + want, dtype=np.int32)
+            used += [(np.flatnonzero(states != slot_records.EMPTY) + first).astype(np.int32), unknown]
             counts += np.bincount(states, minlength=len(_STATES))
             counts[slot_records.EMPTY] += want - len(states)
             for digest, count in zip(*np.unique(chunk["domain"][counts_too], return_counts=True), strict=True):
@@ -205,6 +209,7 @@ class SlotTable:
         raw = np.empty((count, RECORD.itemsize), dtype=np.uint8)
         try:
             got = read_into(self._files, self._fd, raw.reshape(-1).data, HEADER_BYTES + first * RECORD.itemsize)
-        except OSError:
+        except OSError as error:
+            logger.error("records of slots %d to %d cannot be read: %s", first, first + count - 1, error.strerror)
             got = 0
         return raw[: got // RECORD.itemsize]

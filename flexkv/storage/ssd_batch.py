@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.storage.slot_table import RECORD
 from flexkv.storage.ssd_directory import SsdDirectory
 
 READ, WRITE = 0, 1
@@ -69,6 +70,16 @@ class Batch:
     def tags(self) -> NDArray[np.uint64]:
         """(n,) what the queue knows each block by."""
         return np.arange(len(self.indices), dtype=np.uint64) | np.uint64(self.number << _POSITION_BITS)
+
+    def records(
+        self, positions: NDArray[np.intp], checksums: NDArray[np.uint64], domain: int
+    ) -> NDArray[np.void]:
+        """What the slot table is to say of these positions."""
+        records = np.zeros(len(positions), dtype=RECORD)
+        records["key"], records["parent"] = self.keys[positions], self.parents[positions]
+        records["checksum"], records["domain"], records["length"] = checksums, domain, self.directory.slot_bytes
+        records["sequence"] = self.sequence + positions
+        return records
 
     def left(self) -> NDArray[np.intp]:
         """Positions that have no result yet."""

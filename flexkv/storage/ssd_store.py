@@ -20,7 +20,6 @@ from flexkv.storage.file_layer import FileLayer
 from flexkv.storage.recovered import Recovered, newest_records
 from flexkv.storage.slot_health import SlotHealth
 from flexkv.storage.slot_ledger import SlotLedger
-from flexkv.storage.slot_table import RECORD
 from flexkv.storage.ssd_batch import READ, WRITE, Batch, Batches, Result
 from flexkv.storage.ssd_directory import SsdDirectory, open_directories
 from flexkv.storage.striped_slots import StripedSlots
@@ -86,9 +85,8 @@ class SsdStore:
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._directories = open_directories(directories, capacity_bytes, slot_bytes, files, probe_s)
-        self.num_slots = sum(directory.num_slots for directory in self._directories)
-        fds = [directory.data.fd for directory in self._directories]
         try:
+            fds = [directory.data.fd for directory in self._directories]
             self._queue = make_queue(fds, memory, deadline_s=deadline_s, **queue_options)
         except BaseException:
             for directory in self._directories:
@@ -96,11 +94,13 @@ class SsdStore:
             raise
         self._first = np.array([directory.first_slot for directory in self._directories], dtype=np.int64)
         self.slots = StripedSlots(self._directories)
+        self.num_slots = self.slots.capacity
         self._floor = max(directory.table.header.floor for directory in self._directories)
         self._sequence = max(time.time_ns(), self._floor)   # the last one given; a clock, so that it always rises
         self._ledger = SlotLedger(self.num_slots)
         self._health = SlotHealth(self.slots, self.num_slots)
         self._batches = Batches()
+        self._to_record: dict[SsdDirectory, list[tuple[Batch, NDArray[np.intp], NDArray[np.uint64]]]] = {}
         self._closed = False
         self._epoll = select.epoll()
         self._epoll.register(self._batches.event_fd, select.EPOLLIN)
@@ -222,8 +222,7 @@ class SsdStore:
                 self._stop(batch)
 
     def results(self) -> list[Result]:
-        """(job, indices, ok) of blocks that have ended since the last call, each once. Nothing touches their host slots
-        any more."""
+        """(job, indices, ok) of blocks that have ended, each told once. Nothing touches their host slots any more."""
         with self._lock:
             if not self._closed:
                 self._take()
@@ -249,8 +248,7 @@ class SsdStore:
             "num_slots": self.num_slots,
         }
 
-    # ---- what is under way ------------------------------------------------------------------------------------
-    # All of this is called under the lock, except where it says otherwise.
+    # ---- what is under way; under the lock --------------------------------------------------------------------
 
     def _check(self, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> None:
         if not len(slots) == len(host_slots) == len(keys) or keys.shape[1:] != (2,):
@@ -316,13 +314,12 @@ class SsdStore:
             elif len(left):
                 self._submit(batch)
 
-    def _record(self, batch: Batch, positions: NDArray[np.intp], checksums: NDArray[np.uint64]) -> None:
-        directory = batch.directory
-        slots = batch.slots[positions]
-        records = np.zeros(len(slots), dtype=RECORD)
-        records["key"], records["parent"] = batch.keys[positions], batch.parents[positions]
-        records["checksum"], records["domain"], records["length"] = checksums, self._domain, self.slot_bytes
-        records["sequence"] = batch.sequence + positions
+    def _record(self, directory: SsdDirectory) -> None:
+        """Write the records of all that has been moved by now, with as few calls as possible."""
+        with self._lock:
+            parts = self._to_record.pop(directory)
+        slots = np.concatenate([batch.slots[positions] for batch, positions, _ in parts])
+        records = np.concatenate([batch.records(positions, sums, self._domain) for batch, positions, sums in parts])
         failed = ""
         self._ledger.recorded[slots] = True
         try:
@@ -330,15 +327,15 @@ class SsdStore:
         except OSError as error:
             failed = str(error)
         with self._lock:
-            still = ~batch.ended[positions]
-            positions, slots, checksums = positions[still], slots[still], checksums[still]
-            ok = not failed and batch.sequence > self._floor
-            if ok:
-                self._ledger.learn(slots, batch.keys[positions], checksums)
-            self._end(batch, positions, np.full(len(positions), ok))
+            for batch, positions, checksums in parts:
+                still = ~batch.ended[positions]
+                ok = not failed and batch.sequence > self._floor
+                if ok:
+                    self._ledger.learn(batch.slots[positions][still], batch.keys[positions][still], checksums[still])
+                self._end(batch, positions[still], np.full(int(still.sum()), ok))
             if failed and self._health.fault(directory, slots, "table_errors", failed):
                 self._after_take_out(directory)
-        directory.data.moved(len(positions) * self.slot_bytes)
+        directory.data.moved(len(slots) * self.slot_bytes)
 
     # ---- results ----------------------------------------------------------------------------------------------
 
@@ -385,7 +382,10 @@ class SsdStore:
         batch.moved[positions[done]] = True
         if done.any():
             directory.succeeded()
-            directory.post(partial(self._record, batch, positions[done], checksums[done]))
+            waiting = self._to_record.setdefault(directory, [])
+            if not waiting:
+                directory.post(partial(self._record, directory))
+            waiting.append((batch, positions[done], checksums[done]))
         out = self._health.judge(directory, batch.slots[positions], results, "write_errors")
         self._fail(batch, positions[~done])
         if out:

@@ -138,7 +138,9 @@ def test_a_table_that_cannot_be_read_holds_nothing(fd: int) -> None:
     table = filled(fd, files)
     table.write(np.arange(4, dtype=np.int32), records_of([1, 2, 3, 4]))
     files.fault = lambda name, *_: 5 if name == "read" else 0
-    assert table.scan(5).states["empty"] == NUM
+    scan = table.scan(5)
+    assert scan.states["empty"] == NUM
+    assert scan.used.tolist() == list(range(NUM))               # for all one knows
 
 
 def test_short_reads_and_writes_go_on(fd: int) -> None:
