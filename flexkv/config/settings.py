@@ -196,6 +196,9 @@ class ConnectorConfig(_Settings):
     audit: bool = setting(
         False, "Compare the bytes of every block that is loaded with those that were saved; for tests, slow."
     )
+    audit_path: str = setting(
+        "", "With `audit`: where its checksums are kept between starts, a file for each rank; empty: they are not."
+    )
     num_log_interval_requests: int = setting(200, "Requests between two log lines on hits; 0: none.", low=0)
     log_level: str = setting("INFO", "Level of the package's log.", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
 

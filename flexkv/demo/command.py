@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from flexkv.config import process_environment
 from flexkv.demo.model import prepare_model
 from flexkv.demo.session import EVENT
 from flexkv.errors import FlexKVError
+
+PHASES = ("cold", "warm", "restarted")
 
 _KV_GIB_PER_TOKEN = 2 * 30 * 3 * 64 * 2 / (1 << 30)
 """Of SmolLM2-135M in bfloat16: K and V, 30 layers, 3 heads of 64."""
@@ -57,43 +60,85 @@ def _events(process: "subprocess.Popen[str]", log: Any) -> Iterator[dict[str, An
             log.write(line)
 
 
-def _run(args: argparse.Namespace, model: Path) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
-    answers: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
-    audit: dict[str, Any] = {}
-    total = 2 * args.prompts
-    log_path = args.output / "engine.log"
-    command = [
-        sys.executable, "-m", "flexkv.demo.session", "--model", str(model), "--prompts", str(args.prompts),
-        "--tokens", str(args.tokens),
-        "--cpu-cache-gb", f"{max(0.25, 1.5 * (args.prompts + 2) * args.tokens * _KV_GIB_PER_TOKEN):.2f}",
-    ]
-    _bar(0, total, "starting vLLM (about a minute)")
-    with log_path.open("w") as log, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, env=process_environment(**_ENGINE_ENVIRONMENT)
-    ) as process:
-        for event in _events(process, log):
-            kind = event.pop("event")
-            if kind == "ready":
-                _bar(0, total, "vLLM is ready")
-            elif kind == "answer":
-                answers[event["phase"]].append(event)
-                done = len(answers["cold"]) + len(answers["warm"])
-                _bar(done, total, f"{event['phase']}, first token after {event['ttft_ms']:.0f} ms")
-            elif kind == "audit":
-                audit = event
-    if process.returncode != 0 or not audit:
-        raise FlexKVError(f"the engine ended with status {process.returncode}; its log is {log_path}")
-    return answers, audit
+Answers = dict[str, list[dict[str, Any]]]
 
 
-def _table(answers: dict[str, list[dict[str, Any]]]) -> None:
-    print(f"\n{'prompt':>6}  {'TTFT cold ms':>12}  {'TTFT warm ms':>12}  {'tokens from FlexKV':>18}  same answer")
-    for i, (cold, warm) in enumerate(zip(answers["cold"], answers["warm"], strict=True)):
-        same = "yes" if cold["tokens"] == warm["tokens"] else "NO"
-        print(f"{i + 1:>6}  {cold['ttft_ms']:>12.0f}  {warm['ttft_ms']:>12.0f}  {warm['cached']:>18}  {same}")
+class _Engine:
+    """Runs of the demo's engine, one after the other, over the same SSD."""
+
+    def __init__(self, args: argparse.Namespace, model: Path) -> None:
+        host_gb = max(0.25, 1.5 * (args.prompts + 2) * args.tokens * _KV_GIB_PER_TOKEN)
+        self._ssd = args.output / "ssd"
+        self._log = args.output / "engine.log"
+        self._settings = {
+            "cpu_cache_gb": round(host_gb, 2), "ssd_cache_gb": round(2 * host_gb, 2), "ssd_cache_dir": str(self._ssd),
+            "ssd_admission": "all", "audit_path": str(self._ssd / "audit"),
+        }
+        self._command = [
+            sys.executable, "-m", "flexkv.demo.session", "--model", str(model), "--prompts", str(args.prompts),
+            "--tokens", str(args.tokens), "--settings", json.dumps(self._settings), "--phases",
+        ]
+        self._total = len(PHASES) * args.prompts
+        self.answers: Answers = {phase: [] for phase in PHASES}
+        self.audits: list[dict[str, Any]] = []
+
+    def __enter__(self) -> "_Engine":
+        shutil.rmtree(self._ssd, ignore_errors=True)
+        self._log.unlink(missing_ok=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._ssd, ignore_errors=True)
+
+    def _progress(self, text: str) -> None:
+        _bar(sum(map(len, self.answers.values())), self._total, text)
+
+    def run(self, *phases: str) -> None:
+        """Start vLLM and FlexKV, ask every prompt in each phase, and stop them.
+
+        Raises
+        ------
+        FlexKVError
+            The engine did not end well.
+        """
+        self._progress("starting vLLM (about a minute)")
+        audits = len(self.audits)
+        with self._log.open("a") as log, subprocess.Popen(
+            [*self._command, *phases], stdout=subprocess.PIPE, stderr=log, text=True,
+            env=process_environment(**_ENGINE_ENVIRONMENT),
+        ) as process:
+            for event in _events(process, log):
+                kind = event.pop("event")
+                if kind == "ready":
+                    self._progress("vLLM is ready")
+                elif kind == "answer":
+                    self.answers[event["phase"]].append(event)
+                    self._progress(f"{event['phase']}, first token after {event['ttft_ms']:.0f} ms")
+                elif kind == "audit":
+                    self.audits.append(event)
+        if process.returncode != 0 or len(self.audits) == audits:
+            raise FlexKVError(f"the engine ended with status {process.returncode}; its log is {self._log}")
 
 
-def _chart(answers: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def _same(answers: Answers, prompt: int) -> bool:
+    """Whether the prompt had the same answer in every phase."""
+    return len({tuple(answers[phase][prompt]["tokens"]) for phase in PHASES}) == 1
+
+
+def _median_ms(answers: Answers, phase: str) -> float:
+    return round(statistics.median(answer["ttft_ms"] for answer in answers[phase]), 1)
+
+
+def _table(answers: Answers) -> None:
+    print(f"\n{'':>6}  {'time to first token, ms':^32}  {'tokens from FlexKV':^20}")
+    print(f"{'prompt':>6}  {'cold':>10}{'warm':>10}{'restarted':>12}  {'memory':>10}{'SSD':>10}  same answer")
+    for i, (cold, warm, restarted) in enumerate(zip(*(answers[phase] for phase in PHASES), strict=True)):
+        times = f"{cold['ttft_ms']:>10.0f}{warm['ttft_ms']:>10.0f}{restarted['ttft_ms']:>12.0f}"
+        same = "yes" if _same(answers, i) else "NO"
+        print(f"{i + 1:>6}  {times}  {warm['cached']:>10}{restarted['cached']:>10}  {same}")
+
+
+def _chart(answers: Answers, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,10 +146,12 @@ def _chart(answers: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     positions = range(1, len(answers["cold"]) + 1)
-    for phase, shift, color in (("cold", -0.2, "#b0b7c3"), ("warm", 0.2, "#2f7ed8")):
+    looks = {"cold": ("computed", "#b0b7c3"), "warm": ("loaded from memory", "#2f7ed8"),
+             "restarted": ("loaded from SSD by a new process", "#7cb342")}
+    for number, (phase, (what, color)) in enumerate(looks.items()):
         heights = [answer["ttft_ms"] for answer in answers[phase]]
-        label = "cold: computed" if phase == "cold" else "warm: loaded by FlexKV"
-        bars = axes.bar([position + shift for position in positions], heights, 0.4, color=color, label=label)
+        places = [position + 0.28 * (number - 1) for position in positions]
+        bars = axes.bar(places, heights, 0.28, color=color, label=f"{phase}: {what}")
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set(xlabel="prompt", ylabel="time to first token, ms", title="The same prompts, computed and loaded")
     axes.set_xticks(list(positions))
@@ -117,23 +164,30 @@ def main(argv: list[str]) -> int:
     args = _parse(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     model = args.model or prepare_model(Path.home() / ".cache" / "flexkv" / "smollm2-135m")
-    answers, audit = _run(args, model)
+    with _Engine(args, model) as engine:
+        engine.run("cold", "warm")
+        engine.run("restarted")
+    answers = engine.answers
     _table(answers)
     chart = args.output / "demo.png"
     _chart(answers, chart)
     print(f"\nchart: {chart}")
-    cold, warm = (statistics.median(answer["ttft_ms"] for answer in answers[phase]) for phase in ("cold", "warm"))
-    same = all(a["tokens"] == b["tokens"] for a, b in zip(answers["cold"], answers["warm"], strict=True))
+    cold, warm, restarted = (_median_ms(answers, phase) for phase in PHASES)
+    same = all(_same(answers, prompt) for prompt in range(args.prompts))
+    wrong_bytes = sum(audit["wrong_bytes"] for audit in engine.audits)
     result = {
         "prompts": args.prompts,
         "tokens": args.prompts * args.tokens,
-        "ttft_cold_ms_p50": round(cold, 1),
-        "ttft_warm_ms_p50": round(warm, 1),
+        "ttft_cold_ms_p50": cold,
+        "ttft_warm_ms_p50": warm,
+        "ttft_restarted_ms_p50": restarted,
         "speedup": round(cold / warm, 1),
+        "speedup_restarted": round(cold / restarted, 1),
         "same_outputs": same,
         "hit_tokens": sum(answer["cached"] for answer in answers["warm"]),
-        "wrong_bytes": audit["wrong_bytes"],
+        "hit_tokens_restarted": sum(answer["cached"] for answer in answers["restarted"]),
+        "wrong_bytes": wrong_bytes,
     }
-    unchecked = audit["checked_blocks"] == 0 or audit["unknown_blocks"] > 0
+    unchecked = any(audit["checked_blocks"] == 0 or audit["unknown_blocks"] > 0 for audit in engine.audits)
     print(f"RESULT {json.dumps(result)}")
-    return 0 if same and audit["wrong_bytes"] == 0 and not unchecked else 1
+    return 0 if same and wrong_bytes == 0 and not unchecked else 1

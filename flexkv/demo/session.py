@@ -1,4 +1,4 @@
-"""The demo's engine, in a process of its own: asks every prompt cold, then warm, and tells its parent line by line."""
+"""The demo's engine, in a process of its own: asks every prompt in each phase, and tells its parent line by line."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def make_prompts(tokenizer: Any, count: int, length: int) -> list[list[int]]:
 class Session:
     """A vLLM engine with FlexKV, on a KV cache of its own that holds no more than about one prompt."""
 
-    def __init__(self, model: str, prompt_tokens: int, cpu_cache_gb: float) -> None:
+    def __init__(self, model: str, prompt_tokens: int, settings: dict[str, Any]) -> None:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
@@ -56,7 +56,7 @@ class Session:
                 kv_connector="FlexKVConnectorV1",
                 kv_role="kv_both",
                 kv_load_failure_policy="recompute",
-                kv_connector_extra_config={"cpu_cache_gb": cpu_cache_gb, "audit": True},
+                kv_connector_extra_config={"audit": True, **settings},
             ),
         )
 
@@ -88,14 +88,15 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True)
-    parser.add_argument("--cpu-cache-gb", type=float, required=True)
+    parser.add_argument("--phases", nargs="+", required=True)
+    parser.add_argument("--settings", type=json.loads, required=True, help="of FlexKV, as JSON")
     args = parser.parse_args()
-    session = Session(args.model, args.tokens, args.cpu_cache_gb)
+    session = Session(args.model, args.tokens, args.settings)
     prompts = make_prompts(session.llm.get_tokenizer(), args.prompts + 1, args.tokens)
     # the last one warms the engine up, and evicts what the cold pass left in the engine's own cache
     session.ask(prompts[-1][: args.tokens // 2], "warm-up", 1)
     tell(event="ready")
-    for phase in ("cold", "warm"):
+    for phase in args.phases:
         for i, prompt in enumerate(prompts[:-1]):
             tell(event="answer", phase=phase, prompt=i, **session.ask(prompt, f"{phase}-{i}"))
         session.ask(prompts[-1], f"evict-{phase}", 1)

@@ -238,6 +238,11 @@ class RankClient:
             raise RegistrationError(str(self.error)) from self.error
 
     @property
+    def name(self) -> str:
+        """Tells ranks apart: data-parallel client, pipeline stage, rank."""
+        return f"{self._dp_client_id}-{self._pp_rank}-{self._rank}"
+
+    @property
     def is_connected(self) -> bool:
         """The agent runs, and the controller is there."""
         return self._agent is not None and self._agent.status == 0

@@ -19,9 +19,13 @@ def test_the_demo_ends_well(tmp_path: Path) -> None:
     last = done.stdout.splitlines()[-1]
     assert last.startswith("RESULT ")
     result = json.loads(last.removeprefix("RESULT "))
-    assert set(result) == {"prompts", "tokens", "ttft_cold_ms_p50", "ttft_warm_ms_p50", "speedup", "same_outputs",
-                           "hit_tokens", "wrong_bytes"}
+    assert set(result) == {
+        "prompts", "tokens", "ttft_cold_ms_p50", "ttft_warm_ms_p50", "ttft_restarted_ms_p50", "speedup",
+        "speedup_restarted", "same_outputs", "hit_tokens", "hit_tokens_restarted", "wrong_bytes",
+    }
     assert result["same_outputs"] is True
     assert result["wrong_bytes"] == 0
     assert result["hit_tokens"] == 2 * (1024 - 32)      # the last block of a prompt is computed
+    assert result["hit_tokens_restarted"] >= 2 * (1024 - 32)
+    assert not (tmp_path / "ssd").exists()
     assert (tmp_path / "demo.png").stat().st_size > 10_000

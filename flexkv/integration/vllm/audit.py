@@ -1,6 +1,7 @@
 """Independent check of what comes back: page bytes, read through torch, against what they were when they were saved."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 
+_RECORD = np.dtype([("key", np.uint64, 2), ("checksum", np.uint64)])
+
+
 class PageAudit:
     """Remembers a checksum of each saved page by the key of its block. Reads the tensors itself, by logical index: it
     shares nothing with the code that copies them.
@@ -22,11 +26,18 @@ class PageAudit:
     tensors : sequence of Tensor
     specs : sequence of TensorSpec
         Which dimension of each counts pages.
+    path : Path, optional
+        Keeps the checksums, for the next start: appended as they are made, and read here.
     """
 
-    def __init__(self, tensors: "Sequence[torch.Tensor]", specs: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self, tensors: "Sequence[torch.Tensor]", specs: Sequence[TensorSpec], path: Path | None = None
+    ) -> None:
         self._tensors = list(zip(tensors, specs, strict=True))
         self._checksums: dict[bytes, int] = {}
+        self._path = path
+        if path is not None and path.exists():
+            self._checksums = {r["key"].tobytes(): int(r["checksum"]) for r in np.fromfile(path, dtype=_RECORD)}
         self._checked_blocks = self._wrong_blocks = self._wrong_bytes = self._unknown_blocks = 0
 
     def _page(self, page: int) -> NDArray[np.uint8]:
@@ -41,8 +52,14 @@ class PageAudit:
 
     def record(self, keys: NDArray[np.uint64], pages: NDArray[np.int32]) -> None:
         """Pages that are about to be saved under ``keys``."""
-        for key, page in zip(keys, pages, strict=True):
-            self._checksums[key.tobytes()] = xxh3_64(self._page(int(page)))
+        made = np.zeros(len(keys), dtype=_RECORD)
+        for record, key, page in zip(made, keys, pages, strict=True):
+            record["key"], record["checksum"] = key, xxh3_64(self._page(int(page)))
+            self._checksums[key.tobytes()] = int(record["checksum"])
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                made.tofile(file)
 
     def compare(self, keys: NDArray[np.uint64], pages: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
         """Pages that were loaded, where ``ok``, with blocks of ``keys``."""

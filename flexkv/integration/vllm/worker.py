@@ -1,6 +1,7 @@
 """Worker side: the rank's tensors, the fences around its compute, and the reports that vLLM waits for."""
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkv._core.block_table import TensorSpec
@@ -87,7 +88,8 @@ class WorkerSide:
         specs = [page_spec(tensor, num_blocks) for tensor in tensors.values()]
         self._device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
         if self._config.audit:
-            self._audit = PageAudit(list(tensors.values()), specs)
+            path = Path(f"{self._config.audit_path}-{self._client.name}") if self._config.audit_path else None
+            self._audit = PageAudit(list(tensors.values()), specs, path)
         self._client.register_tensors(specs, connect_timeout_s, keep_alive=list(tensors.values()))
 
     # ---- the hooks of a step, in the order in which vLLM calls them ----------------------------------------------
