@@ -15,7 +15,8 @@
 #include <xxhash.h>
 
 #define MAX_PIECE_BYTES (1u << 30)    /* the kernel moves less than 2 GiB in one I/O */
-#define AHEAD 4u                  /* writes of a file with a checksum that wait for their turn */
+#define HASHED_BYTES (256u << 10) /* checksums taken between two looks at the method: 20 us */
+#define AHEAD 8u                  /* writes of a file with a checksum that wait for their turn */
 #define AGAIN_NS 1000000          /* until what the kernel could not take is tried again */
 #define ALIGNMENT 4096u           /* O_DIRECT goes on from there after a short I/O */
 
@@ -336,19 +337,24 @@ static int must_hash(const struct flexkv_io_queue *queue)
     return queue->to_hash[FLEXKV_IO_READ].first || queue->to_hash[FLEXKV_IO_WRITE].first;
 }
 
-/* Take the checksums of one job: somebody waits for a read. */
+/* Take the checksums of some jobs, reads first: somebody waits for them. Several small ones, so that what can start after
+ * that is handed over together. */
 static void hash_some(struct flexkv_io_queue *queue)
 {
-    struct job *job = pop_job(&queue->to_hash[FLEXKV_IO_READ]);
+    uint64_t bytes = 0;
+    struct job *job;
 
-    if (job) {
+    while (bytes < HASHED_BYTES && (job = pop_job(&queue->to_hash[FLEXKV_IO_READ]))) {
+        bytes += job->covered;
         conclude(queue, job);
-        return;
     }
-    job = pop_job(&queue->to_hash[FLEXKV_IO_WRITE]);
-    for (struct piece *piece = job->pieces.first; piece; piece = piece->next)
-        piece->checksum = hash(queue, piece);
-    append_job(&queue->files[job->io.file].hashed, job);
+    while (bytes < HASHED_BYTES && (job = pop_job(&queue->to_hash[FLEXKV_IO_WRITE]))) {
+        for (struct piece *piece = job->pieces.first; piece; piece = piece->next) {
+            piece->checksum = hash(queue, piece);
+            bytes += piece->size;
+        }
+        append_job(&queue->files[job->io.file].hashed, job);
+    }
 }
 
 static int compare_tags(const void *a, const void *b)
@@ -484,8 +490,7 @@ static void work(struct flexkv_io_queue *queue)
             start_some(queue, &queue->files[i], now);
         hashing = must_hash(queue) || grow(queue);
         queue->method->wait(queue->context, hashing ? 0 : sleep_ns(queue, now));
-        if (must_hash(queue))
-            hash_some(queue);
+        hash_some(queue);
     }
 }
 

@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #define MAX_ENTRIES 4096u         /* of the submission queue; more I/Os can be under way */
-#define CHUNK_BYTES (256ull << 20)    /* registered at a time; while it is, no I/O starts: about 25 ms */
+#define CHUNK_BYTES (256ull << 20)    /* registered at a time; while it is, no I/O starts: about 10 ms */
 #define MAX_CHUNKS 16384u         /* IORING_MAX_REG_BUFFERS */
 #define PAUSE_NS 1000000          /* when the kernel takes nothing now */
 #define NEEDED (IORING_FEAT_NODROP | IORING_FEAT_SUBMIT_STABLE | IORING_FEAT_EXT_ARG)  /* Linux 5.11 */

@@ -18,7 +18,6 @@ from flexkv._core._csrc cimport (
     flexkv_io_faults_release,
     flexkv_io_faulty,
     flexkv_io_kind,
-    flexkv_io_method,
     flexkv_io_options,
     flexkv_io_pieces,
     flexkv_io_queue,
@@ -168,8 +167,8 @@ cdef class IoQueue:
         if not error:
             return ""
         if -error in (errno.ENOMEM, errno.EPERM):
-            return "memory is not registered with io_uring, and I/O costs more CPU time: raise the memlock limit (ulimit -l)"
-        return f"memory is not registered with io_uring, and I/O costs more CPU time: {os.strerror(-error)}"
+            return "memory is not registered with io_uring, which costs CPU time: raise the memlock limit (ulimit -l)"
+        return f"memory is not registered with io_uring, which costs CPU time: {os.strerror(-error)}"
 
     @property
     def registered_bytes(self):
