@@ -59,7 +59,7 @@ class SsdWriter:
 
     def hit(self, keys: NDArray[np.uint64]) -> bool:
         """A sequence ((n, 2) uint64) was loaded; True if some of it is to be written."""
-        return self._add(keys, int((~self._cache.on_ssd(keys)).sum()))
+        return self._add(keys, ~self._cache.on_ssd(keys))
 
     def put(self, plan: PutPlan) -> bool:
         """A put has ended; True if some of its sequence is to be written."""
@@ -72,7 +72,7 @@ class SsdWriter:
             follows = before >= 0 and (bool(on_ssd[before]) or self._forget(keys[before].tobytes()))
         if not (self._write_all or follows or plan.num_known):
             return False
-        return self._add(keys, int((~on_ssd).sum()))
+        return self._add(keys, ~on_ssd)
 
     def _forget(self, tail: bytes) -> bool:
         """Take a sequence off the queue; False if it is not there."""
@@ -80,16 +80,20 @@ class SsdWriter:
         self._queued -= count
         return count > 0
 
-    def _add(self, keys: NDArray[np.uint64], count: int) -> bool:
-        if count == 0:
+    def _add(self, keys: NDArray[np.uint64], wanted: NDArray[np.bool_]) -> bool:
+        """Queue a sequence for its blocks ``wanted`` ((n,) bool), as many as there is room for."""
+        if not wanted.any():
             return False
         with self._lock:
-            tail = keys[-1].tobytes()
-            self._forget(tail)
-            if self._queued + count > self._max_queued:
-                self._dropped += count
+            self._forget(keys[-1].tobytes())
+            blocks = np.flatnonzero(wanted)
+            count = min(len(blocks), self._max_queued - self._queued)
+            self._dropped += len(blocks) - count
+            if count == 0:
                 return False
-            self._queue[tail] = (keys, count)
+            keys = keys[: blocks[count - 1] + 1]
+            self._forget(keys[-1].tobytes())
+            self._queue[keys[-1].tobytes()] = (keys, count)
             self._queued += count
         return True
 

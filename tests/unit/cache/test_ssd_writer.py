@@ -131,10 +131,11 @@ def test_parents_are_the_blocks_before() -> None:
 def test_too_much_is_left_out_and_counted() -> None:
     world = World(write_all=True, max_queued_blocks=10)
     assert world.put((1,) * 8)
-    assert not world.put((2,) * 4)
-    assert world.writer.stats()["ssd_dropped_writes"] == 4
-    assert world.write() == [8]
-    assert not world.on_ssd((2,) * 4).any()
+    assert world.put((2,) * 6)
+    assert not world.put((3,) * 2)
+    assert world.writer.stats()["ssd_dropped_writes"] == 6
+    assert world.write() == [8, 2]
+    assert world.on_ssd((2,) * 6).tolist() == [True, True, False, False, False, False]
 
 
 def test_the_rate_is_kept_unless_there_is_a_hurry() -> None:
