@@ -233,10 +233,7 @@ class KVManager:
         ids = [task_ids] if isinstance(task_ids, int) else list(task_ids)
         mappings = [slot_mappings] if isinstance(task_ids, int) else list(slot_mappings)  # type: ignore[arg-type]
         if layerwise_transfer and not (len(ids) == 1 and 0 <= counter_id < MAX_COUNTERS):
-            raise ValueError(
-                f"{len(ids)} tasks with counter_id {counter_id}: launch layerwise tasks one at a time, each with a "
-                f"counter of its own, 0 to {MAX_COUNTERS - 1}"
-            )
+            raise ValueError(f"layerwise: launch one task at a time, with a counter_id of 0 to {MAX_COUNTERS - 1}")
         if len(ids) != len(mappings):
             raise SlotMappingError(f"{len(mappings)} slot mappings for {len(ids)} tasks: give one for each")
         tasks = [self._tasks.matched(task_id) for task_id in ids]

@@ -157,6 +157,7 @@ def test_eventfds_outlive_sleep_and_come_again(rank: Rank) -> None:
     rank.client.suspend_gpu_mappings()
     until(lambda: not rank.manager.is_ready())
     rank.client.register_to_server(rank.tensors, LAYOUT, resume=True)
+    until(rank.manager.is_ready)
     task = rank.load(4, 1)
     assert all(rank.counters.wait(1, layer) for layer in range(LAYERS))
     assert all(same(rank.layer(layer, 12, 4), before[layer]) for layer in range(LAYERS))
@@ -259,6 +260,6 @@ def test_eventfds_that_do_not_fit_are_refused(rank: Rank, layers: int, claimed: 
 def test_one_counter_is_for_one_task(rank: Rank) -> None:
     rank.save(4)
     tasks = [rank.manager.get_match(tokens_of(4))[0] for _ in range(2)]
-    with pytest.raises(ValueError, match="one at a time"):
+    with pytest.raises(ValueError, match="one task at a time"):
         rank.manager.launch(tasks, [mapping(range(12, 16)), mapping(range(16, 20))], layerwise_transfer=True)
     rank.manager.cancel(tasks)
