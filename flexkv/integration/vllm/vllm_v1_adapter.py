@@ -131,14 +131,17 @@ class FlexKVConnectorV1Impl:
             kv_caches, self._vllm_config.cache_config.num_gpu_blocks, self._config.transfer.connect_timeout_s
         )
 
-    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
-        """Called in each step, before compute that needs loads, or after compute was launched."""
+    def start_load_kv(self, forward_context: "ForwardContext | None", **kwargs: Any) -> None:
+        """Called in each step; by vLLM 0.32 after compute was launched, unless that needs loads."""
         meta = find_metadata(self)
         if meta is not None:
             self.worker.start_load(meta)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Called before a layer's attention: loads of the step that go layer by layer are waited for."""
+        """Called before a layer's attention: loads of the step that go layer by layer are waited for. At the first
+        layer the step's other loads start, which need not wait for its compute: no page of theirs is in it."""
+        if self.worker.between_steps:
+            self.start_load_kv(None)
         self.worker.wait_for_layer(layer_name)
 
     def save_kv_layer(

@@ -62,6 +62,8 @@ class WorkerSide:
         self._client = client
         self._config = config
         self._meta: FlexKVConnectorMetadata | None = None
+        self.between_steps = True
+        """No step has begun since the last one ended."""
         self._loads: dict[int, LoadJob] = {}                # launched, not reported
         self._outcomes: dict[int, OpResult] = {}            # of loads that are not known yet
         self._saved: set[int] = set()                       # tasks that ended here
@@ -95,8 +97,10 @@ class WorkerSide:
     # ---- the hooks of a step, in the order in which vLLM calls them ----------------------------------------------
 
     def start_load(self, meta: FlexKVConnectorMetadata) -> None:
-        """Compute that used the step's pages is done, or ordered before: its loads may start."""
-        self._meta = meta
+        """Compute that used the step's pages is done, or ordered before: its loads may start. Once a step."""
+        if self._meta is not None and meta.step == self._meta.step:
+            return
+        self._meta, self.between_steps = meta, False
         for job in meta.loads:
             self._loads[job.task_id] = job
         self._layerwise = [job.task_id for job in meta.loads if job.layerwise]
@@ -129,6 +133,7 @@ class WorkerSide:
 
     def wait_for_save(self) -> None:
         """Compute of the step is done: its saves may start."""
+        self.between_steps = True
         if self._meta is not None:
             if self._audit is not None:
                 for saved in self._meta.saved:

@@ -67,6 +67,22 @@ def test_fences_follow_the_steps(side: Any) -> None:
     assert client.fences == [(1, None), (None, 1), (2, None), (None, 2)]
 
 
+def test_a_step_begins_once(side: Any) -> None:
+    """At its first layer, if vLLM starts its loads after compute was launched; and then not again."""
+    worker, client = side
+    assert worker.between_steps
+    meta = FlexKVConnectorMetadata(1, True, loads=[job("a", 5, 10)])
+    worker.start_load(meta)
+    assert not worker.between_steps
+    client.results = [ended(5, OpKind.H2D, [True], [10])]
+    assert worker.get_finished() == (set(), {"a"})
+    worker.start_load(meta)
+    worker.wait_for_save()
+    assert worker.between_steps
+    assert worker.get_finished() == (set(), set())
+    assert client.fences == [(1, None), (None, 1)]
+
+
 def test_a_load_is_reported_once_with_its_failures_in_the_same_step(side: Any) -> None:
     worker, client = side
     assert step(worker, 1, loads=[job("a", 5, 10, 11, 12), job("b", 6, 20)]) == (set(), set())
