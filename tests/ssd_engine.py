@@ -20,8 +20,8 @@ MAX_BLOCKS = 24
 
 
 def page_shape_of(slot_bytes: int) -> tuple[int, ...]:
-    """Of pages that fill three quarters of a slot."""
-    return (2, TOKENS, 2, slot_bytes * 3 // 4 // LAYERS // 32)
+    """Of pages that fill a slot."""
+    return (2, TOKENS, 2, slot_bytes // LAYERS // (2 * TOKENS * 2 * 2))
 
 
 def length_of(seed: int) -> int:

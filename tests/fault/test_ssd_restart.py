@@ -19,7 +19,7 @@ from tests.ssd_engine import MAX_BLOCKS, SHARED, Engine, length_of
 
 SLOT_BYTES = int(os.environ.get("RESTART_SLOT_KB", "4")) << 10
 SSD_BYTES = int(float(os.environ.get("RESTART_GB", "0.05")) * (1 << 30))
-KILLS = int(os.environ.get("RESTART_KILLS", "6"))
+KILLS = int(os.environ.get("RESTART_KILLS", "4"))
 
 NUM_SLOTS = SSD_BYTES // SLOT_BYTES
 HOST_SLOTS = max(64, min(NUM_SLOTS // 4, 1024))
@@ -44,7 +44,7 @@ def until_room(engine: Engine) -> None:
 
 
 def fill_and_stop(place: Path, pipe: Connection) -> None:
-    with Engine(place, SSD_BYTES, SLOT_BYTES, HOST_SLOTS) as engine:
+    with Engine(place, SSD_BYTES, SLOT_BYTES, HOST_SLOTS, evict_start_threshold=1.0) as engine:
         begin = time.monotonic()
         fill(engine, FILLED)
         engine.settle()
@@ -68,7 +68,7 @@ def test_a_clean_stop_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert child.exitcode == 0
     assert dropped == 0
     begin = time.monotonic()
-    with Engine(tmp_path, SSD_BYTES, SLOT_BYTES, HOST_SLOTS) as engine:
+    with Engine(tmp_path, SSD_BYTES, SLOT_BYTES, HOST_SLOTS, evict_start_threshold=1.0) as engine:
         warm_s = time.monotonic() - begin
         assert engine.on_ssd == on_ssd
         assert all(engine.offered(seed) == length_of(seed) for seed in FILLED)
@@ -106,7 +106,7 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
         child.kill()
         child.join(10)
         pipe.close()
-        with Engine(tmp_path, SMALL_SLOTS * 4096) as engine:
+        with Engine(tmp_path, SMALL_SLOTS * 4096, evict_start_threshold=1.0) as engine:     # so that nothing goes
             on_ssd = engine.on_ssd
             found = engine.load_all(UNIVERSE)
             assert len(found) == on_ssd
