@@ -59,7 +59,7 @@ class Engine:
         )
         self.manager.start()
         tensors = Tensors(2 * MAX_BLOCKS, page_shape_of(slot_bytes))
-        self._pages = [array.view(np.uint64).reshape(2 * MAX_BLOCKS, -1) for array in tensors.layers]
+        self._pages = [array.reshape(2 * MAX_BLOCKS, -1).view(np.uint64) for array in tensors.layers]
         self._base = [np.random.default_rng(i).integers(0, 1 << 64, pages.shape[1], dtype=np.uint64)
                       for i, pages in enumerate(self._pages)]
         self._client = KVTPClient(str(place / "s"))
