@@ -90,6 +90,10 @@ class Engine:
         """Nothing is queued to be written."""
         until(lambda: self.stat("ssd_queued_blocks") + self.stat("ssd_blocks_being_written") == 0, timeout_s)
 
+    def wait_until_usable(self) -> None:
+        """All directories are in service."""
+        until(lambda: self.stat("ssd_store_directories_usable") == self.stat("ssd_store_directories"), 20.0)
+
     def settle_reads(self) -> None:
         until(lambda: self.manager.stats().get("blocks_being_fetched", 0) == 0, 60.0)
 
@@ -124,7 +128,8 @@ class Engine:
             array[pages] = 0
         task = self.manager.get_blocks(keys, 0, pages)
         good = self.manager.wait(task, timeout=60.0, completely=True)[task].status is Status.SUCCESS
-        assert good or not must, f"sequence {seed}: {num_blocks} blocks were offered, and cannot be loaded"
+        assert good or not must, (f"sequence {seed}: {num_blocks} blocks cannot be loaded; "
+                                  f"{self.manager.lookup(keys)}, {self.manager.stats()}")
         for array, base in zip(self._pages, self._base, strict=True):
             assert not good or (array[pages] == base ^ _mixed(keys)).all(), f"wrong KV in sequence {seed}"
         return good

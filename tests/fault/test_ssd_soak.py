@@ -197,6 +197,10 @@ class Soak:
     def _calm(self) -> None:
         self._files.fault = lambda *_: 0
         self._files.short_share = 0.0
+        for _ in range(100):                                    # what is planned still happens
+            if not any(queue.num_planned for queue in self._queues):
+                break
+            self._step()
         self._release()
 
     def _usable_again(self) -> None:
