@@ -63,7 +63,7 @@ def put_a_lot(engine: Engine, rng: random.Random, scale: Scale, limit: int, num_
             engine.load(seed, length_of(seed), must=False)
         if rng.random() < 0.0005:
             engine.manager.reset()
-        if rng.random() < 0.1:
+        if rng.random() < 0.3:
             scale.weigh(limit)
         if rng.random() < 0.02:
             engine.manager.check_integrity()

@@ -60,26 +60,32 @@ def serve(engine: Engine, seeds: range) -> None:
 def test_what_host_memory_has_is_served(tmp_path: Path, how: str) -> None:
     trouble = Trouble()
     with Engine(tmp_path, 8 << 20, make_store=trouble.make_store) as engine:
-        for hot in HOT:
-            engine.put(hot)
-        serve(engine, range(100, 100 + 4 * ROUNDS, 4))
-        trouble.share = {"errors": 0.05, "broken": 1.0}.get(how, 0.0)
-        trouble.short_share = 0.5 if how == "short" else 0.0
-        if how == "hangs":
-            trouble.go_on.clear()
-        prefetches = [engine.manager.prefetch_blocks(engine.keys(100)), engine.manager.prefetch_blocks(engine.keys(104))]
-        for first in range(1000, 1000 + 20 * ROUNDS, 20):
-            if how == "comes and goes":
-                trouble.share = 1.0 - trouble.share
-            serve(engine, range(first, first + 20, 4))
-            if how not in ("hangs", "broken"):
-                engine.load(100, engine.offered(100), must=False)
-        trouble.share = 0.0
-        trouble.go_on.set()
-        engine.manager.wait(prefetches, completely=True)
-        serve(engine, range(2000, 2040, 4))
+        try:
+            serve_in_trouble(engine, trouble, how)
+        finally:
+            trouble.go_on.set()
         engine.wait_until_usable()
         written = engine.stat("ssd_written_blocks")
         serve(engine, range(3000, 3040, 4))
         engine.settle()
         assert engine.stat("ssd_written_blocks") > written      # it works again
+
+
+def serve_in_trouble(engine: Engine, trouble: Trouble, how: str) -> None:
+    for hot in HOT:
+        engine.put(hot)
+    serve(engine, range(100, 100 + 4 * ROUNDS, 4))
+    trouble.share = {"errors": 0.05, "broken": 1.0}.get(how, 0.0)
+    trouble.short_share = 0.5 if how == "short" else 0.0
+    if how == "hangs":
+        trouble.go_on.clear()
+    prefetches = [engine.manager.prefetch_blocks(engine.keys(seed)) for seed in (100, 104)]
+    for first in range(1000, 1000 + 20 * ROUNDS, 20):
+        if how == "comes and goes":
+            trouble.share = 1.0 - trouble.share
+        serve(engine, range(first, first + 20, 4))
+        if how != "hangs":
+            engine.load(100, max(1, engine.offered(100)), must=False)
+    trouble.share, trouble.short_share = 0.0, 0.0
+    trouble.go_on.set()
+    engine.manager.wait(prefetches, completely=True)

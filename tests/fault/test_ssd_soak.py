@@ -202,6 +202,7 @@ class Soak:
                 break
             self._step()
         self._release()
+        wait_until(lambda: self._tier.take() or not any(len(queue.busy()) for queue in self._queues))
 
     def _usable_again(self) -> None:
         store = self._tier.store
