@@ -1,4 +1,4 @@
-"""An engine with a real SSD tier, whose blocks have content that follows from their key, so that every load is checked."""
+"""An engine with a real SSD tier. The content of its blocks follows from their key, so that every load is checked."""
 
 from pathlib import Path
 from types import TracebackType

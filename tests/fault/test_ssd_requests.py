@@ -38,7 +38,7 @@ class Trouble(FaultyFiles):
 
     def _decide(self, *_: Any) -> int:
         self.go_on.wait()
-        return errno.EIO if random.random() < self.share else 0             # noqa: S311
+        return errno.EIO if random.random() < self.share else 0
 
     def make_store(self, config: CacheConfig, slot_bytes: int, domain: bytes, memory: Any) -> SsdStore:
         return SsdStore(

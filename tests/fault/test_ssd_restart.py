@@ -12,7 +12,6 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.ssd_engine import MAX_BLOCKS, SHARED, Engine, length_of

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from flexkv._core.io_queue import FAILS, HANGS, READ, SHORT, WRITE, FaultyIoQueue
 from tests.faulty_files import FaultyFiles, ThreadQueue, wait_until
-from tests.tier import SLOT_BYTES, Tier, content_of, keys_of
+from tests.tier import SLOT_BYTES, Tier, content_of
 
 READS = int(os.environ.get("SOAK_READS", "20000"))
 
@@ -132,12 +132,12 @@ class Soak:
     # ---- trouble ----------------------------------------------------------------------------------------------
 
     def _fault(self, name: str, fd: int, *_: int) -> int:
-        chance = random.random()                                # noqa: S311  (from several threads)
+        chance = random.random()
         if fd == self._slow_fd and chance < 0.01:
             time.sleep(2 * DEADLINE_S)                          # the slot table hangs for a while
         elif chance > 0.999:
             time.sleep(0.002)
-        return random.choice(CODES) if fd == self._bad_fd or chance < self._share else 0     # noqa: S311
+        return random.choice(CODES) if fd == self._bad_fd or chance < self._share else 0
 
     def _trouble(self) -> None:
         """One thing that can happen."""
