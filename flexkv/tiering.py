@@ -32,8 +32,9 @@ _BATCH_BYTES = 32 << 20
 _IN_FLIGHT_BYTES = 128 << 20
 """Written at a time: as many host slots are pinned for it."""
 
-_QUEUE_SHARE = 4
-"""One part in so many of the host tier may be queued to be written: it must still be there when its turn comes."""
+_WRITE_SHARE = 4
+"""One part in so many of the host tier may be queued to be written, for it must still be there when its turn comes; and
+as much be written at a time, for a disk that is slow or hangs must leave room to those who load and save."""
 
 _IDLE_S = 1.0
 """Between two looks at the queue when nothing happens."""
@@ -104,13 +105,13 @@ class Tiering:
             return
         count = self._index(cache, store, found, resets)
         logger.info("SSD tier: %d slots, %d blocks found, %.2f s", store.num_slots, count, time.monotonic() - start)
-        blocks = max(1, _BATCH_BYTES // pool.slot_bytes)
+        blocks, share = max(1, _BATCH_BYTES // pool.slot_bytes), max(1, pool.num_slots // _WRITE_SHARE)
         self._writer = SsdWriter(
             cache,
             write_all=self._config.ssd_admission == "all",
             batch_blocks=blocks,
-            max_in_flight_blocks=max(blocks, _IN_FLIGHT_BYTES // pool.slot_bytes),
-            max_queued_blocks=max(blocks, pool.num_slots // _QUEUE_SHARE),
+            max_in_flight_blocks=min(max(blocks, _IN_FLIGHT_BYTES // pool.slot_bytes), share),
+            max_queued_blocks=max(blocks, share),
             blocks_per_s=self._config.ssd_write_mb_per_s * (1 << 20) / pool.slot_bytes,
             clock=time.monotonic,
         )

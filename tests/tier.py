@@ -91,7 +91,7 @@ class Tier:
 
     def wait(self, job: int, count: int, timeout_s: float = 20.0) -> NDArray[np.bool_]:
         """The result of each block of a job, which is told once."""
-        while sum(len(indices) for indices, _ in self._ended.get(job, ())) < count:
+        while self.num_told(job) < count:
             assert select.select([self.store.event_fd], [], [], timeout_s)[0], f"job {job} does not end"
             self.take()
         ok, told = np.zeros(count, dtype=np.bool_), np.zeros(count, dtype=np.int64)
@@ -100,6 +100,10 @@ class Tier:
             ok[indices] = good
         assert (told == 1).all()
         return ok
+
+    def num_told(self, job: int) -> int:
+        """Of how many blocks of a job the result has been taken."""
+        return sum(len(indices) for indices, _ in self._ended.get(job, ()))
 
     def take(self) -> None:
         """Take results, and keep them for ``wait``."""

@@ -102,16 +102,19 @@ class Tier:
 
     def evict(self, tree: RadixTree, want: int) -> int:
         """Free up to ``want`` slots, by policy; returns how many."""
-        freed = 0
+        freed, num_looked_at = 0, want           # each gives at least one slot, unless something holds it
         while freed < want:
             candidates = tree.evictable(self.number)
             score = self._policy.score(tree.nodes_view()[candidates], self._clock())
-            if len(candidates) > want - freed:   # each gives at least one slot
-                lowest = np.argpartition(score, want - freed - 1)[: want - freed]
+            is_part = len(candidates) > num_looked_at
+            if is_part:
+                lowest = np.argpartition(score, num_looked_at - 1)[:num_looked_at]
                 candidates, score = candidates[lowest], score[lowest]
             slots = tree.evict(self.number, candidates[np.argsort(score, kind="stable")], want - freed)
             if len(slots) == 0:
-                break
+                if not is_part:
+                    break
+                num_looked_at *= 4
             self.slots.free(slots)
             freed += len(slots)
         self.evicted_blocks += freed

@@ -24,6 +24,13 @@ DATA_NAME = "flexkv.data"
 _LOCK_BYTES = 4096
 """Counted for the lock file, which says who has it."""
 
+_EXTENT_BYTES = 32
+"""Counted for each slot: slots that are written here and there end up as an extent each, and the file system counts the
+blocks where it notes them (ext4: 12 bytes an extent, in blocks that may be half full)."""
+
+_EXTENTS_BYTES = 1 << 16
+"""Counted for the first of these blocks of each file, and for what the allocation was cut into."""
+
 _ERRORS_IN_ROW = 16
 """After so many, without a success in between, the directory is taken out."""
 
@@ -35,13 +42,14 @@ _CLOSE_S = 10.0
 
 
 def total_bytes(num_slots: int, slot_bytes: int) -> int:
-    """Bytes of all files of a directory with so many slots."""
-    return _LOCK_BYTES + SlotTable.num_bytes(num_slots) + num_slots * slot_bytes + PROBE_BYTES
+    """The most bytes that all files of a directory with so many slots take on a disk."""
+    fixed = _LOCK_BYTES + _EXTENTS_BYTES + PROBE_BYTES
+    return fixed + SlotTable.num_bytes(num_slots) + num_slots * (slot_bytes + _EXTENT_BYTES)
 
 
 def slots_that_fit(num_bytes: int, slot_bytes: int) -> int:
     """The most slots whose files take ``num_bytes`` bytes or less."""
-    num_slots = max(0, (num_bytes - total_bytes(0, slot_bytes)) // (slot_bytes + 64))
+    num_slots = max(0, (num_bytes - total_bytes(0, slot_bytes)) // (slot_bytes + 64 + _EXTENT_BYTES))
     while num_slots and total_bytes(num_slots, slot_bytes) > num_bytes:
         num_slots -= 1
     return num_slots

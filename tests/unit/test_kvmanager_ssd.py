@@ -322,3 +322,18 @@ def test_without_a_store_all_works_as_before(tmp_path: Path) -> None:
     with stage(tmp_path, make_store=no_store) as made:
         made.put(4, 1)
         made.get(4, 1)
+
+
+def test_a_disk_that_hangs_leaves_room_in_host_memory(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(6, 1)
+        made.flood()
+        made.store.held = True
+        for seed in range(2, 8):
+            made.put(HOST_SLOTS // 2, seed)                  # each is saved, though what is written holds its slots
+            assert made.manager.stats()["ssd_blocks_being_written"] <= HOST_SLOTS // 4
+            assert made.ready(HOST_SLOTS // 2, seed) == HOST_SLOTS // 2
+        assert made.manager.stats()["ssd_blocks_being_written"] > 0
+        made.store.let_go()
+        made.store.held = False
+        made.get(6, 1)

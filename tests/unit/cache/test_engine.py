@@ -147,3 +147,17 @@ def test_one_walk_answers_for_all_tiers() -> None:
     assert tree.drop(keys, np.array([-1, 1, -1, -1], dtype=np.int32), 1) == 1
     assert tree.match(keys).num_ready == 1
     assert [len(slots) for slots in tree.check_integrity()] == [2, 3, 0]
+
+
+def test_what_is_pinned_keeps_nothing_else_from_being_evicted() -> None:
+    cache = engine(8)
+    for sequence in range(1, 9):
+        put(cache, sequence)
+    plans = [cache.begin_get(keys_of((sequence,)), 0, 1) for sequence in range(1, 4)]
+    for sequence in range(4, 9):
+        assert get(cache, sequence) == 1                    # so that those that are held were used longest ago
+    assert put(cache, 9, 9, 9) == 3
+    assert [cache.match(keys_of((sequence,))).num_ready for sequence in range(1, 10)] == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+    for plan in plans:
+        cache.end_get(plan)
+    cache.check_integrity()
