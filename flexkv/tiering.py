@@ -64,6 +64,8 @@ class Tiering:
         self._fetch_ops: dict[int, TransferOp] = {}
         self._writes: set[int] = set()
         self._resets = self._usable_slots = 0
+        self._prefill_tokens_per_s = config.prefill_tokens_per_s
+        self._planner: LoadPlanner | None = None
         self._hurry = False
         self._transfer: TransferEngine | None = None
         self._store: Store | None = None
@@ -120,7 +122,7 @@ class Tiering:
         indexed = np.zeros(len(found), dtype=np.bool_)
         planner = LoadPlanner(
             self._config.load_policy, store.slot_bytes, self._config.tokens_per_block,
-            self._config.prefill_tokens_per_s, time.monotonic,
+            0.0, time.monotonic,
         )
 
         def sequences() -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int32]]]:
@@ -129,7 +131,8 @@ class Tiering:
                 indexed[path] = True
 
         with self._lock:
-            self._store = store
+            self._store, self._planner = store, planner
+            planner.prefill_tokens_per_s = self._prefill_tokens_per_s
             is_stale, usable_slots = resets != self._resets, self._usable_slots
         store.register(usable_slots * store.slot_bytes)
         if is_stale:
@@ -167,6 +170,15 @@ class Tiering:
             self._transfer.wake()
             if not self._transfer.wait(lambda: writer.idle, _DRAIN_S):
                 logger.warning("not all was written to SSD within %g s: %s", _DRAIN_S, writer.stats())
+
+    def set_prefill_rate(self, tokens_per_s: float) -> None:
+        """How fast the engine computes prompts, as measured. A rate that is set in the configuration stays."""
+        if self._config.prefill_tokens_per_s:
+            return
+        with self._lock:
+            self._prefill_tokens_per_s = tokens_per_s
+            if self._planner is not None:
+                self._planner.prefill_tokens_per_s = tokens_per_s
 
     # ---- gets -------------------------------------------------------------------------------------------------
 

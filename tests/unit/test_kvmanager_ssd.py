@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from flexkv.cache.reasons import StopReason
@@ -301,6 +302,20 @@ def test_what_is_sooner_computed_is_not_offered(tmp_path: Path) -> None:
         made.flood()
         found = made.manager.lookup(made.keys(5, 1))
         assert (found.num_ready, found.reason) == (0, StopReason.TOO_SLOW)
+
+
+@pytest.mark.parametrize("configured", [0.0, 1e-3])
+def test_the_prefill_rate_of_the_adapter_counts_unless_one_is_set(tmp_path: Path, configured: float) -> None:
+    with stage(tmp_path, prefill_tokens_per_s=configured) as made:
+        made.put(5, 1)
+        made.flood()
+        made.manager.wait(made.start_get(1, 1))             # so that the speed of reads is known
+        made.settle()
+        assert made.ready(5, 1) == 5
+        made.manager.set_prefill_rate(1e12)
+        assert made.ready(5, 1) == (1 if configured == 0 else 5)
+        made.manager.set_prefill_rate(1e-3)
+        assert made.ready(5, 1) == 5
 
 
 def test_a_sequence_that_is_used_again_is_written(tmp_path: Path) -> None:
