@@ -68,6 +68,7 @@ class KVManager:
         self._cache: GlobalCacheEngine | None = None
         self._tiering = Tiering(cache_config, self._domain, make_store) if cache_config.ssd_bytes else None
         transfer_config = transfer_config or load_config().transfer
+        self._host_only = transfer_config.enable_layerwise_transfer
         default_port = f"ipc://{runtime_directory()}/register-{dp_client_id}.sock"
         port = gpu_register_port or transfer_config.gpu_register_port or default_port
         transfer_config = transfer_config.replace(gpu_register_port=port)
@@ -146,7 +147,8 @@ class KVManager:
         token_mask : (num_tokens,) bool, optional
             False for the leading tokens whose KV the engine has; a block is loaded only as a whole.
         cpu_only : bool
-            Accepted; host memory is the only tier of this version.
+            Only what is in host memory now (``prefetch_async`` brings the rest there). So it is for every match where
+            ``enable_layerwise_transfer`` is set: a read of SSD may fail, and layers cannot report that.
         namespace : sequence of str, optional
             LoRA, cache salt, tenant: KV is shared only between equal namespaces.
         block_extras : mapping from block index to bytes, optional
@@ -161,7 +163,7 @@ class KVManager:
         self._refuse_swa(swa_aware)
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
-        task = self._tasks.new_get(self._cache, keys, start, None, len(tokens))
+        task = self._tasks.new_get(self._cache, keys, start, None, len(tokens), host_only=cpu_only or self._host_only)
         return task.task_id, task.token_mask()
 
     def put_match(
