@@ -32,8 +32,9 @@ _BATCH_BYTES = 32 << 20
 _IN_FLIGHT_BYTES = 128 << 20
 """Written at a time: as many host slots are pinned for it."""
 
-_QUEUE_SHARE = 4
-"""One part in so many of the host tier may be queued to be written: it must still be there when its turn comes."""
+_QUEUE_SHARE = 2
+"""One part in so many of the host tier may be queued to be written: it must still be there when its turn comes. No less,
+since one long prompt is queued at once, and is of little use without its end."""
 
 _IDLE_S = 1.0
 """Between two looks at the queue when nothing happens."""

@@ -351,6 +351,17 @@ def test_a_match_in_host_memory_only(tmp_path: Path, layerwise: bool) -> None:
         assert made.tensors.read(range(32, 37)) == made.contents[1]
 
 
+def test_a_sequence_of_half_the_host_tier_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexkv.tiering._BATCH_BYTES", SLOT_BYTES)
+    with stage(tmp_path) as made:
+        made.store.held = True                              # so that nothing leaves the queue but one batch
+        made.put(HOST_SLOTS // 2, 1)
+        made.store.let_go()
+        made.settle()
+        assert made.store.num_writes == HOST_SLOTS // 2
+        assert made.manager.stats()["ssd_dropped_writes"] == 0
+
+
 def test_a_sequence_that_is_used_again_is_written(tmp_path: Path) -> None:
     with stage(tmp_path, ssd_admission="second_touch") as made:
         made.put(4, 1)
