@@ -33,8 +33,8 @@ _IN_FLIGHT_BYTES = 128 << 20
 """Written at a time: as many host slots are pinned for it."""
 
 _QUEUE_SHARE = 2
-"""One part in so many of the host tier may be queued to be written: it must still be there when its turn comes. No less,
-since one long prompt is queued at once, and is of little use without its end."""
+"""One part in so many of the host tier may be queued to be written: it must still be there when its turn comes. No
+less, since one long prompt is queued at once, and is of little use without its end."""
 
 _IDLE_S = 1.0
 """Between two looks at the queue when nothing happens."""
