@@ -24,11 +24,6 @@ from flexkv.transfer.ssd import MakeStore
 logger = logging.getLogger("flexkv.kvmanager")
 
 
-def default_register_port(dp_client_id: int) -> str:
-    """Where the ranks of a client register if nobody says otherwise."""
-    return f"ipc://{runtime_directory()}/register-{dp_client_id}.sock"
-
-
 class KVManager:
     """Loads and saves the KV of token sequences for one engine (one data-parallel client).
 
@@ -68,13 +63,14 @@ class KVManager:
             raise NotImplementedError("event_collector: KV events are not available in this version; pass None")
         self._cache_config = cache_config
         self._tokens_per_block = cache_config.tokens_per_block
-        self._secret = cache_config.secret
         self._domain = domain(model_config, cache_config)
         self._policy = make_policy(cache_config.eviction_policy, cache_config.hit_reward_seconds)
         self._cache: GlobalCacheEngine | None = None
         self._tiering = Tiering(cache_config, self._domain, make_store) if cache_config.ssd_bytes else None
         transfer_config = transfer_config or load_config().transfer
-        port = gpu_register_port or transfer_config.gpu_register_port or default_register_port(dp_client_id)
+        self._host_only = transfer_config.enable_layerwise_transfer
+        default_port = f"ipc://{runtime_directory()}/register-{dp_client_id}.sock"
+        port = gpu_register_port or transfer_config.gpu_register_port or default_port
         transfer_config = transfer_config.replace(gpu_register_port=port)
         self._transfer = TransferEngine(
             transfer_config,
@@ -151,7 +147,8 @@ class KVManager:
         token_mask : (num_tokens,) bool, optional
             False for the leading tokens whose KV the engine has; a block is loaded only as a whole.
         cpu_only : bool
-            Accepted; host memory is the only tier of this version.
+            Only what is in host memory now (``prefetch_async`` brings the rest there). So it is for every match where
+            ``enable_layerwise_transfer`` is set: a read of SSD may fail, and layers cannot report that.
         namespace : sequence of str, optional
             LoRA, cache salt, tenant: KV is shared only between equal namespaces.
         block_extras : mapping from block index to bytes, optional
@@ -166,7 +163,7 @@ class KVManager:
         self._refuse_swa(swa_aware)
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
-        task = self._tasks.new_get(self._cache, keys, start, None, len(tokens))
+        task = self._tasks.new_get(self._cache, keys, start, None, len(tokens), host_only=cpu_only or self._host_only)
         return task.task_id, task.token_mask()
 
     def put_match(
@@ -279,8 +276,8 @@ class KVManager:
     def _keys(
         self, tokens: NDArray[np.integer], namespace: Sequence[str] | None, extras: Mapping[int, bytes] | None
     ) -> NDArray[np.uint64]:
-        seed = chain_seed(self._domain, tuple(namespace or ()), self._secret)
-        return hash_blocks(tokens, self._tokens_per_block, seed, extras=extras, secret=self._secret)
+        seed = chain_seed(self._domain, tuple(namespace or ()), self._cache_config.secret)
+        return hash_blocks(tokens, self._tokens_per_block, seed, extras=extras, secret=self._cache_config.secret)
 
     def _pages(self, task: KVTask, slot_mapping: object) -> NDArray[np.int32]:
         pages = pages_from_slot_mapping(np.asarray(slot_mapping), self._tokens_per_block)
@@ -295,16 +292,15 @@ class KVManager:
         self, task_id: int, mask: NDArray[np.bool_], slot_mapping: ArrayLike, token_mask: NDArray[np.bool_] | None
     ) -> int:
         mapping = np.asarray(slot_mapping)
-        if mapping.shape == mask.shape:
-            mapping = mapping[mask]
-        elif token_mask is not None and mapping.shape == (int(token_mask.sum()),):
-            mapping = mapping[mask[token_mask]]
-        else:
-            self.cancel(task_id)
-            raise SlotMappingError(
-                f"slot_mapping has shape {mapping.shape}; give a slot for each of the {len(mask)} tokens"
-            )
         try:
+            if mapping.shape == mask.shape:
+                mapping = mapping[mask]
+            elif token_mask is not None and mapping.shape == (int(token_mask.sum()),):
+                mapping = mapping[mask[token_mask]]
+            else:
+                raise SlotMappingError(
+                    f"slot_mapping has shape {mapping.shape}; give a slot for each of the {len(mask)} tokens"
+                )
             self.launch([task_id], [mapping])
         except SlotMappingError:
             self.cancel(task_id)
@@ -315,8 +311,8 @@ class KVManager:
 
     def hasher(self, namespace: Sequence[str] | None = None) -> SequenceHasher:
         """A hasher of growing sequences whose keys this manager understands."""
-        seed = chain_seed(self._domain, tuple(namespace or ()), self._secret)
-        return SequenceHasher(seed, self._tokens_per_block, self._secret)
+        seed = chain_seed(self._domain, tuple(namespace or ()), self._cache_config.secret)
+        return SequenceHasher(seed, self._tokens_per_block, self._cache_config.secret)
 
     def lookup(self, keys: NDArray[np.uint64], start_block: int = 0) -> MatchResult:
         """How many leading blocks of ``keys`` ((n, 2) uint64) can be loaded, and why no more. Holds nothing.
@@ -357,6 +353,11 @@ class KVManager:
     def task_blocks(self, task_id: int) -> NDArray[np.int32]:
         """Positions in its sequence of the blocks that a running task moves."""
         return self._tasks.blocks(task_id)
+
+    def set_prefill_rate(self, tokens_per_s: float) -> None:
+        """How fast the engine computes prompts, as its adapter measures it; the configuration's rate wins."""
+        if self._tiering is not None:
+            self._tiering.set_prefill_rate(tokens_per_s)
 
     # ---- results ----------------------------------------------------------------------------------------------
 

@@ -148,13 +148,15 @@ class TaskTable:
 
     def new_get(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int,
-        choose: bool = True,
+        choose: bool = True, host_only: bool = False,
     ) -> KVTask:
         """Match blocks ``[start, stop)``; with ``stop`` None as far as they are there, else all of them, -1 if not.
 
-        ``choose``: with ``stop`` None, leave out what is sooner computed than loaded.
+        ``choose``: with ``stop`` None, leave out what is sooner computed than loaded. ``host_only``: only what is in
+        host memory now.
         """
-        plan, needs = self._begin_get(cache, keys, start, len(keys) if stop is None else stop, choose and stop is None)
+        end, choose = len(keys) if stop is None else stop, choose and stop is None
+        plan, needs = self._begin_get(cache, keys, start, end, choose, host_only)
         found = plan.slots if plan is not None else np.zeros(0, dtype=np.int32)
         count = len(found) if stop is None else stop - start
         slots = np.full(count, -1, dtype=np.int32)
@@ -163,13 +165,14 @@ class TaskTable:
         return self._add(cache, plan, np.arange(first, first + count, dtype=np.int32), slots, num_tokens, needs)
 
     def _begin_get(
-        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, choose: bool
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, choose: bool,
+        host_only: bool,
     ) -> tuple[GetPlan | None, tuple[Dependency, ...]]:
         if cache is None:
             return None, ()
         if self._tiering is None:
             return cache.begin_get(keys, start, stop, choose), ()
-        return self._tiering.begin_get(cache, keys, start, stop, choose)
+        return self._tiering.begin_get(cache, keys, start, stop, choose, host_only)
 
     def new_put(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, num_tokens: int

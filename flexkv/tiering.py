@@ -32,9 +32,12 @@ _BATCH_BYTES = 32 << 20
 _IN_FLIGHT_BYTES = 128 << 20
 """Written at a time: as many host slots are pinned for it."""
 
+_QUEUE_SHARE = 2
+"""One part in so many of the host tier may be queued to be written: it must still be there when its turn comes. No
+less, since one long prompt is queued at once, and is of little use without its end."""
+
 _WRITE_SHARE = 4
-"""One part in so many of the host tier may be queued to be written, for it must still be there when its turn comes; and
-as much be written at a time, for a disk that is slow or hangs must leave room to those who load and save."""
+"""And one in so many be written at a time: a disk that is slow or hangs must leave room to those who load and save."""
 
 _IDLE_S = 1.0
 """Between two looks at the queue when nothing happens."""
@@ -65,6 +68,8 @@ class Tiering:
         self._fetch_ops: dict[int, TransferOp] = {}
         self._writes: set[int] = set()
         self._resets = self._usable_slots = 0
+        self._prefill_tokens_per_s = config.prefill_tokens_per_s
+        self._planner: LoadPlanner | None = None
         self._hurry = False
         self._transfer: TransferEngine | None = None
         self._store: Store | None = None
@@ -105,13 +110,15 @@ class Tiering:
             return
         count = self._index(cache, store, found, resets)
         logger.info("SSD tier: %d slots, %d blocks found, %.2f s", store.num_slots, count, time.monotonic() - start)
-        blocks, share = max(1, _BATCH_BYTES // pool.slot_bytes), max(1, pool.num_slots // _WRITE_SHARE)
+        blocks = max(1, _BATCH_BYTES // pool.slot_bytes)
         self._writer = SsdWriter(
             cache,
             write_all=self._config.ssd_admission == "all",
             batch_blocks=blocks,
-            max_in_flight_blocks=min(max(blocks, _IN_FLIGHT_BYTES // pool.slot_bytes), share),
-            max_queued_blocks=max(blocks, share),
+            max_in_flight_blocks=max(1, min(
+                max(blocks, _IN_FLIGHT_BYTES // pool.slot_bytes), pool.num_slots // _WRITE_SHARE
+            )),
+            max_queued_blocks=max(blocks, pool.num_slots // _QUEUE_SHARE),
             blocks_per_s=self._config.ssd_write_mb_per_s * (1 << 20) / pool.slot_bytes,
             clock=time.monotonic,
         )
@@ -121,7 +128,7 @@ class Tiering:
         indexed = np.zeros(len(found), dtype=np.bool_)
         planner = LoadPlanner(
             self._config.load_policy, store.slot_bytes, self._config.tokens_per_block,
-            self._config.prefill_tokens_per_s, time.monotonic,
+            0.0, time.monotonic,
         )
 
         def sequences() -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int32]]]:
@@ -130,7 +137,8 @@ class Tiering:
                 indexed[path] = True
 
         with self._lock:
-            self._store = store
+            self._store, self._planner = store, planner
+            planner.prefill_tokens_per_s = self._prefill_tokens_per_s
             is_stale, usable_slots = resets != self._resets, self._usable_slots
         store.register(usable_slots * store.slot_bytes)
         if is_stale:
@@ -169,14 +177,23 @@ class Tiering:
             if not self._transfer.wait(lambda: writer.idle, _DRAIN_S):
                 logger.warning("not all was written to SSD within %g s: %s", _DRAIN_S, writer.stats())
 
+    def set_prefill_rate(self, tokens_per_s: float) -> None:
+        """How fast the engine computes prompts, as measured. A rate that is set in the configuration stays."""
+        if self._config.prefill_tokens_per_s:
+            return
+        with self._lock:
+            self._prefill_tokens_per_s = tokens_per_s
+            if self._planner is not None:
+                self._planner.prefill_tokens_per_s = tokens_per_s
+
     # ---- gets -------------------------------------------------------------------------------------------------
 
     def begin_get(
-        self, cache: GlobalCacheEngine, keys: NDArray[np.uint64], start: int, stop: int, choose: bool
+        self, cache: GlobalCacheEngine, keys: NDArray[np.uint64], start: int, stop: int, choose: bool, host_only: bool
     ) -> tuple[GetPlan, tuple[Dependency, ...]]:
         """``cache.begin_get``, and start to read what has to be read; the blocks of the plan wait as told."""
         with self._lock:
-            plan = cache.begin_get(keys, start, stop, choose)
+            plan = cache.begin_get(keys, start, stop, choose, host_only)
             if plan.fetch is not None:
                 self._fetch_ops[plan.fetch.fetch_id] = _fetch_op(plan.fetch)
             needs = tuple(Dependency(self._fetch_ops[join.fetch_id], join.mine, join.theirs) for join in plan.joins)

@@ -85,12 +85,15 @@ class GlobalCacheEngine:
             stop, reason, _, slow = self._sources(keys, match, start, choose=True)
         return MatchResult(stop, reason, len(slow))
 
-    def begin_get(self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True) -> GetPlan:
+    def begin_get(
+        self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True, host_only: bool = False
+    ) -> GetPlan:
         """Pin the blocks of ``[start, stop)`` that can be had and follow on a prefix that can; the plan may be
         shorter, or empty.
 
         Blocks that are on SSD alone get host slots, and are to be waited for (``joins``); those that nobody fetches
         yet are in ``fetch``, which the caller has to start. ``choose``: leave out what is sooner computed than loaded.
+        ``host_only``: leave out all that is not ready on the host.
 
         Every plan must be given back to ``end_get`` once.
         """
@@ -98,7 +101,7 @@ class GlobalCacheEngine:
             keys = keys[:stop]
             match = self._tree.match(keys)
             start = min(start, match.num_ready)
-            stop, reason, slots, slow = self._sources(keys, match, start, choose)
+            stop, reason, slots, slow = self._sources(keys, match, start, choose, host_only)
             self._tree.pin(keys, start, stop)
             fetch = None
             if len(slow):
@@ -113,7 +116,7 @@ class GlobalCacheEngine:
             return GetPlan(keys, start, stop, slots, reason, self._tree, fetch, joins)
 
     def _sources(
-        self, keys: NDArray[np.uint64], match: Match, start: int, choose: bool
+        self, keys: NDArray[np.uint64], match: Match, start: int, choose: bool, host_only: bool = False
     ) -> tuple[int, StopReason, NDArray[np.int32], NDArray[np.intp]]:
         """Where the ready blocks from ``start`` on come from.
 
@@ -138,13 +141,15 @@ class GlobalCacheEngine:
         if taken.any():                          # a put writes there: neither to be read, nor to be read into
             stop, reason = start + int(taken.argmax()), StopReason.NOT_READY
         is_slow = is_slow[: stop - start]
-        num_worth = self._num_worth(is_slow & (slots[start:stop] < 0), is_slow, choose)
+        num_worth = self._num_worth(is_slow & (slots[start:stop] < 0), is_slow, choose, host_only)
         if start + num_worth < stop:
             stop, reason = start + num_worth, StopReason.TOO_SLOW
         return stop, reason, slots, start + np.flatnonzero(is_slow[:num_worth])
 
-    def _num_worth(self, to_read: NDArray[np.bool_], slow: NDArray[np.bool_], choose: bool) -> int:
-        if self._ssd is None or not self._ssd.usable():
+    def _num_worth(
+        self, to_read: NDArray[np.bool_], slow: NDArray[np.bool_], choose: bool, host_only: bool
+    ) -> int:
+        if host_only or self._ssd is None or not self._ssd.usable():
             return int(slow.argmax()) if slow.any() else len(slow)
         return self._ssd.planner.worth(to_read, self._fetches.num_blocks) if choose else len(slow)
 

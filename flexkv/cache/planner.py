@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 _KEEP = 0.8
 """Of what was measured before, when another read has ended."""
 
+_STALE_S = 60.0
+"""After so long without a read its speed is not known any more. Else one that was slow would be the last."""
+
 
 class LoadPlanner:
     """Decides on blocks that have to be read from SSD, and measures how fast that goes. The caller locks.
@@ -20,7 +23,7 @@ class LoadPlanner:
         Bytes of a block.
     tokens_per_block : int
     prefill_tokens_per_s : float
-        How fast the engine computes; 0: not known, so that ``auto`` always loads.
+        How fast the engine computes; 0: not known, so that ``auto`` always loads. May be set at any time.
     clock : callable
         Seconds, monotonic.
     """
@@ -36,18 +39,23 @@ class LoadPlanner:
         self._policy = policy
         self._slot_bytes = slot_bytes
         self._tokens_per_block = tokens_per_block
-        self._prefill_tokens_per_s = prefill_tokens_per_s
+        self.prefill_tokens_per_s = prefill_tokens_per_s
         self._clock = clock
         self._bytes = self._seconds = self._busy_since = 0.0
         self._reads = 0
 
     @property
     def bytes_per_s(self) -> float:
-        """What reads have brought while any was under way; 0: not known yet."""
-        return self._bytes / self._seconds if self._seconds > 0 else 0.0
+        """What reads have brought while any was under way; 0: not known."""
+        return self._bytes / self._seconds if self._seconds > 0 and not self._is_stale() else 0.0
+
+    def _is_stale(self) -> bool:
+        return self._reads == 0 and self._clock() - self._busy_since > _STALE_S
 
     def read_began(self) -> None:
         """A read begins."""
+        if self._is_stale():
+            self._bytes = self._seconds = 0.0
         if self._reads == 0:
             self._busy_since = self._clock()
         self._reads += 1
@@ -73,7 +81,7 @@ class LoadPlanner:
         first = int(slow.argmax()) if slow.any() else len(slow)
         if self._policy == "never":
             return first
-        speed, rate = self.bytes_per_s, self._prefill_tokens_per_s
+        speed, rate = self.bytes_per_s, self.prefill_tokens_per_s
         if first == len(slow) or self._policy == "always" or speed == 0 or rate == 0:
             return len(slow)
         load_s = (queued_blocks + np.cumsum(slow[first:])) * (self._slot_bytes / speed)

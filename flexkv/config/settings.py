@@ -96,7 +96,8 @@ class CacheConfig(_Settings):
         choices=("auto", "always", "never"),
     )
     prefill_tokens_per_s: float = setting(
-        0.0, "How fast the engine computes a prompt, for `load_policy`; 0: not known, so that all is loaded.",
+        0.0, "How fast the engine computes a prompt, for `load_policy`; 0: as measured with vLLM, and not known "
+        "with other engines, so that all is loaded.",
         unit="tokens/s", low=0.0,
     )
     key_secret: str = setting("", "Secret of the deployment: block keys cannot be computed without it.", secret=True)

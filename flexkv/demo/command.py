@@ -34,11 +34,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="flexkv demo", description=__doc__)
     parser.add_argument("--prompts", type=int, default=8, help="prompts to ask (default 8)")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of each (default 2048)")
+    parser.add_argument("--host-prompts", type=int, help="host memory holds so many, SSD all (default: both all)")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for chart and log")
     parser.add_argument("--model", type=Path, help="folder of a model to use instead of SmolLM2-135M")
     args = parser.parse_args(argv)
-    if args.prompts < 1 or args.tokens < 64:
-        parser.error("--prompts must be at least 1, --tokens at least 64")
+    if args.prompts < 1 or args.tokens < 64 or (args.host_prompts is not None and args.host_prompts < 1):
+        parser.error("--prompts and --host-prompts must be at least 1, --tokens at least 64")
     return args
 
 
@@ -67,11 +68,12 @@ class _Engine:
     """Runs of the demo's engine, one after the other, over the same SSD."""
 
     def __init__(self, args: argparse.Namespace, model: Path) -> None:
-        host_gb = max(0.25, 1.5 * (args.prompts + 2) * args.tokens * _KV_GIB_PER_TOKEN)
+        all_gb = max(0.25, 1.5 * (args.prompts + 2) * args.tokens * _KV_GIB_PER_TOKEN)
+        host_gb = args.host_prompts * args.tokens * _KV_GIB_PER_TOKEN if args.host_prompts else all_gb
         self._ssd = args.output / "ssd"
         self._log = args.output / "engine.log"
         self._settings = {
-            "cpu_cache_gb": round(host_gb, 2), "ssd_cache_gb": round(2 * host_gb, 2), "ssd_cache_dir": str(self._ssd),
+            "cpu_cache_gb": round(host_gb, 3), "ssd_cache_gb": round(2 * all_gb, 2), "ssd_cache_dir": str(self._ssd),
             "ssd_admission": "all", "audit_path": str(self._ssd / "audit"),
         }
         self._command = [

@@ -52,9 +52,16 @@ def expect_clean(report: dict[str, Any]) -> None:
     assert report["tracked"] == 0
     assert report["outstanding"] == 0
     assert report["leaked_pages"] == 0
-    assert report["free_slots"] + report["indexed_blocks"] == report["num_slots"]
+    assert report["lost_slots"] == report["lost_ssd_slots"] == 0
+    if "ssd_slots" not in report:                           # else a block of the index may be on either tier
+        assert report["free_slots"] + report["indexed_blocks"] == report["num_slots"]
 
 
+PRESSURE = [
+    stage(3, count=12, tokens=40), stage(4, count=12, tokens=40), stage(3, count=12, tokens=40, abort_after=4),
+    stage(4, count=12, tokens=40, abort_after=15), stage(3, count=12, tokens=40), stage(5, one_by_one=True),
+    stage(3, count=4, tokens=40, one_by_one=True), stage(3, count=4, tokens=40, one_by_one=True),
+]
 STAGES = [stage(1, one_by_one=True), stage(2, one_by_one=True), stage(1, one_by_one=True), stage(2)]
 
 
@@ -84,24 +91,75 @@ def test_reads_back_what_it_wrote_layer_by_layer(mode: str) -> None:
     assert [one["answers"] for one in result["passes"]] == answers_without_flexkv(json.dumps(STAGES))
 
 
-def test_pressure_preemption_and_aborts() -> None:
-    """A host tier and an engine cache that are both far too small, and requests that go away."""
-    stages = [
-        stage(3, count=12, tokens=40), stage(4, count=12, tokens=40), stage(3, count=12, tokens=40, abort_after=4),
-        stage(4, count=12, tokens=40, abort_after=15), stage(3, count=12, tokens=40), stage(5, one_by_one=True),
-        stage(3, count=4, tokens=40, one_by_one=True), stage(3, count=4, tokens=40, one_by_one=True),
-    ]
-    result = run(
-        block_size=32, gpu_blocks=44, max_seqs=8, batched_tokens=256, settings={"num_cpu_blocks": 60},
-        passes=copy.deepcopy(stages),
+def expect_pressure(report: dict[str, Any]) -> None:
+    assert report["evicted_blocks"] > 60
+    assert report["preemptions"] > 0
+
+
+def expect_answers_under_pressure(result: dict[str, Any]) -> None:
+    """Equal to those without FlexKV, but of the requests that were aborted."""
+    expected = answers_without_flexkv(
+        json.dumps([{k: v for k, v in s.items() if k != "abort_after"} for s in PRESSURE])
     )
-    expect_clean(result["report"])
-    assert result["report"]["evicted_blocks"] > 60
-    assert result["report"]["preemptions"] > 0
-    expected = answers_without_flexkv(json.dumps([{k: v for k, v in s.items() if k != "abort_after"} for s in stages]))
     for got, want in zip(result["passes"], expected, strict=True):
         for mine, theirs in zip(got["answers"], want, strict=True):
             assert mine is None or mine == theirs or len(mine) < 40
+
+
+def run_under_pressure(stages: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    return run(
+        block_size=32, gpu_blocks=44, max_seqs=8, batched_tokens=256, settings={"num_cpu_blocks": 60, **settings},
+        passes=copy.deepcopy(stages),
+    )
+
+
+def test_pressure_preemption_and_aborts() -> None:
+    """A host tier and an engine cache that are both far too small, and requests that go away."""
+    result = run_under_pressure(PRESSURE)
+    expect_clean(result["report"])
+    expect_pressure(result["report"])
+    expect_answers_under_pressure(result)
+
+
+def ssd(directory: Path, **more: Any) -> dict[str, Any]:
+    return {"ssd_cache_gb": 0.1, "ssd_cache_dir": str(directory), **more}
+
+
+@pytest.mark.parametrize(
+    ("admission", "host_blocks", "order", "connector"),
+    [
+        ("all", 40, (0, 1, 0, 1), {}),
+        ("second_touch", 100, (0, 0, 1, 0), {
+            "module": "flexkv.integration.vllm.connector", "connector": "FlexKVConnector"
+        }),
+    ],
+)
+def test_reads_back_from_ssd_what_left_host_memory(
+    tmp_path: Path, admission: str, host_blocks: int, order: tuple[int, ...], connector: dict[str, str]
+) -> None:
+    settings = ssd(tmp_path / "ssd", ssd_admission=admission, num_cpu_blocks=host_blocks, load_policy="always")
+    result = run(
+        block_size=32, batched_tokens=256, gpu_blocks=34, settings=settings,
+        passes=[copy.deepcopy(STAGES[i]) for i in order], **connector,
+    )
+    report = result["report"]
+    expect_clean(report)
+    assert report["ssd_store_blocks_read"] > 40
+    assert report["evicted_blocks"] > 0
+    cold, *_, last = [one["cached"] for one in result["passes"]]
+    assert last > cold + 1500
+    expected = answers_without_flexkv(json.dumps(STAGES))
+    assert [one["answers"] for one in result["passes"]] == [expected[i] for i in order]
+
+
+def test_pressure_on_both_tiers_and_an_ssd_directory_that_is_deleted(tmp_path: Path) -> None:
+    stages = copy.deepcopy(PRESSURE)
+    stages[5]["delete"] = str(tmp_path / "ssd")
+    result = run_under_pressure(stages, **ssd(tmp_path / "ssd", ssd_admission="all"))
+    expect_clean(result["report"])
+    expect_pressure(result["report"])
+    assert result["report"]["ssd_store_blocks_read"] > 0
+    expect_answers_under_pressure(result)
 
 
 def test_salts_separate_and_reset_forgets() -> None:

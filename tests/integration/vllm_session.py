@@ -5,6 +5,7 @@ usage: python -m tests.integration.vllm_session '{"block_size": 32, ...}'
 
 import json
 import random
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -47,7 +48,8 @@ class Engine:
         from vllm.config import KVTransferConfig
 
         transfer = None
-        if options.get("flexkv", True):
+        self.has_flexkv = options.get("flexkv", True)
+        if self.has_flexkv:
             transfer = KVTransferConfig(
                 kv_connector=options.get("connector", "FlexKVConnectorV1"),
                 kv_connector_module_path=options.get("module"),
@@ -98,6 +100,8 @@ class Engine:
             if steps == abort_after:
                 self.engine.abort_request(names[1::2])
         self.settle()
+        if self.has_flexkv:
+            self.settle_ssd(self.flexkv()._manager)
         return [answers.get(name) for name in names], cached
 
     def settle(self) -> None:
@@ -108,6 +112,13 @@ class Engine:
     def flexkv(self) -> Any:
         return self.core.scheduler.connector._flexkv_connector.scheduler
 
+    def settle_ssd(self, manager: Any) -> None:
+        """Wait until nothing is read from or written to SSD, nor queued for it."""
+        from tests.harness import until
+
+        names = ("blocks_being_fetched", "ssd_queued_blocks", "ssd_blocks_being_written")
+        until(lambda: not any(manager.stats().get(name, 0) for name in names), 30.0)
+
     def report(self) -> dict[str, Any]:
         from flexkv.demo.session import audit_counts
 
@@ -115,10 +126,16 @@ class Engine:
         manager = side._manager
         unsettled = manager._tasks.unsettled()
         manager.wait(unsettled, 10.0, completely=True)
+        self.settle_ssd(manager)
         manager.check_integrity()
         pool = self.core.scheduler.kv_cache_manager.block_pool
+        stats = manager.stats()
+        manager.reset()                        # what is not leaked is free then, on every tier
+        after = manager.stats()
         return {
-            **side.stats(), **self.llm.collective_rpc(audit_counts)[0], "tracked": len(side._requests),
+            "lost_slots": after["num_slots"] - after["free_slots"],
+            "lost_ssd_slots": after.get("ssd_slots", 0) - after.get("ssd_free_slots", 0),
+            **side.stats(), **stats, **self.llm.collective_rpc(audit_counts)[0], "tracked": len(side._requests),
             "preemptions": self.preemptions,
             "outstanding": len(manager._tasks.unsettled()),
             "leaked_pages": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
@@ -132,6 +149,8 @@ def main() -> None:
     for stage in options["passes"]:
         if stage.pop("reset_prefix_cache", False):
             assert engine.llm.reset_prefix_cache(reset_connector=stage.pop("reset_connector", False))
+        if delete := stage.pop("delete", None):
+            shutil.rmtree(delete)
         prompts = make_prompts(stage["seed"], stage["count"], stage["length"])
         if stage.get("one_by_one"):
             results = [engine.run([prompt], stage["tokens"], stage.get("salt")) for prompt in prompts]
@@ -139,7 +158,7 @@ def main() -> None:
         else:
             answers, cached = engine.run(prompts, stage["tokens"], stage.get("salt"), stage.get("abort_after", 0))
         passes.append({"answers": answers, "cached": cached})
-    report = engine.report() if options.get("flexkv", True) else {}
+    report = engine.report() if engine.has_flexkv else {}
     print(RESULT + json.dumps({"passes": passes, "report": report}), flush=True)
     engine.engine.engine_core.shutdown()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from flexkv.cache.reasons import StopReason
@@ -84,7 +85,8 @@ class Stage:
 
 @contextmanager
 def stage(
-    tmp_path: Path, disk: Disk | None = None, make_store: MakeStore | None = None, **settings: Any
+    tmp_path: Path, disk: Disk | None = None, make_store: MakeStore | None = None,
+    transfer_config: TransferConfig | None = None, **settings: Any,
 ) -> Iterator[Stage]:
     stores: list[MemoryStore] = []
 
@@ -101,7 +103,7 @@ def stage(
             **settings,
         ),
         gpu_register_port=str(tmp_path / "s"),
-        transfer_config=TransferConfig(),
+        transfer_config=transfer_config or TransferConfig(),
         make_store=make_store or make_memory_store,
     )
     manager.start()
@@ -301,6 +303,63 @@ def test_what_is_sooner_computed_is_not_offered(tmp_path: Path) -> None:
         made.flood()
         found = made.manager.lookup(made.keys(5, 1))
         assert (found.num_ready, found.reason) == (0, StopReason.TOO_SLOW)
+
+
+@pytest.mark.parametrize("configured", [0.0, 1e-3])
+def test_the_prefill_rate_of_the_adapter_counts_unless_one_is_set(tmp_path: Path, configured: float) -> None:
+    with stage(tmp_path, prefill_tokens_per_s=configured) as made:
+        made.put(5, 1)
+        made.flood()
+        made.manager.wait(made.start_get(1, 1))             # so that the speed of reads is known
+        made.settle()
+        assert made.ready(5, 1) == 5
+        made.manager.set_prefill_rate(1e12)
+        assert made.ready(5, 1) == (1 if configured == 0 else 5)
+        made.manager.set_prefill_rate(1e-3)
+        assert made.ready(5, 1) == 5
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_match_in_host_memory_only(tmp_path: Path, layerwise: bool) -> None:
+    """By ``cpu_only``, and always where layers are told of one by one."""
+    config = TransferConfig(enable_layerwise_transfer=layerwise)
+    with stage(tmp_path, transfer_config=config) as made:
+        tokens = np.random.default_rng(1).integers(0, 50_000, 5 * TOKENS)
+        made.put(5, 1)
+        made.flood()
+        made.manager.wait(made.start_get(2, 1))
+        made.settle()
+        task, mask = made.manager.get_match(tokens, cpu_only=not layerwise)
+        assert mask.sum() == 2 * TOKENS
+        assert made.store.num_reads == 2
+        made.manager.cancel(task)
+        made.store.held = True
+        prefetch = made.manager.prefetch_async(tokens)
+        task, mask = made.manager.get_match(tokens, cpu_only=not layerwise)
+        assert mask.sum() == 2 * TOKENS                     # nor what is only on its way
+        made.manager.cancel(task)
+        made.store.let_go()
+        assert made.manager.wait(prefetch)[prefetch].status is Status.SUCCESS
+        made.settle()
+        task, mask = made.manager.get_match(tokens, cpu_only=not layerwise)
+        assert mask.all()
+        made.flood()                                        # the match holds them
+        made.store.broken = set(made.store.disk.records)
+        made.tensors.zero()
+        made.manager.launch([task], [np.arange(32 * TOKENS, 37 * TOKENS)])
+        assert made.manager.wait(task)[task].status is Status.SUCCESS
+        assert made.tensors.read(range(32, 37)) == made.contents[1]
+
+
+def test_a_sequence_of_half_the_host_tier_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexkv.tiering._BATCH_BYTES", SLOT_BYTES)
+    with stage(tmp_path) as made:
+        made.store.held = True                              # so that nothing leaves the queue but one batch
+        made.put(HOST_SLOTS // 2, 1)
+        made.store.let_go()
+        made.settle()
+        assert made.store.num_writes == HOST_SLOTS // 2
+        assert made.manager.stats()["ssd_dropped_writes"] == 0
 
 
 def test_a_sequence_that_is_used_again_is_written(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from flexkv.config import ConnectorConfig
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob, SavedBlocks
+from flexkv.integration.vllm.prefill_rate import PrefillRate
 from flexkv.integration.vllm.tracked_request import TrackedRequest, is_cacheable
 from flexkv.kvmanager import KVManager
 
@@ -47,6 +48,7 @@ class SchedulerSide:
         self._finishing: dict[str, list[int]] = {}
         self._outstanding: set[int] = set()
         self._prefetches: set[int] = set()
+        self._prefill = PrefillRate()
         self._running: set[str] = set()                     # computing, as of the last step
         self._num_requests = self._num_prompt_tokens = self._num_hit_tokens = self._num_layerwise = 0
 
@@ -131,6 +133,7 @@ class SchedulerSide:
         """Launch the saves of the coming step, and say what the workers must know of it."""
         self._step += 1
         self._running = set(output.num_scheduled_tokens)
+        self._time_step(output)
         self._collect()
         self._release_preempted(output)
         cached = output.scheduled_cached_reqs
@@ -157,6 +160,19 @@ class SchedulerSide:
         )
         self._loads, self._finishing, self._saved = [], {}, []
         return meta
+
+    def _time_step(self, output: "SchedulerOutput") -> None:
+        if output.total_num_scheduled_tokens == 0:
+            self._prefill.forget_steps()
+        elif any(job.layerwise for job in self._loads):     # it will last as long as the load
+            self._prefill.began(())
+        else:
+            self._prefill.began(output.num_scheduled_tokens.values())
+
+    def step_ended(self) -> None:
+        """The oldest step with compute is reported."""
+        if rate := self._prefill.ended():
+            self._manager.set_prefill_rate(rate)
 
     def _save(self, tracked: TrackedRequest, num_tokens: int) -> None:
         """Save the blocks that are full once the first ``num_tokens`` tokens are computed."""

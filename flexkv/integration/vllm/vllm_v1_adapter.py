@@ -181,7 +181,8 @@ class FlexKVConnectorV1Impl:
         return self.scheduler.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        """Nothing to add: the workers have reported what ended."""
+        """A step has ended. The workers themselves have reported which transfers have."""
+        self.scheduler.step_ended()
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether the request's blocks must stay until its saves are done."""

@@ -79,3 +79,25 @@ def test_the_speed_is_that_of_lately_and_of_busy_time() -> None:
         clock.now += 1
         plan.read_ended(40)
     assert plan.bytes_per_s / (1 << 20) > 39
+
+
+def test_a_disk_that_was_slow_is_tried_again() -> None:
+    slow, clock = made = planner()
+    assert measure(made, 50.0).worth(SLOW, 0) == 2
+    clock.now += 59
+    assert slow.worth(SLOW, 0) == 2
+    clock.now += 2
+    assert slow.bytes_per_s == 0
+    assert slow.worth(SLOW, 0) == 7
+    slow.read_began()
+    assert slow.worth(SLOW, 0) == 7                            # as was said before
+    clock.now += 1
+    slow.read_ended(1000)
+    assert slow.bytes_per_s == 1000 << 20                      # nothing is left of what was measured before
+    assert slow.worth(SLOW, 0) == 7
+
+
+def test_a_rate_that_is_known_later_counts_from_then_on() -> None:
+    plan = measure(planner(prefill_tokens_per_s=0.0), 50.0)
+    plan.prefill_tokens_per_s = 1000.0
+    assert plan.worth(SLOW, 0) == 2
