@@ -148,7 +148,7 @@ sanitize_with() { # $1: address or thread
     (cd "$tree" && FLEXKV_BUILD_SANITIZE=$flags run "$PYTHON" setup.py build_ext --inplace)
     (
         cd "$tree"
-        export PYTHONPATH=$PWD PYTHONMALLOC=malloc PROPERTY_EXAMPLES=300
+        export PYTHONPATH=$PWD PYTHONMALLOC=malloc PROPERTY_EXAMPLES=${PROPERTY_EXAMPLES:-300}
         export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
         export TSAN_OPTIONS="halt_on_error=1 suppressions=$PWD/tests/tsan.supp"
         # without address randomisation: TSan needs its places in the address space; and ended by _exit: the
@@ -158,7 +158,8 @@ import os, sys, pytest
 code = pytest.main(sys.argv[1:])
 sys.stdout.flush()
 os._exit(code)' -p no:cacheprovider --capture=sys \
-            tests/unit/_core tests/unit/cache tests/property tests/unit/test_kvmanager.py
+            tests/unit/_core tests/unit/cache tests/unit/storage tests/unit/transfer tests/property \
+            tests/unit/server/test_layer_signals.py tests/unit/test_kvmanager.py tests/unit/test_kvmanager_ssd.py
     )
 }
 
