@@ -268,8 +268,9 @@ class SsdStore:
         failed = np.flatnonzero(~(able & usable))
         self._batches.tell(job, failed, np.zeros(len(failed), dtype=np.bool_))
         order = order[(able & usable)[order]]
-        for which in np.unique(owner[order]):
-            yield self._directories[which], order[owner[order] == which]
+        for which, directory in enumerate(self._directories):
+            if len(mine := order[owner[order] == which]):
+                yield directory, mine
 
     def _submit(self, batch: Batch) -> None:
         batch.submitted = True
@@ -356,24 +357,23 @@ class SsdStore:
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
     ) -> None:
         directory, slots = batch.directory, batch.slots[positions]
-        done = results == 0
+        done, right = results == 0, checksums == self._ledger.checksums[slots]
         named = self._ledger.holds(slots, batch.keys[positions])    # it may have been rewritten or cleared meanwhile
-        right = checksums == self._ledger.checksums[slots]
-        wrong = slots[done & named & ~right]
         ok = done & named & right
         late = results == -errno.ETIMEDOUT                  # told when the kernel has let go of their memory
         batch.late[positions[late]] = True
-        self._health.log.add("key_mismatches", int((done & ~named).sum()), directory.path)
-        if ok.any():
-            directory.succeeded()
-        out = self._health.judge(directory, slots, results, "read_errors")
-        out |= self._health.fault(directory, wrong, "checksum_mismatches", f"slots {wrong[:4]}")
-        self._ledger.forget(wrong)
         self._end(batch, positions[~late], ok[~late])
         if not directory.data.is_direct:
             directory.post(partial(directory.data.moved, len(positions) * self.slot_bytes))
-        if out:
-            self._after_take_out(directory)
+        if ok.any():
+            directory.succeeded()
+        if not ok.all():
+            wrong = slots[done & named & ~right]
+            self._ledger.forget(wrong)
+            self._health.log.add("key_mismatches", int((done & ~named).sum()), directory.path)
+            out = self._health.judge(directory, slots, results, "read_errors")
+            if self._health.fault(directory, wrong, "checksum_mismatches", f"slots {wrong[:4]}") or out:
+                self._after_take_out(directory)
 
     def _finish_write(
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]

@@ -61,7 +61,7 @@ class Part:
     part_id: int
     flight: Flight
     indices: NDArray[np.intp]
-    flags: OpFlag
+    flags: int
     answered: int = 0
 
 
@@ -114,7 +114,7 @@ class AgentLink:
             whole = len(part.indices) == len(op)
             src, dst = (op.src, op.dst) if whole else (op.src[part.indices], op.dst[part.indices])
             slots, pages = (src, dst) if loading else (dst, src)
-            flags = part.flags | (OpFlag.CANCELLED if part.flight.cancelled else OpFlag(0))
+            flags = part.flags | part.flight.cancelled * OpFlag.CANCELLED
             if not self.rings.push_op(
                 part.part_id, op.task_id, op.kind, op.fence, slots, pages, len(op), flags, op.counter
             ):
@@ -227,7 +227,7 @@ class DeviceExecutor(Executor):
         if not links:
             progress(op, indices, flight.ok[indices])
             return
-        flags = (OpFlag.CANCELLED if doomed else OpFlag(0)) | (OpFlag.LAYERWISE if op.layerwise else OpFlag(0))
+        flags = doomed * OpFlag.CANCELLED | op.layerwise * OpFlag.LAYERWISE     # numbers: an enum's are slow to make
         complete = bool(op.started.all())
         for link in links:
             for start in range(0, len(indices), link.rings.max_blocks):

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from flexkv.errors import InvariantError
 
+_NONE = np.zeros(0, dtype=np.intp)
+
 
 class OpKind(enum.IntEnum):
     """From where to where. The first two are numbers of the device agent's protocol (csrc/agent.h); the others are not
@@ -153,6 +155,8 @@ class TransferOp:
     def startable(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Blocks not started that can start now, and blocks not started that never can."""
         ready = ~self.started
+        if not self.depends_on:
+            return np.flatnonzero(ready), _NONE
         doomed = np.zeros(len(self), dtype=np.bool_)
         for dependency in self.depends_on:
             arrived, ended = dependency.op.ok[dependency.theirs], dependency.op.resolved[dependency.theirs]
