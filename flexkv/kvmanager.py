@@ -329,15 +329,15 @@ class KVManager:
         """Load blocks ``[start_block, start_block + len(pages))`` of a sequence into ``pages``.
 
         A block that is not ready fails, and with it the task; the others are loaded. ``layerwise``: for
-        ``KVTPClient.follow_load``.
+        ``KVTPClient.follow_load``; what is not in host memory fails, for later loads must not pass this one.
         """
-        task = self._tasks.new_get(self._cache, keys, start_block, start_block + len(pages), 0)
+        task = self._tasks.new_get(self._cache, keys, start_block, start_block + len(pages), 0, host_only=layerwise)
         self._tasks.run(task, pages, fence, layerwise)
         return task.task_id
 
-    def prefetch_blocks(self, keys: NDArray[np.uint64]) -> int:
-        """Bring leading blocks of a sequence into host memory; the task ends when they are there."""
-        return self._tasks.prefetch(self._cache, keys, 0)
+    def prefetch_blocks(self, keys: NDArray[np.uint64], start_block: int = 0) -> int:
+        """Bring blocks of a sequence from there on into host memory; the task ends when they are there."""
+        return self._tasks.prefetch(self._cache, keys, 0, start_block)
 
     def put_blocks(
         self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0

@@ -248,9 +248,11 @@ class TaskTable:
             task.graph = TransferGraph(task.task_id, [op])
         self._transfer.submit(task.graph, self._on_done)
 
-    def prefetch(self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int) -> int:
+    def prefetch(
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int, start: int = 0
+    ) -> int:
         """A task that ends when all blocks that can be had are in host memory, however long that takes to load."""
-        task = self.new_get(cache, keys, 0, None, num_tokens, choose=False)
+        task = self.new_get(cache, keys, start, None, num_tokens, choose=False)
         self._await_arrival(task)
         return task.task_id
 

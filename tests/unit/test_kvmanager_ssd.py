@@ -255,6 +255,29 @@ def test_a_prefetch_ends_when_the_blocks_are_in_host_memory(tmp_path: Path) -> N
         assert made.manager.lookup(made.keys(5, 1)).num_to_fetch == 0
 
 
+def test_a_prefetch_leaves_alone_what_comes_before_its_start(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(8, 1)
+        made.settle()
+        made.flood()
+        before = made.store.num_reads
+        task = made.manager.prefetch_blocks(made.keys(8, 1), 5)
+        assert made.manager.wait(task)[task].status is Status.SUCCESS
+        assert made.store.num_reads == before + 3
+
+
+def test_a_layerwise_load_takes_only_what_is_in_host_memory(tmp_path: Path) -> None:
+    """Compute follows the last load of a step: one that waits for SSD must not be passed by it, so it fails at once."""
+    with stage(tmp_path) as made:
+        made.put(8, 1)
+        made.settle()
+        made.flood()
+        task = made.manager.get_blocks(made.keys(8, 1), 0, np.arange(32, 40, dtype=np.int32), layerwise=True)
+        assert made.manager.wait(task)[task].status is Status.FAILED
+        assert made.manager.stats()["blocks_being_fetched"] == 0
+        made.get(8, 1)
+
+
 def test_a_full_host_gives_misses_and_no_failures(tmp_path: Path) -> None:
     with stage(tmp_path) as made:
         tokens = np.random.default_rng(1).integers(0, 50_000, 10 * TOKENS)

@@ -65,7 +65,7 @@ class SchedulerSide:
         if num_new <= 0:
             return 0, False
         if match.num_to_fetch:
-            self._prefetch(tracked, match.num_ready)
+            self._prefetch(tracked, match.num_ready, num_computed_tokens // self._block_size)
         tracked.layerwise = match.num_to_fetch == 0 and self._may_run_behind_load(request)
         if tracked.layerwise:          # vLLM needs a token to compute, and not in a page that is being loaded
             whole = (request.num_tokens - 1) // self._block_size * self._block_size
@@ -80,11 +80,11 @@ class SchedulerSide:
             if match.num_to_fetch:
                 self._prefetch(tracked, match.num_ready)
 
-    def _prefetch(self, tracked: TrackedRequest, num_blocks: int) -> None:
+    def _prefetch(self, tracked: TrackedRequest, num_blocks: int, start_block: int = 0) -> None:
         """Once a request, so that it is being read even if the request cannot be scheduled yet; its load joins in."""
         if not tracked.prefetched:
             tracked.prefetched = True
-            self._prefetches.add(self._manager.prefetch_blocks(tracked.keys()[:num_blocks]))
+            self._prefetches.add(self._manager.prefetch_blocks(tracked.keys()[:num_blocks], start_block))
 
     def _may_run_behind_load(self, request: "Request") -> bool:
         """Whether the request should run at once, layer by layer behind its load. The whole step runs at the speed of
