@@ -287,11 +287,27 @@ def test_a_tier_that_is_out_of_service_is_a_miss(tmp_path: Path) -> None:
         made.put(5, 1)
         made.flood()
         made.store.is_usable = False
-        assert made.ready(5, 1) == 0
+        found = made.manager.lookup(made.keys(5, 1))
+        assert (found.num_ready, found.reason) == (0, StopReason.OUT_OF_SERVICE)
         made.put(5, 1)
         made.get(5, 1)
         assert made.store.num_reads == 0
         made.store.is_usable = True
+        made.manager.check_integrity()
+
+
+def test_a_disk_that_is_out_of_service_ends_the_match_and_its_blocks_can_be_put_again(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(5, 1)
+        made.flood()
+        third = made.keys(5, 1)[2].tobytes()
+        made.store.out = {slot for slot, record in made.store.disk.records.items() if record.key == third}
+        found = made.manager.lookup(made.keys(5, 1))
+        assert (found.num_ready, found.num_to_fetch, found.reason) == (2, 2, StopReason.OUT_OF_SERVICE)
+        made.put(5, 1)
+        made.get(5, 1)
+        assert made.store.reads_of.get(third, 0) == 0
+        made.store.out = set()
         made.manager.check_integrity()
 
 
