@@ -43,7 +43,7 @@ _IDLE_S = 1.0
 """Between two looks at the queue when nothing happens."""
 
 _DRAIN_S = 30.0
-"""How long a shutdown waits for what is queued."""
+"""How long a shutdown waits for the store to open, and then for what is queued."""
 
 
 class Tiering:
@@ -64,13 +64,15 @@ class Tiering:
         self._config = config
         self._domain = hashlib.sha256(domain + b"\0" + config.secret).digest()
         self._make_store = make_store
+        self._write_lock = threading.RLock()   # from a plan to write until it is submitted; taken before any other
         self._lock = threading.Lock()          # taken before the index's and the data plane's
         self._fetch_ops: dict[int, TransferOp] = {}
         self._writes: set[int] = set()
-        self._resets = self._usable_slots = 0
+        self._usable_slots = 0
         self._prefill_tokens_per_s = config.prefill_tokens_per_s
         self._planner: LoadPlanner | None = None
         self._hurry = False
+        self._uncleared = False                # there was a reset, and the store was not told, or could not be
         self._transfer: TransferEngine | None = None
         self._store: Store | None = None
         self._writer: SsdWriter | None = None
@@ -93,22 +95,26 @@ class Tiering:
             store.register(num_slots * store.slot_bytes)
 
     def _open(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
-        pool = transfer.host_pool
-        resets, start = self._resets, time.monotonic()
         try:
-            store = self._make_store(self._config, pool.slot_bytes, self._domain, pool.memory)
-            try:
-                found = store.recover()
-            except BaseException:
-                store.close()
-                raise
-        except (FlexKVError, OSError) as error:
-            logger.error("there is no SSD tier: %s", error)
-            return
-        if not transfer.add_executor(SsdExecutor(store)):
+            with memoryview(transfer.host_pool.memory):      # stays mapped, also if the manager does not wait for this
+                self._bring_up(cache, transfer)
+        except Exception as error:
+            expected = isinstance(error, (FlexKVError, OSError))
+            logger.error("the SSD tier is not in service: %s", error, exc_info=not expected)
+
+    def _bring_up(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
+        pool, start = transfer.host_pool, time.monotonic()
+        store = self._make_store(self._config, pool.slot_bytes, self._domain, pool.memory)
+        try:
+            found = store.recover()
+            is_wanted = transfer.add_executor(SsdExecutor(store))
+        except BaseException:
+            store.close()
+            raise
+        if not is_wanted:
             store.close()
             return
-        count = self._index(cache, store, found, resets)
+        count = self._index(cache, store, found)
         logger.info("SSD tier: %d slots, %d blocks found, %.2f s", store.num_slots, count, time.monotonic() - start)
         blocks = max(1, _BATCH_BYTES // pool.slot_bytes)
         self._writer = SsdWriter(
@@ -123,7 +129,7 @@ class Tiering:
             clock=time.monotonic,
         )
 
-    def _index(self, cache: GlobalCacheEngine, store: Store, found: Recovered, resets: int) -> int:
+    def _index(self, cache: GlobalCacheEngine, store: Store, found: Recovered) -> int:
         """Put what is on the disks into the index, parents before children; give back the rest of its slots."""
         indexed = np.zeros(len(found), dtype=np.bool_)
         planner = LoadPlanner(
@@ -136,40 +142,54 @@ class Tiering:
                 yield found.keys[path], np.where(indexed[path], np.int32(-1), found.slots[path])
                 indexed[path] = True
 
-        with self._lock:
-            self._store, self._planner = store, planner
-            planner.prefill_tokens_per_s = self._prefill_tokens_per_s
-            is_stale, usable_slots = resets != self._resets, self._usable_slots
+        with self._write_lock:
+            with self._lock:
+                self._store, usable_slots, is_stale = store, self._usable_slots, self._uncleared
+                self._planner = planner
+                planner.prefill_tokens_per_s = self._prefill_tokens_per_s
+            if is_stale:
+                self._clear(store)
         store.register(usable_slots * store.slot_bytes)
-        if is_stale:
-            self._clear(store)
-        cache.attach_ssd(SsdTier(store.slots, planner, store.usable), () if is_stale else sequences())
-        cache.free_ssd(found.slots[~indexed])
+        tier = SsdTier(store.slots, planner, self._usable, store.usable_slots)
+        try:
+            cache.attach_ssd(tier, () if is_stale else sequences())
+        finally:
+            cache.free_ssd(found.slots[~indexed])
         return int(indexed.sum())
+
+    def _usable(self) -> bool:
+        store = self._store
+        return store is not None and not self._uncleared and store.usable()
 
     def reset(self) -> None:
         """Forget what is on SSD, and what is on its way there; the index was reset already."""
-        with self._lock:
-            self._resets += 1
-            store, writes = self._store, list(self._writes)
-        if self._writer is not None:
-            self._writer.clear()
-        if store is not None and self._transfer is not None:
-            for task_id in writes:
-                self._transfer.cancel(task_id)
-            self._clear(store)
+        with self._write_lock:
+            with self._lock:
+                self._uncleared = True
+                store, writes = self._store, list(self._writes)
+            if self._writer is not None:
+                self._writer.clear()
+            if store is not None and self._transfer is not None:
+                for task_id in writes:
+                    self._transfer.cancel(task_id)
+                self._clear(store)
+        self._wake()
 
     def _clear(self, store: Store) -> None:
+        """Have the disks forget what they hold; out of service until that is done."""
         try:
             store.clear()
-        except FlexKVError as error:
-            logger.error("%s", error)
+            self._uncleared = False
+        except (FlexKVError, OSError) as error:
+            logger.error("the SSD tier is out of service until a reset succeeds: %s", error)
 
     def shutdown(self) -> None:
         """Write what is queued, for a bounded time. The store is closed by the data plane."""
         if self._thread is None or self._transfer is None:
             return
-        self._thread.join()
+        self._thread.join(_DRAIN_S)
+        if self._thread.is_alive():
+            logger.warning("the SSD tier has not opened within %g s; it closes when it has", _DRAIN_S)
         writer = self._writer
         if writer is not None:
             self._hurry = True
@@ -229,14 +249,19 @@ class Tiering:
         writer = self._writer
         if writer is None or self._transfer is None:
             return _IDLE_S
-        while (plan := writer.next(self._hurry)) is not None:
-            op = TransferOp(
-                OpKind.H2DISK, plan.host_slots, plan.ssd_slots, keys=plan.keys[plan.blocks], parents=plan.parents
-            )
-            graph = TransferGraph(next(self._transfer.task_ids), [op])
-            with self._lock:
-                self._writes.add(graph.task_id)
-            self._transfer.submit(graph, partial(self._written, plan), background=True)
+        if not self._write_lock.acquire(blocking=False):     # a reset waits for the disks, and wakes this thread then
+            return _IDLE_S
+        try:
+            while (plan := writer.next(self._hurry)) is not None:
+                op = TransferOp(
+                    OpKind.H2DISK, plan.host_slots, plan.ssd_slots, keys=plan.keys[plan.blocks], parents=plan.parents
+                )
+                graph = TransferGraph(next(self._transfer.task_ids), [op])
+                with self._lock:
+                    self._writes.add(graph.task_id)
+                self._transfer.submit(graph, partial(self._written, plan), background=True)
+        finally:
+            self._write_lock.release()
         return min(_IDLE_S, writer.pause())
 
     def _written(self, plan: WritePlan, graph: TransferGraph) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.slots import SlotAllocator
+from flexkv.errors import StorageError
 from flexkv.storage.recovered import Recovered
 
 Key = bytes
@@ -54,7 +55,13 @@ class MemoryStore:
         While it is set, pieces wait for ``let_go``.
     broken : set of int
         SSD slots whose reads and writes fail.
+    out : set of int
+        SSD slots on a disk that is out of service.
+    clear_fails : bool
+        The disks cannot be told to forget what they hold.
     """
+
+    clear_fails = False
 
     def __init__(self, num_slots: int, slot_bytes: int, memory: object, disk: Disk | None = None) -> None:
         self.num_slots = num_slots
@@ -65,6 +72,7 @@ class MemoryStore:
         self.held = False
         self.is_usable = True
         self.broken: set[int] = set()
+        self.out: set[int] = set()
         self.num_reads = self.num_writes = 0
         self.reads_of: dict[Key, int] = {}
         self.write_sizes: list[int] = []
@@ -167,10 +175,15 @@ class MemoryStore:
         return results
 
     def clear(self) -> None:
+        if self.clear_fails:
+            raise StorageError("the disks could not be cleared")
         self.disk.records.clear()
 
     def usable(self) -> bool:
-        return self.is_usable
+        return self.is_usable and not self.closed
+
+    def usable_slots(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        return self.usable() & ~np.isin(slots, list(self.out))
 
     def stats(self) -> dict[str, int]:
         return {"reads": self.num_reads, "writes": self.num_writes}

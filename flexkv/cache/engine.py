@@ -62,6 +62,7 @@ class GlobalCacheEngine:
         self._fetches = FetchTable(num_slots if num_ssd_slots else 0)
         self._tree = self._new_tree()
         self._retired: list[RadixTree] = []
+        self._was_reset = False
 
     def _new_tree(self) -> RadixTree:
         # Twice the slots: a block that lost its slot stays in the index while a block below it is in use.
@@ -130,10 +131,8 @@ class GlobalCacheEngine:
             Positions of the blocks in ``[start, stop)`` that are not ready on the host.
         """
         stop, reason = match.num_ready, StopReason(match.reason)
-        if len(self._tiers) == 1:
-            return stop, reason, match.slots, _NOWHERE
         is_slow = match.tiers[start:] != HOST
-        if not is_slow.any():
+        if self._ssd is None or not is_slow.any():
             return stop, reason, match.slots, _NOWHERE
         slots = self._tree.slots(keys[:stop], HOST)
         taken = is_slow & (slots[start:] >= 0)
@@ -141,17 +140,18 @@ class GlobalCacheEngine:
         if taken.any():                          # a put writes there: neither to be read, nor to be read into
             stop, reason = start + int(taken.argmax()), StopReason.NOT_READY
         is_slow = is_slow[: stop - start]
-        num_worth = self._num_worth(is_slow & (slots[start:stop] < 0), is_slow, choose, host_only)
+        out = is_slow & ~self._ssd.in_service(np.where(is_slow, match.slots[start:stop], -1))
+        if out.any():
+            stop, reason = start + int(out.argmax()), StopReason.OUT_OF_SERVICE
+        is_slow = is_slow[: stop - start]
+        num_worth = len(is_slow)
+        if host_only:
+            num_worth = int(is_slow.argmax()) if is_slow.any() else num_worth
+        elif choose:
+            num_worth = self._ssd.planner.worth(is_slow & (slots[start:stop] < 0), self._fetches.num_blocks)
         if start + num_worth < stop:
             stop, reason = start + num_worth, StopReason.TOO_SLOW
         return stop, reason, slots, start + np.flatnonzero(is_slow[:num_worth])
-
-    def _num_worth(
-        self, to_read: NDArray[np.bool_], slow: NDArray[np.bool_], choose: bool, host_only: bool
-    ) -> int:
-        if host_only or self._ssd is None or not self._ssd.usable():
-            return int(slow.argmax()) if slow.any() else len(slow)
-        return self._ssd.planner.worth(to_read, self._fetches.num_blocks) if choose else len(slow)
 
     def _begin_fetch(
         self, keys: NDArray[np.uint64], match: Match, slots: NDArray[np.int32], slow: NDArray[np.intp]
@@ -227,10 +227,11 @@ class GlobalCacheEngine:
             return plan
 
     def _absent(self, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
-        if self._ssd is not None and not self._ssd.usable():
-            # what is on SSD cannot be had for now: it may be put again
-            return np.flatnonzero(self._tree.slots(keys, HOST) < 0).astype(np.int32)
-        return self._tree.absent(keys)
+        if self._ssd is None:
+            return self._tree.absent(keys)
+        # what is on a disk that is out of service cannot be had for now: it may be put again
+        there = self._ssd.in_service(self._tree.slots(keys, SSD)) | (self._tree.slots(keys, HOST) >= 0)
+        return np.flatnonzero(~there).astype(np.int32)
 
     def _make_room(self, keys: NDArray[np.uint64], num_present: int, count: int) -> None:
         self._tree.pin(keys, 0, num_present)     # not the prefix that the new blocks are to follow
@@ -311,22 +312,27 @@ class GlobalCacheEngine:
         tier : SsdTier
         chains : iterable of (keys, slots)
             Sequences ((n, 2) uint64) from their first block, and the slot of each block ((n,) int32; -1: was in an
-            earlier chain). These slots are allocated.
+            earlier chain). These slots are allocated. A sequence whose earlier blocks were evicted meanwhile is left
+            out, and its slots are freed.
 
         Returns
         -------
         bool
-            False: there was a reset meanwhile; the slots of what is left of ``chains`` belong to the caller.
+            False: there was a reset, at any time; the slots of what is left of ``chains`` belong to the caller.
         """
         with self._lock:
-            self._ssd, tree = tier, self._tree
+            self._ssd = tier
             self._below.slots = tier.slots
         for keys, slots in chains:
             with self._lock:
-                if tree is not self._tree:
+                if self._was_reset:
                     return False
-                tree.insert(keys, slots, SSD, self._clock())
-                tree.set_ready(keys, slots, SSD)
+                absent = self._tree.absent(keys)
+                if (slots[absent] < 0).any():
+                    tier.slots.free(slots[slots >= 0])
+                else:
+                    self._tree.insert(keys, slots, SSD, self._clock())
+                    self._tree.set_ready(keys, slots, SSD)
         return True
 
     def free_ssd(self, slots: NDArray[np.int32]) -> None:
@@ -340,13 +346,17 @@ class GlobalCacheEngine:
         """Free a batch of slots of each tier where fewer than the watermark are free; returns how many. Not for the
         request path."""
         with self._lock:
-            return sum(tier.evict_ahead(self._tree) for tier in self._tiers)
+            freed = self._host.evict_ahead(self._tree)
+            if self._ssd is not None and self._ssd.usable():     # else no slot is free, however many are given up
+                freed += self._below.evict_ahead(self._tree)
+            return freed
 
     def reset(self) -> None:
         """Forget every block. Plans in flight stay valid, but nothing they write or read will be offered again."""
         with self._lock:
             self._retired.append(self._tree)
             self._tree = self._new_tree()
+            self._was_reset = True
             self._sweep_retired()
 
     def _sweep_retired(self) -> None:

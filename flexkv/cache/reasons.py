@@ -19,3 +19,5 @@ class StopReason(enum.IntEnum):
     """It is on SSD, and no slot of host memory can be had to load it through: all are in use."""
     TOO_SLOW = 6
     """It is on SSD, and computing it is sooner done than loading it, or loading is switched off."""
+    OUT_OF_SERVICE = 7
+    """It is on SSD, and that disk takes no reads or writes for now."""

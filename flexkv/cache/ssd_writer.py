@@ -110,6 +110,7 @@ class SsdWriter:
                 plan = self._cache.begin_write(keys, self._room())
                 if plan is None or len(plan) < self._room():
                     self._forget(tail)
+                    self._dropped += int((~self._cache.on_ssd(keys)).sum())    # evicted, or no slot was to be had
                 if plan is not None:
                     self._in_flight += len(plan)
                     if self._rate:

@@ -154,8 +154,19 @@ class SsdTier:
     planner : LoadPlanner
     usable : callable
         Whether blocks can be read and written now.
+    usable_slots : callable
+        Which of these slots ((n,) int32) can be; (n,) bool. Asked only while ``usable()``.
     """
 
     slots: Slots
     planner: LoadPlanner
     usable: Callable[[], bool]
+    usable_slots: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
+
+    def in_service(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(n,) bool: slots ((n,) int32; -1: none) whose block can be read now."""
+        there = slots >= 0
+        if not there.any() or not self.usable():
+            return np.zeros(len(slots), dtype=np.bool_)
+        there[there] = self.usable_slots(slots[there])
+        return there

@@ -79,11 +79,10 @@ class SsdStore:
     ) -> None:
         if slot_bytes < 1 or slot_bytes % 4096:
             raise ValueError(f"slots of {slot_bytes} bytes: must be a multiple of 4096")
-        self.slot_bytes = slot_bytes
+        self.slot_bytes, self._deadline_s = slot_bytes, deadline_s
         self._domain = xxh3_64(domain)
         self._num_host_slots = memoryview(memory).nbytes // slot_bytes
-        self._deadline_s = deadline_s
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._directories = open_directories(directories, capacity_bytes, slot_bytes, files, probe_s)
         try:
             fds = [directory.data.fd for directory in self._directories]
@@ -92,16 +91,13 @@ class SsdStore:
             for directory in self._directories:
                 directory.close(clean=False)
             raise
-        self._first = np.array([directory.first_slot for directory in self._directories], dtype=np.int64)
         self.slots = StripedSlots(self._directories)
         self.num_slots = self.slots.capacity
         self._floor = max(directory.table.header.floor for directory in self._directories)
         self._sequence = max(time.time_ns(), self._floor)   # the last one given; a clock, so that it always rises
-        self._ledger = SlotLedger(self.num_slots)
-        self._health = SlotHealth(self.slots, self.num_slots)
+        self._ledger, self._health = SlotLedger(self.num_slots), SlotHealth(self.slots, self.num_slots)
         self._batches = Batches()
         self._to_record: dict[SsdDirectory, list[tuple[Batch, NDArray[np.intp], NDArray[np.uint64]]]] = {}
-        self._closed = False
         self._epoll = select.epoll()
         self._epoll.register(self._batches.event_fd, select.EPOLLIN)
         self._epoll.register(self._queue.event_fd, select.EPOLLIN)
@@ -236,6 +232,10 @@ class SsdStore:
         """Whether there is a directory that takes reads and writes."""
         return not self._closed and any(directory.usable for directory in self._directories)
 
+    def usable_slots(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(n,) bool: slots of directories that take reads and writes."""
+        return self.slots.on_usable(slots) & (not self._closed)
+
     def stats(self) -> dict[str, int]:
         """Counters since the start, and gauges."""
         return {
@@ -261,9 +261,8 @@ class SsdStore:
         self, job: int, slots: NDArray[np.int32], able: NDArray[np.bool_]
     ) -> Iterator[tuple[SsdDirectory, NDArray[np.intp]]]:
         """The indices of each directory, in the order of slots; those that cannot be done fail here."""
-        owner = np.searchsorted(self._first, slots, side="right") - 1
+        owner, usable = self.slots.owner(slots), self.usable_slots(slots)
         order = np.argsort(slots, kind="stable")
-        usable = np.array([directory.usable and not self._closed for directory in self._directories])[owner]
         self._health.log.add("refused", int((~usable).sum()), "SSD tier", "a directory is taken out")
         failed = np.flatnonzero(~(able & usable))
         self._batches.tell(job, failed, np.zeros(len(failed), dtype=np.bool_))

@@ -120,11 +120,16 @@ class StripedSlots:
             self._in_use[slots] = False
             self._num_in_use -= len(slots)
             slots = slots[~self._retired[slots]]
-            owner = self._owner(slots)
+            owner = self.owner(slots)
             for which in np.unique(owner):
                 self._parts[which].free((slots[owner == which] - self._first[which]).astype(np.int32))
 
-    def _owner(self, slots: NDArray[np.int32]) -> NDArray[np.intp]:
+    def on_usable(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(n,) bool: those of directories that are not taken out."""
+        return np.array([directory.usable for directory in self._directories])[self.owner(slots)]
+
+    def owner(self, slots: NDArray[np.int32]) -> NDArray[np.intp]:
+        """(n,) intp: which directory each is of."""
         return np.searchsorted(self._first, slots, side="right") - 1
 
     def retire(self, slots: NDArray[np.int32]) -> int:
@@ -132,7 +137,7 @@ class StripedSlots:
         with self._lock:
             new = np.unique(slots[~self._retired[slots]])
             self._retired[new] = True
-            for which in self._owner(new[~self._in_use[new]]):
+            for which in self.owner(new[~self._in_use[new]]):
                 self._hidden[which] += 1
             return len(new)
 

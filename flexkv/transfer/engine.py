@@ -244,9 +244,18 @@ class TransferEngine:
         with self._lock:
             for link in list(self._device.links):
                 link.drain()
-            for executor in self._watched:
-                executor.drain()
+            self._drain_executors()
         self._fire()
+
+    def _drain_executors(self) -> None:
+        """Take in their results, under the lock. One that fails in it takes nothing more, and what it had fails."""
+        for executor in list(self._watched):
+            try:
+                executor.drain()
+            except Exception:
+                logger.exception("results could not be taken in: %s is given up", type(executor).__name__)
+                self._watched.remove(executor)
+                executor.give_up()
 
     def wait(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until ``predicate()``, which callbacks make true; False after ``timeout_s`` seconds."""
@@ -291,8 +300,7 @@ class TransferEngine:
                     while link.drain() or link.rings.set_waiting(True):
                         if not link.healthy:
                             break
-                for executor in self._watched:
-                    executor.drain()
+                self._drain_executors()
                 self._enforce_deadlines()
             self._fire()
             pause = self._keep_house()

@@ -42,6 +42,10 @@ class Executor(ABC):
         """Take in results that are there; True if there was any."""
         return False
 
+    def give_up(self) -> None:  # noqa: B027  (of those that are drained)
+        """It is broken: what it was given fails, as soon as nothing touches its slots any more (this may wait for that,
+        as ``close``), and so does what it is given from now on. Does not raise."""
+
     def close(self) -> None:  # noqa: B027
         """Give back what is held; nothing is touched any more afterwards. Called once, by the engine's shutdown."""
 

@@ -45,7 +45,7 @@ class Dependency:
     theirs : (k,) intp
     """
 
-    __slots__ = ("mine", "op", "theirs")
+    __slots__ = ("_order", "mine", "op", "theirs")
 
     def __init__(self, op: "TransferOp", mine: NDArray[np.intp], theirs: NDArray[np.intp]) -> None:
         if len(mine) != len(theirs):
@@ -53,6 +53,17 @@ class Dependency:
         self.op = op
         self.mine = np.ascontiguousarray(mine, dtype=np.intp)
         self.theirs = np.ascontiguousarray(theirs, dtype=np.intp)
+        self._order: NDArray[np.intp] | None = None
+
+    def waiting_for(self, indices: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Which of the pairs wait for blocks ``indices`` of ``op``; takes as long as there are such blocks."""
+        if self._order is None:
+            self._order = np.argsort(self.theirs, kind="stable")
+        first = np.searchsorted(self.theirs, indices, side="left", sorter=self._order)
+        count = np.searchsorted(self.theirs, indices, side="right", sorter=self._order) - first
+        nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        pairs: NDArray[np.intp] = self._order[np.repeat(first, count) + nth]
+        return pairs
 
     @classmethod
     def each(cls, op: "TransferOp") -> "Dependency":
@@ -88,8 +99,10 @@ class TransferOp:
     ----------
     ok, resolved : (n,) bool
         Arrived; arrived or failed.
-    dependents : list of TransferOp
-        Running ops that wait for this one; kept by the engine.
+    missing : (n,) int32
+        How many blocks that it depends on have not arrived, once the op was begun.
+    dependents : list of (TransferOp, Dependency)
+        Running ops that wait for this one, and how; kept by the engine.
     """
 
     def __init__(
@@ -117,12 +130,13 @@ class TransferOp:
         self.depends_on = tuple(depends_on)
         self.keys = keys
         self.parents = parents
-        self.dependents: list[TransferOp] = []
+        self.dependents: list[tuple[TransferOp, Dependency]] = []
         self.task_id = 0          # set by its graph
         self.status = OpStatus.PENDING
         self.ok = np.zeros(len(src), dtype=np.bool_)
         self.resolved = np.zeros(len(src), dtype=np.bool_)
         self.started = np.zeros(len(src), dtype=np.bool_)
+        self.missing = np.zeros(len(src), dtype=np.int32)
         self.num_resolved = 0
         self.callbacks: list[Callable[[TransferOp], None]] = []
 
@@ -152,17 +166,32 @@ class TransferOp:
         self.ok[indices] = ok
         self.num_resolved += len(self.resolved[indices])
 
+    def begin(self) -> None:
+        """From now on be told of what it depends on (``heard``)."""
+        for dependency in self.depends_on:
+            self.missing[dependency.mine] += ~dependency.op.ok[dependency.theirs]
+            if not dependency.op.done:
+                dependency.op.dependents.append((self, dependency))
+
     def startable(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Blocks not started that can start now, and blocks not started that never can."""
-        ready = ~self.started
         if not self.depends_on:
-            return np.flatnonzero(ready), _NONE
+            return np.flatnonzero(~self.started), _NONE
         doomed = np.zeros(len(self), dtype=np.bool_)
         for dependency in self.depends_on:
             arrived, ended = dependency.op.ok[dependency.theirs], dependency.op.resolved[dependency.theirs]
-            ready[dependency.mine] &= arrived
             doomed[dependency.mine] |= ended & ~arrived
-        return np.flatnonzero(ready), np.flatnonzero(doomed & ~self.started)
+        return np.flatnonzero((self.missing == 0) & ~self.started), np.flatnonzero(doomed & ~self.started)
+
+    def heard(
+        self, dependency: Dependency, indices: NDArray[np.intp]
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Blocks ``indices`` of ``dependency.op`` have their result now: ``startable`` of those that wait for them."""
+        pairs = dependency.waiting_for(indices)
+        mine, arrived = dependency.mine[pairs], dependency.op.ok[dependency.theirs[pairs]]
+        self.missing[mine] -= arrived
+        new = ~self.started[mine]
+        return mine[new & (self.missing[mine] == 0)], mine[new & ~arrived]
 
 
 class TransferGraph:

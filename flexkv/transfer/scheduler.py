@@ -65,10 +65,9 @@ class Scheduler:
         graph.status = OpStatus.RUNNING
         for op in graph.ops:
             op.status = OpStatus.RUNNING
-            for needed in {dependency.op for dependency in op.depends_on if not dependency.op.done}:
-                needed.dependents.append(op)
+            op.begin()
         for op in graph.ops:
-            self._start_blocks(active, op)
+            self._start_blocks(active, op, *op.startable())
 
     def stop(self, task_id: int, verdict: OpStatus) -> None:
         """Start nothing more of a graph; what is under way is finished. Unknown or ended graphs are left alone."""
@@ -79,10 +78,11 @@ class Scheduler:
             for op in active.graph.ops:
                 if not op.done:
                     self._executors[op.kind].cancel(op)
-                    self._start_blocks(active, op)
+                    self._start_blocks(active, op, *op.startable())
 
-    def _start_blocks(self, active: _Active, op: TransferOp) -> None:
-        startable, doomed = op.startable()
+    def _start_blocks(
+        self, active: _Active, op: TransferOp, startable: NDArray[np.intp], doomed: NDArray[np.intp]
+    ) -> None:
         if active.verdict is not None:
             startable, doomed = startable[:0], np.flatnonzero(~op.started)
         for indices, is_doomed in ((startable, False), (doomed, True)):
@@ -92,9 +92,9 @@ class Scheduler:
 
     def _progress(self, op: TransferOp, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
         op.resolve(indices, ok)
-        for later in op.dependents:
+        for later, dependency in op.dependents:
             if not later.done:
-                self._start_blocks(self._active[later.task_id], later)
+                self._start_blocks(self._active[later.task_id], later, *later.heard(dependency, indices))
         if op.done:
             self._end_op(self._active[op.task_id], op)
 

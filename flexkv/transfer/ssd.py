@@ -1,6 +1,7 @@
 """SSD executor: gives ops between host slots and SSD slots to the store, and takes in what it reports."""
 
 import itertools
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,7 +12,9 @@ from flexkv.cache.tier import Slots
 from flexkv.config import CacheConfig
 from flexkv.storage.recovered import Recovered
 from flexkv.transfer.executor import Executor, Progress
-from flexkv.transfer.graph import OpKind, TransferOp
+from flexkv.transfer.graph import OpKind, OpStatus, TransferOp
+
+logger = logging.getLogger("flexkv.transfer")
 
 
 class Store(Protocol):
@@ -54,6 +57,9 @@ class Store(Protocol):
     def usable(self) -> bool:
         """Whether reads and writes are taken now."""
 
+    def usable_slots(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(n,) bool: slots that can be read and written now."""
+
     def stats(self) -> dict[str, int]:
         """Counts since the start."""
 
@@ -83,9 +89,10 @@ class SsdExecutor(Executor):
         self._jobs: dict[int, tuple[TransferOp, NDArray[np.intp], Progress]] = {}
         self._left: dict[int, int] = {}
         self._ids = itertools.count(1)
+        self._given_up = False
 
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
-        if doomed or op.keys is None or (op.kind is OpKind.H2DISK and op.parents is None):
+        if self._given_up or doomed or op.keys is None or (op.kind is OpKind.H2DISK and op.parents is None):
             progress(op, indices, np.zeros(len(indices), dtype=np.bool_))
             return
         job = next(self._ids)
@@ -105,11 +112,27 @@ class SsdExecutor(Executor):
         results = self._store.results()
         for job, which, ok in results:
             op, indices, progress = self._jobs[job]
+            progress(op, indices[which], np.asarray(ok))
             self._left[job] -= len(which)
             if self._left[job] == 0:
                 del self._jobs[job], self._left[job]
-            progress(op, indices[which], np.asarray(ok))
         return bool(results)
+
+    def give_up(self) -> None:
+        self._given_up = True
+        try:
+            self._store.close()                # a slot that is still read into must not be another's
+        except Exception:
+            logger.exception("the SSD store cannot be closed: what it was moving keeps its slots")
+            return
+        for op, indices, progress in self._jobs.values():
+            left = indices[~op.resolved[indices]]
+            try:
+                if op.status is OpStatus.RUNNING:
+                    progress(op, left, np.zeros(len(left), dtype=np.bool_))
+            except Exception:
+                logger.exception("task %d cannot be told that its reads or writes have failed", op.task_id)
+        self._jobs.clear()
 
     def close(self) -> None:
         self._store.close()

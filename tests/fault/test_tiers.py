@@ -9,7 +9,7 @@ import pytest
 
 from flexkv.response import KVResponseStatus as Status
 from tests.harness import LAYERS, PAGE_SHAPE
-from tests.unit.test_kvmanager_ssd import SSD_SLOTS, Stage, stage
+from tests.ssd_stage import SSD_SLOTS, Stage, stage
 
 WORKERS = 3
 REQUESTS = 400

@@ -75,6 +75,7 @@ class Checked:
     host: dict[int, Content] = field(default_factory=dict)
     ssd: dict[int, Content] = field(default_factory=dict)
     usable: bool = True
+    half_out: int = -1                      # which of two disks is out of service
     puts: list[tuple[PutPlan, Prefix]] = field(default_factory=list)
     gets: list[Get] = field(default_factory=list)
     fetches: dict[int, Fetch] = field(default_factory=dict)
@@ -90,7 +91,8 @@ class Checked:
         self.planner = LoadPlanner("always", 1, 1, 0.0, self.clock)
 
     def attach(self, found: list[tuple[NDArray[np.uint64], NDArray[np.int32]]]) -> None:
-        assert self.engine.attach_ssd(SsdTier(self.slots, self.planner, lambda: self.usable), found)
+        tier = SsdTier(self.slots, self.planner, lambda: self.usable, lambda slots: slots % 2 != self.half_out)
+        assert self.engine.attach_ssd(tier, found)
 
     def clock(self) -> float:
         self.now += 1.0
@@ -148,6 +150,7 @@ class Checked:
             assert plan.stop == offered.num_ready
         if plan.fetch is not None:
             assert plan.fetch.fetch_id not in before
+            assert (plan.fetch.ssd_slots % 2 != self.half_out).all()
             assert not busy & set(plan.fetch.host_slots.tolist())
             assert not {f.plan.host_slots[i] for f in self.fetches.values() for i in range(len(f.plan))} & set(
                 plan.fetch.host_slots.tolist())
@@ -253,6 +256,7 @@ class Checked:
 
     def break_(self, sequence: Prefix, seed: int) -> None:
         self.usable = seed < 48
+        self.half_out = seed % 4 - 2
 
     def restart(self, sequence: Prefix, seed: int) -> None:
         """A new engine, which finds what was whole on the disks, in any order."""
@@ -278,7 +282,7 @@ class Checked:
         self.attach(paths)
         self.engine.free_ssd(found.slots[~known])
         whole = {name for name in names if all(name[: i + 1] in names for i in range(len(name)))}
-        if self.usable:
+        if self.usable and self.half_out < 0:
             for name in names:
                 assert (self.engine.match(keys_of(name)).num_ready == len(name)) == (name in whole)
 

@@ -1,13 +1,19 @@
 """The control plane: eviction ahead of need, the order of eviction, reasons, prefixes that went away."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from flexkv._core.nodes import NODE_DTYPE
 from flexkv._core.radix import RadixTree
+from flexkv._core.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU, make_policy
+from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.reasons import StopReason
+from flexkv.cache.tier import SsdTier
 from flexkv.errors import CapacityError, ConfigError
 from tests.property.model_tree import keys_of
 
@@ -161,3 +167,70 @@ def test_what_is_pinned_keeps_nothing_else_from_being_evicted() -> None:
     for plan in plans:
         cache.end_get(plan)
     cache.check_integrity()
+
+
+class Disk:
+    """An engine of 8 host and 10 SSD slots, and the SSD tier that is to come into service, full."""
+
+    def __init__(self) -> None:
+        self.cache = GlobalCacheEngine(8, LRU(), 0.65, 0.2, clock=Clock(), num_ssd_slots=10)
+        self.cache.grow(8)
+        self.is_usable = True
+        self.slots = SlotAllocator(10)
+        self.slots.allocate(10)
+        planner = LoadPlanner("always", 1, 1, 0.0, Clock())
+        self.tier = SsdTier(self.slots, planner, lambda: self.is_usable, lambda slots: slots >= 0)
+
+    def ready(self, *sequence: int) -> int:
+        return self.cache.match(keys_of(sequence)).num_ready
+
+
+Chain = tuple[NDArray[np.uint64], NDArray[np.int32]]
+
+
+def chain(sequence: tuple[int, ...], *slots: int) -> Chain:
+    return keys_of(sequence), np.array(slots, dtype=np.int32)
+
+
+def test_eviction_while_a_full_ssd_comes_into_service_leaves_out_what_lost_its_prefix() -> None:
+    disk = Disk()
+
+    def chains() -> Iterator[Chain]:
+        yield chain((1, 2, 3), 0, 1, 2)
+        while disk.ready(1, 2, 3):
+            assert disk.cache.evict_ahead()                  # a request ends
+        yield chain((1, 2, 4), -1, -1, 3)
+        yield chain((1, 2, 4, 5), -1, -1, -1, 4)
+        yield chain((7, 8), 5, 6)
+
+    assert disk.cache.attach_ssd(disk.tier, chains())
+    assert disk.ready(1, 2, 4) == 0
+    assert disk.ready(7, 8) == 2
+    disk.cache.free_ssd(np.array([7, 8, 9], dtype=np.int32))
+    disk.cache.check_integrity()
+    assert disk.slots.num_free == 8
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_nothing_of_before_a_reset_comes_into_service(when: str) -> None:
+    disk = Disk()
+
+    def chains() -> Iterator[Chain]:
+        yield chain((1, 2), 0, 1)
+        disk.cache.reset()
+        yield chain((7, 8), 2, 3)
+
+    if when == "before":
+        disk.cache.reset()
+    assert not disk.cache.attach_ssd(disk.tier, chains())
+    assert disk.ready(1, 2) == disk.ready(7, 8) == 0
+
+
+def test_a_tier_that_is_out_of_service_loses_nothing_to_eviction_ahead_of_need() -> None:
+    disk = Disk()
+    assert disk.cache.attach_ssd(disk.tier, [chain(tuple(range(10)), *range(10))])
+    disk.is_usable = False
+    assert disk.cache.evict_ahead() == 0
+    disk.is_usable = True
+    assert disk.ready(*range(10)) == 10
+    assert disk.cache.evict_ahead() == 2

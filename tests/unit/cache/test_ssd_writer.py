@@ -24,7 +24,9 @@ class World:
         self.cache = GlobalCacheEngine(SLOTS, LRU(), clock=self.clock, num_ssd_slots=ssd_slots)
         self.cache.grow(SLOTS)
         planner = LoadPlanner("always", 1, 1, 0.0, self.clock)
-        assert self.cache.attach_ssd(SsdTier(SlotAllocator(ssd_slots), planner, lambda: True))
+        self.is_usable = True
+        tier = SsdTier(SlotAllocator(ssd_slots), planner, lambda: self.is_usable, lambda slots: slots >= 0)
+        assert self.cache.attach_ssd(tier)
         settings = {"write_all": False, "batch_blocks": 8, "max_in_flight_blocks": 16, "max_queued_blocks": 32,
                     "blocks_per_s": 0.0, **limits}
         self.writer = SsdWriter(self.cache, clock=self.clock, **settings)  # type: ignore[arg-type]
@@ -171,6 +173,27 @@ def test_a_full_tier_evicts_what_was_used_longest_ago() -> None:
     assert not world.on_ssd((1,) * 4).any()
     assert world.on_ssd((3,) * 4).all()
     world.cache.check_integrity()
+
+
+def test_what_finds_no_room_on_ssd_is_counted() -> None:
+    world = World(ssd_slots=8, write_all=True)
+    world.put((1,) * 8)
+    plan = world.writer.next()
+    assert plan is not None                                      # being written, so that nothing can be evicted
+    world.put((2,) * 3)
+    assert world.writer.next() is None
+    assert world.writer.stats()["ssd_dropped_writes"] == 3
+    world.writer.ended(plan, np.ones(len(plan), dtype=np.bool_))
+    assert world.writer.stats()["ssd_dropped_writes"] == 3
+
+
+def test_what_waits_while_the_tier_goes_out_of_service_is_counted() -> None:
+    world = World(write_all=True)
+    world.put((1, 2, 3))
+    world.is_usable = False
+    assert world.write() == []
+    assert world.writer.stats()["ssd_dropped_writes"] == 3
+    assert world.writer.idle
 
 
 def test_forgetting_the_queue() -> None:

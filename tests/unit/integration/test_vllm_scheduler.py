@@ -10,7 +10,7 @@ import pytest
 from flexkv.config import ConnectorConfig
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from tests.harness import TOKENS, until
-from tests.unit.test_kvmanager_ssd import Stage, stage
+from tests.ssd_stage import Stage, stage
 
 BLOCKS = 5
 

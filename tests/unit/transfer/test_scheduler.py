@@ -1,7 +1,9 @@
 """The scheduler of graphs, with executors that do as the test says: pipelining, failures, cancels, callbacks."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from flexkv.errors import InvariantError
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.scheduler import Scheduler
 
 IDS = np.arange(4, dtype=np.int32)
 
@@ -251,3 +254,49 @@ def test_arrival_moves_nothing(shared: Shared) -> None:
     assert op.ok.tolist() == [True, False, True, True]
     assert op.status is OpStatus.FAILED
     assert set(shared.done) == {1, 2}
+
+
+class Counted(np.ndarray[Any, Any]):
+    """Counts the blocks that are looked at."""
+
+    looked_at = 0
+
+    def __getitem__(self, which: Any) -> Any:
+        found = super().__getitem__(which)
+        Counted.looked_at += np.size(found)
+        return np.asarray(found)
+
+
+def test_the_work_grows_with_the_blocks_and_not_with_their_square() -> None:
+    num_blocks, num_waiters = 512, 4
+    source, load = Leg(OpKind.DISK2H), Leg(OpKind.H2D)
+    scheduler = Scheduler({OpKind.DISK2H: source, OpKind.H2D: load})
+    every = np.arange(num_blocks, dtype=np.int32)
+    fetch = TransferOp(OpKind.DISK2H, every, every)
+    fetch.ok, fetch.resolved = fetch.ok.view(Counted), fetch.resolved.view(Counted)
+    scheduler.submit(TransferGraph(1, [fetch]), lambda graph: None, math.inf)
+    order = np.random.default_rng(1).permutation(num_blocks)
+    for task_id in range(2, 2 + num_waiters):
+        op = TransferOp(OpKind.H2D, every, every, depends_on=[Dependency(fetch, order, np.arange(num_blocks))])
+        op.started = op.started.view(Counted)
+        scheduler.submit(TransferGraph(task_id, [op]), lambda graph: None, math.inf)
+    Counted.looked_at = 0
+    for block in range(num_blocks):
+        scheduler._progress(fetch, np.array([block]), np.array([True]))
+    assert load.given == [block for block in order.tolist() for _ in range(num_waiters)]
+    assert Counted.looked_at <= 4 * num_blocks * num_waiters
+
+
+def test_several_blocks_may_wait_for_the_same_one() -> None:
+    source, load = Leg(OpKind.DISK2H), Leg(OpKind.H2D)
+    scheduler = Scheduler({OpKind.DISK2H: source, OpKind.H2D: load})
+    fetch = TransferOp(OpKind.DISK2H, IDS, IDS)
+    again = Dependency(fetch, np.array([0, 1, 3]), np.array([2, 2, 0]))
+    op = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[again, Dependency(fetch, np.array([1]), np.array([1]))])
+    scheduler.submit(TransferGraph(1, [fetch]), lambda graph: None, math.inf)
+    scheduler.submit(TransferGraph(2, [op]), lambda graph: None, math.inf)
+    assert load.given == [2]
+    scheduler._progress(fetch, np.array([3, 2]), np.array([True, True]))
+    assert load.given == [2, 0]
+    scheduler._progress(fetch, np.array([1, 0]), np.array([True, False]))
+    assert (load.given, load.doomed) == ([2, 0, 1], [3])

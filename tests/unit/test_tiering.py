@@ -1,0 +1,210 @@
+"""The SSD tier's way into and out of service: resets at bad moments, stores that open late, fail, or lose results."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexkv import tiering
+from flexkv.cache.plan import WritePlan
+from flexkv.cache.reasons import StopReason
+from flexkv.config import CacheConfig
+from flexkv.errors import StorageError
+from flexkv.response import KVResponseStatus as Status
+from flexkv.storage.recovered import Recovered
+from tests.harness import until
+from tests.memory_store import Disk, MemoryStore
+from tests.ssd_stage import SLOT_BYTES, Stage, stage
+
+
+def written(tmp_path: Path) -> Disk:
+    """A disk with five blocks of sequence 1."""
+    disk, copy = Disk(), Disk()
+    with stage(tmp_path, disk) as made:
+        made.put(5, 1)
+        made.settle()
+        copy.records.update(disk.records)
+    return copy
+
+
+@contextmanager
+def stage_that_was_reset(tmp_path: Path, disk: Disk) -> Iterator[Stage]:
+    """The reset came before any rank had registered, when there was neither an index nor a store."""
+    init = tiering.Tiering.__init__
+
+    def init_and_reset(self: tiering.Tiering, *args: Any) -> None:
+        init(self, *args)
+        self.reset()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiering.Tiering, "__init__", init_and_reset)
+        with stage(tmp_path, disk) as made:
+            yield made
+
+
+def test_a_write_that_is_planned_before_a_reset_is_forgotten_by_it(tmp_path: Path) -> None:
+    disk = Disk()
+    with stage(tmp_path, disk) as made:
+        writer = made.manager._tiering._writer              # type: ignore[union-attr]
+        assert writer is not None
+        plan_of, resets = writer.next, list[threading.Thread]()
+
+        def next_and_reset(hurry: bool = False) -> WritePlan | None:
+            plan = plan_of(hurry)
+            if plan is not None and not resets:
+                resets.append(threading.Thread(target=made.manager.reset))
+                resets[0].start()
+                resets[0].join(0.5)                         # it waits until the write is known
+            return plan
+
+        writer.next = next_and_reset                        # type: ignore[method-assign]
+        made.put(5, 1)
+        until(lambda: bool(resets))
+        resets[0].join()
+        made.settle()
+        assert made.ready(5, 1) == 0
+        assert not disk.records
+
+
+@pytest.mark.parametrize("at", ["recover", "register"])
+def test_nothing_of_before_a_reset_is_there_if_the_store_opens_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    disk = written(tmp_path)
+    managers: list[tiering.GlobalCacheEngine | tiering.Tiering] = []
+    grow = tiering.Tiering.grow
+
+    def remember(self: tiering.Tiering, cache: tiering.GlobalCacheEngine, *rest: Any) -> None:
+        managers.extend([cache, self])
+        grow(self, cache, *rest)
+
+    def reset() -> None:
+        while managers:
+            managers.pop(0).reset()                         # as the manager does it
+
+    class ResetStore(MemoryStore):
+        def recover(self) -> Recovered:
+            found = super().recover()
+            if at == "recover":
+                reset()
+            return found
+
+        def register(self, upto_bytes: int) -> None:
+            if at == "register":
+                reset()
+
+    monkeypatch.setattr(tiering.Tiering, "grow", remember)
+    monkeypatch.setattr("tests.unit.test_kvmanager_ssd.MemoryStore", ResetStore)
+    with stage(tmp_path, disk) as made:
+        assert made.ready(5, 1) == 0
+        assert not disk.records
+        made.manager.check_integrity()
+        made.put(5, 1)
+        made.flood()
+        made.get(5, 1)
+
+
+def test_a_reset_that_came_before_the_store_holds(tmp_path: Path) -> None:
+    disk = written(tmp_path)
+    with stage_that_was_reset(tmp_path, disk) as made:
+        assert made.ready(5, 1) == 0
+        assert not disk.records
+
+
+def test_disks_that_cannot_be_cleared_are_out_of_service_until_they_can(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(5, 1)
+        made.settle()
+        made.store.clear_fails = True
+        made.manager.reset()
+        made.put(5, 2)
+        made.settle()
+        assert made.store.num_writes == 5                   # those of before
+        assert made.manager.stats()["ssd_dropped_writes"] == 5
+        made.store.clear_fails = False
+        made.manager.reset()
+        assert not made.store.disk.records
+        made.put(5, 2)
+        made.flood()
+        made.get(5, 2)
+
+
+def test_what_cannot_be_cleared_at_the_start_is_not_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = written(tmp_path)
+    monkeypatch.setattr(MemoryStore, "clear_fails", True)
+    with stage_that_was_reset(tmp_path, disk) as made:
+        found = made.manager.lookup(made.keys(5, 1))
+        assert (found.num_ready, found.reason) == (0, StopReason.NEVER_SEEN)
+        made.put(5, 2)
+        made.settle()
+        assert made.store.num_writes == 0
+        made.manager.check_integrity()
+        made.store.clear_fails = False
+        made.manager.reset()
+        assert not disk.records
+
+
+def test_a_shutdown_does_not_wait_for_ever_for_a_store_that_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tiering, "_DRAIN_S", 0.1)
+    go_on, opened = threading.Event(), list[MemoryStore]()
+
+    def make_late(config: CacheConfig, slot_bytes: int, domain: bytes, memory: Any) -> MemoryStore:
+        go_on.wait()
+        memory[:SLOT_BYTES] = b"\x01" * SLOT_BYTES          # it is still mapped
+        opened.append(MemoryStore(config.ssd_bytes // slot_bytes, slot_bytes, memory))
+        return opened[0]
+
+    with stage(tmp_path, make_store=make_late) as made:
+        thread = made.manager._tiering._thread              # type: ignore[union-attr]
+        assert thread is not None
+        made.put(4, 1)
+        made.get(4, 1)
+    assert "has not opened" in caplog.text
+    go_on.set()
+    thread.join(10.0)
+    assert opened[0].closed
+    assert not thread.is_alive()
+
+
+def test_a_store_that_loses_its_results_is_given_up_and_nothing_waits_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> None:
+        raise KeyError("job 7")
+
+    with stage(tmp_path) as made:
+        made.put(5, 1)
+        made.flood()
+        made.store.held = True
+        loads = [made.start_get(5, 1), made.start_get(3, 1, 40)]
+        made.store.results = broken                         # type: ignore[assignment, method-assign]
+        assert {result.status for result in made.manager.wait(loads, 10.0).values()} == {Status.FAILED}
+        assert "given up" in caplog.text
+        assert made.store.closed
+        made.settle()
+        made.put(5, 1)                                      # host memory serves on
+        made.get(5, 1)
+        made.settle()
+        made.manager.check_integrity()
+
+
+def test_a_store_that_cannot_be_closed_keeps_the_slots_it_may_still_write_to(tmp_path: Path) -> None:
+    def broken(*args: Any) -> None:
+        raise StorageError("the kernel has them")
+
+    with stage(tmp_path) as made:
+        made.put(5, 1)
+        made.flood()
+        made.store.held = True
+        load = made.start_get(5, 1)
+        made.store.results, close = broken, made.store.close     # type: ignore[assignment, method-assign]
+        made.store.close = broken                           # type: ignore[method-assign]
+        made.manager.try_wait(load)
+        assert made.manager.stats()["blocks_being_fetched"] == 5
+        made.store.close = close                            # type: ignore[method-assign]
+        made.manager.shutdown()
