@@ -55,9 +55,10 @@ def test_a_write_that_is_planned_before_a_reset_is_forgotten_by_it(tmp_path: Pat
         def next_and_reset(hurry: bool = False) -> WritePlan | None:
             plan = plan_of(hurry)
             if plan is not None and not resets:
-                resets.append(threading.Thread(target=made.manager.reset))
-                resets[0].start()
-                resets[0].join(0.5)                         # it waits until the write is known
+                reset = threading.Thread(target=made.manager.reset)
+                reset.start()
+                resets.append(reset)
+                reset.join(0.5)                             # it waits until the write is known
             return plan
 
         writer.next = next_and_reset                        # type: ignore[method-assign]
