@@ -28,6 +28,7 @@ struct flexkv_io_method {
     void (*wait)(void *context, int64_t timeout_ns);
     /* An I/O that has ended, or NULL: then `wait` sleeps until there is one. Its memory is not touched any more. */
     struct flexkv_io *(*ended)(void *context);
+    /* From any thread, under the queue's lock: must not call the queue. */
     void (*wake)(void *context);
     /* Try to have an I/O end early; its end is told by `ended` all the same. May be NULL. */
     void (*cancel)(void *context, struct flexkv_io *io);

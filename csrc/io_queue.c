@@ -586,15 +586,13 @@ int flexkv_io_queue_event_fd(const struct flexkv_io_queue *queue)
     return queue->event_fd;
 }
 
-/* Let go of the lock, and have the thread look. */
-static void unlock_and_wake(struct flexkv_io_queue *queue)
+/* Have the thread look, and let go of the lock: not before, for when it is told to close, it frees what `wake` uses. */
+static void wake_and_unlock(struct flexkv_io_queue *queue)
 {
-    int asleep = queue->asleep;
-
+    if (queue->asleep)
+        queue->method->wake(queue->context);
     queue->asleep = 0;
     pthread_mutex_unlock(&queue->lock);
-    if (asleep)
-        queue->method->wake(queue->context);
 }
 
 void flexkv_io_queue_register(struct flexkv_io_queue *queue, uint64_t upto_bytes)
@@ -604,7 +602,7 @@ void flexkv_io_queue_register(struct flexkv_io_queue *queue, uint64_t upto_bytes
         upto_bytes = queue->options.memory_bytes;
     if (upto_bytes > queue->registrable_bytes)
         queue->registrable_bytes = upto_bytes;
-    unlock_and_wake(queue);
+    wake_and_unlock(queue);
 }
 
 uint64_t flexkv_io_queue_registered(struct flexkv_io_queue *queue, int *error)
@@ -670,7 +668,7 @@ int flexkv_io_queue_submit(struct flexkv_io_queue *queue, const struct flexkv_io
             queue->submitted.last = made.last;
             clear_pieces(&made);
         }
-        unlock_and_wake(queue);
+        wake_and_unlock(queue);
     }
     while ((piece = pop_piece(&made)))
         free(piece);
@@ -690,7 +688,7 @@ int flexkv_io_queue_cancel(struct flexkv_io_queue *queue, const uint64_t *tags, 
         queue->cancelled = more;
         queue->num_cancelled += count;
     }
-    unlock_and_wake(queue);
+    wake_and_unlock(queue);
     return more ? 0 : -ENOMEM;
 }
 
@@ -746,7 +744,7 @@ uint64_t flexkv_io_queue_close(struct flexkv_io_queue *queue)
 
     pthread_mutex_lock(&queue->lock);
     queue->closing = 1;
-    unlock_and_wake(queue);
+    wake_and_unlock(queue);
     pthread_join(queue->thread, NULL);
     lost = queue->num_busy;       /* their jobs are never freed: the kernel may still write to them */
     free_queue(queue);

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv._core.io_queue import FaultyIoQueue
 from flexkv.storage.ssd_directory import total_bytes
 from flexkv.storage.ssd_store import SsdStore
 from tests.faulty_files import FaultyFiles, ThreadQueue
@@ -128,6 +129,12 @@ def opened(*args: Any, **options: Any) -> Iterator[Tier]:
 def one_thread(files: FaultyFiles) -> dict[str, Any]:
     """Options for a tier whose every access of a file goes through ``files``, one after another."""
     return {"files": files, "make_queue": partial(ThreadQueue, layer=files, threads=1)}
+
+
+def hanging_queue(made: list[FaultyIoQueue], *args: Any, **options: Any) -> FaultyIoQueue:
+    """Make a queue whose accesses can fail or hang; it is appended to ``made``."""
+    made.append(FaultyIoQueue(*args, method="threads", **options))
+    return made[-1]
 
 
 def check_what_is_offered(directories: list[Path], **options: Any) -> set[int]:

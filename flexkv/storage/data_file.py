@@ -93,7 +93,9 @@ class DataFile:
         try:
             fd = open_private(path, 0)
         except OSError as error:
-            raise StorageError(f"{path} cannot be opened: {error.strerror}") from error
+            raise StorageError(
+                f"{path} cannot be opened: {error.strerror}; remove it, or set ssd_cache_dir to another directory"
+            ) from error
         try:
             allocate(files, fd, path, num_bytes)
         except BaseException:

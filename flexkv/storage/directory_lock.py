@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import struct
+import weakref
 from pathlib import Path
 
 from flexkv.errors import DirectoryInUseError, StorageError
@@ -20,7 +21,8 @@ _WHOLE_FILE = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 class DirectoryLock:
     """A lock on a directory, which the kernel drops when the process ends, however it ends.
 
-    It is a lock of the open file (F_OFD_SETLK), as flock is, but one that others can ask for without taking it.
+    It is a lock of the open file (F_OFD_SETLK), as flock is, but one that others can ask for without taking it. A child
+    that is forked has the file open too, and would keep the lock beyond this process: ``os.fork`` closes it there.
 
     Raises
     ------
@@ -36,21 +38,37 @@ class DirectoryLock:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = open_private(directory / LOCK_NAME, 0)
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
+            owner = f"process {os.getpid()} on {socket.gethostname()}\n".encode()
+            os.pwrite(self._fd, owner, 0)               # over what is there: a full disk has room for that
+            os.ftruncate(self._fd, len(owner))
         except BlockingIOError:
-            owner = os.pread(self._fd, 1024, 0).decode(errors="replace").strip()
+            name = os.pread(self._fd, 1024, 0).decode(errors="replace").strip()
             self.release()
-            raise DirectoryInUseError(str(directory), owner or "another process") from None
+            raise DirectoryInUseError(str(directory), name or "another process") from None
         except OSError as error:
             self.release()
-            raise StorageError(f"{directory} cannot be used for the SSD tier: {error.strerror}") from error
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            raise StorageError(
+                f"{directory} cannot be used for the SSD tier: {error.strerror}; set ssd_cache_dir to a directory that "
+                f"this user can write to, on a disk with room"
+            ) from error
+        _held.add(self)
 
     def release(self) -> None:
         """Let others have it. Can be called again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1                     # first: a child must not close what is another file by then
+        if fd >= 0:
+            os.close(fd)
+
+
+_held: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def owner_of(directory: Path) -> str:

@@ -59,9 +59,9 @@ class HostPool:
             raise CapacityError(f"no host pool of {self.num_bytes} bytes: {error.strerror}; {hint}") from error
 
     @property
-    def memory(self) -> mmap.mmap:
-        """All slots, one after another."""
-        return self._memory
+    def memory(self) -> memoryview:
+        """All slots, one after another, and not what a last hugepage has beyond them."""
+        return memoryview(self._memory)[: self.num_slots * self.slot_bytes]
 
     def slot(self, index: int) -> memoryview:
         """The bytes of one slot, writable."""

@@ -20,7 +20,7 @@ def describe(directory: Path) -> dict[str, Any]:
     -------
     dict
         ``slots`` counts slots by what they hold: ``used``, ``void`` (cleared, or of another size), ``broken``,
-        ``empty``. ``domains`` counts used ones by the digest of their domain.
+        ``unreadable``, ``empty``. ``domains`` counts used ones by the digest of their domain.
 
     Raises
     ------
@@ -49,7 +49,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "data_bytes": data.stat().st_size if data.exists() else None,
         "slots": {
             "used": scan.states["other_domain"] + scan.states["mine"],
-            **{state: scan.states[state] for state in ("void", "broken", "empty")},
+            **{state: scan.states[state] for state in ("void", "broken", "unreadable", "empty")},
         },
         "domains": {f"{digest:016x}": count for digest, count in sorted(scan.domains.items())},
         "last_cleared": None if header.floor == 0 else _date(header.floor),
@@ -57,7 +57,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 
 def _date(sequence: int) -> str:
-    """Sequences start at the clock of when a store was opened."""
+    """A floor is the clock of when everything was forgotten."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sequence / 1e9))
 
 

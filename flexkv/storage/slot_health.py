@@ -17,6 +17,8 @@ _ERRORS_OF_SLOT = 2
 class SlotHealth:
     """Counts errors: too many of a slot retire it, too many in a row take its directory out. The caller locks.
 
+    A slot that the kernel may still write to, after a write took too long, is held: nobody gets it until then.
+
     Parameters
     ----------
     slots : StripedSlots
@@ -29,31 +31,35 @@ class SlotHealth:
         ))
         self._slots = slots
         self._errors = np.zeros(num_slots, dtype=np.uint8)
+        self._held: dict[int, tuple[SsdDirectory, int]] = {}        # tag of the write -> where it is
 
     def judge(
         self, directory: SsdDirectory, slots: NDArray[np.int32], results: NDArray[np.int32], kind: str
     ) -> bool:
         """Look at the queue's results ((n,) 0 or negative errno) of slots; True: the directory is taken out now.
 
-        A slot whose access took too long may still be accessed, so it is not used again.
+        That an access took too long says nothing of its slot: one that hangs ends all that waits for its file.
         """
         if not results.any():
             return False
-        late = slots[results == -errno.ETIMEDOUT]
-        self._retire(directory, late)
-        out = self.fault(directory, late, "timeouts", "an access did not end in time")
+        num_late = int((results == -errno.ETIMEDOUT).sum())
+        out = self._count(directory, num_late, "timeouts", "an access did not end in time")
         failed = (results < 0) & (results != -errno.ETIMEDOUT) & (results != -errno.ECANCELED)
         detail = os.strerror(-int(results[failed][0])) if failed.any() else ""
         return self.fault(directory, slots[failed], kind, detail) or out
 
     def fault(self, directory: SsdDirectory, slots: NDArray[np.int32], kind: str, detail: str) -> bool:
         """Errors at slots; True: the directory is taken out now."""
-        if len(slots) == 0:
-            return False
-        self.log.add(kind, len(slots), directory.path, detail)
         self._errors[slots] += 1
-        self._retire(directory, slots[self._errors[slots] >= _ERRORS_OF_SLOT])
-        if not directory.failed(len(slots)):
+        bad = slots[self._errors[slots] >= _ERRORS_OF_SLOT]
+        self.log.add("slots_retired", self._slots.retire(bad), directory.path, "they are not used again")
+        return self._count(directory, len(slots), kind, detail)
+
+    def _count(self, directory: SsdDirectory, count: int, kind: str, detail: str) -> bool:
+        if count == 0:
+            return False
+        self.log.add(kind, count, directory.path, detail)
+        if not directory.failed(count):
             return False
         self.log.add("directories_taken_out", 1, directory.path)
         return True
@@ -64,6 +70,21 @@ class SlotHealth:
             self.log.add("timeouts", 1, directory.path, "slot table")
             self.log.add("directories_taken_out", 1, directory.path)
 
-    def _retire(self, directory: SsdDirectory, slots: NDArray[np.int32]) -> None:
-        if len(slots):
-            self.log.add("slots_retired", self._slots.retire(slots), directory.path, "they are not used again")
+    # ---- writes that the kernel keeps -------------------------------------------------------------------------
+
+    def hold(self, directory: SsdDirectory, slots: NDArray[np.int32], tags: NDArray[np.uint64]) -> None:
+        """Writes to these slots have failed, and the kernel may still do them."""
+        self._held.update((tag, (directory, slot)) for tag, slot in zip(tags.tolist(), slots.tolist(), strict=True))
+        self._slots.retire(slots)
+
+    def holds(self, directory: SsdDirectory) -> bool:
+        """Whether slots of a directory are held."""
+        return any(owner is directory for owner, _ in self._held.values())
+
+    def let_go(self, busy: NDArray[np.uint64]) -> None:
+        """Give back the slots that are held, except those whose tags are among ``busy``."""
+        if not self._held:
+            return
+        over = self._held.keys() - set(busy.tolist())
+        slots = np.array([self._held.pop(tag)[1] for tag in over], dtype=np.int32)
+        self._slots.restore(slots[self._errors[slots] < _ERRORS_OF_SLOT])

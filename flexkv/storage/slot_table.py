@@ -77,7 +77,8 @@ class Scan:
     records : (n,) RECORD
         Those records.
     states : dict
-        How many slots are ``empty``, ``mine``, of an ``other_domain``, ``void``, or ``broken``.
+        How many slots are ``empty``, ``mine``, of an ``other_domain``, ``void``, ``broken``, or have an ``unreadable``
+        record.
     used : (m,) int32
         Slots whose record is not empty, or could not be read.
     domains : dict
@@ -196,10 +197,10 @@ class SlotTable:
             unknown = np.arange(first + len(states), first + want, dtype=np.int32)
             used += [(np.flatnonzero(states != slot_records.EMPTY) + first).astype(np.int32), unknown]
             counts += np.bincount(states, minlength=len(_STATES))
-            counts[slot_records.EMPTY] += want - len(states)
             for digest, count in zip(*np.unique(chunk["domain"][counts_too], return_counts=True), strict=True):
                 domains[int(digest)] = domains.get(int(digest), 0) + int(count)
         by_name = {name: int(counts[state]) for name, state in _STATES.items()}
+        by_name["unreadable"] = self.header.num_slots - int(counts.sum())
         return Scan(
             np.concatenate(slots), np.concatenate(records), by_name, np.concatenate(used), domains, last_sequence
         )

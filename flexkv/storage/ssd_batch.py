@@ -1,7 +1,8 @@
 """Blocks of one job in one directory, on their way."""
 
 import os
-from collections.abc import Iterator
+import select
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -17,9 +18,6 @@ READ, WRITE = 0, 1
 Result = tuple[int, NDArray[np.intp], NDArray[np.bool_]]
 """Job, indices of its blocks, and whether each of them succeeded."""
 
-_POSITION_BITS = 32
-"""Of a tag; the rest is the batch's number."""
-
 
 @dataclass(eq=False, slots=True)
 class Batch:
@@ -27,7 +25,8 @@ class Batch:
 
     Attributes
     ----------
-    number : int
+    first_tag : int
+        What the queue knows the block at position 0 by; the others follow.
     kind : int
     job : int
     directory : SsdDirectory
@@ -42,12 +41,12 @@ class Batch:
     moved : (n,) bool
         The data is written, the record is not yet.
     late : (n,) bool
-        A read has failed because it took too long, and the kernel may still write to its host slot.
+        It took too long, and the kernel may still have its host slot; so a read has no result yet.
     ended : (n,) bool
         The caller has been told.
     """
 
-    number: int
+    first_tag: int
     kind: int
     job: int
     directory: SsdDirectory
@@ -69,7 +68,7 @@ class Batch:
 
     def tags(self) -> NDArray[np.uint64]:
         """(n,) what the queue knows each block by."""
-        return np.arange(len(self.indices), dtype=np.uint64) | np.uint64(self.number << _POSITION_BITS)
+        return np.uint64(self.first_tag) + np.arange(len(self.indices), dtype=np.uint64)
 
     def records(
         self, positions: NDArray[np.intp], checksums: NDArray[np.uint64], domain: int
@@ -85,36 +84,50 @@ class Batch:
         """Positions that have no result yet."""
         return np.flatnonzero(~self.ended)
 
-    @staticmethod
-    def positions(tags: NDArray[np.uint64]) -> NDArray[np.intp]:
-        """Positions in their batch."""
-        return (tags & np.uint64((1 << _POSITION_BITS) - 1)).astype(np.intp)
 
-    @staticmethod
-    def group(tags: NDArray[np.uint64]) -> Iterator[tuple[int, NDArray[np.intp]]]:
-        """Batch number, and where in ``tags`` its tags are."""
-        numbers = tags >> np.uint64(_POSITION_BITS)
-        for number in dict.fromkeys(numbers.tolist()):
-            yield number, np.flatnonzero(numbers == number)
+def check_blocks(
+    slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: Sequence[NDArray[np.uint64]], num_slots: int,
+    num_host_slots: int,
+) -> None:
+    """ValueError if arrays do not fit together, or a slot is not there."""
+    for each in keys:
+        if not len(slots) == len(host_slots) == len(each) or each.shape[1:] != (2,):
+            raise ValueError(f"{len(slots)} slots, {len(host_slots)} host slots, keys of shape {each.shape}")
+    for name, numbers, limit in (("slot", slots, num_slots), ("host slot", host_slots, num_host_slots)):
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
+            raise ValueError(f"{name}s {numbers.min()} to {numbers.max()}: there are {limit}")
 
 
 class Batches:
     """Batches that are under way, and results that nobody has taken yet. The caller locks.
 
+    Parameters
+    ----------
+    queue_fd : int
+        Readable when the queue has something.
+
     Attributes
     ----------
     event_fd : int
-        Readable when there may be results.
+        Readable when there are results, or the queue has something.
     num_ok : dict
         Blocks that succeeded, by kind.
     """
 
-    def __init__(self) -> None:
-        self.event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    def __init__(self, queue_fd: int) -> None:
+        self._epoll = select.epoll()
+        self.event_fd = self._epoll.fileno()
+        self._told_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            for fd in (self._told_fd, queue_fd):
+                self._epoll.register(fd, select.EPOLLIN)
+        except BaseException:
+            self.close()
+            raise
         self.num_ok = {READ: 0, WRITE: 0}
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, Batch] = {}                # by first tag, which only rises: they are in order
         self._jobs: dict[int, set[Batch]] = {}
-        self._last_number = 0
+        self._next_tag = 0                                  # one a block, of 2**64: they do not run out
         self._results: list[Result] = []
 
     def __iter__(self) -> Iterator[Batch]:
@@ -123,9 +136,15 @@ class Batches:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def get(self, number: int) -> Batch | None:
-        """A batch that is under way."""
-        return self._batches.get(number)
+    def of_tags(self, tags: NDArray[np.uint64]) -> Iterator[tuple[Batch, NDArray[np.intp], NDArray[np.intp]]]:
+        """Each batch under way that some of ``tags`` are of, where in ``tags`` those are, and their positions in it."""
+        batches = list(self._batches.values())
+        which = np.searchsorted(np.fromiter(self._batches, np.uint64, len(batches)), tags, side="right") - 1
+        for i in np.unique(which[which >= 0]):
+            positions = (tags - np.uint64(batches[i].first_tag)).astype(np.intp)
+            at = np.flatnonzero((which == i) & (positions < len(batches[i].indices)))    # else of one that has ended
+            if len(at):
+                yield batches[i], at, positions[at]
 
     def late(self) -> list[Batch]:
         """Those with blocks that are late."""
@@ -140,9 +159,9 @@ class Batches:
         host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
     ) -> Batch:
         """Blocks ``where`` of a job are under way now."""
-        self._last_number += 1
-        batch = Batch(self._last_number, kind, job, directory, where, slots[where], host_slots[where], keys[where])
-        self._batches[batch.number] = batch
+        batch = Batch(self._next_tag, kind, job, directory, where, slots[where], host_slots[where], keys[where])
+        self._next_tag += len(where)
+        self._batches[batch.first_tag] = batch
         self._jobs.setdefault(job, set()).add(batch)
         directory.begin(len(where) * directory.slot_bytes)
         return batch
@@ -158,7 +177,7 @@ class Batches:
         batch.directory.end(len(positions) * slot_bytes, num_ok * slot_bytes)
         self.tell(batch.job, batch.indices[positions], ok)
         if batch.ended.all():
-            del self._batches[batch.number]
+            del self._batches[batch.first_tag]
             self._jobs[batch.job].discard(batch)
             if not self._jobs[batch.job]:
                 del self._jobs[batch.job]
@@ -167,8 +186,8 @@ class Batches:
         """A result for whoever asks next."""
         if len(indices):
             self._results.append((job, indices, ok))
-            if self.event_fd >= 0:
-                os.eventfd_write(self.event_fd, 1)
+            if self._told_fd >= 0:
+                os.eventfd_write(self._told_fd, 1)
 
     def take_results(self) -> list[Result]:
         """Results that have not been taken."""
@@ -177,12 +196,17 @@ class Batches:
         return results
 
     def quiet(self) -> None:
-        """Make ``event_fd`` unreadable until there is more."""
-        if self.event_fd >= 0:
+        """Results alone do not make ``event_fd`` readable until there are more."""
+        if self._told_fd >= 0:
             with suppress(BlockingIOError):
-                os.eventfd_read(self.event_fd)
+                os.eventfd_read(self._told_fd)
+
+    def wait(self, seconds: float) -> None:
+        """Until ``event_fd`` is readable, or for so long. Without the lock."""
+        self._epoll.poll(seconds)
 
     def close(self) -> None:
         """Close ``event_fd``; once."""
-        os.close(self.event_fd)
-        self.event_fd = -1
+        self._epoll.close()
+        os.close(self._told_fd)
+        self._told_fd = -1

@@ -1,14 +1,17 @@
 """One directory of the SSD tier: lock, slot table, data file, and whether the disk works."""
 
-import errno
 import logging
 import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from flexkv.errors import CapacityError, StorageError
 from flexkv.storage.data_file import PROBE_BYTES, DataFile, allocate
@@ -38,7 +41,7 @@ _FIRST_BANDWIDTH = 1e9
 """Bytes a second that a directory is thought to move until it has been measured."""
 
 _CLOSE_S = 10.0
-"""A disk that has not answered after so long hangs."""
+"""Disks that have not answered after so long, while they are closed, hang."""
 
 
 def total_bytes(num_slots: int, slot_bytes: int) -> int:
@@ -69,6 +72,9 @@ class SsdDirectory:
         Whether it takes work: not after many errors in a row, until a probe succeeds.
     queued_bytes : int
         Given to the queue, and not ended.
+    is_stuck : callable () -> bool
+        Whether the kernel keeps an access to the data file, so that the queue takes no other. Asked by the directory's
+        thread.
 
     Raises
     ------
@@ -87,6 +93,7 @@ class SsdDirectory:
         self.slot_bytes = slot_bytes
         self.usable = True
         self.queued_bytes = 0
+        self.is_stuck: Callable[[], bool] = lambda: False
         self._files = files
         self._probe_s = probe_s
         self._errors_in_row = 0
@@ -101,14 +108,14 @@ class SsdDirectory:
         self._table_fd = -1
         try:
             self._open()
+            self._thread = threading.Thread(target=self._work, name=f"flexkv-ssd-{first_slot}", daemon=True)
+            self._thread.start()
         except OSError as error:
             self._release()
-            raise StorageError(f"{path} cannot be used for the SSD tier: {error.strerror}") from error
+            raise _unusable(path, error) from error
         except BaseException:
             self._release()
             raise
-        self._thread = threading.Thread(target=self._work, name=f"flexkv-ssd-{first_slot}", daemon=True)
-        self._thread.start()
 
     # ---- opening and closing ----------------------------------------------------------------------------------
 
@@ -159,12 +166,15 @@ class SsdDirectory:
             self.data.close()
         self._lock.release()
 
-    def close(self, clean: bool) -> None:
-        """End the thread; if ``clean``, say in the table that nothing was under way. Bounded."""
+    def begin_close(self, clean: bool) -> None:
+        """Have the thread end; if ``clean``, say in the table that nothing was under way."""
         if clean:
             self.post(self._seal)
         self.post(None)
-        self._thread.join(_CLOSE_S)
+
+    def end_close(self, seconds: float) -> None:
+        """Wait for the thread, no longer than that, and close the files."""
+        self._thread.join(seconds)
         if self._thread.is_alive():
             logger.error("%s: the disk hangs; its files stay open until this process ends", self.path)
             return
@@ -184,14 +194,13 @@ class SsdDirectory:
         """Run a step on the directory's thread; None: end it."""
         self._steps.put(step)
 
-    def wait_for(self, step: Callable[[], None]) -> None:
-        """Run a step on the directory's thread, and wait for it, but not for ever. Raises what it raises.
+    def forget(self, floor: int) -> None:
+        """Records with a sequence up to ``floor`` are void from now on; waits for the disk. On the directory's thread,
+        or before it has anything to do."""
+        self.table.update(floor=max(floor, self.table.header.floor))
 
-        Raises
-        ------
-        OSError
-            ETIMEDOUT.
-        """
+    def promise(self, step: Callable[[], None]) -> Future[None]:
+        """Run a step on the directory's thread; the future knows when it is done, and what it raised."""
         future: Future[None] = Future()
 
         def run() -> None:
@@ -202,10 +211,18 @@ class SsdDirectory:
                 future.set_exception(error)
 
         self.post(run)
+        return future
+
+    def fails(self, change: Callable[..., None], *what: NDArray[Any]) -> str:
+        """Change the table; what is wrong if that fails, for any reason: no job may wait for ever. Else empty."""
         try:
-            future.result(_CLOSE_S)
-        except TimeoutError:
-            raise OSError(errno.ETIMEDOUT, "the disk hangs") from None
+            change(*what)
+        except OSError as error:
+            return str(error)
+        except Exception as error:
+            logger.exception("%s: the slot table was not changed", self.path)
+            return repr(error)
+        return ""
 
     def hangs(self, seconds: float) -> bool:
         """Whether a step has been under way for longer."""
@@ -248,6 +265,8 @@ class SsdDirectory:
         return True
 
     def _probe(self) -> None:
+        if self.is_stuck():                                 # the disk may work, but the queue takes nothing for it
+            return
         try:
             self.data.probe()
             self.table.update()
@@ -286,20 +305,67 @@ def open_directories(
 ) -> list[SsdDirectory]:
     """Open all directories, with an even share of the capacity and numbers of slots that follow one another.
 
+    The highest floor of any of them becomes that of all: one that was not there when everything was forgotten is told,
+    so that it knows by itself the next time.
+
     Raises
     ------
     CapacityError, StorageError, DirectoryInUseError
         As ``SsdDirectory``; those that are open are closed again.
     """
     if not paths or capacity_bytes // slot_bytes >= 1 << 31:
-        raise CapacityError(f"{len(paths)} directories, {capacity_bytes} bytes: one or more, and < 2**31 slots")
+        raise CapacityError(
+            f"{len(paths)} directories, {capacity_bytes} bytes: set ssd_cache_dir to one or more directories, and "
+            f"ssd_cache_gb to less than 2**31 slots of {slot_bytes} bytes"
+        )
     opened: list[SsdDirectory] = []
     try:
         for path in paths:
             first = sum(directory.num_slots for directory in opened)
             opened.append(SsdDirectory(Path(path), first, capacity_bytes // len(paths), slot_bytes, files, probe_s))
-    except BaseException:
+        floor = max(directory.table.header.floor for directory in opened)
         for directory in opened:
-            directory.close(clean=False)
+            if directory.table.header.floor < floor:
+                directory.forget(floor)
+    except OSError as error:
+        close_directories(opened, clean=False)
+        raise _unusable(directory.path, error) from error
+    except BaseException:
+        close_directories(opened, clean=False)
         raise
     return opened
+
+
+def _unusable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path} cannot be used for the SSD tier: {error.strerror}; see the kernel's log for its disk, or set "
+        f"ssd_cache_dir to other directories"
+    )
+
+
+def raise_floor(directories: Sequence[SsdDirectory], floor: int, seconds: float) -> None:
+    """Have all directories forget what they hold, at the same time; wait no longer than so many seconds.
+
+    Raises
+    ------
+    StorageError
+        Not all of them could be told.
+    """
+    told = [directory.promise(partial(directory.forget, floor)) for directory in directories]
+    wait(told, seconds)
+    failed = []
+    for directory, future in zip(directories, told, strict=True):
+        error = future.exception() if future.done() else "the disk hangs"
+        if error:
+            failed.append(f"{directory.path} ({error})")
+    if failed:
+        raise StorageError(f"{', '.join(failed)} could not be cleared: remove what is in there before a restart")
+
+
+def close_directories(directories: Sequence[SsdDirectory], clean: bool) -> None:
+    """End all threads, and close all files but those of disks that hang; bounded for all together."""
+    for directory in directories:
+        directory.begin_close(clean)
+    deadline = time.monotonic() + _CLOSE_S
+    for directory in directories:
+        directory.end_close(max(0.0, deadline - time.monotonic()))

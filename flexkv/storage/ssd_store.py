@@ -1,11 +1,12 @@
 """The SSD tier: blocks in slots of preallocated files, over one or more directories."""
 
 import errno
+import logging
 import os
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from flexkv.storage.file_layer import FileLayer
 from flexkv.storage.recovered import Recovered, newest_records
 from flexkv.storage.slot_health import SlotHealth
 from flexkv.storage.slot_ledger import SlotLedger
-from flexkv.storage.ssd_batch import READ, WRITE, Batch, Batches, Result
-from flexkv.storage.ssd_directory import SsdDirectory, open_directories
+from flexkv.storage.ssd_batch import READ, WRITE, Batch, Batches, Result, check_blocks
+from flexkv.storage.ssd_directory import SsdDirectory, close_directories, open_directories, raise_floor
 from flexkv.storage.striped_slots import StripedSlots
+
+logger = logging.getLogger("flexkv.storage")
 
 
 class SsdStore:
@@ -61,6 +64,8 @@ class SsdStore:
     ------
     CapacityError, StorageError, DirectoryInUseError
         As ``open_directories``; nothing is left open then.
+    OSError
+        As ``make_queue``, or there are too many open files; nothing is left open then either.
     """
 
     def __init__(
@@ -83,25 +88,24 @@ class SsdStore:
         self._domain = xxh3_64(domain)
         self._num_host_slots = memoryview(memory).nbytes // slot_bytes
         self._lock, self._closed = threading.Lock(), False
-        self._directories = open_directories(directories, capacity_bytes, slot_bytes, files, probe_s)
-        try:
+        with ExitStack() as opened:
+            self._directories = open_directories(directories, capacity_bytes, slot_bytes, files, probe_s)
+            opened.callback(close_directories, self._directories, clean=False)
+            self.slots = StripedSlots(self._directories)
+            self.num_slots = self.slots.capacity
+            self._ledger = SlotLedger(self.num_slots)
+            self._health = SlotHealth(self.slots, self.num_slots)
             fds = [directory.data.fd for directory in self._directories]
             self._queue = make_queue(fds, memory, deadline_s=deadline_s, **queue_options)
-        except BaseException:
-            for directory in self._directories:
-                directory.close(clean=False)
-            raise
-        self.slots = StripedSlots(self._directories)
-        self.num_slots = self.slots.capacity
+            opened.callback(self._queue.close)
+            self._batches = Batches(self._queue.event_fd)
+            opened.pop_all()
         self._floor = max(directory.table.header.floor for directory in self._directories)
         self._sequence = max(time.time_ns(), self._floor)   # the last one given; a clock, so that it always rises
-        self._ledger, self._health = SlotLedger(self.num_slots), SlotHealth(self.slots, self.num_slots)
-        self._batches = Batches()
         self._to_record: dict[SsdDirectory, list[tuple[Batch, NDArray[np.intp], NDArray[np.uint64]]]] = {}
-        self._epoll = select.epoll()
-        self._epoll.register(self._batches.event_fd, select.EPOLLIN)
-        self._epoll.register(self._queue.event_fd, select.EPOLLIN)
-        self.event_fd = self._epoll.fileno()
+        self.event_fd = self._batches.event_fd
+        for directory in self._directories:
+            directory.is_stuck = partial(self._is_stuck, directory)
 
     # ---- start, end -------------------------------------------------------------------------------------------
 
@@ -127,7 +131,7 @@ class SsdStore:
         return Recovered(np.ascontiguousarray(records["key"]), np.ascontiguousarray(records["parent"]), slots)
 
     def clear(self) -> None:
-        """Forget every block, also after a restart; what is under way fails. Waits for the disks.
+        """Forget every block, also after a restart; what is under way fails. Waits for the disks, up to the deadline.
 
         Raises
         ------
@@ -135,18 +139,13 @@ class SsdStore:
             A directory could not be told: after a restart it may offer what it holds. Until then it does not.
         """
         with self._lock:
-            self._floor = self._sequence
+            if self._closed:
+                raise StorageError("the SSD tier is closed: clear it before, or remove what is in its directories")
+            self._floor = self._sequence = max(self._sequence, time.time_ns())      # above other directories', too
             self._ledger.forget(slice(None))
             for batch in self._batches:
                 self._stop(batch)
-        failed = []
-        for directory in self._directories:
-            try:
-                directory.wait_for(partial(directory.table.update, floor=self._floor))
-            except OSError as error:
-                failed.append(f"{directory.path} ({error.strerror})")
-        if failed:
-            raise StorageError(f"{', '.join(failed)} could not be cleared: remove what is in there before a restart")
+        raise_floor(self._directories, self._floor, self._deadline_s)
 
     def close(self) -> None:
         """Cancel what has not begun, wait (bounded) for the rest, and leave the tables in good order. Can be called
@@ -165,18 +164,16 @@ class SsdStore:
                 self._stop(batch)
         deadline = time.monotonic() + self._deadline_s
         while len(self._batches) and (left := deadline - time.monotonic()) > 0:
-            self._epoll.poll(min(left, 0.1))
+            self._batches.wait(min(left, 0.1))
             with self._lock:
                 self._take()
         with self._lock:
             clean = len(self._batches) == 0
             for batch in self._batches:
                 self._fail(batch, batch.left())
-            self._epoll.close()
             self._batches.close()
         self._queue.close()
-        for directory in self._directories:
-            directory.close(clean)
+        close_directories(self._directories, clean)
 
     # ---- jobs -------------------------------------------------------------------------------------------------
 
@@ -185,8 +182,7 @@ class SsdStore:
         parents: NDArray[np.uint64],
     ) -> None:
         """Write blocks from host slots to slots, which the caller has allocated. What they held is forgotten."""
-        self._check(slots, host_slots, keys)
-        self._check(slots, host_slots, parents)
+        check_blocks(slots, host_slots, (keys, parents), self.num_slots, self._num_host_slots)
         if len(np.unique(slots)) != len(slots):
             raise ValueError("a slot is given twice")
         with self._lock:
@@ -204,7 +200,7 @@ class SsdStore:
         self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64]
     ) -> None:
         """Read blocks from slots to host slots. A block is good only if it is the one that ``keys`` names."""
-        self._check(slots, host_slots, keys)
+        check_blocks(slots, host_slots, (keys,), self.num_slots, self._num_host_slots)
         with self._lock:
             named = self._ledger.holds(slots, keys)
             self._health.log.add("key_mismatches", int((~named).sum()), "SSD tier")
@@ -250,13 +246,6 @@ class SsdStore:
 
     # ---- what is under way; under the lock --------------------------------------------------------------------
 
-    def _check(self, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> None:
-        if not len(slots) == len(host_slots) == len(keys) or keys.shape[1:] != (2,):
-            raise ValueError(f"{len(slots)} slots, {len(host_slots)} host slots, keys of shape {keys.shape}")
-        for name, numbers, limit in (("slot", slots, self.num_slots), ("host slot", host_slots, self._num_host_slots)):
-            if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
-                raise ValueError(f"{name}s {numbers.min()} to {numbers.max()}: there are {limit}")
-
     def _split(
         self, job: int, slots: NDArray[np.int32], able: NDArray[np.bool_]
     ) -> Iterator[tuple[SsdDirectory, NDArray[np.intp]]]:
@@ -272,18 +261,26 @@ class SsdStore:
                 yield directory, mine
 
     def _submit(self, batch: Batch) -> None:
-        batch.submitted = True
         local = batch.slots.astype(np.int64) - batch.directory.first_slot
-        self._queue.submit(
-            batch.kind, batch.tags(), np.full(len(local), self._directories.index(batch.directory), dtype=np.int32),
-            local * self.slot_bytes, batch.host_slots.astype(np.int64) * self.slot_bytes, self.slot_bytes,
-        )
+        try:
+            self._queue.submit(
+                batch.kind, batch.tags(), np.full(len(local), self._directories.index(batch.directory), dtype=np.int32),
+                local * self.slot_bytes, batch.host_slots.astype(np.int64) * self.slot_bytes, self.slot_bytes,
+            )
+            batch.submitted = True
+        except Exception:                                   # memory, say: it took none of them
+            logger.exception("%s: %d blocks are not moved", batch.directory.path, len(local))
+            self._fail(batch, batch.left())
 
     def _stop(self, batch: Batch) -> None:
         if batch.submitted:
             self._queue.cancel(batch.tags()[batch.left()])
         else:
             self._fail(batch, batch.left())
+
+    def _is_stuck(self, directory: SsdDirectory) -> bool:
+        with self._lock:
+            return self._health.holds(directory) or any(batch.directory is directory for batch in self._batches.late())
 
     def _fail(self, batch: Batch, positions: NDArray[np.intp]) -> None:
         self._end(batch, positions, np.zeros(len(positions), dtype=np.bool_))
@@ -298,13 +295,9 @@ class SsdStore:
     def _erase_and_submit(self, batch: Batch) -> None:
         directory = batch.directory
         slots = batch.slots[self._ledger.recorded[batch.slots]]
-        failed = ""
-        try:
-            if len(slots):
-                directory.table.erase(slots - np.int32(directory.first_slot))
-                self._ledger.recorded[slots] = False
-        except OSError as error:
-            failed = str(error)
+        failed = directory.fails(directory.table.erase, slots - np.int32(directory.first_slot)) if len(slots) else ""
+        if not failed:
+            self._ledger.recorded[slots] = False
         with self._lock:
             left = batch.left()                             # none, if cancelled meanwhile
             if failed or self._closed or batch.sequence <= self._floor:
@@ -320,12 +313,8 @@ class SsdStore:
             parts = self._to_record.pop(directory)
         slots = np.concatenate([batch.slots[positions] for batch, positions, _ in parts])
         records = np.concatenate([batch.records(positions, sums, self._domain) for batch, positions, sums in parts])
-        failed = ""
         self._ledger.recorded[slots] = True
-        try:
-            directory.table.write(slots - np.int32(directory.first_slot), records)
-        except OSError as error:
-            failed = str(error)
+        failed = directory.fails(directory.table.write, slots - np.int32(directory.first_slot), records)
         with self._lock:
             for batch, positions, checksums in parts:
                 still = ~batch.ended[positions]
@@ -343,14 +332,19 @@ class SsdStore:
         """Take in what the queue has done."""
         self._batches.quiet()
         tags, results, checksums = self._queue.take()
-        for number, at in Batch.group(tags):
-            batch = self._batches.get(number)
-            if batch is not None:
-                finish = self._finish_read if batch.kind == READ else self._finish_write
-                at = at[~batch.ended[Batch.positions(tags[at])]]
-                finish(batch, Batch.positions(tags[at]), results[at], checksums[at])
+        for batch, at, positions in self._batches.of_tags(tags):
+            finish = self._finish_read if batch.kind == READ else self._finish_write
+            at, positions = at[~batch.ended[positions]], positions[~batch.ended[positions]]
+            batch.late[positions] = results[at] == -errno.ETIMEDOUT
+            try:
+                finish(batch, positions, results[at], checksums[at])
+            except Exception:                               # each of the others has its result all the same
+                logger.exception("%s: %d blocks are lost", batch.directory.path, len(at))
+                self._fail(batch, positions[~(batch.ended | batch.late)[positions]])
+        busy = self._queue.busy()
         for batch in self._batches.late():
-            self._fail(batch, np.flatnonzero(batch.late & ~np.isin(batch.tags(), self._queue.busy())))
+            self._fail(batch, np.flatnonzero(batch.late & ~np.isin(batch.tags(), busy)))
+        self._health.let_go(busy)
 
     def _finish_read(
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
@@ -359,8 +353,7 @@ class SsdStore:
         done, right = results == 0, checksums == self._ledger.checksums[slots]
         named = self._ledger.holds(slots, batch.keys[positions])    # it may have been rewritten or cleared meanwhile
         ok = done & named & right
-        late = results == -errno.ETIMEDOUT                  # told when the kernel has let go of their memory
-        batch.late[positions[late]] = True
+        late = batch.late[positions]                        # told when the kernel has let go of their memory
         self._end(batch, positions[~late], ok[~late])
         if not directory.data.is_direct:
             directory.post(partial(directory.data.moved, len(positions) * self.slot_bytes))
@@ -385,6 +378,9 @@ class SsdStore:
             if not waiting:
                 directory.post(partial(self._record, directory))
             waiting.append((batch, positions[done], checksums[done]))
+        if batch.late.any():
+            kept = batch.late & np.isin(batch.tags(), self._queue.busy())
+            self._health.hold(directory, batch.slots[kept], batch.tags()[kept])
         out = self._health.judge(directory, batch.slots[positions], results, "write_errors")
         self._fail(batch, positions[~done])
         if out:

@@ -133,13 +133,26 @@ class StripedSlots:
         return np.searchsorted(self._first, slots, side="right") - 1
 
     def retire(self, slots: NDArray[np.int32]) -> int:
-        """Never give these slots out again; returns how many were not retired before."""
+        """Do not give these slots out again, until they are restored; returns how many were not retired before."""
         with self._lock:
             new = np.unique(slots[~self._retired[slots]])
             self._retired[new] = True
             for which in self.owner(new[~self._in_use[new]]):
                 self._hidden[which] += 1
             return len(new)
+
+    def restore(self, slots: NDArray[np.int32]) -> None:
+        """Slots ((n,) int32) that were retired are as good as any."""
+        with self._lock:
+            slots = np.unique(slots[self._retired[slots]])
+            self._retired[slots] = False
+            idle = slots[~self._in_use[slots]]
+            for which, slot in zip(self._owner(idle).tolist(), idle.tolist(), strict=True):
+                local = slot - int(self._first[which])
+                if self._parts[which].is_free(local):
+                    self._hidden[which] -= 1
+                else:                                       # was freed, or found free, while it was retired
+                    self._parts[which].free(np.array([local], dtype=np.int32))
 
     def is_retired(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
         """(n,) bool."""

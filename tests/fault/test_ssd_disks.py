@@ -1,4 +1,4 @@
-"""The SSD store while things go wrong: on disks that fail, hang or are full.
+"""The SSD store while things go wrong: on disks that fail or are full.
 
 Every block that a read calls good is compared with what was written under its key (``tests.tier``).
 """
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv._core.io_queue import FAILS, HANGS, READ, SHORT, WRITE, FaultyIoQueue, IoQueue
+from flexkv._core.io_queue import FAILS, READ, SHORT, WRITE, FaultyIoQueue
 from tests.faulty_files import FaultyFiles, wait_until
-from tests.tier import SLOT_BYTES, Tier, check_what_is_offered, content_of, keys_of, one_thread
+from tests.tier import SLOT_BYTES, Tier, check_what_is_offered, content_of, hanging_queue, keys_of, one_thread
 
 SLOTS = 12
 
@@ -144,102 +144,46 @@ def test_a_disk_that_returns_something_else_is_taken_out(tmp_path: Path) -> None
     tier.close()
 
 
-# ---- disks that hang ------------------------------------------------------------------------------------------
+# ---- errors that nobody foresees ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["erase", "record"])
-def test_a_slot_table_that_hangs_holds_up_nobody(tmp_path: Path, stage: str) -> None:
-    files, go_on = FaultyFiles(), threading.Event()
-    tier = Tier([tmp_path / "a"], SLOTS, deadline_s=0.05, probe_s=0.01, files=files, make_queue=IoQueue)
-    slots = tier.allocate(SLOTS)
-    if stage == "erase":
-        assert tier.write(range(SLOTS), slots).all()             # so that there is something to erase
-    table = tier.store._directories[0]._table_fd
-
-    def hang(name: str, fd: int, *_: int) -> int:
-        if fd == table and not go_on.is_set():
-            go_on.wait()
-        return 0
-
-    files.fault = hang
-    job = tier.start_write(range(100, 100 + SLOTS), slots)
-    wait_until(lambda: tier.take() or not tier.store.usable())
-    assert not tier.wait(job, SLOTS).any()
-    assert not tier.write(range(SLOTS), slots).any()             # at once
-    go_on.set()
-    wait_until(tier.store.usable)
-    assert tier.write(range(200, 200 + SLOTS), slots).all()
-    assert tier.read(range(200, 200 + SLOTS), slots).all()
-    tier.close()
-    assert check_what_is_offered([tmp_path / "a"], num_slots=SLOTS) == set(range(200, 200 + SLOTS))
-
-
-def test_what_is_cleared_before_its_record_is_there_is_forgotten(tmp_path: Path) -> None:
-    files, go_on, reached = FaultyFiles(), threading.Event(), threading.Event()
-    tier = Tier([tmp_path / "a"], SLOTS, files=files)
-    slots = tier.allocate(SLOTS)
-    table = tier.store._directories[0]._table_fd
-
-    def hang(name: str, fd: int, *_: int) -> int:
-        if name == "write" and fd == table:
-            reached.set()
-            go_on.wait()
-        return 0
-
-    files.fault = hang
-    job = tier.start_write(range(SLOTS), slots)
-    wait_until(lambda: tier.take() or reached.is_set())
-    before = tier.store._floor
-    clearing = threading.Thread(target=tier.store.clear)
-    clearing.start()
-    wait_until(lambda: tier.store._floor > before)
-    go_on.set()
-    clearing.join()
-    assert not tier.wait(job, SLOTS).any()
-    assert not tier.read(range(SLOTS), slots).any()
-    tier.close()
-    assert check_what_is_offered([tmp_path / "a"], num_slots=SLOTS) == set()
-
-
-def hanging_queue(made: list[FaultyIoQueue], *args: Any, **options: Any) -> FaultyIoQueue:
-    made.append(FaultyIoQueue(*args, method="threads", **options))
-    return made[-1]
-
-
-def test_a_read_that_hangs_has_its_result_when_the_kernel_lets_go(tmp_path: Path) -> None:
-    """Until then it may write to its host slot, which nobody else must get."""
+@pytest.mark.parametrize("broken", ["erase", "write", "submit", "_finish_read", "_finish_write"])
+def test_whatever_is_raised_no_job_waits_for_ever(
+    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[FaultyIoQueue] = []
-    tier = Tier([tmp_path / "a"], SLOTS, deadline_s=0.05, make_queue=partial(hanging_queue, made))
-    slots = tier.allocate(2)
-    assert tier.write([0, 1], slots).all()
-    made[0].plan(READ, HANGS)
-    job = tier.start_read([0, 1], slots)
-    wait_until(lambda: tier.take() or tier.store.stats()["timeouts"] > 0)
-    assert len(made[0].busy()) == 2
-    assert job not in tier._ended
-    made[0].release()
-    assert not tier.wait(job, 2).any()
-    assert tier.store.stats()["slots_retired"] == 2
-    assert not tier.write([5, 6], slots).any()
-    other = tier.allocate(2)
-    assert tier.write([5, 6], other).all()
-    assert tier.read([5, 6], other).all()
+    tier = Tier([tmp_path / "a"], SLOTS, make_queue=partial(hanging_queue, made))
+    slots = tier.allocate(4)
+    assert tier.write(range(4), slots).all()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    if broken == "submit":
+        monkeypatch.setattr(tier.store, "_queue", Refusing(made[0]))
+    else:
+        monkeypatch.setattr(tier.store if broken[0] == "_" else tier.store._directories[0].table, broken, fail)
+    job = tier.start_read(range(4), slots)
+    read = tier.wait(job, 4)
+    assert read.tolist() == [broken not in ("submit", "_finish_read")] * 4
+    assert tier.write(range(10, 14), slots).tolist() == [broken == "_finish_read"] * 4
+    monkeypatch.undo()
+    assert tier.write(range(20, 24), tier.allocate(4)).all()
+    assert not tier.store._batches._batches
     tier.close()
 
 
-def test_a_write_that_hangs_fails_and_its_slot_is_not_used_again(tmp_path: Path) -> None:
-    made: list[FaultyIoQueue] = []
-    tier = Tier([tmp_path / "a"], SLOTS, deadline_s=0.05, make_queue=partial(hanging_queue, made))
-    slots = tier.allocate(2)
-    made[0].plan(WRITE, HANGS)
-    assert not tier.write([0, 1], slots).any()
-    made[0].release()
-    tier.store.slots.free(slots)
-    rest = tier.allocate(SLOTS - 2)
-    assert not set(slots.tolist()) & set(rest.tolist())
-    wait_until(lambda: len(made[0].busy()) == 0)
-    assert tier.write(range(SLOTS - 2), rest).all()
-    tier.close()
+class Refusing:
+    """A queue that takes nothing."""
+
+    def __init__(self, queue: FaultyIoQueue) -> None:
+        self._queue = queue
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+    def submit(self, *_: Any) -> None:
+        raise MemoryError
 
 
 # ---- a disk that is full --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from flexkv.errors import TransferError
 
 SIZE = 16384
 COUNT = 64
+ROOT = Path(__file__).parents[3]
 PATIENCE_S = 20.0
 
 Results = dict[int, tuple[int, int]]
@@ -311,6 +312,15 @@ def test_close_says_what_never_came_back(disk: Disk) -> None:
     with pytest.raises(TransferError, match="2 pieces are still with the kernel"):
         queue.close()
     queue.close()
+
+
+def test_who_closes_a_queue_is_done_with_it_before_its_thread_frees_it(tmp_path: Path) -> None:
+    parts = [ROOT / f"csrc/io_{part}.c" for part in ("job", "queue", "threads")]
+    subprocess.run(
+        ["cc", "-std=c11", "-D_GNU_SOURCE", "-O1", "-Wall", "-I", str(ROOT / "csrc"), "-o", str(tmp_path / "closing"),
+         str(Path(__file__).with_name("closing_queue.c")), *map(str, parts), "-pthread"], check=True,
+    )
+    assert subprocess.run([tmp_path / "closing"], check=False).returncode == 0, "wake was called on what had been freed"
 
 
 def test_a_forgotten_close_warns(disk: Disk) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flexkv._core.io_queue import IoQueue
 from flexkv.errors import CapacityError, RegistrationError
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import KVCacheLayout, KVCacheLayoutType, SlotLayout
@@ -25,6 +26,24 @@ def test_pool_grows_in_the_background_and_is_shared() -> None:
         pool.slot(50)
     pool.close()
     pool.close()
+
+
+def test_memory_is_slots_and_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else the rest of a last hugepage is waited for before all of it is registered."""
+    monkeypatch.setattr(mmap, "PAGESIZE", 2 << 20)
+    pool = HostPool(12288, 50)
+    assert pool.num_bytes == 2 << 20
+    assert pool.memory.nbytes == 50 * 12288
+    pool.memory[-3:] = b"end"
+    assert bytes(pool.slot(49)[-3:]) == b"end"
+    with (tmp_path / "file").open("wb") as file:
+        queue = IoQueue([file.fileno()], pool.memory)
+        queue.register(50 * 12288)
+        if queue.method == "uring":
+            until(lambda: queue.registered_bytes == 50 * 12288)
+        queue.close()
+    pool.close()
+    assert pool._memory.closed                                                  # nothing has kept it
 
 
 def test_closing_stops_growth() -> None:

@@ -17,7 +17,7 @@ def test_inspect_tells_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixtu
         told = json.loads(capsys.readouterr().out)
         assert told["used_by"].startswith(f"process {os.getpid()} ")
         assert (told["num_slots"], told["slot_bytes"], told["closed_cleanly"]) == (16, SLOT_BYTES, False)
-        assert told["slots"] == {"used": 5, "void": 0, "broken": 0, "empty": 11}
+        assert told["slots"] == {"used": 5, "void": 0, "broken": 0, "unreadable": 0, "empty": 11}
         assert list(told["domains"].values()) == [5]
         tier.store.clear()
     assert main(["inspect", str(tmp_path / "a")]) == 0

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import select
 import stat
 import subprocess
 import sys
@@ -166,6 +167,39 @@ def test_a_second_process_is_told_who_has_the_directory(tmp_path: Path) -> None:
         with pytest.raises(DirectoryInUseError, match=str(os.getpid())):
             Tier([tmp_path / "b", tmp_path / "a"])
         with opened([tmp_path / "b"]):                                          # was given back
+            pass
+
+
+def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    with opened([tmp_path / "a"]):
+        child = os.fork()
+        if child == 0:
+            os.close(writes)
+            os.read(reads, 1)                                                   # until its parent is done
+            os._exit(0)
+        with pytest.raises(DirectoryInUseError):                                # the parent has it still
+            Tier([tmp_path / "a"])
+    with opened([tmp_path / "a"]):
+        pass
+    os.close(writes)
+    os.waitpid(child, 0)
+    os.close(reads)
+
+
+def test_a_full_disk_or_too_many_files_leave_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def too_many() -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for module, name, fault, error in ((os, "pwrite", full, StorageError), (select, "epoll", too_many, OSError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fault)
+            with pytest.raises(error, match=r"No space left on device; set ssd_cache_dir|Too many open files"):
+                Tier([tmp_path / "a"], make_queue=IoQueue)
+        with opened([tmp_path / "a"]):
             pass
 
 

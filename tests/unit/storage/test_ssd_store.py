@@ -1,6 +1,7 @@
 """The SSD store over a twin of the queue, and over the real one: blocks, slots, restarts."""
 
 import select
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,29 @@ def test_a_directory_that_was_not_there_when_all_was_cleared_holds_nothing_eithe
         tier.store.clear()
     with opened([tmp_path / "a", tmp_path / "b"]) as tier:
         assert tier.recover() == {}
+
+
+def test_a_directory_that_comes_back_is_told_what_was_cleared_without_it(tmp_path: Path) -> None:
+    with opened([tmp_path / "a", tmp_path / "b"]) as tier:
+        assert tier.write(range(32)).all()
+    with opened([tmp_path / "b"]) as tier:
+        tier.store.clear()
+    with opened([tmp_path / "a", tmp_path / "b"]):
+        pass
+    with opened([tmp_path / "a"]) as tier:
+        assert tier.recover() == {}
+
+
+def test_what_another_store_wrote_before_all_was_cleared_does_not_come_back(tmp_path: Path) -> None:
+    with opened([tmp_path / "a"]) as tier:
+        with opened([tmp_path / "b"]) as other:
+            assert other.write(range(16)).all()
+        before = time.time_ns()
+        tier.store.clear()
+        assert before <= tier.store._directories[0].table.header.floor <= time.time_ns()
+        assert tier.write([40]).all()
+    with opened([tmp_path / "a", tmp_path / "b"]) as tier:
+        assert list(tier.recover()) == [40]
 
 
 def test_what_is_cleared_while_it_is_written_is_not_there(tmp_path: Path) -> None:
@@ -203,6 +227,32 @@ def test_all_slots_can_be_had_and_no_more(tmp_path: Path) -> None:
         assert tier.store.slots.allocate(1) is None
         assert tier.write(range(32), slots).all()
         assert tier.read(range(32), slots).all()
+
+
+def test_slots_that_were_retired_can_be_had_again(tmp_path: Path) -> None:
+    with opened([tmp_path / "a", tmp_path / "b"]) as tier:
+        slots = tier.store.slots
+        mine = tier.allocate(8)
+        left = np.setdiff1d(np.arange(32), mine)
+        retired = np.concatenate([mine[:6], left[:20]]).astype(np.int32)
+        assert slots.retire(retired) == 26
+        slots.free(mine[:3])
+        assert sorted(tier.allocate(4).tolist()) == left[20:].tolist()          # draws others, too
+        assert slots.allocate(1) is None
+        slots.restore(np.concatenate([retired, retired[:2], mine[6:]]))
+        slots.check_integrity()
+        assert slots.num_free == 23
+        assert sorted(tier.allocate(23).tolist()) == sorted([*mine[:3].tolist(), *left[:20].tolist()])
+
+
+def test_tags_do_not_run_out(tmp_path: Path, queue: Any) -> None:
+    with opened([tmp_path / "a"], make_queue=queue) as tier:
+        tier.store._batches._next_tag = (1 << 63) - 5
+        slots = tier.allocate(4)
+        for first in range(0, 40, 4):
+            numbers = range(first, first + 4)
+            assert tier.write(numbers, slots).all()
+            assert tier.read(numbers, slots).all()
 
 
 def test_a_clock_that_was_set_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
