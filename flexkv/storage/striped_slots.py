@@ -147,7 +147,7 @@ class StripedSlots:
             slots = np.unique(slots[self._retired[slots]])
             self._retired[slots] = False
             idle = slots[~self._in_use[slots]]
-            for which, slot in zip(self._owner(idle).tolist(), idle.tolist(), strict=True):
+            for which, slot in zip(self.owner(idle).tolist(), idle.tolist(), strict=True):
                 local = slot - int(self._first[which])
                 if self._parts[which].is_free(local):
                     self._hidden[which] -= 1

@@ -98,7 +98,7 @@ def test_nothing_of_before_a_reset_is_there_if_the_store_opens_meanwhile(
                 reset()
 
     monkeypatch.setattr(tiering.Tiering, "grow", remember)
-    monkeypatch.setattr("tests.unit.test_kvmanager_ssd.MemoryStore", ResetStore)
+    monkeypatch.setattr("tests.ssd_stage.MemoryStore", ResetStore)
     with stage(tmp_path, disk) as made:
         assert made.ready(5, 1) == 0
         assert not disk.records
