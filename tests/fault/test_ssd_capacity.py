@@ -72,7 +72,7 @@ def put_a_lot(engine: Engine, rng: random.Random, scale: Scale, limit: int, num_
     return done
 
 
-@pytest.mark.parametrize("share", [0.0, 0.004], ids=["sound", "failing"])
+@pytest.mark.parametrize("share", [0.0, 0.012], ids=["sound", "failing"])
 def test_no_byte_too_much_and_no_slot_lost(tmp_path: Path, share: float) -> None:
     rng, scale, stores = random.Random(0), Scale(tmp_path), list[SsdStore]()
     make = partial(failing_store, stores, share=share) if share else None
@@ -94,7 +94,7 @@ def test_no_byte_too_much_and_no_slot_lost(tmp_path: Path, share: float) -> None
                 assert stores[-1].slots.capacity + int(stores[-1].slots._retired.sum()) == slots
                 assert not stores[-1].slots._in_use.any()
         scale.weigh(limit)
-    assert written > put // 4
+    assert written > put // 10
     assert (retired > 0) == (share > 0)
     print(f"\n{put} blocks put, {written} written, {slots} slots at the end, {retired} retired; "
           f"{scale.samples} samples, at most {scale.heaviest} bytes")
