@@ -23,7 +23,7 @@ from flexkv.bench.report import Line
 from flexkv.errors import FlexKVError
 
 FILE_BYTES = 512 << 20
-REPEATS = 9
+REPEATS = 7
 KIB = 1024
 SIZES = [64 * KIB, 256 * KIB, 2048 * KIB]
 DEPTHS = [4, 32]
