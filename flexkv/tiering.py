@@ -62,7 +62,7 @@ class Tiering:
 
     def __init__(self, config: CacheConfig, domain: bytes, make_store: MakeStore) -> None:
         self._config = config
-        self._domain = hashlib.sha256(domain + b"\0" + config.secret).digest()
+        self._domain = domain
         self._make_store = make_store
         self._write_lock = threading.RLock()   # from a plan to write until it is submitted; taken before any other
         self._lock = threading.Lock()          # taken before the index's and the data plane's
@@ -104,7 +104,8 @@ class Tiering:
 
     def _bring_up(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
         pool, start = transfer.host_pool, time.monotonic()
-        store = self._make_store(self._config, pool.slot_bytes, self._domain, pool.memory)
+        identity = b"\0".join([self._domain, self._config.secret, transfer.content])
+        store = self._make_store(self._config, pool.slot_bytes, hashlib.sha256(identity).digest(), pool.memory)
         try:
             found = store.recover()
             is_wanted = transfer.add_executor(SsdExecutor(store))

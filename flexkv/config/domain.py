@@ -4,7 +4,7 @@ import json
 
 from flexkv.config.settings import CacheConfig, ModelConfig
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Of the bytes in a slot; raised whenever the same KV would be laid out differently."""
 
 
@@ -16,6 +16,7 @@ def domain(model: ModelConfig, cache: CacheConfig) -> bytes:
     identity = {
         "model_id": model.model_id,
         "revision": model.revision,
+        "engine": model.engine,
         "dtype": model.dtype,
         "num_layers": model.num_layers,
         "num_kv_heads": model.num_kv_heads,

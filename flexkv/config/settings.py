@@ -39,6 +39,7 @@ class ModelConfig(_Settings):
     dp_size: int = setting(1, "Data-parallel ranks.", low=1)
     model_id: str = setting("", "Name or path of the model. Different models never share KV.")
     revision: str = setting("", "Version of its weights. Different versions never share KV.")
+    engine: str = setting("", "Engine, version and backend, which decide what KV looks like in memory.")
 
     @property
     def kv_dim(self) -> int:

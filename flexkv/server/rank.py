@@ -18,6 +18,7 @@ from flexkv._core.device_copy import DeviceAgent
 from flexkv.config import TransferConfig, load_config
 from flexkv.errors import CudaError, RegistrationError
 from flexkv.server.handshake import join_controller
+from flexkv.server.tensors import content_digest
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
 from flexkv.transfer.protocol import Hello, Welcome, socket_path
@@ -141,7 +142,7 @@ class RankClient:
         self._keep_alive = keep_alive
         self._num_tensors = len(specs)
         if self._suspended:
-            self._suspended = False
+            self._suspended, self.error = False, None
             self._connected, self._closing = threading.Event(), threading.Event()
         layers = range(len(specs)) if layers is None else layers
         sizes = [0] * (max(layers) + 1)
@@ -151,7 +152,9 @@ class RankClient:
         self._span_of = [self._span_of_layer[layer] for layer in layers]
         if opened is not None:
             self._opened = opened.pop_all()
-        hello = Hello(self._dp_client_id, self._pp_rank, self._rank, os.getpid(), num_pages, segment_bytes)
+        hello = Hello(
+            self._dp_client_id, self._pp_rank, self._rank, os.getpid(), num_pages, segment_bytes, content_digest(specs)
+        )
         deadline = time.monotonic() + connect_timeout_s
         self._thread = threading.Thread(
             target=self._connect, args=(hello, regions, spans, deadline), name="flexkv-register", daemon=True

@@ -1,5 +1,7 @@
 """Tensors of a framework, as memory with strides."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,20 @@ def tensor_spec(tensor: "torch.Tensor", page_dim: int = 0, tokens_per_page: int 
         tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size(), page_dim,
         tokens_per_page, device,
     )
+
+
+def content_digest(specs: Sequence[TensorSpec]) -> bytes:
+    """16 bytes that say what the bytes of a block mean: which tensors, of which shapes, on what kind of device.
+
+    Engines arrange K, V, heads and tokens as version and backend like; the same bytes of two arrangements are not the
+    same KV, though all else be equal.
+    """
+    shapes = [
+        (spec.shape[: spec.page_dim], spec.shape[spec.page_dim + 1 :], spec.tokens_per_page, spec.itemsize,
+         spec.device is None)
+        for spec in specs
+    ]
+    return hashlib.sha256(repr(shapes).encode()).digest()[:16]
 
 
 def upstream_spec(spec: TensorSpec, layout: KVCacheLayout) -> TensorSpec:

@@ -1,6 +1,7 @@
 """Layouts: of an engine's KV tensors, and of a slot."""
 
 import enum
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,16 +53,19 @@ class SlotLayout:
     ----------
     segment_bytes : tuple of int
         Bytes of a block on each rank.
+    contents : tuple of bytes
+        What each rank's bytes mean (``flexkv.server.tensors.content_digest``).
     """
 
     segment_bytes: tuple[int, ...]
+    contents: tuple[bytes, ...] = ()
 
     @classmethod
-    def of(cls, segment_bytes: Sequence[int]) -> "SlotLayout":
+    def of(cls, segment_bytes: Sequence[int], contents: Sequence[bytes] = ()) -> "SlotLayout":
         """Make the layout for ranks that hold so many bytes of a block each."""
         if not segment_bytes or min(segment_bytes) < 1:
             raise RegistrationError(f"segments of {list(segment_bytes)} bytes: each rank must hold part of a block")
-        return cls(tuple(segment_bytes))
+        return cls(tuple(segment_bytes), tuple(contents))
 
     @property
     def segment_offsets(self) -> tuple[int, ...]:
@@ -71,6 +75,11 @@ class SlotLayout:
             offsets.append(end)
             end += -(-size // SEGMENT_ALIGNMENT_BYTES) * SEGMENT_ALIGNMENT_BYTES
         return tuple(offsets)
+
+    @property
+    def content(self) -> bytes:
+        """What the bytes of a slot mean: those of two slots are comparable only if it is equal."""
+        return hashlib.sha256(repr((self.segment_bytes, self.contents)).encode()).digest()
 
     @property
     def slot_bytes(self) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from flexkv.config import TransferConfig
 from flexkv.errors import CapacityError, TransferError
 from flexkv.storage.host_pool import HostPool
+from flexkv.storage.layout import SlotLayout
 from flexkv.transfer.device import AgentLink, DeviceExecutor
 from flexkv.transfer.executor import ArrivalExecutor, Executor
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph
@@ -91,6 +92,8 @@ class TransferEngine:
         self._watched = [executor for executor in executors if executor.event_fd >= 0]
         self._scheduler = Scheduler(self._executors)
         self._pool: HostPool | None = None
+        self.content = b""
+        """What the bytes of the pool's slots mean (``SlotLayout.content``); empty before it is made."""
         self._registry: Registry | None = None
         self._thread: threading.Thread | None = None
         self._closing = self._stopped = False
@@ -185,7 +188,8 @@ class TransferEngine:
             if not self._closing and self._epoll is not None:
                 os.eventfd_write(self._wake_fd, 1)
 
-    def _make_pool(self, slot_bytes: int) -> HostPool:
+    def _make_pool(self, layout: SlotLayout) -> HostPool:
+        slot_bytes, self.content = layout.slot_bytes, layout.content
         num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
         pool = HostPool(slot_bytes, num_slots, self._hugepage_bytes)
         self._pool = pool

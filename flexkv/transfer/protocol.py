@@ -7,13 +7,13 @@ REFUSAL. After that nothing is said on it: it is there to hang up, on either sid
 import os
 import socket
 import struct
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from flexkv.errors import RegistrationError
 
 _MAGIC = b"FLEXKV02"
-_HELLO = struct.Struct("<8siiiiQQ")
+_HELLO = struct.Struct("<8siiiiQQ16s")
 _WELCOME = struct.Struct("<8sQQQQQ")
 _REFUSAL = struct.Struct("<8s1024s")
 _REFUSED = b"FLEXKVNO"
@@ -23,7 +23,7 @@ NUM_FDS = 4
 
 @dataclass(frozen=True)
 class Hello:
-    """A rank introduces itself; sizes in bytes."""
+    """A rank introduces itself; sizes in bytes. ``content``: 16 bytes that say what those of a block mean."""
 
     dp_client_id: int
     pp_rank: int
@@ -31,6 +31,7 @@ class Hello:
     pid: int
     num_pages: int
     segment_bytes: int
+    content: bytes = field(repr=False)
 
     def pack(self) -> bytes:
         return _HELLO.pack(_MAGIC, *astuple(self))

@@ -32,7 +32,7 @@ class Registry:
     dp_client_ids : tuple of int
     ranks_per_client : int
     make_pool : callable
-        ``make_pool(slot_bytes) -> HostPool``.
+        ``make_pool(layout) -> HostPool``.
     handshake_timeout_s : float
         A connection that has not said HELLO by then is dropped.
     ring_bytes : int
@@ -51,7 +51,7 @@ class Registry:
         port: str,
         dp_client_ids: tuple[int, ...],
         ranks_per_client: int,
-        make_pool: Callable[[int], HostPool],
+        make_pool: Callable[[SlotLayout], HostPool],
         handshake_timeout_s: float,
         ring_bytes: int,
         on_link: Callable[[AgentLink], None],
@@ -148,6 +148,11 @@ class Registry:
                 raise RegistrationError(
                     f"rank {rank_id} with {hello.segment_bytes} bytes a block does not fit the pool"
                 )
+            if self._layout.contents[index] != hello.content:
+                raise RegistrationError(
+                    f"rank {rank_id} registers tensors of other shapes than before, for which what is cached is wrong: "
+                    "start a new KVManager"
+                )
         self._waiting[rank_id] = (connection, hello)
         mine = [rank for rank in self._waiting if rank[0] == hello.dp_client_id]
         if self._layout is None and len(mine) == self._ranks:
@@ -161,12 +166,13 @@ class Registry:
 
     def _fix_layout(self) -> None:
         waiting = sorted(self._waiting)
-        sizes: dict[int, list[int]] = {}
+        parts: dict[int, list[Hello]] = {}
         for rank_id in waiting:
-            sizes.setdefault(rank_id[0], []).append(self._waiting[rank_id][1].segment_bytes)
-        complete = [client for client, segments in sizes.items() if len(segments) == self._ranks]
-        layout = SlotLayout.of(sizes[complete[0]])
-        self._pool = self._make_pool(layout.slot_bytes)
+            parts.setdefault(rank_id[0], []).append(self._waiting[rank_id][1])
+        complete = [client for client, hellos in parts.items() if len(hellos) == self._ranks]
+        first = parts[complete[0]]
+        layout = SlotLayout.of([hello.segment_bytes for hello in first], [hello.content for hello in first])
+        self._pool = self._make_pool(layout)
         self._layout = layout
         for client in complete:
             for index, rank_id in enumerate(rank for rank in waiting if rank[0] == client):

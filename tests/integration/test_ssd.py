@@ -21,7 +21,9 @@ BLOCKS = 30
 
 
 @contextmanager
-def running(tmp_path: Path, **settings: Any) -> Iterator[tuple[KVManager, Tensors]]:
+def running(
+    tmp_path: Path, page_shape: tuple[int, ...] = PAGE_SHAPE, **settings: Any
+) -> Iterator[tuple[KVManager, Tensors]]:
     """A manager and a rank in this process, with two directories."""
     settings = {
         "ssd_admission": "all", "ssd_cache_gb": 0.01, "ssd_cache_dir": f"{tmp_path / 'a'};{tmp_path / 'b'}", **settings
@@ -32,7 +34,7 @@ def running(tmp_path: Path, **settings: Any) -> Iterator[tuple[KVManager, Tensor
         gpu_register_port=str(tmp_path / "s"), transfer_config=TransferConfig(),
     )
     manager.start()
-    tensors = Tensors(PAGES, PAGE_SHAPE)
+    tensors = Tensors(PAGES, page_shape)
     client = KVTPClient(str(tmp_path / "s"), transfer_config=TransferConfig())
     client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
     try:
@@ -78,6 +80,8 @@ def test_put_evict_get_restart_get(tmp_path: Path, ssd_io: str) -> None:
         assert manager.stats()["free_slots"] == HOST_SLOTS
         for seed, content in contents.items():
             assert get(manager, tensors, seed) == content
+    with running(tmp_path, (16, 2, 2, 64), ssd_io=ssd_io) as (manager, _):     # as many bytes, with another meaning
+        assert manager.get_match(tokens_of(BLOCKS, 0))[1].sum() == 0
     with running(tmp_path, ssd_io=ssd_io, key_secret="another") as (manager, _):
         assert manager.get_match(tokens_of(BLOCKS, 0))[1].sum() == 0
 

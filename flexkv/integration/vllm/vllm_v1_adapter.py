@@ -5,7 +5,9 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vllm import __version__ as vllm_version
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.platforms import current_platform
 
 from flexkv.config import CacheConfig, FlexKVConfig, ModelConfig, load_config, runtime_directory
 from flexkv.errors import FlexKVError
@@ -51,6 +53,7 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     dtype = vllm_config.cache_config.cache_dtype
     name = str(model.dtype).removeprefix("torch.") if dtype == "auto" else str(dtype)
+    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
     named = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
     return ModelConfig(
         num_layers=model.get_num_layers(parallel) * parallel.pipeline_parallel_size,
@@ -62,6 +65,7 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
         pp_size=parallel.pipeline_parallel_size,
         model_id=str(model.model),
         revision=str(model.revision or ""),
+        engine=f"vllm {vllm_version} {current_platform.device_name} {backend}",
     )
 
 
