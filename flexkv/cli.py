@@ -9,8 +9,8 @@ from flexkv.errors import FlexKVError
 _USAGE = """\
 usage: flexkv COMMAND [OPTIONS]
 
-  demo     a real vLLM that loads its KV from CPU memory instead of computing it
-  bench    measure the control plane: hash, match, insert, memory, api
+  demo     a real vLLM that loads its KV from memory and SSD instead of computing it
+  bench    measure the control plane, a disk (ssd) or a GPU (gpu)
   config   print the configuration reference
   inspect  what a directory of the SSD tier holds
 
