@@ -166,7 +166,7 @@ static void wait_uring(void *context, int64_t timeout_ns)
     if (timeout_ns)
         rc = io_uring_submit_and_wait_timeout(&uring->ring, &cqe, 1, timeout_ns < 0 ? NULL : &timeout, NULL);
     else if (io_uring_sq_ready(&uring->ring))
-        rc = io_uring_submit(&uring->ring);
+        rc = io_uring_submit_and_get_events(&uring->ring);    /* what has ended is there after the same system call */
     /* -EBUSY: completions must be taken first; any other refusal would come at once again */
     if (rc < 0 && rc != -ETIME && rc != -EINTR && rc != -EBUSY)
         nanosleep(&pause, NULL);

@@ -49,8 +49,9 @@ class Fio:
             raise FlexKVError("the ceiling of this bench is fio: sudo apt-get install fio")
         self._num_bytes = num_bytes
         self._command = [
+            "env", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1",     # huge pages as ours: scattered ones are slower
             program, "--name=flexkv", f"--filename={path}", f"--size={num_bytes}", "--ioengine=io_uring", "--direct=1",
-            "--fallocate=none", "--output-format=json",
+            "--fallocate=none", "--randrepeat=0", "--output-format=json",
         ]
 
     def run(self, way: str, size: int, depth: int) -> Run:
@@ -71,7 +72,8 @@ class Ours:
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
-        self.memory = mmap.mmap(-1, num_bytes)
+        self.memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(self.memory, dtype=np.uint8)
         self._rng = np.random.default_rng(0)
         self._bytes.view(np.uint64)[:] = self._rng.integers(0, 1 << 64, num_bytes // 8, dtype=np.uint64)
