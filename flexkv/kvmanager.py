@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -9,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from flexkv._core.block_table import pages_from_slot_mapping
 from flexkv._core.hashing import SequenceHasher, chain_seed, hash_blocks
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.eviction import make_policy
+from flexkv.cache.eviction import policy_class
 from flexkv.cache.plan import MatchResult
 from flexkv.cache.reasons import StopReason
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
@@ -64,7 +65,9 @@ class KVManager:
         self._cache_config = cache_config
         self._tokens_per_block = cache_config.tokens_per_block
         self._domain = domain(model_config, cache_config)
-        self._policy = make_policy(cache_config.eviction_policy, cache_config.hit_reward_seconds)
+        self._make_policy = partial(
+            policy_class(cache_config.eviction_policy), hit_reward_seconds=cache_config.hit_reward_seconds
+        )
         self._cache: GlobalCacheEngine | None = None
         self._tiering = Tiering(cache_config, self._domain, make_store) if cache_config.ssd_bytes else None
         transfer_config = transfer_config or load_config().transfer
@@ -119,7 +122,7 @@ class KVManager:
             pool = self._transfer.host_pool
             config = self._cache_config
             self._cache = GlobalCacheEngine(
-                pool.num_slots, self._policy, config.evict_start_threshold, config.evict_ratio,
+                pool.num_slots, self._make_policy, config.evict_start_threshold, config.evict_ratio,
                 num_ssd_slots=config.ssd_bytes // pool.slot_bytes,
             )
         self._cache.grow(num_slots)

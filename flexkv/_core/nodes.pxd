@@ -1,32 +1,20 @@
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 from flexkv._core.arena cimport Arena
+from flexkv._core.node cimport MAX_TIERS, Node
+from flexkv._core.ranking cimport Ranking
 
-cdef enum:
-    MAX_TIERS = 3
-
-# Why a block that was once here is not; kept as two bits beside a 30-bit fingerprint of its key.
+# Why a block that was once here is not.
 cdef enum:
     WHY_EVICTED = 1
     WHY_FAILED = 2
+    WHY_EXPIRED = 3
+    WHY_OVER_QUOTA = 4
+    WHY_NOT_ADMITTED = 5
 
-# Mirrored field by field by NODE_DTYPE in nodes.pyx.
-cdef struct Node:
-    uint64_t *keys                    # one allocation: keys, slots of each tier, pins, state
-    double last_access
-    double created
-    int32_t parent
-    int32_t first_child
-    int32_t next_sibling              # of a free node: the next free node
-    int32_t prev_sibling
-    uint32_t length                   # blocks in the node; 0: root or free
-    uint32_t capacity                 # blocks allocated
-    uint32_t depth                    # blocks above the node
-    uint32_t hits
-    uint32_t pinned                   # blocks with at least one pin
-    uint32_t resident[MAX_TIERS]      # blocks with a slot on the tier, ready or being written
-    uint32_t ready[MAX_TIERS]
-    uint32_t live_children[MAX_TIERS]  # children whose subtree holds anything on the tier
+cdef struct Forgotten:                # of 64 bits: what is known of a block that is not here
+    uint32_t fingerprint              # of its key
+    uint32_t fate                     # why, in the lowest 4 bits; above it when, in seconds since the tree was made
 
 
 cdef class NodeStore:
@@ -37,7 +25,9 @@ cdef class NodeStore:
     cdef Arena arena
     cdef Arena forgotten_arena
     cdef Node *nodes
-    cdef uint32_t *forgotten
+    cdef Forgotten *forgotten
+    cdef double began                 # the first time that the tree was told, in seconds
+    cdef double latest                # the last one
     cdef uint64_t forgotten_mask
     cdef int32_t max_nodes
     cdef int32_t used_nodes
@@ -46,7 +36,9 @@ cdef class NodeStore:
     cdef uint64_t table_mask
     cdef Py_ssize_t block_storage     # blocks allocated in all nodes
     cdef uintptr_t present_end        # memory of the heap up to here was used before
-    cdef object view
+    cdef Ranking ranking0             # of each tier: told apart without the GIL
+    cdef Ranking ranking1
+    cdef Ranking ranking2
 
     cdef int32_t *slots_of(self, Node *node, int tier) noexcept nogil
     cdef uint16_t *pins_of(self, Node *node) noexcept nogil
@@ -64,6 +56,10 @@ cdef class NodeStore:
     cdef void unlink(self, int32_t node) noexcept nogil
 
     cdef Py_ssize_t advance(self, const uint64_t *keys, Py_ssize_t n, Py_ssize_t pos, int32_t *node) noexcept nogil
+    cdef void settle(self, int32_t node, int tier) noexcept nogil
+    cdef void unsettle(self, int32_t node, int tier) noexcept nogil
+    cdef void change(self, int32_t node, int tier, bint is_new) noexcept nogil
+    cdef void count(self, Node *p, int tier, int64_t blocks) noexcept nogil
     cdef void went_live(self, int32_t node, int tier) noexcept nogil
     cdef void went_dead(self, int32_t node, int tier) noexcept nogil
     cdef void set_slot(self, int32_t node, uint32_t i, int tier, int32_t slot) noexcept nogil
@@ -71,8 +67,9 @@ cdef class NodeStore:
     cdef int split(self, int32_t node, uint32_t at) except -1 nogil
     cdef int32_t grow_leaf(self, int32_t node, uint32_t extra) except -1 nogil
     cdef int append(self, int32_t last, const uint64_t *keys, const int32_t *slots, Py_ssize_t count, int tier,
-                    double now) except -1 nogil
+                    double now, uint16_t group) except -1 nogil
     cdef void prune(self, int32_t node) noexcept nogil
     cdef int check_node(self, int32_t node, list held) except -1
     cdef void forget(self, const uint64_t *key, uint32_t why) noexcept nogil
     cdef uint32_t recall(self, const uint64_t *key) noexcept nogil
+    cdef void tick(self, double now) noexcept nogil

@@ -1,7 +1,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-NODE_DTYPE: np.dtype[np.void]
+from flexkv._core.ranking import Ranking
 
 class NodeStore:
     num_tiers: int
@@ -9,4 +9,5 @@ class NodeStore:
     num_blocks: int
     num_nodes: int
     def __init__(self, max_blocks: int, num_tiers: int = 1) -> None: ...
+    def ranking(self, tier: int) -> Ranking: ...
     def check_integrity(self) -> list[NDArray[np.int32]]: ...

@@ -7,19 +7,8 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from flexkv._core.arena cimport Arena
+from flexkv._core.ranking cimport Ranking
 from flexkv.errors import CapacityError, InvariantError
-
-NODE_DTYPE = np.dtype(
-    {
-        "names": ["last_access", "created", "parent", "length", "depth", "hits", "pinned",
-                  "resident", "ready", "live_children"],
-        "formats": ["f8", "f8", "i4", "u4", "u4", "u4", "u4",
-                    ("u4", MAX_TIERS), ("u4", MAX_TIERS), ("u4", MAX_TIERS)],
-        "offsets": [8, 16, 24, 40, 48, 52, 56, 60, 60 + 4 * MAX_TIERS, 60 + 8 * MAX_TIERS],
-        "itemsize": sizeof(Node),
-    }
-)
-
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
@@ -43,14 +32,15 @@ cdef class NodeStore:
             raise ValueError(f"max_blocks is {max_blocks}; allowed: 1 to 2**30 - 1")
         self.num_tiers = num_tiers
         self.max_blocks = max_blocks
+        self.began = self.latest = -1.0
         self.max_nodes = <int32_t>(max_blocks + 2)     # the root, and one spare for a split
         self.arena = Arena(sizeof(Node) * <size_t>self.max_nodes)
         self.nodes = <Node *>self.arena.data
         cdef uint64_t size = 1024
-        while size < <uint64_t>max_blocks:
+        while 2 * size < <uint64_t>max_blocks:
             size *= 2
-        self.forgotten_arena = Arena(size * sizeof(uint32_t))
-        self.forgotten = <uint32_t *>self.forgotten_arena.data
+        self.forgotten_arena = Arena(size * sizeof(Forgotten))
+        self.forgotten = <Forgotten *>self.forgotten_arena.data
         self.forgotten_mask = size - 1
         self.table_mask = 1023
         self.table = <int32_t *>malloc(1024 * sizeof(int32_t))
@@ -63,7 +53,10 @@ cdef class NodeStore:
         self.nodes[ROOT].first_child = NONE
         self.nodes[ROOT].next_sibling = NONE
         self.nodes[ROOT].prev_sibling = NONE
-        self.view = np.frombuffer(self.arena, dtype=NODE_DTYPE)
+        self.ranking0, self.ranking1, self.ranking2 = Ranking(), Ranking(), Ranking()
+        for tier, ranking in enumerate((self.ranking0, self.ranking1, self.ranking2)):
+            (<Ranking>ranking).bind(self.nodes, tier, self.max_nodes if tier < num_tiers else 1)
+            (<Ranking>ranking).configure(1, 1)
 
     def __dealloc__(self):
         cdef int32_t i
@@ -181,7 +174,9 @@ cdef class NodeStore:
         else:
             self.free_node = self.nodes[node].next_sibling
         p = &self.nodes[node]
+        cdef uint8_t changed = p.changed               # its number is in that list already
         memset(p, 0, sizeof(Node))
+        p.changed = changed
         p.keys = keys
         p.capacity = capacity
         p.parent = p.first_child = p.next_sibling = p.prev_sibling = NONE
@@ -191,10 +186,12 @@ cdef class NodeStore:
 
     cdef void free_node_at(self, int32_t node) noexcept nogil:
         cdef Node *p = &self.nodes[node]
+        cdef uint8_t changed = p.changed
         self.num_nodes -= 1
         self.block_storage -= p.capacity
         free(p.keys)
         memset(p, 0, sizeof(Node))
+        p.changed = changed
         p.next_sibling = self.free_node
         self.free_node = node
 
@@ -234,6 +231,48 @@ cdef class NodeStore:
             mid = (low + high + 1) // 2
         return low
 
+    # ---- the ranking of each tier ------------------------------------------------------------------------------
+
+    cdef void settle(self, int32_t node, int tier) noexcept nogil:
+        if tier == 0:
+            self.ranking0.settle(node)
+        elif tier == 1:
+            self.ranking1.settle(node)
+        else:
+            self.ranking2.settle(node)
+
+    cdef void unsettle(self, int32_t node, int tier) noexcept nogil:
+        if tier == 0:
+            self.ranking0.remove(node)
+        elif tier == 1:
+            self.ranking1.remove(node)
+        else:
+            self.ranking2.remove(node)
+
+    cdef void change(self, int32_t node, int tier, bint is_new) noexcept nogil:
+        if is_new:
+            self.nodes[node].rank[tier] = self.latest
+        if tier == 0:
+            self.ranking0.change(node, is_new)
+        elif tier == 1:
+            self.ranking1.change(node, is_new)
+        else:
+            self.ranking2.change(node, is_new)
+
+    cdef void count(self, Node *p, int tier, int64_t blocks) noexcept nogil:
+        if tier == 0:
+            self.ranking0.count(p, blocks)
+        elif tier == 1:
+            self.ranking1.count(p, blocks)
+        else:
+            self.ranking2.count(p, blocks)
+
+    def ranking(self, int tier):
+        """The order in which blocks of ``tier`` go."""
+        return (self.ranking0, self.ranking1, self.ranking2)[tier]
+
+    # ---- what is on a tier -------------------------------------------------------------------------------------
+
     cdef void went_live(self, int32_t node, int tier) noexcept nogil:
         """The subtree of ``node`` now holds something on ``tier``: tell the ancestors, as far as it is news."""
         cdef int32_t parent = self.nodes[node].parent
@@ -241,6 +280,7 @@ cdef class NodeStore:
         while parent != NONE:
             was = self.nodes[parent].resident[tier] > 0 or self.nodes[parent].live_children[tier] > 0
             self.nodes[parent].live_children[tier] += 1
+            self.settle(parent, tier)
             if was:
                 return
             parent = self.nodes[parent].parent
@@ -249,6 +289,7 @@ cdef class NodeStore:
         cdef int32_t parent = self.nodes[node].parent
         while parent != NONE:
             self.nodes[parent].live_children[tier] -= 1
+            self.settle(parent, tier)
             if self.nodes[parent].resident[tier] > 0 or self.nodes[parent].live_children[tier] > 0:
                 return
             parent = self.nodes[parent].parent
@@ -257,8 +298,11 @@ cdef class NodeStore:
         cdef Node *p = &self.nodes[node]
         self.slots_of(p, tier)[i] = slot
         p.resident[tier] += 1
-        if p.resident[tier] == 1 and p.live_children[tier] == 0:
-            self.went_live(node, tier)
+        self.count(p, tier, 1)
+        if p.resident[tier] == 1:
+            self.change(node, tier, True)
+            if p.live_children[tier] == 0:
+                self.went_live(node, tier)
 
     cdef void clear_slot(self, int32_t node, uint32_t i, int tier) noexcept nogil:
         cdef Node *p = &self.nodes[node]
@@ -266,7 +310,10 @@ cdef class NodeStore:
         if self.state_of(p)[i] & (1 << tier):
             self.state_of(p)[i] &= ~(1 << tier)
             p.ready[tier] -= 1
+            if p.ready[tier] == 0:
+                self.settle(node, tier)
         p.resident[tier] -= 1
+        self.count(p, tier, -1)
         if p.resident[tier] == 0 and p.live_children[tier] == 0:
             self.went_dead(node, tier)
 
@@ -296,7 +343,7 @@ cdef class NodeStore:
         self.link(head, p.parent)
         h.length = at
         h.depth = p.depth
-        h.last_access, h.created, h.hits = p.last_access, p.created, p.hits
+        h.last_access, h.created, h.hits, h.gap, h.group = p.last_access, p.created, p.hits, p.gap, p.group
         for i in range(at):
             h.pinned += self.pins_of(h)[i] > 0
         self.block_storage += <Py_ssize_t>tail.capacity - <Py_ssize_t>p.capacity
@@ -316,6 +363,9 @@ cdef class NodeStore:
         self.link(node, head)
         self.table_put(head)
         self.table_put(node)
+        self.ranking0.split(head, node)
+        self.ranking1.split(head, node)
+        self.ranking2.split(head, node)
         return 0
 
     cdef int32_t grow_leaf(self, int32_t node, uint32_t extra) except -1 nogil:
@@ -338,13 +388,14 @@ cdef class NodeStore:
         return node
 
     cdef int append(self, int32_t last, const uint64_t *keys, const int32_t *slots, Py_ssize_t count, int tier,
-                    double now) except -1 nogil:
-        """Add ``count`` blocks below ``last``, which they follow: in place where it is a leaf, else as its child."""
+                    double now, uint16_t group) except -1 nogil:
+        """Add ``count`` blocks below ``last``, which they follow: in place where it is a leaf that was not hit since
+        it was written, so that all blocks of a node have one history; else as its child."""
         cdef int32_t node
         cdef Node *p
         cdef uint32_t at
         cdef int t
-        if last != ROOT and self.nodes[last].first_child == NONE:
+        if last != ROOT and self.nodes[last].first_child == NONE and self.nodes[last].hits == 0:
             node = self.grow_leaf(last, <uint32_t>count)
         else:
             self.table_add(1)
@@ -352,6 +403,7 @@ cdef class NodeStore:
             p = &self.nodes[node]
             p.depth = self.nodes[last].depth + self.nodes[last].length
             p.created = now
+            p.group = group
             memcpy(p.keys, keys, 16)                   # the table reads the first key
             self.link(node, last)
             self.table_put(node)
@@ -368,7 +420,9 @@ cdef class NodeStore:
         self.num_blocks += count
         if p.resident[tier] == 0 and p.live_children[tier] == 0:
             self.went_live(node, tier)
+        self.change(node, tier, p.resident[tier] == 0)
         p.resident[tier] += <uint32_t>count
+        self.count(p, tier, count)
         return 0
 
     cdef void prune(self, int32_t node) noexcept nogil:
@@ -398,12 +452,20 @@ cdef class NodeStore:
             self.free_node_at(node)
             node = parent
 
+    cdef void tick(self, double now) noexcept nogil:
+        if self.began < 0:
+            self.began = now
+        self.latest = max(self.latest, now)
+
     cdef void forget(self, const uint64_t *key, uint32_t why) noexcept nogil:
-        self.forgotten[key[0] & self.forgotten_mask] = <uint32_t>(key[1] >> 32) << 2 | why
+        cdef Forgotten *entry = &self.forgotten[key[0] & self.forgotten_mask]
+        entry.fingerprint = <uint32_t>(key[1] >> 32)
+        entry.fate = <uint32_t>(self.latest - self.began) << 4 | why
 
     cdef uint32_t recall(self, const uint64_t *key) noexcept nogil:
-        cdef uint32_t entry = self.forgotten[key[0] & self.forgotten_mask]
-        return entry & 3 if entry >> 2 == (<uint32_t>(key[1] >> 32) << 2) >> 2 else 0
+        """The fate of a block that is not here; 0: it was never seen, or that was long ago."""
+        cdef Forgotten *entry = &self.forgotten[key[0] & self.forgotten_mask]
+        return entry.fate if entry.fingerprint == <uint32_t>(key[1] >> 32) else 0
 
     def check_integrity(self):
         """Recount everything. Returns, for each tier, the sorted slots (int32) that blocks hold.
@@ -437,6 +499,7 @@ cdef class NodeStore:
             if (np.diff(slots) == 0).any():
                 raise InvariantError(f"tier {t}: two blocks hold one slot")
             result.append(slots)
+            self.ranking(t).check_integrity(self.used_nodes)
         return result
 
     cdef int check_node(self, int32_t node, list held) except -1:

@@ -12,9 +12,12 @@ No method locks: the caller holds one lock around all of them.
 """
 import numpy as np
 
+from libc.math cimport INFINITY, NAN
 from libc.string cimport memcpy, memset
 
-from flexkv._core.nodes cimport WHY_EVICTED, WHY_FAILED, Node, NodeStore
+from flexkv._core.evictable cimport EvictableNodes
+from flexkv._core.node cimport Node
+from flexkv._core.nodes cimport WHY_EXPIRED, WHY_FAILED, Forgotten
 from flexkv.errors import CapacityError, InvariantError
 
 cdef extern from *:
@@ -31,14 +34,13 @@ cdef enum:
     ROOT = 0
     MAX_PINS = 65535
 
-cdef enum:                             # why a match stops
+cdef enum:                             # why a match stops; of a block that is not here, its fate + MISSING
     FULL_HIT = 0
-    NEVER_SEEN = 1
-    EVICTED = 2
-    NOT_READY = 3
-    FAILED = 4
+    NOT_READY = 1
+    MISSING = 2
 
-REASON_FULL_HIT, REASON_NEVER_SEEN, REASON_EVICTED, REASON_NOT_READY, REASON_FAILED = range(5)
+(REASON_FULL_HIT, REASON_NOT_READY, REASON_NEVER_SEEN, REASON_EVICTED, REASON_FAILED, REASON_EXPIRED,
+ REASON_OVER_QUOTA, REASON_NOT_ADMITTED) = range(8)
 
 
 cdef class Match:
@@ -54,12 +56,16 @@ cdef class Match:
         That tier.
     reason : int
         Why the match stops after ``num_ready`` blocks: one of ``REASON_*``.
+    since : float
+        When the block after them went, in seconds; nan where that does not apply.
     """
     cdef readonly Py_ssize_t num_blocks, num_ready
     cdef readonly int reason
+    cdef readonly double since
     cdef readonly object slots, tiers
 
-    def __init__(self, Py_ssize_t num_blocks, Py_ssize_t num_ready, int reason, slots, tiers):
+    def __init__(self, Py_ssize_t num_blocks, Py_ssize_t num_ready, int reason, slots, tiers, double since=NAN):
+        self.since = since
         self.num_blocks = num_blocks
         self.num_ready = num_ready
         self.reason = reason
@@ -67,7 +73,7 @@ cdef class Match:
         self.tiers = tiers
 
 
-cdef class RadixTree(NodeStore):
+cdef class RadixTree(EvictableNodes):
     """Radix tree of at most ``max_blocks`` blocks on ``num_tiers`` tiers (tier 0 is the fastest).
 
     ``keys`` arguments are C-contiguous ``uint64`` arrays of shape (n, 2), as the hashing module makes them.
@@ -80,13 +86,14 @@ cdef class RadixTree(NodeStore):
         A caller broke the contract of a method; nothing has changed then.
     """
 
-    def match(self, const uint64_t[:, ::1] keys not None):
+    def match(self, const uint64_t[:, ::1] keys not None, double now=-INFINITY):
         """Leading blocks of ``keys`` that are ready, the best source of each, and why the match stops there.
 
-        Reads only: it changes, counts and evicts nothing.
+        ``now``: seconds; what its group keeps no longer is not offered. Reads only: it changes, counts and evicts
+        nothing.
         """
         cdef Py_ssize_t n = keys.shape[0], ready = 0
-        cdef int reason
+        cdef uint32_t reason
         slots_array = np.empty(n, dtype=np.int32)
         tiers_array = np.empty(n, dtype=np.int8)
         cdef int32_t[::1] slots = slots_array
@@ -94,22 +101,27 @@ cdef class RadixTree(NodeStore):
         if n == 0:
             return Match(0, 0, FULL_HIT, slots_array, tiers_array)
         with nogil:
-            reason = self.match_ready(&keys[0, 0], n, &slots[0], &tiers[0], &ready)
-        return Match(n, ready, reason, slots_array[:ready], tiers_array[:ready])
+            reason = self.match_ready(&keys[0, 0], n, now, &slots[0], &tiers[0], &ready)
+        since = self.began + (reason >> 4) if reason & 15 > MISSING else NAN
+        return Match(n, ready, reason & 15, slots_array[:ready], tiers_array[:ready], since)
 
-    cdef int match_ready(self, const uint64_t *keys, Py_ssize_t n, int32_t *slots, int8_t *tiers,
-                         Py_ssize_t *num_ready) noexcept nogil:
+    cdef uint32_t match_ready(self, const uint64_t *keys, Py_ssize_t n, double now, int32_t *slots, int8_t *tiers,
+                              Py_ssize_t *num_ready) noexcept nogil:
+        """Returns why it stops, in the lowest 4 bits, and when that came to be."""
         cdef Py_ssize_t pos = 0, m, i
         cdef int32_t node = ROOT
         cdef Node *p
         cdef uint8_t *state
-        cdef uint32_t why
         cdef int t
         while pos < n:
             m = self.advance(keys, n, pos, &node)
             if m == 0:
                 break
             p = &self.nodes[node]
+            if self.expired(p, now):
+                num_ready[0] = pos
+                return MISSING + WHY_EXPIRED | <uint32_t>max(
+                    0.0, p.last_access + self.ttl[p.group] - self.began) << 4
             if p.ready[0] == p.length:
                 memcpy(slots + pos, self.slots_of(p, 0), 4 * m)
                 memset(tiers + pos, 0, m)
@@ -121,7 +133,7 @@ cdef class RadixTree(NodeStore):
                         for t in range(self.num_tiers):
                             if self.slots_of(p, t)[i] >= 0:
                                 return NOT_READY
-                        return FAILED if self.recall(keys + 2 * (pos + i)) == WHY_FAILED else EVICTED
+                        return MISSING + self.recall(keys + 2 * (pos + i))
                     t = 0
                     while not state[i] >> t & 1:
                         t += 1
@@ -131,10 +143,7 @@ cdef class RadixTree(NodeStore):
             if m < p.length:
                 break
         num_ready[0] = pos
-        if pos == n:
-            return FULL_HIT
-        why = self.recall(keys + 2 * pos)
-        return EVICTED if why == WHY_EVICTED else FAILED if why == WHY_FAILED else NEVER_SEEN
+        return FULL_HIT if pos == n else MISSING + self.recall(keys + 2 * pos)
 
     def absent(self, const uint64_t[:, ::1] keys not None):
         """Positions (int32, ascending) of the blocks that have a slot on no tier, neither ready nor being written."""
@@ -184,7 +193,8 @@ cdef class RadixTree(NodeStore):
                     break
         return out_array
 
-    def insert(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier, double now):
+    def insert(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier, double now,
+               int group=0):
         """Give blocks slots on ``tier``, in state *writing*; blocks that the tree lacks are added.
 
         Parameters
@@ -195,18 +205,23 @@ cdef class RadixTree(NodeStore):
             -1 leaves a block that is in the tree as it is.
         now : float
             Seconds, for the age of what is added.
+        group : int
+            Quota group of what is added.
         """
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m = 0, i
         cdef int32_t node = ROOT
         self.check_tier(tier)
         if slots.shape[0] != n:
             raise ValueError(f"{slots.shape[0]} slots for {n} keys")
+        if not 0 <= group < self.num_groups:
+            raise ValueError(f"group {group}: there are {self.num_groups}")
         cdef const int32_t *mine
         cdef int clash = 0
         if n == 0:
             return
         cdef const int32_t *wanted = &slots[0]
         with nogil:
+            self.tick(now)
             while pos < n:
                 m = self.advance(&keys[0, 0], n, pos, &node)
                 if m == 0:
@@ -228,7 +243,7 @@ cdef class RadixTree(NodeStore):
                 if node != ROOT and m > 0 and m < self.nodes[node].length:
                     self.split(node, <uint32_t>m)
                     node = self.nodes[node].parent
-                self.append(node, &keys[pos, 0], wanted + pos, n - pos, tier, now)
+                self.append(node, &keys[pos, 0], wanted + pos, n - pos, tier, now, <uint16_t>group)
             self.fill(&keys[0, 0], pos, wanted, tier)
         if FLEXKV_CHECKS:
             self.check_integrity()
@@ -300,6 +315,7 @@ cdef class RadixTree(NodeStore):
             state[i] |= changed * bit
             count += changed
         p.ready[tier] += <uint32_t>count
+        self.unpark(node, tier)
         return count
 
     cdef Py_ssize_t mark_absent(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier,
@@ -312,6 +328,8 @@ cdef class RadixTree(NodeStore):
                 if why:
                     self.forget(p.keys + 2 * i, why)
                 count += 1
+        if count:
+            self.unpark(node, tier)
         return count
 
     def pin(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
@@ -327,7 +345,7 @@ cdef class RadixTree(NodeStore):
         cdef Node *p
         cdef uint16_t *pins
         cdef bint bad = False
-        cdef int apply
+        cdef int apply, t
         if not 0 <= start <= stop <= keys.shape[0]:
             raise ValueError(f"blocks [{start}, {stop}) of {keys.shape[0]}")
         if start == stop:
@@ -349,6 +367,9 @@ cdef class RadixTree(NodeStore):
                             p.pinned -= pins[i] > 0
                             pins[i] = <uint16_t>(pins[i] + delta)
                             p.pinned += pins[i] > 0
+                    if apply and p.parked:
+                        for t in range(self.num_tiers):
+                            self.unpark(node, t)
                     pos += m
                 if bad:
                     break
@@ -360,95 +381,56 @@ cdef class RadixTree(NodeStore):
             self.check_integrity()
         return 0
 
-    def touch(self, const uint64_t[:, ::1] keys not None, double now, bint hit=True):
-        """Record a use at ``now`` (seconds) of every node on the path of ``keys``."""
+    def touch(self, const uint64_t[:, ::1] keys not None, double now, bint hit=True, int group=-1):
+        """Record a use at ``now`` (seconds) of all blocks of ``keys`` that are in the tree. A node that is used in
+        part is split, so that all blocks of a node have one history. ``group``: whose they are from now on."""
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m
         cdef int32_t node = ROOT
+        cdef Node *p
+        cdef int t
+        if group >= self.num_groups:
+            raise ValueError(f"group {group}: there are {self.num_groups}")
         with nogil:
+            self.tick(now)
             while pos < n:
                 m = self.advance(&keys[0, 0], n, pos, &node)
                 if m == 0:
                     break
-                self.nodes[node].last_access = max(self.nodes[node].last_access, now)
-                self.nodes[node].hits += hit
-                pos += m
-
-    def evictable(self, int tier):
-        """Ids (int32) of the nodes from whose end blocks of ``tier`` may go: nothing below them is on the tier."""
-        self.check_tier(tier)
-        out_array = np.empty(self.num_nodes, dtype=np.int32)
-        cdef int32_t[::1] out = out_array
-        cdef Py_ssize_t count = 0
-        cdef int32_t i
-        cdef Node *p
-        with nogil:
-            for i in range(1, self.used_nodes):
-                p = &self.nodes[i]
-                if p.ready[tier] > 0 and p.live_children[tier] == 0:
-                    out[count] = i
-                    count += 1
-        return out_array[:count]
-
-    def evict(self, int tier, const int32_t[::1] node_ids not None, Py_ssize_t want):
-        """Free up to ``want`` slots of ``tier`` from the ends of the given nodes, in that order.
-
-        Blocks that are pinned or being written stay, and so do the blocks before them. An id that is no longer
-        evictable is passed over.
-
-        Returns
-        -------
-        ndarray of int32
-            The slots that are free now.
-        """
-        self.check_tier(tier)
-        out_array = np.empty(max(min(want, self.num_blocks), 0), dtype=np.int32)
-        cdef int32_t[::1] out = out_array
-        cdef Py_ssize_t k, count = 0, limit = out_array.shape[0]
-        cdef int32_t node
-        cdef Node *p
-        cdef int64_t i
-        with nogil:
-            for k in range(node_ids.shape[0]):
-                node = node_ids[k]
-                if count == limit:
-                    break
-                if node <= ROOT or node >= self.used_nodes or self.nodes[node].live_children[tier] > 0:
-                    continue
+                if m < self.nodes[node].length:
+                    self.split(node, <uint32_t>m)
+                    node = self.nodes[node].parent
                 p = &self.nodes[node]
-                i = <int64_t>p.length - 1
-                while i >= 0 and count < limit:
-                    if self.slots_of(p, tier)[i] >= 0:
-                        if self.pins_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1:
-                            break
-                        out[count] = self.slots_of(p, tier)[i]
-                        count += 1
-                        self.clear_slot(node, <uint32_t>i, tier)
-                        if self.state_of(p)[i] == 0:
-                            self.forget(p.keys + 2 * i, WHY_EVICTED)
-                    i -= 1
-                self.prune(node)
-        if FLEXKV_CHECKS:
-            self.check_integrity()
-        return out_array[:count]
-
-    def nodes_view(self):
-        """Structured array (``NODE_DTYPE``) over all node places, index = node id; a live view, never a copy."""
-        return self.view
+                if hit:
+                    p.hits += 1
+                    p.gap = <float>(now - p.last_access)
+                p.last_access = max(p.last_access, now)
+                if group >= 0 and p.group != group:
+                    self.regroup(node, <uint16_t>group)
+                for t in range(self.num_tiers):
+                    if p.resident[t]:
+                        self.change(node, t, False)
+                pos += m
 
     def resident(self, int tier):
         """Blocks that hold a slot on ``tier``."""
         self.check_tier(tier)
-        return int(self.view["resident"][:self.used_nodes, tier].sum())
+        return int(self.ranking(tier).blocks().sum())
 
     @property
     def memory_bytes(self):
         """Bytes in use: node places, block arrays, key table, and the record of what was evicted."""
         return (
             self.used_nodes * sizeof(Node) + self.block_storage * (16 + 4 * self.num_tiers + 3)
-            + (self.table_mask + 1) * 4 + (self.forgotten_mask + 1) * 4
+            + (self.table_mask + 1) * 4 + (self.forgotten_mask + 1) * sizeof(Forgotten)
         )
 
-    cdef int check_tier(self, int tier) except -1:
-        if not 0 <= tier < self.num_tiers:
-            raise ValueError(f"tier {tier}; this tree has tiers 0 to {self.num_tiers - 1}")
-        return 0
+    def group_of(self, const uint64_t[:, ::1] keys not None):
+        """The quota group of a sequence; 0 where none of it is in the tree."""
+        cdef int32_t node = self.find(&keys[0, 0]) if keys.shape[0] else ROOT
+        return self.nodes[node].group if node > ROOT else 0
+
+    def remember(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, int why):
+        """Blocks from ``start`` on, which are not in the tree, were not stored: keep why, for those who ask."""
+        cdef Py_ssize_t i
+        for i in range(start, keys.shape[0]):
+            self.forget(&keys[i, 0], why)

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.radix import RadixTree
+from flexkv.cache.eviction import LRU
 
 SEQUENCE = 2048
 SHARED = 128
@@ -30,6 +31,7 @@ class FilledTree:
         self.rng = np.random.default_rng(seed)
         self.tree = RadixTree(num_blocks + spare + 2 * SEQUENCE, NUM_TIERS)
         self.shared = random_keys(self.rng, SHARED)
+        self._policy = LRU(num_blocks)
         self.sequences: list[NDArray[np.uint64]] = []
         self.now = 0.0
         total = max(1, (num_blocks - SHARED) // NEW)
@@ -59,8 +61,10 @@ class FilledTree:
 
     def evict_oldest(self, count: int) -> None:
         """Free ``count`` slots of the sequences that were used longest ago."""
-        ids = self.tree.evictable(0)
-        order = np.argsort(self.tree.nodes_view()["last_access"][ids])
-        freed = self.tree.evict(0, ids[order], count)
+        ranking = self.tree.ranking(0)
+        events = ranking.drain()
+        self._policy.place(events)
+        ranking.place(events)
+        freed, _ = self.tree.evict(0, 0, 0, count, self.now)
         if len(freed) != count:
             raise AssertionError(f"{len(freed)} slots were freed, not {count}")

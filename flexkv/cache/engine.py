@@ -1,5 +1,6 @@
 """The control plane: one index over the slots of all tiers; decides, moves no bytes."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -9,11 +10,11 @@ from numpy.typing import NDArray
 
 from flexkv._core.radix import Match, RadixTree
 from flexkv._core.slots import SlotAllocator
-from flexkv.cache.eviction import EvictionPolicy
 from flexkv.cache.fetches import FetchTable
 from flexkv.cache.plan import FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
-from flexkv.cache.reasons import StopReason
-from flexkv.cache.tier import HOST, SSD, SsdTier, Tier, no_slots
+from flexkv.cache.quotas import Quotas
+from flexkv.cache.reasons import Fate, StopReason
+from flexkv.cache.tier import HOST, SSD, MakePolicy, SsdTier, Tier, no_slots
 
 _NOWHERE = np.zeros(0, dtype=np.intp)
 
@@ -31,7 +32,8 @@ class GlobalCacheEngine:
     ----------
     num_slots : int
         Slots that the host tier will have when the pool is fully grown.
-    policy : EvictionPolicy
+    make_policy : MakePolicy
+        An ``EvictionPolicy``, say; made for each tier and quota group.
     evict_start_threshold : float
         Share of the usable slots of a tier in use, above which ``evict_ahead`` frees slots.
     evict_ratio : float
@@ -40,23 +42,29 @@ class GlobalCacheEngine:
         Seconds, monotonic.
     num_ssd_slots : int
         At most so many slots will the SSD tier have, when it comes (``attach_ssd``); 0: it never does.
+    quotas : Quotas, optional
+        Of namespaces; their number there is the ``group`` of blocks here.
     """
 
     def __init__(
         self,
         num_slots: int,
-        policy: EvictionPolicy,
+        make_policy: MakePolicy,
         evict_start_threshold: float = 1.0,
         evict_ratio: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         num_ssd_slots: int = 0,
+        quotas: Quotas | None = None,
     ) -> None:
         self._lock = threading.RLock()
         self._clock = clock
+        self._latest = -math.inf
         self._host_slots = SlotAllocator(0, num_slots)
         self._max_slots = num_slots + num_ssd_slots
-        self._host = Tier(HOST, self._host_slots, policy, evict_start_threshold, evict_ratio, clock)
-        self._below = Tier(SSD, no_slots(), policy, evict_start_threshold, evict_ratio, clock)
+        self._quotas = quotas or Quotas()
+        common = make_policy, self._quotas, evict_start_threshold, evict_ratio
+        self._host = Tier(HOST, self._host_slots, num_slots, *common)
+        self._below = Tier(SSD, no_slots(), num_ssd_slots, *common)
         self._tiers = [self._host, self._below] if num_ssd_slots else [self._host]
         self._ssd: SsdTier | None = None
         self._fetches = FetchTable(num_slots if num_ssd_slots else 0)
@@ -66,7 +74,14 @@ class GlobalCacheEngine:
 
     def _new_tree(self) -> RadixTree:
         # Twice the slots: a block that lost its slot stays in the index while a block below it is in use.
-        return RadixTree(2 * self._max_slots, len(self._tiers))
+        tree = RadixTree(2 * self._max_slots, len(self._tiers))
+        tree.configure([tier.num_queues for tier in self._tiers], self._quotas.ttl_s)
+        return tree
+
+    def _tick(self) -> float:
+        """The time of a change: later than that of any before, so that there is always an order."""
+        self._latest = max(self._clock(), self._latest + 1e-6)
+        return self._latest
 
     def grow(self, num_slots: int) -> None:
         """Make ``num_slots`` host slots usable in all (the pool grows while it is in service)."""
@@ -81,13 +96,14 @@ class GlobalCacheEngine:
         ``start``: blocks before it are not wanted, so that it does not matter where they are.
         """
         with self._lock:
-            match = self._tree.match(keys)
+            match = self._tree.match(keys, self._clock())
             start = min(start, match.num_ready)
             stop, reason, _, slow = self._sources(keys, match, start, choose=True)
         return MatchResult(stop, reason, len(slow))
 
     def begin_get(
-        self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True, host_only: bool = False
+        self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True, host_only: bool = False,
+        group: int = 0,
     ) -> GetPlan:
         """Pin the blocks of ``[start, stop)`` that can be had and follow on a prefix that can; the plan may be
         shorter, or empty.
@@ -100,18 +116,20 @@ class GlobalCacheEngine:
         """
         with self._lock:
             keys = keys[:stop]
-            match = self._tree.match(keys)
+            now = self._tick()
+            match = self._tree.match(keys, now)
             start = min(start, match.num_ready)
             stop, reason, slots, slow = self._sources(keys, match, start, choose, host_only)
             self._tree.pin(keys, start, stop)
             fetch = None
             if len(slow):
-                short, fetch = self._begin_fetch(keys, match, slots, slow)
+                short, fetch = self._begin_fetch(keys, match, slots, slow, group, now)
                 if short < stop:
                     self._tree.unpin(keys, short, stop)
                     stop, reason = short, StopReason.NO_ROOM
             keys = keys[:stop]
-            self._tree.touch(keys, self._clock())
+            self._tree.touch(keys, now, group=group)
+            self._tell_tiers()
             slots = slots[start:stop]
             joins = self._fetches.joins(slots) if len(slow) else ()
             return GetPlan(keys, start, stop, slots, reason, self._tree, fetch, joins)
@@ -154,13 +172,14 @@ class GlobalCacheEngine:
         return stop, reason, slots, start + np.flatnonzero(is_slow[:num_worth])
 
     def _begin_fetch(
-        self, keys: NDArray[np.uint64], match: Match, slots: NDArray[np.int32], slow: NDArray[np.intp]
+        self, keys: NDArray[np.uint64], match: Match, slots: NDArray[np.int32], slow: NDArray[np.intp], group: int,
+        now: float,
     ) -> tuple[int, FetchPlan | None]:
         """Give host slots, in ``slots``, to blocks that are on SSD alone; returns where they end, and what to read."""
         wanted = slow[slots[slow] < 0]
         if len(wanted) == 0 or self._ssd is None:
             return match.num_ready, None
-        taken = self._host.take(self._tree, len(wanted))
+        taken = self._host.take(self._tree, len(wanted), group, now)
         stop = int(wanted[len(taken)]) if len(taken) < len(wanted) else match.num_ready
         wanted = wanted[: len(taken)]
         if len(wanted) == 0:
@@ -170,7 +189,7 @@ class GlobalCacheEngine:
         plan = FetchPlan(
             keys, wanted.astype(np.int32), self._tree, match.slots[wanted], taken, self._fetches.new_id()
         )
-        self._tree.insert(keys, plan.by_position(taken), HOST, self._clock())
+        self._tree.insert(keys, plan.by_position(taken), HOST, now)
         self._tree.pin(keys, int(wanted[0]), len(keys))
         self._fetches.add(plan)
         self._ssd.planner.read_began()
@@ -199,7 +218,7 @@ class GlobalCacheEngine:
 
     # ---- put --------------------------------------------------------------------------------------------------
 
-    def begin_put(self, keys: NDArray[np.uint64], start: int, stop: int) -> PutPlan:
+    def begin_put(self, keys: NDArray[np.uint64], start: int, stop: int, group: int = 0) -> PutPlan:
         """Give host slots to the blocks of ``[start, stop)`` that are absent; evicts where none is free.
 
         Blocks that are ready on any tier, or that another request is writing, are left out. Where slots run out, or a
@@ -207,24 +226,32 @@ class GlobalCacheEngine:
         once.
         """
         with self._lock:
-            keys = keys[:stop]
+            keys, now = keys[:stop], self._tick()
             absent = self._absent(keys)
             num_known = max(0, (int(absent[0]) if len(absent) else len(keys)) - start)
-            if len(absent) > self._host.slots.num_free and len(absent):
-                self._make_room(keys, int(absent[0]), len(absent))
+            room = len(absent)
+            if room and (room > self._host.slots.num_free or len(self._quotas) > 1):
+                room = self._make_room(keys, int(absent[0]), room, group, now)
                 absent = self._absent(keys)
             if len(absent) and absent[0] < start:
                 absent = absent[:0]
-            slots = self._host.slots.allocate(min(len(absent), self._host.slots.num_free))
+            slots = self._host.slots.allocate(min(len(absent), room, self._host.slots.num_free))
             assert slots is not None  # narrowing: as many as are free
+            now = self._tick()                   # later than that of what was evicted
             blocks = absent[: len(slots)]
             last = int(blocks[-1]) + 1 if len(blocks) else start + num_known if num_known else 0
             plan = PutPlan(keys[:last], blocks, self._tree, slots, num_known)
             if len(plan):
-                now = self._clock()
-                self._tree.insert(plan.keys, plan.by_position(slots), HOST, now)
-                self._tree.touch(plan.keys, now, hit=False)
+                self._tree.insert(plan.keys, plan.by_position(slots), HOST, now, group)
+                self._tree.touch(plan.keys, now, hit=False, group=group)
+                self._tell_tiers()
+            if room < len(absent):
+                self._tree.remember(keys, len(keys) - len(absent) + room, Fate.OVER_QUOTA)
             return plan
+
+    def _tell_tiers(self) -> None:
+        for tier in self._tiers:
+            tier.used(self._tree)
 
     def _absent(self, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
         if self._ssd is None:
@@ -233,10 +260,10 @@ class GlobalCacheEngine:
         there = self._ssd.in_service(self._tree.slots(keys, SSD)) | (self._tree.slots(keys, HOST) >= 0)
         return np.flatnonzero(~there).astype(np.int32)
 
-    def _make_room(self, keys: NDArray[np.uint64], num_present: int, count: int) -> None:
+    def _make_room(self, keys: NDArray[np.uint64], num_present: int, count: int, group: int, now: float) -> int:
         self._tree.pin(keys, 0, num_present)     # not the prefix that the new blocks are to follow
         try:
-            self._host.make_room(self._tree, count)
+            return self._host.make_room(self._tree, count, group, now)
         finally:
             self._tree.unpin(keys, 0, num_present)
 
@@ -272,21 +299,22 @@ class GlobalCacheEngine:
         with self._lock:
             if self._ssd is None or not self._ssd.usable():
                 return None
-            match = self._tree.match(keys)
+            now = self._tick()
+            match = self._tree.match(keys, now)
             keys = keys[: match.num_ready]
             blocks = np.flatnonzero((match.tiers == HOST) & (self._tree.slots(keys, SSD) < 0))[:limit]
             if len(blocks) == 0:
                 return None
             first, last = int(blocks[0]), int(blocks[-1]) + 1
             self._tree.pin(keys, 0, last)
-            taken = self._below.take(self._tree, len(blocks))
+            taken = self._below.take(self._tree, len(blocks), self._tree.group_of(keys), now)
             self._tree.unpin(keys, 0, last)
             blocks = blocks[: len(taken)]
             if len(blocks) == 0:
                 return None
             keys = keys[: blocks[-1] + 1]
             plan = WritePlan(keys, blocks.astype(np.int32), self._tree, match.slots[blocks], taken)
-            self._tree.insert(keys, plan.by_position(taken), SSD, self._clock())
+            self._tree.insert(keys, plan.by_position(taken), SSD, now)
             self._tree.pin(keys, first, len(keys))
             return plan
 
@@ -331,7 +359,7 @@ class GlobalCacheEngine:
                 if (slots[absent] < 0).any():
                     tier.slots.free(slots[slots >= 0])
                 else:
-                    self._tree.insert(keys, slots, SSD, self._clock())
+                    self._tree.insert(keys, slots, SSD, self._tick())
                     self._tree.set_ready(keys, slots, SSD)
         return True
 
@@ -346,15 +374,18 @@ class GlobalCacheEngine:
         """Free a batch of slots of each tier where fewer than the watermark are free; returns how many. Not for the
         request path."""
         with self._lock:
-            freed = self._host.evict_ahead(self._tree)
+            now = self._tick()
+            freed = self._host.evict_ahead(self._tree, now)
             if self._ssd is not None and self._ssd.usable():     # else no slot is free, however many are given up
-                freed += self._below.evict_ahead(self._tree)
+                freed += self._below.evict_ahead(self._tree, now)
             return freed
 
     def reset(self) -> None:
         """Forget every block. Plans in flight stay valid, but nothing they write or read will be offered again."""
         with self._lock:
             self._retired.append(self._tree)
+            for tier in self._tiers:
+                tier.start_over()
             self._tree = self._new_tree()
             self._was_reset = True
             self._sweep_retired()

@@ -5,19 +5,37 @@ import enum
 from flexkv._core import radix
 
 
+class Fate(enum.IntEnum):
+    """Why a block that was once here is not; as the index keeps it."""
+
+    EVICTED = 1
+    FAILED = 2
+    EXPIRED = 3
+    OVER_QUOTA = 4
+    NOT_ADMITTED = 5
+
+
 class StopReason(enum.IntEnum):
     """The first block that a match could not offer, and why."""
 
     FULL_HIT = radix.REASON_FULL_HIT
-    NEVER_SEEN = radix.REASON_NEVER_SEEN
-    EVICTED = radix.REASON_EVICTED
     NOT_READY = radix.REASON_NOT_READY
     """Another request is still writing it."""
+    NEVER_SEEN = radix.REASON_NEVER_SEEN
+    """Or so long ago that it is forgotten."""
+    EVICTED = radix.REASON_EVICTED
+    """It had to make room."""
     FAILED = radix.REASON_FAILED
     """It was written or read back with an error, and dropped."""
-    NO_ROOM = 5
+    EXPIRED = radix.REASON_EXPIRED
+    """It was not used for longer than its namespace keeps blocks (``ttl_s``)."""
+    OVER_QUOTA = radix.REASON_OVER_QUOTA
+    """Its namespace had as much as it may have (``limit``)."""
+    NOT_ADMITTED = radix.REASON_NOT_ADMITTED
+    """It was not stored: too unlikely to be used again."""
+    NO_ROOM = 8
     """It is on SSD, and no slot of host memory can be had to load it through: all are in use."""
-    TOO_SLOW = 6
+    TOO_SLOW = 9
     """It is on SSD, and computing it is sooner done than loading it, or loading is switched off."""
-    OUT_OF_SERVICE = 7
+    OUT_OF_SERVICE = 10
     """It is on SSD, and that disk takes no reads or writes for now."""

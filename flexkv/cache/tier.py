@@ -11,6 +11,8 @@ from flexkv._core.radix import RadixTree
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.eviction import EvictionPolicy
 from flexkv.cache.planner import LoadPlanner
+from flexkv.cache.quotas import Quotas
+from flexkv.cache.reasons import Fate
 from flexkv.errors import InvariantError
 
 HOST = 0
@@ -44,6 +46,16 @@ class Slots(Protocol):
         """Raise InvariantError if a count is wrong."""
 
 
+MakePolicy = Callable[[int], EvictionPolicy]
+"""A policy for so many blocks."""
+
+_MAX_WAITING = 1024
+"""Nodes that a policy is told of at once: few enough for a request not to notice."""
+
+_EXPIRE_NODES = 20_000
+"""Looked at by one sweep for what is kept no longer."""
+
+
 class Tier:
     """Slots of one tier of the index. The caller locks.
 
@@ -52,78 +64,136 @@ class Tier:
     number : int
         ``HOST`` or ``SSD``.
     slots : Slots
-    policy : EvictionPolicy
+    capacity : int
+        Slots that it will have at most.
+    make_policy : MakePolicy
+    quotas : Quotas
     start_threshold : float
         Share of the slots in use, above which ``evict_ahead`` frees slots.
     ratio : float
         Share of the slots that one batch frees.
-    clock : callable
-        Seconds, monotonic.
     """
 
     def __init__(
         self,
         number: int,
         slots: Slots,
-        policy: EvictionPolicy,
+        capacity: int,
+        make_policy: MakePolicy,
+        quotas: Quotas,
         start_threshold: float,
         ratio: float,
-        clock: Callable[[], float],
     ) -> None:
         self.number = number
         self.slots = slots
-        self.evicted_blocks = 0
-        self._policy = policy
+        self.evicted_blocks = self.expired_blocks = 0
+        self._capacity = max(1, capacity)
+        self._make_policy = make_policy
+        self._quotas = quotas
         self._start_threshold = start_threshold
         self._ratio = ratio
-        self._clock = clock
+        self.start_over()
 
-    def take(self, tree: RadixTree, count: int) -> NDArray[np.int32]:
-        """Slots for ``count`` blocks, or for as many as can be had; evicts where too few are free. None are had
-        where the tier goes out of service just now."""
-        self.make_room(tree, count)
+    def start_over(self) -> None:
+        """Forget how blocks were used."""
+        self._policies = [self._make_policy(self._capacity) for _ in range(len(self._quotas))]
+
+    @property
+    def num_queues(self) -> int:
+        """Of its policy."""
+        return self._policies[0].num_queues
+
+    def take(self, tree: RadixTree, count: int, group: int, now: float) -> NDArray[np.int32]:
+        """Slots for ``count`` blocks of a group, or for as many as can be had; evicts where too few are free, or the
+        group has too many. None are had where the tier goes out of service just now."""
+        count = self.make_room(tree, count, group, now)
         slots = self.slots.allocate(min(count, self.slots.num_free))
         return np.zeros(0, dtype=np.int32) if slots is None else slots
 
-    def make_room(self, tree: RadixTree, count: int) -> None:
-        """Evict until ``count`` slots are free, or nothing more may go."""
+    def make_room(self, tree: RadixTree, count: int, group: int, now: float) -> int:
+        """Evict until ``count`` slots are free for a group, or nothing more may go; returns how many it may take."""
+        limit = self._quotas.limit(group, self.slots.capacity)
+        count = min(count, limit)
+        if len(self._quotas) > 1:
+            if (excess := count + self._used(tree, group) - limit) > 0:
+                self._tell(tree)
+                self._evict_from(tree, group, excess, now, Fate.OVER_QUOTA)
+            count = max(0, min(count, limit - self._used(tree, group)))
         if count > self.slots.num_free:
-            self.evict(tree, max(count - self.slots.num_free, self._batch()))
+            self.evict(tree, max(count - self.slots.num_free, self._batch()), now, group)
+        return count
 
-    def evict_ahead(self, tree: RadixTree) -> int:
-        """Free a batch of slots if fewer than the watermark are free; returns how many."""
+    def _used(self, tree: RadixTree, group: int) -> int:
+        return int(tree.ranking(self.number).blocks()[group].sum())
+
+    def evict_ahead(self, tree: RadixTree, now: float) -> int:
+        """Free what is kept no longer, and a batch of slots if fewer than the watermark are free; returns how many."""
+        expired = tree.expire(self.number, now, _EXPIRE_NODES)
+        self.slots.free(expired)
+        self.expired_blocks += len(expired)
         used = self.slots.capacity - self.slots.num_free
         if used <= self._start_threshold * self.slots.capacity:
-            return 0
-        return self.evict(tree, self._batch())
+            return len(expired)
+        return len(expired) + self.evict(tree, self._batch(), now)
 
     def _batch(self) -> int:
         return max(1, int(self._ratio * self.slots.capacity))
 
-    def evict(self, tree: RadixTree, want: int) -> int:
-        """Free up to ``want`` slots, by policy; returns how many."""
-        freed, num_looked_at = 0, want           # each gives at least one slot, unless something holds it
+    # ---- the policy -------------------------------------------------------------------------------------------
+
+    def used(self, tree: RadixTree) -> None:
+        """Blocks were used: tell the policy, once there is enough to tell."""
+        if tree.ranking(self.number).num_waiting >= _MAX_WAITING:
+            self._tell(tree)
+
+    def _tell(self, tree: RadixTree) -> None:
+        ranking = tree.ranking(self.number)
+        events = ranking.drain()
+        try:
+            if len(self._policies) == 1:
+                self._policies[0].place(events)
+                return
+            for group in np.unique(events["group"]):
+                mine = events["group"] == group
+                part = events[mine]
+                self._policies[group].place(part)
+                events[mine] = part
+        finally:
+            ranking.place(events)
+
+    def evict(self, tree: RadixTree, want: int, now: float, group: int | None = None) -> int:
+        """Free up to ``want`` slots (for a group), by quota and policy; returns how many."""
+        self._tell(tree)
+        freed = 0
+        used = tree.ranking(self.number).blocks().sum(axis=1)
+        for victim, most in self._quotas.victims(used, self.slots.capacity, group):
+            freed += self._evict_from(tree, victim, min(want - freed, most), now, Fate.EVICTED)
+            if freed >= want:
+                break
+        return freed
+
+    def _evict_from(self, tree: RadixTree, group: int, want: int, now: float, why: Fate) -> int:
+        policy, ranking, freed = self._policies[group], tree.ranking(self.number), 0
         while freed < want:
-            candidates = tree.evictable(self.number)
-            score = self._policy.score(tree.nodes_view()[candidates], self._clock())
-            is_part = len(candidates) > num_looked_at
-            if is_part:
-                lowest = np.argpartition(score, num_looked_at - 1)[:num_looked_at]
-                candidates, score = candidates[lowest], score[lowest]
-            slots = tree.evict(self.number, candidates[np.argsort(score, kind="stable")], want - freed)
-            if len(slots) == 0:
-                if not is_part:
-                    break
-                num_looked_at *= 4
+            blocks, heads = ranking.blocks()[group], ranking.heads(group)
+            if not np.isfinite(heads).any():
+                break
+            choice = policy.choose(blocks, heads)
+            slots, pieces = tree.evict(
+                self.number, group, choice.queue, want - freed, now, choice.leave, choice.spare_to, why
+            )
             self.slots.free(slots)
             freed += len(slots)
+            if policy.wants_pieces and len(pieces):
+                policy.evicted(pieces)
+            if not len(slots) and (ranking.heads(group) == heads).all() and (ranking.blocks()[group] == blocks).all():
+                raise InvariantError(f"{type(policy).__name__} chooses {choice}, from where nothing can go")
         self.evicted_blocks += freed
         return freed
 
     def sweep(self, tree: RadixTree) -> None:
         """Free all slots of a tree that is out of use, but those that something still reads or writes."""
-        while len(slots := tree.evict(self.number, tree.evictable(self.number), tree.num_blocks)):
-            self.slots.free(slots)
+        self.slots.free(tree.discard(self.number))
 
     def check_integrity(self, held: NDArray[np.int32]) -> None:
         """Raise InvariantError unless every slot is free, or held by exactly one block (``held`` lists those)."""

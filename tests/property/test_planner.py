@@ -28,7 +28,7 @@ class Checked:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.engine = GlobalCacheEngine(NUM_SLOTS, LRU(), 0.9, 0.2, clock=self.clock)
+        self.engine = GlobalCacheEngine(NUM_SLOTS, LRU, 0.9, 0.2, clock=self.clock)
         self.engine.grow(NUM_SLOTS)
         self.content: dict[int, tuple[int, Prefix]] = {}        # slot -> (epoch, prefix)
         self.epoch = 0

@@ -71,8 +71,15 @@ class Pair:
                 self.model.blocks[prefix].pins -= 1
 
     def evict(self, sequence: Prefix, seed: int) -> None:
-        ids = self.tree.evictable(0)
-        for slot in self.tree.evict(0, ids[np.argsort(self.tree.nodes_view()["last_access"][ids])], seed):
+        """In an order that the seed says, also of nodes that are ranked already."""
+        ranking = self.tree.ranking(0)
+        events = ranking.drain()
+        events["rank"] = events["last_access"] * (1 if seed % 2 else -1)
+        ranking.place(events)
+        self.now += 1
+        slots, pieces = self.tree.evict(0, 0, 0, seed, self.now)
+        assert pieces["blocks"].sum() == len(slots)
+        for slot in slots:
             self.model.evict(int(slot))
 
     def get(self, sequence: Prefix, seed: int) -> None:
@@ -110,8 +117,7 @@ class Pair:
             slots = np.full(len(prefix), -1, dtype=np.int32)
             slots[-1] = self.model.blocks[prefix].slot
             assert self.tree.drop(keys_of(prefix), slots, 0) == 1
-        while len(self.tree.evict(0, self.tree.evictable(0), 1000)):
-            pass
+        self.tree.discard(0)
         self.tree.check_integrity()
         assert self.tree.num_blocks == 0
         assert self.tree.num_nodes == 0

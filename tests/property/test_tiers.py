@@ -85,7 +85,7 @@ class Checked:
         self.start()
 
     def start(self) -> None:
-        self.engine = GlobalCacheEngine(NUM_HOST, LRU(), 0.9, 0.2, clock=self.clock, num_ssd_slots=NUM_SSD)
+        self.engine = GlobalCacheEngine(NUM_HOST, LRU, 0.9, 0.2, clock=self.clock, num_ssd_slots=NUM_SSD)
         self.engine.grow(NUM_HOST)
         self.slots = SlotAllocator(NUM_SSD)
         self.planner = LoadPlanner("always", 1, 1, 0.0, self.clock)
@@ -244,9 +244,9 @@ class Checked:
         if seed % 4 == 3:
             self.engine.evict_ahead()
         elif seed % 4 == 2:
-            self.engine._below.evict(self.engine._tree, 1 + seed % 5)
+            self.engine._below.evict(self.engine._tree, 1 + seed % 5, self.clock())
         else:
-            self.engine._host.evict(self.engine._tree, NUM_HOST)
+            self.engine._host.evict(self.engine._tree, NUM_HOST, self.clock())
 
     def reset(self, sequence: Prefix, seed: int) -> None:
         if seed < 8:                                        # seldom

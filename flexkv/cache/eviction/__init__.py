@@ -1,18 +1,28 @@
 """Eviction policies, one a file."""
 
+from flexkv.cache.eviction.arc import ARC
+from flexkv.cache.eviction.fifo import FIFO
+from flexkv.cache.eviction.filo import FILO
+from flexkv.cache.eviction.lfu import LFU
 from flexkv.cache.eviction.lru import LRU
-from flexkv.cache.eviction.policy import EvictionPolicy
+from flexkv.cache.eviction.mru import MRU
+from flexkv.cache.eviction.policy import Choice, EvictionPolicy
+from flexkv.cache.eviction.s3fifo import S3FIFO
+from flexkv.cache.eviction.slru import SLRU
 from flexkv.errors import ConfigError
 
-POLICIES: dict[str, type[EvictionPolicy]] = {"lru": LRU}
+POLICIES: dict[str, type[EvictionPolicy]] = {
+    "lru": LRU, "lfu": LFU, "slru": SLRU, "fifo": FIFO, "mru": MRU, "filo": FILO, "s3fifo": S3FIFO, "arc": ARC,
+}
 
 
-def make_policy(name: str, hit_reward_seconds: float) -> EvictionPolicy:
-    """Make the policy that the setting ``eviction_policy`` names."""
+def policy_class(name: str) -> type[EvictionPolicy]:
+    """The policy that the setting ``eviction_policy`` names."""
     try:
-        return POLICIES[name](hit_reward_seconds)
+        return POLICIES[name]
     except KeyError:
         raise ConfigError("eviction_policy", name, f"one of {', '.join(sorted(POLICIES))}") from None
 
 
-__all__ = ["LRU", "POLICIES", "EvictionPolicy", "make_policy"]
+__all__ = ["ARC", "FIFO", "FILO", "LFU", "LRU", "MRU", "POLICIES", "S3FIFO", "SLRU", "Choice", "EvictionPolicy",
+           "policy_class"]

@@ -1,4 +1,4 @@
-"""Least recently used, with upstream FlexKV's frequency-aware grace time."""
+"""Least recently used."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,8 +7,7 @@ from flexkv.cache.eviction.policy import EvictionPolicy
 
 
 class LRU(EvictionPolicy):
-    """What was used longest ago goes first; every hit counts as ``hit_reward_seconds`` of later use."""
+    """What was used longest ago goes first."""
 
-    def score(self, nodes: NDArray[np.void], now: float) -> NDArray[np.float64]:
-        score: NDArray[np.float64] = nodes["last_access"] + self.hit_reward_seconds * nodes["hits"]
-        return score
+    def place(self, events: NDArray[np.void]) -> None:
+        events["rank"] = events["last_access"] + self.hit_reward_seconds * events["hits"]

@@ -1,16 +1,16 @@
 """The control plane: eviction ahead of need, the order of eviction, reasons, prefixes that went away."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flexkv._core.nodes import NODE_DTYPE
 from flexkv._core.radix import RadixTree
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.eviction import LRU, make_policy
+from flexkv.cache.eviction import LRU, policy_class
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.reasons import StopReason
 from flexkv.cache.tier import SsdTier
@@ -27,7 +27,7 @@ class Clock:
 
 
 def engine(num_slots: int, reward: float = 0.0, threshold: float = 1.0, ratio: float = 0.0) -> GlobalCacheEngine:
-    made = GlobalCacheEngine(num_slots, LRU(reward), threshold, ratio, clock=Clock())
+    made = GlobalCacheEngine(num_slots, partial(LRU, hit_reward_seconds=reward), threshold, ratio, clock=Clock())
     made.grow(num_slots)
     return made
 
@@ -105,25 +105,26 @@ def test_a_put_does_not_follow_on_a_hole() -> None:
 
 
 def test_policies_are_named() -> None:
-    assert isinstance(make_policy("lru", 1.0), LRU)
-    with pytest.raises(ConfigError, match="one of lru"):
-        make_policy("random", 0.0)
+    assert policy_class("lru") is LRU
+    with pytest.raises(ConfigError, match="one of .*lru"):
+        policy_class("random")
 
 
-def test_views_of_the_index_stay_valid_while_it_grows() -> None:
+def test_what_is_being_written_is_not_ranked() -> None:
     tree = RadixTree(10_000, 3)
-    view = tree.nodes_view()
-    assert view.dtype == NODE_DTYPE
     for i in range(2000):
         slots = np.array([-1 if i >= 250 else 2 * i, 2 * i + 1], dtype=np.int32)
         tree.insert(keys_of((i % 250, i // 250)), slots, 0, i)
-    ids = tree.evictable(0)
-    assert len(ids) == 0                                     # all is being written
-    assert view["length"].sum() == tree.num_blocks == 2250
-    assert tree.resident(0) == 2250
+    ranking = tree.ranking(0)
+    events = ranking.drain()
+    assert events["length"].sum() == tree.num_blocks == tree.resident(0) == 2250
     assert tree.resident(1) == 0
+    ranking.place(events)
+    assert ranking.heads(0) == np.inf
+    tree.set_ready(keys_of((3, 0)), np.array([6, 7], dtype=np.int32), 0)
+    assert ranking.heads(0) == 0
     del tree
-    assert view["length"].sum() == 2250
+    assert ranking.num_waiting == 0
 
 
 def test_the_index_has_a_limit_and_says_so() -> None:
@@ -134,7 +135,7 @@ def test_the_index_has_a_limit_and_says_so() -> None:
     assert tree.num_blocks == 0
     tree.insert(keys_of((1, 2, 3)), slots[:3], 0, 0.0)
     with pytest.raises(ValueError, match="tier 1"):
-        tree.evictable(1)
+        tree.discard(1)
     with pytest.raises(ValueError, match="num_tiers"):
         RadixTree(3, 9)
 
@@ -173,7 +174,7 @@ class Disk:
     """An engine of 8 host and 10 SSD slots, and the SSD tier that is to come into service, full."""
 
     def __init__(self) -> None:
-        self.cache = GlobalCacheEngine(8, LRU(), 0.65, 0.2, clock=Clock(), num_ssd_slots=10)
+        self.cache = GlobalCacheEngine(8, LRU, 0.65, 0.2, clock=Clock(), num_ssd_slots=10)
         self.cache.grow(8)
         self.is_usable = True
         self.slots = SlotAllocator(10)

@@ -21,7 +21,7 @@ class World:
 
     def __init__(self, ssd_slots: int = SLOTS, **limits: float) -> None:
         self.now = 100.0
-        self.cache = GlobalCacheEngine(SLOTS, LRU(), clock=self.clock, num_ssd_slots=ssd_slots)
+        self.cache = GlobalCacheEngine(SLOTS, LRU, clock=self.clock, num_ssd_slots=ssd_slots)
         self.cache.grow(SLOTS)
         planner = LoadPlanner("always", 1, 1, 0.0, self.clock)
         self.is_usable = True

@@ -1,0 +1,34 @@
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
+
+from flexkv._core.node cimport MAX_TIERS, Node
+from flexkv._core.nodes cimport NodeStore
+from flexkv._core.ranking cimport Ranking
+
+# Mirrored field by field by PIECE_DTYPE in evictable.pyx.
+cdef struct Piece:
+    uint64_t first_key
+    double last_access
+    double created
+    uint32_t hits
+    uint32_t depth
+    uint32_t mark
+    uint32_t blocks
+    uint16_t group
+    uint8_t queue
+
+
+cdef class EvictableNodes(NodeStore):
+    cdef double *ttl                  # seconds, of each group; NULL: none expires
+    cdef readonly int num_groups
+    cdef int32_t hand[MAX_TIERS]      # the node that ``expire`` looked at last
+
+    cdef bint expired(self, Node *p, double now) noexcept nogil
+    cdef void unpark(self, int32_t node, int tier) noexcept nogil
+    cdef void regroup(self, int32_t node, uint16_t group) noexcept nogil
+    cdef Py_ssize_t take_from_end(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, uint32_t why,
+                                  int64_t *first) noexcept nogil
+    cdef bint is_held(self, Node *p, int tier) noexcept nogil
+    cdef bint spare(self, int32_t node, Ranking ranking, int spare_to, double now) noexcept nogil
+    cdef int evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
+                        Piece *piece, uint32_t why) noexcept nogil
+    cdef int check_tier(self, int tier) except -1

@@ -1,0 +1,249 @@
+"""What of the tree goes, and when: by rank, by age, or all of it."""
+import numpy as np
+
+from libc.math cimport INFINITY, nextafter
+from libc.stdint cimport int64_t, uint8_t, uint16_t
+from libc.stdlib cimport free, realloc
+
+from flexkv._core.node cimport Node
+from flexkv._core.nodes cimport WHY_EVICTED, WHY_EXPIRED, NodeStore
+from flexkv._core.ranking cimport Heap, Ranking
+
+cdef extern from *:
+    """
+    #ifdef FLEXKV_DEBUG
+    #define FLEXKV_CHECKS 1
+    #else
+    #define FLEXKV_CHECKS 0
+    #endif
+    """
+    enum: FLEXKV_CHECKS
+
+cdef enum:
+    ROOT = 0
+    MAX_SPARED = 1 << 16               # by one call
+
+PIECE_DTYPE = np.dtype(
+    [("first_key", "u8"), ("last_access", "f8"), ("created", "f8"), ("hits", "u4"), ("depth", "u4"), ("mark", "u4"),
+     ("blocks", "u4"), ("group", "u2"), ("queue", "u1")],
+    align=True,
+)
+
+assert PIECE_DTYPE.itemsize == sizeof(Piece)
+
+
+cdef class EvictableNodes(NodeStore):
+    """Nodes that know their group and age, and can go; the caller locks."""
+
+    def __cinit__(self, *args, **kwargs):
+        self.num_groups = 1
+
+    def __dealloc__(self):
+        free(self.ttl)
+
+    def configure(self, num_queues, ttl_s=(INFINITY,)):
+        """Queues of the policy of each tier, and seconds after its last use that a block of each quota group may be
+        offered. Groups can be added at any time; queues while the tier is empty."""
+        cdef Py_ssize_t i
+        cdef Ranking ranking
+        if len(num_queues) != self.num_tiers or len(ttl_s) < self.num_groups:
+            raise ValueError(f"{len(num_queues)} tiers, {len(ttl_s)} groups: there are {self.num_tiers}, "
+                             f"{self.num_groups}")
+        for i in range(self.num_tiers):
+            ranking = self.ranking(i)
+            ranking.configure(<int>len(ttl_s), num_queues[i])
+        cdef double *ttl = <double *>realloc(self.ttl, sizeof(double) * len(ttl_s))
+        if ttl == NULL:
+            raise MemoryError("no memory for the index")
+        self.ttl, self.num_groups = ttl, <int>len(ttl_s)
+        for i in range(self.num_groups):
+            ttl[i] = ttl_s[i]
+
+    cdef inline bint expired(self, Node *p, double now) noexcept nogil:
+        return self.ttl != NULL and p.last_access + self.ttl[p.group] < now
+
+    cdef void unpark(self, int32_t node, int tier) noexcept nogil:
+        """What held the last blocks of a node may hold them no longer."""
+        self.nodes[node].parked &= ~(1 << tier)
+        self.settle(node, tier)
+
+    cdef void regroup(self, int32_t node, uint16_t group) noexcept nogil:
+        """A node is another group's from now on."""
+        cdef Node *p = &self.nodes[node]
+        cdef int t
+        for t in range(self.num_tiers):
+            self.unsettle(node, t)
+            self.count(p, t, -<int64_t>p.resident[t])
+        p.group = group
+        for t in range(self.num_tiers):
+            self.count(p, t, p.resident[t])
+            self.settle(node, t)
+
+    def discard(self, int tier):
+        """Free all slots of ``tier`` but those of blocks that are pinned or being written, and of blocks before them.
+        For a tree that is out of use.
+
+        Returns
+        -------
+        ndarray of int32
+            The slots that are free now.
+        """
+        self.check_tier(tier)
+        out_array = np.empty(self.num_blocks + 1, dtype=np.int32)
+        cdef int32_t[::1] out = out_array
+        cdef Py_ssize_t count = 0, before = -1
+        cdef int64_t first
+        cdef int32_t node
+        with nogil:
+            while count > before:
+                before = count
+                for node in range(1, self.used_nodes):
+                    if self.nodes[node].ready[tier] and self.nodes[node].live_children[tier] == 0:
+                        count += self.take_from_end(node, tier, self.num_blocks, &out[count], WHY_EVICTED,
+                                                    &first)
+                        self.prune(node)
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+        return out_array[:count]
+
+    cdef Py_ssize_t take_from_end(self, int32_t node, int tier, Py_ssize_t want, int32_t *out,
+                                  uint32_t why, int64_t *first) noexcept nogil:
+        """Free slots of a node from its end on, as far as nothing holds a block; returns how many. ``first``: the
+        first block that went."""
+        cdef Node *p = &self.nodes[node]
+        cdef int64_t i = <int64_t>p.length - 1
+        cdef Py_ssize_t count = 0
+        while i >= 0 and count < want and p.resident[tier]:
+            if self.slots_of(p, tier)[i] >= 0:
+                if self.pins_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1:
+                    break
+                out[count] = self.slots_of(p, tier)[i]
+                count += 1
+                first[0] = i
+                self.clear_slot(node, <uint32_t>i, tier)
+                if self.state_of(p)[i] == 0:
+                    self.forget(p.keys + 2 * i, why)
+            i -= 1
+        return count
+
+    def evict(self, int tier, int group, int queue, Py_ssize_t want, double now, int64_t leave=0,
+              int spare_to=-1, uint32_t why=WHY_EVICTED):
+        """Free up to ``want`` slots of a queue of ``tier``, in the order of rank, each node from its end on.
+
+        Blocks that are pinned or being written stay, and so do the blocks before them.
+
+        Parameters
+        ----------
+        now : float
+            Seconds.
+        leave : int
+            So many blocks stay in the queue, whether they may go or not.
+        spare_to : int
+            A queue: nodes that have lives left go to its end instead, with ``now`` as their rank. They lose a life
+            if it is the same queue, and all if it is another.
+        why : int
+            For those who ask for the block: evicted or over quota.
+
+        Returns
+        -------
+        slots : ndarray of int32
+            That are free now. Fewer than wanted also where something may go from another queue from which nothing
+            could: it is for the policy to choose again.
+        pieces : (n,) of ``PIECE_DTYPE``
+            What went, piece by piece.
+        """
+        cdef Ranking ranking = self.ranking(tier)
+        if not 0 <= group < self.num_groups or not 0 <= queue < ranking.num_queues or spare_to >= ranking.num_queues:
+            raise ValueError(f"group {group}, queue {queue}, spare to {spare_to}: there are {self.num_groups} groups "
+                             f"of {ranking.num_queues} queues")
+        want = max(min(want, self.num_blocks), 0)
+        if want == 0:
+            return np.empty(0, dtype=np.int32), np.empty(0, dtype=PIECE_DTYPE)
+        out_array = np.empty(want, dtype=np.int32)
+        pieces_array = np.empty(want, dtype=PIECE_DTYPE)
+        cdef int32_t[::1] out = out_array
+        cdef uint8_t[::1] raw = pieces_array.view(np.uint8)
+        cdef Piece *pieces = <Piece *>&raw[0]
+        cdef Py_ssize_t count = 0, num_pieces = 0, spared = 0
+        cdef int num_active = ranking.num_active(group)
+        cdef Heap *heap = &ranking.heaps[group * ranking.num_queues + queue]
+        with nogil:
+            self.tick(now)
+            while count < want and heap.size and heap.blocks > leave and spared < MAX_SPARED and (
+                    ranking.num_queues == 1 or ranking.num_active(group) <= num_active):
+                if self.spare(heap.entries[0].node, ranking, spare_to, now):
+                    spared += 1
+                    continue
+                num_pieces += self.evict_node(
+                    heap.entries[0].node, tier, min(want, count + heap.blocks - leave), &out[0], &count,
+                    &pieces[num_pieces], why)
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+        return out_array[:count], pieces_array[:num_pieces]
+
+    cdef bint is_held(self, Node *p, int tier) noexcept nogil:
+        """Whether the last block that a node has on the tier is pinned or being written."""
+        cdef int64_t i = <int64_t>p.length - 1
+        while self.slots_of(p, tier)[i] < 0:
+            i -= 1
+        return self.pins_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1
+
+    cdef bint spare(self, int32_t node, Ranking ranking, int spare_to, double now) noexcept nogil:
+        cdef Node *p = &self.nodes[node]
+        cdef int t = ranking.tier
+        if spare_to < 0 or p.lives[t] == 0 or self.is_held(p, t):
+            return False
+        p.lives[t] = p.lives[t] - 1 if p.queue[t] == spare_to else 0
+        ranking.latest = max(now, nextafter(ranking.latest, INFINITY))     # behind others of this time
+        p.rank[t] = ranking.latest
+        ranking.move(node, <uint8_t>spare_to)
+        ranking.settle(node)
+        return True
+
+    cdef int evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
+                        Piece *piece, uint32_t why) noexcept nogil:
+        """Returns how many pieces went: one or none."""
+        cdef Node *p = &self.nodes[node]
+        cdef int64_t first = 0
+        piece.last_access, piece.created, piece.hits, piece.depth = p.last_access, p.created, p.hits, p.depth
+        piece.mark, piece.group, piece.queue = p.mark[tier], p.group, p.queue[tier]
+        piece.blocks = <uint32_t>self.take_from_end(node, tier, want - count[0], out + count[0], why, &first)
+        piece.first_key = p.keys[2 * first]
+        count[0] += piece.blocks
+        if p.ready[tier] and count[0] < want:           # something holds its last block
+            p.parked |= 1 << tier
+            self.settle(node, tier)
+        cdef bint went = piece.blocks > 0
+        self.prune(node)
+        return went
+
+    def expire(self, int tier, double now, Py_ssize_t num_nodes, Py_ssize_t want=1 << 16):
+        """Free slots of blocks that their group keeps no longer, looking at the next ``num_nodes`` nodes.
+
+        Returns
+        -------
+        ndarray of int32
+            The slots that are free now, ``want`` at most.
+        """
+        self.check_tier(tier)
+        cdef Py_ssize_t i, count = 0, limit = min(want, self.num_blocks)
+        out_array = np.empty(limit + 1, dtype=np.int32)
+        cdef int32_t[::1] out = out_array
+        cdef int64_t first
+        cdef Node *p
+        with nogil:
+            self.tick(now)
+            for i in range(min(num_nodes, <Py_ssize_t>self.used_nodes)):
+                self.hand[tier] = (self.hand[tier] + 1) % self.used_nodes
+                p = &self.nodes[self.hand[tier]]
+                if count < limit and p.ready[tier] and p.live_children[tier] == 0 and self.expired(p, now):
+                    count += self.take_from_end(self.hand[tier], tier, limit - count, &out[count], WHY_EXPIRED, &first)
+                    self.prune(self.hand[tier])
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+        return out_array[:count]
+
+    cdef int check_tier(self, int tier) except -1:
+        if not 0 <= tier < self.num_tiers:
+            raise ValueError(f"tier {tier}; this tree has tiers 0 to {self.num_tiers - 1}")
+        return 0

@@ -1,0 +1,115 @@
+"""What went lately: keys with a value each, in the order in which they went; the oldest make room."""
+import numpy as np
+
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+
+from flexkv._core.arena cimport Arena
+
+
+cdef struct Ghost:
+    uint64_t key
+    double value
+    uint32_t blocks                    # 0: has been taken
+
+
+cdef class Ghosts:
+    """At most ``max_pieces`` pieces, each with its number of blocks. The caller locks.
+
+    A piece that is added again replaces the older one. Memory is taken as it is used.
+    """
+    cdef readonly int64_t num_blocks
+    cdef Py_ssize_t size               # of the ring, and (twice that) of the table; a power of two
+    cdef Arena ring_arena
+    cdef Arena table_arena
+    cdef Ghost *ring
+    cdef int32_t *table                # place in the ring + 1
+    cdef int64_t first
+    cdef int64_t last
+
+    def __cinit__(self, Py_ssize_t max_pieces):
+        if not 1 <= max_pieces < 1 << 30:
+            raise ValueError(f"max_pieces is {max_pieces}; allowed: 1 to 2**30 - 1")
+        self.size = 64
+        while self.size < max_pieces:
+            self.size *= 2
+        self.ring_arena = Arena(self.size * sizeof(Ghost))
+        self.table_arena = Arena(2 * self.size * sizeof(int32_t))
+        self.ring = <Ghost *>self.ring_arena.data
+        self.table = <int32_t *>self.table_arena.data
+
+    cdef inline uint64_t home(self, uint64_t key) noexcept nogil:
+        return (key ^ key >> 32) & <uint64_t>(2 * self.size - 1)
+
+    cdef uint64_t find(self, uint64_t key) noexcept nogil:
+        """The place of a key in the table, or the free one where it would be."""
+        cdef uint64_t at = self.home(key)
+        while self.table[at] and self.ring[self.table[at] - 1].key != key:
+            at = (at + 1) & <uint64_t>(2 * self.size - 1)
+        return at
+
+    cdef void remove(self, uint64_t hole) noexcept nogil:
+        cdef uint64_t mask = <uint64_t>(2 * self.size - 1)
+        cdef uint64_t at = hole, origin
+        cdef Ghost *ghost = &self.ring[self.table[hole] - 1]
+        self.num_blocks -= ghost.blocks
+        ghost.blocks = 0
+        while True:                                    # shift back what probed past the hole
+            at = (at + 1) & mask
+            if not self.table[at]:
+                break
+            origin = self.home(self.ring[self.table[at] - 1].key)
+            if ((at - origin) & mask) >= ((at - hole) & mask):
+                self.table[hole] = self.table[at]
+                hole = at
+        self.table[hole] = 0
+
+    cdef void drop_first(self) noexcept nogil:
+        cdef Ghost *ghost = &self.ring[self.first & (self.size - 1)]
+        if ghost.blocks:
+            self.remove(self.find(ghost.key))
+        self.first += 1
+
+    def add(self, const uint64_t[:] keys not None, const uint32_t[:] blocks not None, const double[:] values not None):
+        """Pieces ((n,) each) have gone; ``blocks`` of at least one."""
+        cdef Py_ssize_t i, n = keys.shape[0]
+        cdef uint64_t at
+        cdef Ghost *ghost
+        if blocks.shape[0] != n or values.shape[0] != n:
+            raise ValueError(f"{n} keys, {blocks.shape[0]} counts, {values.shape[0]} values")
+        with nogil:
+            for i in range(n):
+                at = self.find(keys[i])
+                if self.table[at]:
+                    self.remove(at)
+                    at = self.find(keys[i])
+                if self.last - self.first == self.size:
+                    self.drop_first()
+                    at = self.find(keys[i])
+                ghost = &self.ring[self.last & (self.size - 1)]
+                ghost.key, ghost.value, ghost.blocks = keys[i], values[i], max(1, blocks[i])
+                self.table[at] = <int32_t>((self.last & (self.size - 1)) + 1)
+                self.last += 1
+                self.num_blocks += ghost.blocks
+
+    def take(self, const uint64_t[:] keys not None):
+        """(n,) float64: the value of each key, which is no longer here then; nan where it was not."""
+        cdef Py_ssize_t i, n = keys.shape[0]
+        cdef uint64_t at
+        out = np.full(n, np.nan)
+        cdef double[::1] values = out
+        with nogil:
+            for i in range(n):
+                at = self.find(keys[i])
+                if self.table[at]:
+                    values[i] = self.ring[self.table[at] - 1].value
+            for i in range(n):                         # after all: a key may be asked for twice
+                at = self.find(keys[i])
+                if self.table[at]:
+                    self.remove(at)
+        return out
+
+    def trim(self, int64_t max_blocks):
+        """Let go of the oldest until there are ``max_blocks`` blocks or fewer."""
+        with nogil:
+            while self.num_blocks > max(max_blocks, <int64_t>0):
+                self.drop_first()

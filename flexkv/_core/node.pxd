@@ -1,0 +1,35 @@
+"""The node of the radix tree, as all modules of the index see it."""
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    MAX_TIERS = 3
+
+cdef struct Node:
+    uint64_t *keys                    # one allocation: keys, slots of each tier, pins, state
+    uint64_t came_as                  # its first key when it came to a tier last
+    double last_access
+    double created
+    double rank[MAX_TIERS]            # of those that may go, the lowest goes first; the policy's
+    int32_t parent
+    int32_t first_child
+    int32_t next_sibling              # of a free node: the next free node
+    int32_t prev_sibling
+    uint32_t length                   # blocks in the node; 0: root or free
+    uint32_t capacity                 # blocks allocated
+    uint32_t depth                    # blocks above the node
+    uint32_t hits
+    uint32_t pinned                   # blocks with at least one pin
+    uint32_t resident[MAX_TIERS]      # blocks with a slot on the tier, ready or being written
+    uint32_t ready[MAX_TIERS]
+    uint32_t live_children[MAX_TIERS]  # children whose subtree holds anything on the tier
+    uint32_t hits_told[MAX_TIERS]     # hits that the policy knows of
+    uint32_t mark[MAX_TIERS]          # the policy's own
+    int32_t heap_at[MAX_TIERS]        # place in its heap, from 1; 0: it is in none
+    float gap                         # seconds between the last two uses
+    uint16_t group                    # quota group of its namespace
+    uint8_t queue[MAX_TIERS]
+    uint8_t lives[MAX_TIERS]          # how often it is spared
+    uint8_t changed                   # bit t: is in the list of what the policy of tier t has to be told of
+    uint8_t is_new                    # bit t: has come to tier t since
+    uint8_t placed                    # bit t: has a rank
+    uint8_t parked                    # bit t: nothing of it may go for now, though nothing is below it

@@ -1,0 +1,325 @@
+"""The order in which the nodes of one tier go: a heap for each queue of each quota group.
+
+A node is in the heap of its queue while blocks of it may go: it has ready blocks and nothing below it is on the tier.
+Its rank is kept while it may not go, so that it needs no policy when the last node below it has gone. Nodes that were
+used, or came to the tier, are listed until the policy is told of them; only then do they get a rank. So what a put or
+an eviction costs does not depend on how much is cached.
+"""
+import numpy as np
+
+from libc.stdint cimport uint16_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memset
+
+from flexkv._core.arena cimport Arena
+from flexkv.errors import InvariantError
+
+EVENT_DTYPE = np.dtype(
+    [
+        ("first_key", "u8"), ("created", "f8"), ("last_access", "f8"), ("rank", "f8"), ("gap", "f4"), ("node", "i4"),
+        ("hits", "u4"), ("new_hits", "u4"), ("depth", "u4"), ("length", "u4"), ("children", "u4"), ("mark", "u4"),
+        ("group", "u2"), ("queue", "u1"), ("lives", "u1"), ("is_new", "?"),
+    ],
+    align=True,
+)
+
+cdef struct Event:                    # the same, field by field
+    uint64_t first_key
+    double created
+    double last_access
+    double rank
+    float gap
+    int32_t node
+    uint32_t hits
+    uint32_t new_hits
+    uint32_t depth
+    uint32_t length
+    uint32_t children
+    uint32_t mark
+    uint16_t group
+    uint8_t queue
+    uint8_t lives
+    uint8_t is_new
+
+assert EVENT_DTYPE.itemsize == sizeof(Event)
+
+
+cdef class Ranking:
+    """Heaps of one tier. What is ``cdef`` is called by the tree; the caller locks.
+
+    A heap that cannot grow for want of memory leaves a node out: it does not go until it is used again.
+    """
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(self.num_heaps):
+            free(self.heaps[i].entries)
+        free(self.heaps)
+
+    cdef void bind(self, Node *nodes, int tier, int32_t max_nodes):
+        self.nodes = nodes
+        self.tier = tier
+        self.bit = <uint8_t>(1 << tier)
+        self.changed_arena = Arena(sizeof(int32_t) * <size_t>max_nodes)
+        self.changed = <int32_t *>self.changed_arena.data
+
+    cdef int configure(self, int num_groups, int num_queues) except -1:
+        """Make queues; only while nothing is in them, or to add groups."""
+        cdef int num_heaps = num_groups * num_queues, i
+        if self.num_queues and num_queues != self.num_queues and any(
+                self.heaps[i].blocks for i in range(self.num_heaps)):
+            raise InvariantError("the queues of a tier cannot be changed while it holds blocks")
+        if num_heaps < self.num_heaps:
+            raise InvariantError(f"{num_groups} groups: they can only become more")
+        cdef Heap *heaps = <Heap *>realloc(self.heaps, sizeof(Heap) * num_heaps)
+        if heaps == NULL:
+            raise MemoryError("no memory for the index")
+        memset(heaps + self.num_heaps, 0, sizeof(Heap) * (num_heaps - self.num_heaps))
+        self.heaps, self.num_heaps, self.num_queues = heaps, num_heaps, num_queues
+        return 0
+
+    # ---- called by the tree -----------------------------------------------------------------------------------
+
+    cdef inline Heap *heap_of(self, Node *p) noexcept nogil:
+        return &self.heaps[p.group * self.num_queues + p.queue[self.tier]]
+
+    cdef inline void count(self, Node *p, int64_t blocks) noexcept nogil:
+        """So many blocks of a node have come to the tier (or, if negative, have gone)."""
+        self.heap_of(p).blocks += blocks
+
+    cdef int num_active(self, int group) noexcept nogil:
+        """How many queues of a group have something that may go."""
+        cdef int i, active = 0
+        for i in range(group * self.num_queues, (group + 1) * self.num_queues):
+            active += self.heaps[i].size > 0
+        return active
+
+    cdef void change(self, int32_t node, bint is_new) noexcept nogil:
+        """The policy has to be told of a node."""
+        cdef Node *p = &self.nodes[node]
+        if is_new:
+            p.is_new |= self.bit
+            p.came_as = p.keys[0]
+            p.placed &= ~self.bit
+            p.parked &= ~self.bit
+            p.mark[self.tier] = 0
+            p.lives[self.tier] = 0
+            p.hits_told[self.tier] = p.hits
+        if not p.changed & self.bit:
+            p.changed |= self.bit
+            self.changed[self.num_changed] = node
+            self.num_changed += 1
+
+    cdef void settle(self, int32_t node) noexcept nogil:
+        """Put a node into its heap, to its place there, or out of it, as it is now."""
+        cdef Node *p = &self.nodes[node]
+        cdef int t = self.tier
+        cdef Heap *heap
+        cdef Entry *grown
+        cdef Entry entry
+        cdef int32_t at
+        if p.ready[t] == 0 or p.live_children[t] > 0 or not p.placed & self.bit or p.parked & self.bit:
+            self.remove(node)
+            return
+        heap = self.heap_of(p)
+        at = p.heap_at[t] - 1
+        if at >= 0:
+            entry = heap.entries[at]
+            if entry.rank == p.rank[t]:
+                return
+            entry.rank = p.rank[t]
+        else:
+            if heap.size == heap.capacity:
+                grown = <Entry *>realloc(heap.entries, sizeof(Entry) * <size_t>(2 * heap.capacity + 64))
+                if grown == NULL:
+                    p.parked |= self.bit
+                    return
+                heap.entries = grown
+                heap.capacity = 2 * heap.capacity + 64
+            at = heap.size
+            heap.size += 1
+            entry.rank = p.rank[t]
+            entry.node = node
+        entry.order = self.order
+        self.order += 1
+        self.up(heap, at, entry)
+
+    cdef void remove(self, int32_t node) noexcept nogil:
+        """Take a node out of its heap, if it is in it."""
+        cdef Node *p = &self.nodes[node]
+        cdef int32_t at = p.heap_at[self.tier] - 1
+        cdef Heap *heap
+        if at < 0:
+            return
+        heap = self.heap_of(p)
+        p.heap_at[self.tier] = 0
+        heap.size -= 1
+        if at < heap.size:
+            self.up(heap, at, heap.entries[heap.size])
+
+    cdef void move(self, int32_t node, uint8_t queue) noexcept nogil:
+        """To another queue, with all its blocks; to be settled then."""
+        cdef Node *p = &self.nodes[node]
+        if p.queue[self.tier] != queue:
+            self.remove(node)
+            self.count(p, -<int64_t>p.resident[self.tier])
+            p.queue[self.tier] = queue
+            self.count(p, p.resident[self.tier])
+
+    cdef void split(self, int32_t head, int32_t tail) noexcept nogil:
+        """``head`` was cut off the front of ``tail``: it is ranked as that is."""
+        cdef Node *h = &self.nodes[head]
+        cdef Node *p = &self.nodes[tail]
+        cdef int t = self.tier
+        h.rank[t], h.mark[t], h.queue[t], h.lives[t] = p.rank[t], p.mark[t], p.queue[t], p.lives[t]
+        h.hits_told[t] = p.hits_told[t]
+        h.placed |= p.placed & self.bit
+        if p.changed & self.bit:
+            self.change(head, False)
+        h.is_new |= p.is_new & self.bit
+        h.came_as = p.came_as
+        self.settle(head)
+        self.settle(tail)
+
+    # ---- the heap ---------------------------------------------------------------------------------------------
+
+    cdef inline void up(self, Heap *heap, int32_t at, Entry entry) noexcept nogil:
+        """Place an entry at ``at``, where there is a hole, or nearer to the top, or, if need be, further down."""
+        cdef int32_t above
+        cdef Entry *entries = heap.entries
+        while at > 0:
+            above = (at - 1) >> 2
+            if not goes_first(&entry, &entries[above]):
+                break
+            entries[at] = entries[above]
+            self.nodes[entries[at].node].heap_at[self.tier] = at + 1
+            at = above
+        self.down(heap, at, entry)
+
+    cdef inline void down(self, Heap *heap, int32_t at, Entry entry) noexcept nogil:
+        cdef Entry *entries = heap.entries
+        cdef int32_t first, best, i
+        while True:
+            first = 4 * at + 1
+            if first >= heap.size:
+                break
+            best = first
+            for i in range(first + 1, min(first + 4, heap.size)):
+                if goes_first(&entries[i], &entries[best]):
+                    best = i
+            if not goes_first(&entries[best], &entry):
+                break
+            entries[at] = entries[best]
+            self.nodes[entries[at].node].heap_at[self.tier] = at + 1
+            at = best
+        entries[at] = entry
+        self.nodes[entry.node].heap_at[self.tier] = at + 1
+
+    # ---- the policy -------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self):
+        """Nodes that the policy has to be told of."""
+        return self.num_changed
+
+    def drain(self):
+        """Nodes that were used, or came to the tier, since the last call; (n,) of ``EVENT_DTYPE``. The policy ranks
+        them, and gives them back to ``place``. The rank of new ones is when they came, in seconds, and
+        their key that of the first block that came with them, though they may have been split since."""
+        events_array = np.zeros(self.num_changed, dtype=EVENT_DTYPE)
+        cdef uint8_t[::1] raw = events_array.view(np.uint8)
+        cdef Event *events = <Event *>&raw[0] if self.num_changed else NULL
+        cdef int32_t i, n = 0
+        cdef int t = self.tier
+        cdef Node *p
+        cdef Event *e
+        with nogil:
+            for i in range(self.num_changed):
+                p = &self.nodes[self.changed[i]]
+                p.changed &= ~self.bit
+                if p.length == 0 or p.resident[t] == 0:            # it has gone meanwhile
+                    continue
+                e = &events[n]
+                n += 1
+                e.first_key, e.created, e.last_access, e.rank = p.came_as, p.created, p.last_access, p.rank[t]
+                e.gap, e.node, e.hits, e.new_hits = p.gap, self.changed[i], p.hits, p.hits - p.hits_told[t]
+                e.depth, e.length, e.children, e.mark = p.depth, p.length, p.live_children[t], p.mark[t]
+                e.group, e.queue, e.lives, e.is_new = p.group, p.queue[t], p.lives[t], (p.is_new & self.bit) != 0
+                p.hits_told[t] = p.hits
+                p.is_new &= ~self.bit
+            self.num_changed = 0
+        return events_array[:n]
+
+    def place(self, events):
+        """Take over ``rank``, ``queue``, ``mark`` and ``lives`` of what ``drain`` gave."""
+        cdef uint8_t[::1] raw = events.view(np.uint8)
+        cdef Event *placed = <Event *>&raw[0] if len(events) else NULL
+        cdef Py_ssize_t i, n = len(events)
+        cdef int t = self.tier
+        cdef Event *e
+        cdef Node *p
+        if len(events) and events["queue"].max() >= self.num_queues:
+            raise InvariantError(f"queue {events['queue'].max()}: there are {self.num_queues}")
+        with nogil:
+            for i in range(n):
+                e = &placed[i]
+                p = &self.nodes[e.node]
+                self.move(e.node, e.queue)
+                p.rank[t], p.mark[t], p.lives[t] = e.rank, e.mark, e.lives
+                p.placed |= self.bit
+                self.settle(e.node)
+
+    def blocks(self):
+        """(groups, queues) int64: blocks that each queue has on the tier."""
+        return np.array([self.heaps[i].blocks for i in range(self.num_heaps)]).reshape(-1, self.num_queues)
+
+    def heads(self, int group):
+        """(queues,) float64: the lowest rank in each queue of a group; infinite where nothing may go."""
+        cdef Heap *heap
+        out = np.full(self.num_queues, np.inf)
+        cdef double[::1] ranks = out
+        cdef int i
+        for i in range(self.num_queues):
+            heap = &self.heaps[group * self.num_queues + i]
+            if heap.size:
+                ranks[i] = heap.entries[0].rank
+        return out
+
+    def check_integrity(self, Py_ssize_t num_nodes):
+        """Raise InvariantError unless the heaps hold what they should, in order."""
+        cdef int64_t blocks
+        cdef int32_t node, at
+        cdef Py_ssize_t i, in_heaps = 0
+        cdef int t = self.tier
+        cdef Heap *heap
+        cdef Node *p
+        counted = np.zeros(self.num_heaps, dtype=np.int64)
+        for node in range(1, <int32_t>num_nodes):
+            p = &self.nodes[node]
+            if p.length == 0:
+                if p.heap_at[t]:
+                    raise InvariantError(f"node {node} is free, and in a heap")
+                continue
+            counted[p.group * self.num_queues + p.queue[t]] += p.resident[t]
+            able = p.ready[t] > 0 and p.live_children[t] == 0 and p.placed & self.bit and not p.parked & self.bit
+            if bool(able) != (p.heap_at[t] > 0):
+                raise InvariantError(f"node {node} is wrongly in a heap, or not in one")
+            in_heaps += p.heap_at[t] > 0
+            if p.resident[t] and not p.placed & self.bit and not p.changed & self.bit:
+                raise InvariantError(f"node {node} has no rank, and will get none")
+        for i in range(self.num_heaps):
+            heap = &self.heaps[i]
+            if heap.blocks != counted[i]:
+                raise InvariantError(f"queue {i}: {counted[i]} blocks, and {heap.blocks} counted")
+            in_heaps -= heap.size
+            for at in range(heap.size):
+                p = &self.nodes[heap.entries[at].node]
+                if p.heap_at[t] != at + 1 or p.rank[t] != heap.entries[at].rank or (
+                        at and goes_first(&heap.entries[at], &heap.entries[(at - 1) >> 2])):
+                    raise InvariantError(f"queue {i}: place {at} is wrong")
+        if in_heaps:
+            raise InvariantError("a heap holds what it should not")
+
+
+cdef inline bint goes_first(const Entry *a, const Entry *b) noexcept nogil:
+    return a.rank < b.rank or (a.rank == b.rank and <int32_t>(a.order - b.order) < 0)
