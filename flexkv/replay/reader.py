@@ -87,9 +87,7 @@ def _json_lines(path: Path, file: BinaryIO, block_tokens: int | None) -> Trace:
             kind = _kind(path, number, line)
             is_bailian = "chat_id" in line
             tick = 1.0 if is_bailian else 1e-3
-            size = size or line.get("block_size") or (BAILIAN_BLOCK_TOKENS if is_bailian else None)
-            if size is not None and (not isinstance(size, int) or size < 1):
-                raise TraceError(str(path), number, f"block_size is {size!r}; must be a whole number, at least 1")
+            size = size or _block_size(path, number, line) or (BAILIAN_BLOCK_TOKENS if is_bailian else None)
         times.append(_time(path, number, line, tick))
         values = _whole_numbers(path, number, line, kind)
         if kind == "prompt_token_ids":
@@ -101,7 +99,7 @@ def _json_lines(path: Path, file: BinaryIO, block_tokens: int | None) -> Trace:
         raise TraceError(str(path), 0, f"has no requests; {SUPPORTED}")
     untimed = sum(time is None for time in times)
     if 0 < untimed < len(times):
-        raise TraceError(str(path), 0, f"has {untimed} of {len(times)} requests without timestamp: give it to all, or none")
+        raise TraceError(str(path), 0, f"has {untimed} of {len(times)} requests without timestamp: all or none")
     if size is None:
         size = TOKENS_BLOCK_TOKENS if kind == "prompt_token_ids" else _block_tokens_of(lengths, sequences)
     seconds = None if untimed else [time for time in times if time is not None]
@@ -136,6 +134,13 @@ def _kind(path: Path, number: int, line: dict[str, Any]) -> str:
             f"prompt_token_ids; {SUPPORTED}",
         )
     raise TraceError(str(path), number, f"has neither hash_ids nor prompt_token_ids; {SUPPORTED}")
+
+
+def _block_size(path: Path, number: int, line: dict[str, Any]) -> int | None:
+    size = line.get("block_size")
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+        return size
+    raise TraceError(str(path), number, f"block_size is {size!r}; must be a whole number, at least 1")
 
 
 def _time(path: Path, number: int, line: dict[str, Any], tick: float) -> float | None:
@@ -180,6 +185,7 @@ def _block_tokens_of(lengths: list[int], sequences: list[NDArray[np.uint64]]) ->
     tokens = np.array(lengths)
     counts = np.array([len(sequence) for sequence in sequences])
     tokens, counts = tokens[counts > 0], counts[counts > 0]
-    fits = [int(((tokens // size == counts) | (-(-tokens // size) == counts)).sum()) for size in _BLOCK_SIZES]
+    # most count a partial block, some do not
+    fits = [2 * int((-(-tokens // n) == counts).sum()) + int((tokens // n == counts).sum()) for n in _BLOCK_SIZES]
     best = int(np.argmax(fits)) if len(tokens) else 0
     return _BLOCK_SIZES[best] if fits[best] else MOONCAKE_BLOCK_TOKENS
