@@ -20,6 +20,9 @@ from flexkv.replay.trace import Trace
 _SWEEP = 8
 """Capacities that are tried if none is given: each half the next, up to all that the trace has."""
 
+_ALWAYS = ("opt", "unbounded")
+"""Are printed whether they are asked for or not."""
+
 _PAGE_BYTES = 4096
 """Slots are a multiple of it."""
 
@@ -167,9 +170,9 @@ _positive.__name__ = "number above 0"
 def _policies(text: str) -> list[str]:
     names = list(dict.fromkeys(POLICIES if text == "all" else text.split(",")))
     for name in names:
-        if name not in POLICIES:
-            raise ConfigError("--policy", name, f"must be all, or of {', '.join(POLICIES)}")
-    return names
+        if name not in POLICIES and name not in _ALWAYS:
+            raise ConfigError("--policy", name, f"must be all, or of {', '.join([*POLICIES, *_ALWAYS])}")
+    return [name for name in names if name not in _ALWAYS]
 
 
 def _model(args: argparse.Namespace) -> Model | None:

@@ -40,6 +40,11 @@ def test_one_line_for_each_policy_and_capacity(trace: str, capsys: pytest.Captur
     ]
 
 
+def test_the_references_alone(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(capsys, trace, "--capacity-tokens", "32", "--policy", "opt")
+    assert [line["policy"] for line in lines] == ["opt", "unbounded"]
+
+
 def test_all_policies_and_several_traces(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, trace, trace, "--capacity-tokens", "32", "--policy", "all")
     assert [line["policy"] for line in lines] == [*POLICIES, "opt", "unbounded"] * 2

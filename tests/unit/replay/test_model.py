@@ -1,5 +1,7 @@
 """The table of models."""
 
+from pathlib import Path
+
 import pytest
 
 from flexkv.errors import ConfigError
@@ -17,3 +19,9 @@ def test_known_figures() -> None:
 def test_an_unknown_model_is_named_with_a_way_out() -> None:
     with pytest.raises(ConfigError, match=r"'gpt-9'.*llama-3.1-8b.*--kv-bytes-per-token"):
         find_model("gpt-9")
+
+
+def test_the_page_has_the_table() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "sizing.md").read_text()
+    for name, model in MODELS.items():
+        assert f"| `{name}` | {model.kv_bytes_per_token:,} | {model.prefill_tokens_per_s:,.0f} |" in page
