@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from flexkv.cache.eviction import POLICIES
+from flexkv.cache.trace import TraceRecorder
 from flexkv.cli import main
+from tests.property.model_tree import keys_of
 
 from .traces import BLOCK, mooncake, write
 
@@ -127,3 +129,13 @@ def test_a_bad_trace_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "t").write_text("nothing\n")
     assert main(["replay", str(tmp_path / "t")]) == 1
     assert "line 1 is not a JSON object; supported are" in capsys.readouterr().err
+
+
+def test_a_trace_that_was_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = TraceRecorder(tmp_path / "recorded", BLOCK, 1 << 20)
+    for sequence in SEQUENCES:
+        recorder.record(keys_of(sequence))
+    recorder.close()
+    lines = run(capsys, str(tmp_path / "recorded"), "--policy", "lru", "--capacity-tokens", "48")
+    assert [line["hit_rate"] for line in lines] == [0.5] * 3
+    assert (lines[0]["requests"], lines[0]["blocks"]) == (6, 24)
