@@ -119,7 +119,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("trace", nargs="+", type=Path, help="recorded by FlexKV, or JSON lines; may be .gz or .xz")
     parser.add_argument("--block-tokens", type=_whole, metavar="N", help="of a block of the trace, if it does not tell")
-    parser.add_argument("--policy", default=f"{CacheConfig.eviction_policy},lru", metavar="NAME[,NAME]",
+    parser.add_argument("--policy", default=",".join({CacheConfig.eviction_policy: 0, "lru": 0}), metavar="NAME[,NAME]",
                         help=f"all, or of: {', '.join(POLICIES)} (default %(default)s)")
     parser.add_argument("--capacity-tokens", type=_list_of_whole, metavar="N[,N]",
                         help="of host memory; default: 8 sizes up to all that the trace has")
