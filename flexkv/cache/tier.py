@@ -214,7 +214,7 @@ class Tier:
 def _merged(pieces: NDArray[np.void]) -> NDArray[np.void]:
     """Those of one node, which follow one another, as one."""
     first = np.flatnonzero(np.append(True, pieces["node"][1:] != pieces["node"][:-1]))
-    merged = pieces[np.append(first[1:], len(pieces)) - 1]
+    merged: NDArray[np.void] = pieces[np.append(first[1:], len(pieces)) - 1]
     merged["blocks"] = np.add.reduceat(pieces["blocks"], first)
     return merged
 

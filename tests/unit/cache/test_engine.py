@@ -106,7 +106,7 @@ def test_a_put_does_not_follow_on_a_hole() -> None:
 
 def test_policies_are_named() -> None:
     assert policy_class("lru") is LRU
-    with pytest.raises(ConfigError, match="one of .*lru"):
+    with pytest.raises(ConfigError, match=r"one of .*lru"):
         policy_class("random")
 
 
