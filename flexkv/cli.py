@@ -11,6 +11,7 @@ usage: flexkv COMMAND [OPTIONS]
 
   demo     a real vLLM that loads its KV from memory and SSD instead of computing it
   bench    measure the control plane, a disk (ssd) or a GPU (gpu)
+  replay   hit rate of a trace of requests, by capacity and eviction policy
   config   print the configuration reference
   inspect  what a directory of the SSD tier holds
 
@@ -29,6 +30,12 @@ def _bench(argv: list[str]) -> int:
     return main(argv)
 
 
+def _replay(argv: list[str]) -> int:
+    from flexkv.replay import main
+
+    return main(argv)
+
+
 def _config(argv: list[str]) -> int:
     from flexkv.config.reference import main
 
@@ -42,7 +49,7 @@ def _inspect(argv: list[str]) -> int:
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "demo": _demo, "bench": _bench, "config": _config, "inspect": _inspect,
+    "demo": _demo, "bench": _bench, "replay": _replay, "config": _config, "inspect": _inspect,
 }
 
 

@@ -1,6 +1,5 @@
 """KVManager: what an engine calls to load and save KV. Wires index, data plane and tasks together."""
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -13,6 +12,7 @@ from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import policy_class
 from flexkv.cache.plan import MatchResult
 from flexkv.cache.reasons import StopReason
+from flexkv.cache.trace import make_recorder
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
 from flexkv.errors import SlotMappingError
 from flexkv.kvtask import KVTask, TaskTable, tokens_and_start
@@ -21,8 +21,6 @@ from flexkv.tiering import Tiering, make_ssd_store
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.layerwise import MAX_COUNTERS
 from flexkv.transfer.ssd import MakeStore
-
-logger = logging.getLogger("flexkv.kvmanager")
 
 
 class KVManager:
@@ -86,6 +84,7 @@ class KVManager:
             housekeeping=self._tiering.keep_house if self._tiering is not None else None,
         )
         self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block, self._tiering)
+        self.recorder = make_recorder(cache_config)      # adapters that match by keys tell it of each request
 
     # ---- life -------------------------------------------------------------------------------------------------
 
@@ -98,11 +97,11 @@ class KVManager:
         return self._transfer.is_ready and self._cache is not None
 
     def shutdown(self) -> None:
-        """Cancel what is under way, and give back memory, threads and the socket; what is queued for SSD is written
-        first. Can be called again."""
+        """Write what is queued for SSD, cancel what is under way, give all that it holds back. May be repeated."""
         if self._tiering is not None:
             self._tiering.shutdown()
         self._transfer.shutdown()
+        self.recorder.close()
 
     def reset(self, timeout: float = 5.0) -> None:
         """Forget all cached KV, as after a change of weights. Nothing put before it is ever returned after it.
@@ -166,6 +165,7 @@ class KVManager:
         self._refuse_swa(swa_aware)
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
+        self.recorder.record(keys)
         task = self._tasks.new_get(self._cache, keys, start, None, len(tokens), host_only=cpu_only or self._host_only)
         return task.task_id, task.token_mask()
 

@@ -25,7 +25,7 @@ cdef enum:
 
 PIECE_DTYPE = np.dtype(
     [("first_key", "u8"), ("last_access", "f8"), ("created", "f8"), ("rank", "f8"), ("hits", "u4"), ("depth", "u4"),
-     ("mark", "u4"), ("blocks", "u4"), ("group", "u2"), ("queue", "u1")],
+     ("mark", "u4"), ("blocks", "u4"), ("node", "i4"), ("group", "u2"), ("queue", "u1")],
     align=True,
 )
 
@@ -208,7 +208,8 @@ cdef class EvictableNodes(NodeStore):
         cdef Node *p = &self.nodes[node]
         cdef int64_t first = 0
         piece.last_access, piece.created, piece.hits, piece.depth = p.last_access, p.created, p.hits, p.depth
-        piece.rank, piece.mark, piece.group, piece.queue = p.rank[tier], p.mark[tier], p.group, p.queue[tier]
+        piece.node, piece.rank, piece.mark = node, p.rank[tier], p.mark[tier]
+        piece.group, piece.queue = p.group, p.queue[tier]
         piece.blocks = <uint32_t>self.take_from_end(node, tier, want - count[0], out + count[0], why, &first)
         piece.first_key = p.keys[2 * first]
         count[0] += piece.blocks
@@ -228,14 +229,14 @@ cdef class EvictableNodes(NodeStore):
             The slots that are free now, ``want`` at most.
         """
         self.check_tier(tier)
-        cdef Py_ssize_t i, count = 0, limit = min(want, self.num_blocks)
+        cdef Py_ssize_t count = 0, limit = min(want, self.num_blocks)
         out_array = np.empty(limit + 1, dtype=np.int32)
         cdef int32_t[::1] out = out_array
         cdef int64_t first
         cdef Node *p
         with nogil:
             self.tick(now)
-            for i in range(min(num_nodes, <Py_ssize_t>self.used_nodes)):
+            for _ in range(min(num_nodes, <Py_ssize_t>self.used_nodes)):
                 self.hand[tier] = (self.hand[tier] + 1) % self.used_nodes
                 p = &self.nodes[self.hand[tier]]
                 if count < limit and p.ready[tier] and p.live_children[tier] == 0 and self.expired(p, now):

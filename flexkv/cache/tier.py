@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flexkv._core.radix import RadixTree
 from flexkv._core.ranking import Ranking
 from flexkv._core.slots import SlotAllocator
-from flexkv.cache.eviction import EvictionPolicy
+from flexkv.cache.eviction import Choice, EvictionPolicy
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import Fate
@@ -171,6 +171,8 @@ class Tier:
     def evict(self, tree: RadixTree, want: int, now: float, group: int | None = None) -> int:
         """Free up to ``want`` slots (for a group), by quota and policy; returns how many."""
         self._tell(tree)
+        if len(self._policies) == 1:
+            return self._evict_from(tree, 0, want, now, Fate.EVICTED)
         freed = 0
         used = tree.ranking(self.number).blocks().sum(axis=1)
         for victim, most in self._quotas.victims(used, self.slots.capacity, group):
@@ -181,22 +183,30 @@ class Tier:
 
     def _evict_from(self, tree: RadixTree, group: int, want: int, now: float, why: Fate) -> int:
         policy, ranking, freed = self._policies[group], tree.ranking(self.number), 0
+        gone: list[NDArray[np.void]] = []
+        choice = Choice()
         while freed < want:
-            blocks, heads = ranking.blocks()[group], ranking.heads(group)
-            if not np.isfinite(heads).any():
-                break
-            choice = policy.choose(blocks, heads)
+            if policy.num_queues > 1:
+                blocks, heads = ranking.blocks()[group], ranking.heads(group)
+                if not np.isfinite(heads).any():
+                    break
+                choice = policy.choose(blocks, heads)
             slots, pieces = tree.evict(
                 self.number, group, choice.queue, want - freed, now, choice.leave, choice.spare_to, why,
                 choice.below,
             )
             self.slots.free(slots)
             freed += len(slots)
-            if policy.wants_pieces and len(pieces):
-                policy.evicted(pieces)
-            if not len(slots) and (ranking.heads(group) == heads).all() and (ranking.blocks()[group] == blocks).all():
+            gone.append(pieces)
+            if len(slots):
+                continue
+            if policy.num_queues == 1:
+                break
+            if (ranking.heads(group) == heads).all() and (ranking.blocks()[group] == blocks).all():
                 raise InvariantError(f"{type(policy).__name__} chooses {choice}, from where nothing can go")
         self.evicted_blocks += freed
+        if policy.wants_pieces and freed:
+            policy.evicted(_merged(np.concatenate(gone)))
         return freed
 
     def sweep(self, tree: RadixTree) -> None:
@@ -215,6 +225,14 @@ class Tier:
             )
         if any(self.slots.is_free(int(slot)) for slot in held):
             raise InvariantError(f"tier {self.number}: a block holds a slot that is free")
+
+
+def _merged(pieces: NDArray[np.void]) -> NDArray[np.void]:
+    """Those of one node, which follow one another, as one."""
+    first = np.flatnonzero(np.append(True, pieces["node"][1:] != pieces["node"][:-1]))
+    merged: NDArray[np.void] = pieces[np.append(first[1:], len(pieces)) - 1]
+    merged["blocks"] = np.add.reduceat(pieces["blocks"], first)
+    return merged
 
 
 def no_slots() -> Slots:

@@ -105,6 +105,10 @@ class CacheConfig(_Settings):
         "with other engines, so that all is loaded.",
         unit="tokens/s", low=0.0,
     )
+    trace_path: str = setting(
+        "", "Record what requests ask for, without their tokens, in this file, for `flexkv replay`; empty: do not."
+    )
+    trace_max_mb: int = setting(256, "The file is never larger; recording ends there.", unit="MiB", low=1)
     key_secret: str = setting("", "Secret of the deployment: block keys cannot be computed without it.", secret=True)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"kvtask"},
     {"kvmanager"},
     {"server"},
-    {"bench", "demo", "integration", "common"},
+    {"bench", "demo", "replay", "integration", "common"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -97,6 +97,7 @@ class SchedulerSide:
         if tracked is None or tracked.request is not request:
             tracked = TrackedRequest(request, self._manager, self._block_size)
             self._requests[request.request_id] = tracked
+            self._manager.recorder.record(tracked.keys())
         return tracked
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
