@@ -24,6 +24,8 @@ class Adaptive(EvictionPolicy):
     num_queues = NUM_QUEUES
     wants_pieces = True
 
+    ghosts: Ghosts
+
     def __init__(self, capacity: int, hit_reward_seconds: float = 0.0) -> None:
         super().__init__(capacity, hit_reward_seconds)
         self.ghosts = Ghosts(max(_MIN_GHOSTS, capacity // _GHOST_SHARE))

@@ -80,7 +80,7 @@ class EvictionPolicy(ABC):
         """
 
     def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:
-        """What came back: (n,) of ``flexkv._core.ranking.RETURN_DTYPE``, and the events that ``place`` gets next."""
+        """What came back: (n,) of ``flexkv._core.ranking.RETURN_DTYPE``, in the events that ``place`` gets next."""
 
     def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
         """From where to evict. Called until enough is free, and again when something may go from a queue from which
