@@ -69,7 +69,7 @@ class CacheConfig(_Settings):
     )
     evict_ratio: float = setting(0.01, "Share of a tier that one batch of evictions frees.", low=0.0, high=1.0)
     hit_reward_seconds: float = setting(
-        0.0, "Frequency-aware grace time: each hit lets a block count as this much younger; without effect on adaptive.",
+        0.0, "Frequency-aware grace time: each hit lets a block count as this much younger. Not with adaptive.",
         unit="s", low=0.0,
     )
     use_hugepage_cpu_buffer: bool = setting(False, "Host tier in hugepages; the system must have reserved them.")

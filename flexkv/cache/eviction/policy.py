@@ -79,7 +79,7 @@ class EvictionPolicy(ABC):
             spared), ``mark`` (the policy's own, 0 at first).
         """
 
-    def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:
+    def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:  # noqa: B027
         """What came back: (n,) of ``flexkv._core.ranking.RETURN_DTYPE``, in the events that ``place`` gets next."""
 
     def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
