@@ -31,6 +31,7 @@ MODULES: dict[str, list[str]] = {
     "nodes": [],
     "radix": [],
     "ranking": [],
+    "reuse": [],
     "ring": ["csrc/ring.c"],
     "slot_records": [],
     "slots": [],

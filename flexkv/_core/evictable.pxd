@@ -9,6 +9,7 @@ cdef struct Piece:
     uint64_t first_key
     double last_access
     double created
+    double rank
     uint32_t hits
     uint32_t depth
     uint32_t mark

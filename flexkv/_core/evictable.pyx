@@ -24,8 +24,8 @@ cdef enum:
     MAX_SPARED = 1 << 16               # by one call
 
 PIECE_DTYPE = np.dtype(
-    [("first_key", "u8"), ("last_access", "f8"), ("created", "f8"), ("hits", "u4"), ("depth", "u4"), ("mark", "u4"),
-     ("blocks", "u4"), ("node", "i4"), ("group", "u2"), ("queue", "u1")],
+    [("first_key", "u8"), ("last_access", "f8"), ("created", "f8"), ("rank", "f8"), ("hits", "u4"), ("depth", "u4"),
+     ("mark", "u4"), ("blocks", "u4"), ("node", "i4"), ("group", "u2"), ("queue", "u1")],
     align=True,
 )
 
@@ -127,7 +127,7 @@ cdef class EvictableNodes(NodeStore):
         return count
 
     def evict(self, int tier, int group, int queue, Py_ssize_t want, double now, int64_t leave=0,
-              int spare_to=-1, uint32_t why=WHY_EVICTED):
+              int spare_to=-1, uint32_t why=WHY_EVICTED, double below=INFINITY):
         """Free up to ``want`` slots of a queue of ``tier``, in the order of rank, each node from its end on.
 
         Blocks that are pinned or being written stay, and so do the blocks before them.
@@ -143,6 +143,8 @@ cdef class EvictableNodes(NodeStore):
             if it is the same queue, and all if it is another.
         why : int
             For those who ask for the block: evicted or over quota.
+        below : float
+            Only nodes of a lower rank go.
 
         Returns
         -------
@@ -169,8 +171,8 @@ cdef class EvictableNodes(NodeStore):
         cdef Heap *heap = &ranking.heaps[group * ranking.num_queues + queue]
         with nogil:
             self.tick(now)
-            while count < want and heap.size and heap.blocks > leave and spared < MAX_SPARED and (
-                    ranking.num_queues == 1 or ranking.num_active(group) <= num_active):
+            while count < want and heap.size and heap.entries[0].rank < below and heap.blocks > leave and (
+                    spared < MAX_SPARED) and (ranking.num_queues == 1 or ranking.num_active(group) <= num_active):
                 if self.spare(heap.entries[0].node, ranking, spare_to, now):
                     spared += 1
                     continue
@@ -206,8 +208,8 @@ cdef class EvictableNodes(NodeStore):
         cdef Node *p = &self.nodes[node]
         cdef int64_t first = 0
         piece.last_access, piece.created, piece.hits, piece.depth = p.last_access, p.created, p.hits, p.depth
-        piece.node = node
-        piece.mark, piece.group, piece.queue = p.mark[tier], p.group, p.queue[tier]
+        piece.node, piece.rank, piece.mark = node, p.rank[tier], p.mark[tier]
+        piece.group, piece.queue = p.group, p.queue[tier]
         piece.blocks = <uint32_t>self.take_from_end(node, tier, want - count[0], out + count[0], why, &first)
         piece.first_key = p.keys[2 * first]
         count[0] += piece.blocks

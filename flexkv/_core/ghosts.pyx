@@ -5,27 +5,11 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
 
-
-cdef struct Ghost:
-    uint64_t key
-    double value
-    uint32_t blocks                    # 0: has been taken
-
-
 cdef class Ghosts:
     """At most ``max_pieces`` pieces, each with its number of blocks. The caller locks.
 
     A piece that is added again replaces the older one. Memory is taken as it is used.
     """
-    cdef readonly int64_t num_blocks
-    cdef Py_ssize_t size               # of the ring, and (twice that) of the table; a power of two
-    cdef Arena ring_arena
-    cdef Arena table_arena
-    cdef Ghost *ring
-    cdef int32_t *table                # place in the ring + 1
-    cdef int64_t first
-    cdef int64_t last
-
     def __cinit__(self, Py_ssize_t max_pieces):
         if not 1 <= max_pieces < 1 << 30:
             raise ValueError(f"max_pieces is {max_pieces}; allowed: 1 to 2**30 - 1")
@@ -69,13 +53,15 @@ cdef class Ghosts:
             self.remove(self.find(ghost.key))
         self.first += 1
 
-    def add(self, const uint64_t[:] keys not None, const uint32_t[:] blocks not None, const double[:] values not None):
+    def add(self, const uint64_t[:] keys not None, const uint32_t[:] blocks not None, const double[:] values not None,
+            const uint32_t[:] marks=None):
         """Pieces ((n,) each) have gone; ``blocks`` of at least one."""
         cdef Py_ssize_t i, n = keys.shape[0]
         cdef uint64_t at
         cdef Ghost *ghost
-        if blocks.shape[0] != n or values.shape[0] != n:
-            raise ValueError(f"{n} keys, {blocks.shape[0]} counts, {values.shape[0]} values")
+        cdef bint marked = marks is not None
+        if blocks.shape[0] != n or values.shape[0] != n or (marked and marks.shape[0] != n):
+            raise ValueError(f"{n} keys, {blocks.shape[0]} counts, {values.shape[0]} values, or not as many marks")
         with nogil:
             for i in range(n):
                 at = self.find(keys[i])
@@ -87,6 +73,7 @@ cdef class Ghosts:
                     at = self.find(keys[i])
                 ghost = &self.ring[self.last & (self.size - 1)]
                 ghost.key, ghost.value, ghost.blocks = keys[i], values[i], max(1, blocks[i])
+                ghost.mark = marks[i] if marked else 0
                 self.table[at] = <int32_t>((self.last & (self.size - 1)) + 1)
                 self.last += 1
                 self.num_blocks += ghost.blocks

@@ -398,6 +398,9 @@ cdef class RadixTree(EvictableNodes):
                     break
                 if m < self.nodes[node].length:
                     self.split(node, <uint32_t>m)
+                    for t in range(self.num_tiers):
+                        if self.nodes[node].resident[t]:
+                            self.change(node, t, False)    # the policy may want to know what was left aside
                     node = self.nodes[node].parent
                 p = &self.nodes[node]
                 if hit:

@@ -1,7 +1,33 @@
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
 from flexkv._core.node cimport Node
+
+# Mirrored field by field by EVENT_DTYPE in ranking.pyx.
+cdef struct Event:
+    uint64_t first_key
+    double created
+    double last_access
+    double rank
+    float gap
+    int32_t node
+    uint32_t hits
+    uint32_t new_hits
+    uint32_t depth
+    uint32_t length
+    uint32_t children
+    uint32_t mark
+    uint16_t group
+    uint8_t queue
+    uint8_t lives
+    uint8_t is_new
+
+# Mirrored by RETURN_DTYPE.
+cdef struct Return:
+    double value
+    uint32_t event
+    uint32_t mark
+    uint32_t blocks
 
 cdef struct Entry:
     double rank

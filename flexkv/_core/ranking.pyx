@@ -7,11 +7,12 @@ an eviction costs does not depend on how much is cached.
 """
 import numpy as np
 
-from libc.stdint cimport uint16_t, uint64_t
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
 from flexkv._core.arena cimport Arena
+from flexkv._core.ghosts cimport Ghost, Ghosts
 from flexkv.errors import InvariantError
 
 EVENT_DTYPE = np.dtype(
@@ -23,25 +24,11 @@ EVENT_DTYPE = np.dtype(
     align=True,
 )
 
-cdef struct Event:                    # the same, field by field
-    uint64_t first_key
-    double created
-    double last_access
-    double rank
-    float gap
-    int32_t node
-    uint32_t hits
-    uint32_t new_hits
-    uint32_t depth
-    uint32_t length
-    uint32_t children
-    uint32_t mark
-    uint16_t group
-    uint8_t queue
-    uint8_t lives
-    uint8_t is_new
-
 assert EVENT_DTYPE.itemsize == sizeof(Event)
+
+RETURN_DTYPE = np.dtype([("value", "f8"), ("event", "u4"), ("mark", "u4"), ("blocks", "u4")], align=True)
+
+assert RETURN_DTYPE.itemsize == sizeof(Return)
 
 
 cdef class Ranking:
@@ -249,6 +236,40 @@ cdef class Ranking:
                 p.is_new &= ~self.bit
             self.num_changed = 0
         return events_array[:n]
+
+    def returned(self, events, Ghosts ghosts not None):
+        """Which pieces of ``ghosts`` are back in new nodes of ``events``, as ``drain`` gave them; they are no ghosts
+        any more. (n,) of ``RETURN_DTYPE``: number of the event, and of the piece ``value``, ``mark`` and the
+        blocks that are back."""
+        cdef uint8_t[::1] raw = events.view(np.uint8)
+        cdef const Event *told = <Event *>&raw[0] if len(events) else NULL
+        cdef Py_ssize_t i, n = len(events), count = 0, limit
+        cdef uint32_t block, step
+        cdef uint64_t at
+        cdef Ghost *ghost
+        cdef Node *p
+        limit = min(int(events["length"][events["is_new"]].sum()), ghosts.last - ghosts.first)
+        returns_array = np.empty(limit + 1, dtype=RETURN_DTYPE)
+        cdef uint8_t[::1] raw_returns = returns_array.view(np.uint8)
+        cdef Return *returns = <Return *>&raw_returns[0]
+        with nogil:
+            for i in range(n):
+                if not told[i].is_new:
+                    continue
+                p = &self.nodes[told[i].node]
+                block = 0
+                while block < p.length:
+                    at = ghosts.find(p.keys[2 * block])
+                    if not ghosts.table[at]:
+                        break
+                    ghost = &ghosts.ring[ghosts.table[at] - 1]
+                    step = min(ghost.blocks, p.length - block)
+                    returns[count].value, returns[count].mark = ghost.value, ghost.mark
+                    returns[count].event, returns[count].blocks = <uint32_t>i, step
+                    count += 1
+                    block += step
+                    ghosts.remove(at)
+        return returns_array[:count]
 
     def place(self, events):
         """Take over ``rank``, ``queue``, ``mark`` and ``lives`` of what ``drain`` gave."""

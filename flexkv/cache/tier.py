@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.radix import RadixTree
+from flexkv._core.ranking import Ranking
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.eviction import Choice, EvictionPolicy
 from flexkv.cache.planner import LoadPlanner
@@ -151,15 +152,21 @@ class Tier:
         events = ranking.drain()
         try:
             if len(self._policies) == 1:
-                self._policies[0].place(events)
+                self._place(ranking, self._policies[0], events)
                 return
             for group in np.unique(events["group"]):
                 mine = events["group"] == group
                 part = events[mine]
-                self._policies[group].place(part)
+                self._place(ranking, self._policies[group], part)
                 events[mine] = part
         finally:
             ranking.place(events)
+
+    @staticmethod
+    def _place(ranking: Ranking, policy: EvictionPolicy, events: NDArray[np.void]) -> None:
+        if policy.ghosts is not None:
+            policy.returned(events, ranking.returned(events, policy.ghosts))
+        policy.place(events)
 
     def evict(self, tree: RadixTree, want: int, now: float, group: int | None = None) -> int:
         """Free up to ``want`` slots (for a group), by quota and policy; returns how many."""
@@ -185,7 +192,8 @@ class Tier:
                     break
                 choice = policy.choose(blocks, heads)
             slots, pieces = tree.evict(
-                self.number, group, choice.queue, want - freed, now, choice.leave, choice.spare_to, why
+                self.number, group, choice.queue, want - freed, now, choice.leave, choice.spare_to, why,
+                choice.below,
             )
             self.slots.free(slots)
             freed += len(slots)

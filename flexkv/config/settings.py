@@ -60,13 +60,17 @@ class CacheConfig(_Settings):
     tokens_per_block: int = setting(16, "Tokens of a block, the unit of caching; the engine's page size.", low=1)
     cpu_cache_gb: float = setting(16.0, "Memory of the host tier.", unit="GiB", low=0.0)
     num_cpu_blocks: int | None = setting(None, "Blocks of the host tier; instead of `cpu_cache_gb`.", low=1)
-    eviction_policy: str = setting("lru", "What goes first when a tier is full.", choices=("lru",))
+    eviction_policy: str = setting(
+        "adaptive", "What goes first when a tier is full.",
+        choices=("adaptive", "lru", "lfu", "slru", "fifo", "mru", "filo", "s3fifo", "arc"),
+    )
     evict_start_threshold: float = setting(
         0.98, "Share of a tier, host or SSD, in use from which blocks are evicted ahead of need.", low=0.0, high=1.0
     )
     evict_ratio: float = setting(0.01, "Share of a tier that one batch of evictions frees.", low=0.0, high=1.0)
     hit_reward_seconds: float = setting(
-        0.0, "Frequency-aware grace time: each hit lets a block count as this much younger.", unit="s", low=0.0
+        0.0, "Frequency-aware grace time: each hit lets a block count as this much younger. Not with adaptive.",
+        unit="s", low=0.0,
     )
     use_hugepage_cpu_buffer: bool = setting(False, "Host tier in hugepages; the system must have reserved them.")
     hugepage_size_bytes: int = setting(2 << 20, "Size of those hugepages.", unit="bytes", low=4096)

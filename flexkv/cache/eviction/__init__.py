@@ -1,5 +1,6 @@
 """Eviction policies, one a file."""
 
+from flexkv.cache.eviction.adaptive import Adaptive
 from flexkv.cache.eviction.arc import ARC
 from flexkv.cache.eviction.fifo import FIFO
 from flexkv.cache.eviction.filo import FILO
@@ -12,7 +13,8 @@ from flexkv.cache.eviction.slru import SLRU
 from flexkv.errors import ConfigError
 
 POLICIES: dict[str, type[EvictionPolicy]] = {
-    "lru": LRU, "lfu": LFU, "slru": SLRU, "fifo": FIFO, "mru": MRU, "filo": FILO, "s3fifo": S3FIFO, "arc": ARC,
+    "adaptive": Adaptive, "lru": LRU, "lfu": LFU, "slru": SLRU, "fifo": FIFO, "mru": MRU, "filo": FILO,
+    "s3fifo": S3FIFO, "arc": ARC,
 }
 
 
@@ -24,5 +26,5 @@ def policy_class(name: str) -> type[EvictionPolicy]:
         raise ConfigError("eviction_policy", name, f"one of {', '.join(sorted(POLICIES))}") from None
 
 
-__all__ = ["ARC", "FIFO", "FILO", "LFU", "LRU", "MRU", "POLICIES", "S3FIFO", "SLRU", "Choice", "EvictionPolicy",
-           "policy_class"]
+__all__ = ["ARC", "FIFO", "FILO", "LFU", "LRU", "MRU", "POLICIES", "S3FIFO", "SLRU", "Adaptive", "Choice",
+           "EvictionPolicy", "policy_class"]

@@ -1,10 +1,13 @@
 """The interface of an eviction policy."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from flexkv._core.ghosts import Ghosts
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +23,14 @@ class Choice:
     spare_to : int
         Nodes with lives left are not evicted, but go to the end of this queue: they lose one life if it is the same
         queue, and all if it is another. -1: none is spared.
+    below : float
+        Only nodes of a lower rank.
     """
 
     queue: int = 0
     leave: int = 0
     spare_to: int = -1
+    below: float = math.inf
 
 
 class EvictionPolicy(ABC):
@@ -49,10 +55,13 @@ class EvictionPolicy(ABC):
         A node is in one of so many queues (0 at first), each with its own order.
     wants_pieces : bool
         Whether ``evicted`` is to be called.
+    ghosts : Ghosts, optional
+        Pieces that ``returned`` is to be told of when they come back, those that follow each other one by one.
     """
 
     num_queues = 1
     wants_pieces = False
+    ghosts: Ghosts | None = None
 
     def __init__(self, capacity: int, hit_reward_seconds: float = 0.0) -> None:
         self.capacity = capacity
@@ -69,6 +78,9 @@ class EvictionPolicy(ABC):
             in place: ``rank`` (of new ones: when they came to the tier); ``queue``, ``lives`` (how often it is
             spared), ``mark`` (the policy's own, 0 at first).
         """
+
+    def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:  # noqa: B027
+        """What came back: (n,) of ``flexkv._core.ranking.RETURN_DTYPE``, in the events that ``place`` gets next."""
 
     def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
         """From where to evict. Called until enough is free, and again when something may go from a queue from which

@@ -45,7 +45,7 @@ def test_order_of_sources(tmp_path: Path) -> None:
         ({"tokens_per_block": 16.0, **SMALL}, "tokens_per_block = 16.0: must be a whole number"),
         ({"tokens_per_block": 0, **SMALL}, "at least 1"),
         ({"evict_ratio": 1.5, **SMALL}, "at most 1"),
-        ({"eviction_policy": "magic", **SMALL}, "one of lru"),
+        ({"eviction_policy": "magic", **SMALL}, "one of adaptive, lru"),
         ({"hugepage_size_bytes": 5000, **SMALL}, "power of two"),
         ({"ring_bytes": 5000, **SMALL}, "power of two"),
         ({"audit": 1, **SMALL}, "true or false"),

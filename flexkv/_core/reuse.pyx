@@ -1,0 +1,281 @@
+"""What is used again, and after how long: statistics by class of use, and from them what is worth its place least.
+
+A node has a *class*: by what its last use was like. Of each class is counted how many blocks were used, and at which
+age how many of them were used again, whether cached or evicted meanwhile. From that follows the *hit density* of a
+class at an age: the most hits per block and second that it gives if it is kept from then on for some time. That is the
+index of Gittins (Bandit processes and dynamic allocation indices, 1979); LHD (Beckmann, Chen, Cidon, NSDI 2018) takes
+the mean over all time to come instead. That classes of requests differ in when they come back is from Wang et al.:
+KVCache cache in the wild (ATC 2025).
+
+A class whose density falls with age is evicted from its oldest on. One whose density rises, as that of a loop over more
+than fits, is evicted from its newest on; the rank of such nodes is the negative time of their last use.
+
+Times are on a clock of its own: the engine's, moved on a little with each operation, so that ages differ where that
+stands still.
+"""
+import numpy as np
+
+from libc.math cimport INFINITY, fabs, fmax, fmin, log2, nextafter
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.string cimport memset
+
+from flexkv._core.ranking cimport Event, Return
+
+cdef enum:
+    SHARES = 3                         # how much of the request was never seen before
+    KINDS = 2                          # whether the node was hit, or is new
+    GAPS = 5                           # how long before its last use it was used; 0: not known
+    HUBS = 2                           # whether sequences part behind it
+    LEFT = SHARES * KINDS * GAPS * HUBS     # the class of what was left aside when a node was used in part
+    CLASSES = LEFT + 1
+    FEATURES = 4
+    MAX_VALUES = 5                     # of a feature
+    AGES = 72                          # half octaves
+
+    HIT = 0
+    NEW = 1
+    PERIOD = 100                       # operations from which densities are derived anew: it takes half a millisecond
+    FIRST = 20                         # the first time; until then it is LRU
+
+NUM_QUEUES = 2 * CLASSES               # of each class: what goes from the oldest on, and from the newest on
+
+cdef int[FEATURES] SIZES = [SHARES, KINDS, GAPS, HUBS]
+cdef int[FEATURES] STRIDES = [KINDS * GAPS * HUBS, GAPS * HUBS, HUBS, 1]
+
+# Bounds of the shares: a turn adds little, another subject under the same prefix much, a new conversation all.
+cdef double SMALL_SHARE = 0.1
+cdef double LARGE_SHARE = 0.5
+cdef double SHORT_GAP_S = 4.0          # tools answer sooner than people; above it each octave is a class
+cdef double FIRST_AGE_S = 1e-3         # with 72 half octaves the last age begins after one year
+cdef double TICK_S = 0.0005            # that each operation takes at least; a request has two, so that it is 1 ms
+cdef double PRIOR = 0.01               # a class counts by itself from this share of all blocks on; else by its features
+cdef double MAX_RATIO = 20.0           # by which a feature makes it likelier that a block is used again
+cdef double MIN_LEFT = 0.005           # of a class are thought never to be used again, at any age
+cdef double DECAY = 0.99               # each period; half of it is 7,000 operations ago
+cdef double RISE = 1.1                 # of the density from first use to eviction, for the newest to go first
+cdef double NEAR_PRICE = 1.05          # times what goes now: a new one of that density would be among the next anyway
+cdef double PRICE_WEIGHT = 0.05        # of the latest eviction
+
+
+cdef inline int age_of(double seconds) noexcept nogil:
+    return <int>fmin(2 * log2(fmax(seconds, FIRST_AGE_S) / FIRST_AGE_S), AGES - 1)
+
+
+cdef inline int gap_of(double seconds) noexcept nogil:
+    return 1 + <int>fmin(log2(fmax(seconds, SHORT_GAP_S) / SHORT_GAP_S), GAPS - 2)
+
+
+cdef inline uint32_t class_of(int share, int kind, int gap, bint is_hub) noexcept nogil:
+    return share * STRIDES[0] + kind * STRIDES[1] + gap * STRIDES[2] + (kind == HIT and is_hub)
+
+
+cdef inline int value_of(uint32_t cls, int feature) noexcept nogil:
+    return 0 if cls == LEFT else <int>cls // STRIDES[feature] % SIZES[feature]
+
+
+cdef class ReuseStatistics:
+    """Of one tier and quota group: 100 KB, however much is cached. The caller locks."""
+    cdef double[CLASSES][AGES] again      # blocks that were used again at an age
+    cdef double[CLASSES] used             # blocks that were used
+    cdef double[CLASSES][AGES] density    # hits per block and second
+    cdef double[AGES + 1] starts          # of each age, in seconds
+    cdef double[CLASSES] oldest           # age of the next to go, of those that go from the oldest on
+    cdef double price                     # density of what goes now
+    cdef double seen                      # the last use, on the engine's clock
+    cdef double now                       # the same on its own
+    cdef int64_t operations
+    cdef int64_t due                      # operations at which densities are to be derived
+    cdef readonly bint has_learned
+
+    def __cinit__(self):
+        cdef int i
+        self.seen = -INFINITY
+        self.due = FIRST
+        for i in range(1, AGES + 1):
+            self.starts[i] = FIRST_AGE_S * 2 ** (0.5 * i)
+
+    def place(self, events, returns):
+        """Count uses, and give each event its class (as ``mark``), ``queue`` and ``rank``.
+
+        Parameters
+        ----------
+        events : (n,) of ``EVENT_DTYPE``
+        returns : (m,) of ``RETURN_DTYPE``
+            What of new nodes was evicted before, with its last use as value, and its class as mark.
+        """
+        cdef Py_ssize_t i, first = 0, n = len(events)
+        if n == 0:
+            return
+        cdef int64_t[::1] order = np.argsort(events["last_access"], kind="stable")
+        cdef int64_t[::1] firsts = np.searchsorted(returns["event"], np.arange(n + 1, dtype=np.uint32))
+        cdef uint8_t[::1] raw = events.view(np.uint8)
+        cdef uint8_t[::1] raw_returns = returns.view(np.uint8)
+        cdef Event *all_events = <Event *>&raw[0]
+        cdef const Return *all_returns = <const Return *>&raw_returns[0] if len(returns) else NULL
+        with nogil:
+            for i in range(1, n + 1):
+                if i == n or all_events[order[i]].last_access > all_events[order[first]].last_access:
+                    self.operation(all_events, &order[first], i - first, all_returns, &firsts[0])
+                    first = i
+            if self.operations >= self.due:
+                self.due = self.operations + PERIOD
+                self.learn()
+
+    cdef void operation(self, Event *events, const int64_t *order, Py_ssize_t n, const Return *returns,
+                        const int64_t *firsts) noexcept nogil:
+        """Nodes that were used at one time, of one request."""
+        cdef Event *e = &events[order[0]]
+        cdef bint is_use = e.last_access > self.seen    # else they were told of because a part of them was
+        cdef Py_ssize_t i
+        cdef int64_t r, deepest = -1
+        cdef double total = 0, unseen = 0
+        cdef int share, gap = 0                         # of new nodes: that of what came back, or of what they follow
+        cdef bint came_back = False
+        if is_use:
+            self.seen = e.last_access
+            self.operations += 1
+            self.now = fmax(self.now, e.last_access + TICK_S * self.operations)
+        for i in range(n):
+            e = &events[order[i]]
+            total = fmax(total, <double>e.depth + e.length)
+            if e.is_new:
+                unseen += e.length
+                for r in range(firsts[order[i]], firsts[order[i] + 1]):
+                    unseen -= returns[r].blocks
+                    self.again[returns[r].mark][age_of(self.now - returns[r].value)] += returns[r].blocks
+                    gap = gap_of(self.now - returns[r].value)
+                    came_back = True
+            elif not came_back and <int64_t>e.depth > deepest:
+                deepest = e.depth
+                gap = gap_of(self.now - fabs(e.rank)) if e.new_hits else value_of(e.mark, 2)
+        share = 0 if unseen <= SMALL_SHARE * total else 1 if unseen <= LARGE_SHARE * total else 2
+        for i in range(n):
+            self.classify(&events[order[i]], share, gap, is_use)
+
+    cdef void classify(self, Event *e, int share, int gap, bint is_use) noexcept nogil:
+        cdef double last = fabs(e.rank)
+        cdef uint32_t cls
+        if e.is_new:
+            cls = class_of(share, NEW, gap, False)
+        elif e.new_hits:
+            self.again[e.mark][age_of(self.now - last)] += e.length
+            cls = class_of(share, HIT, gap_of(self.now - last), e.children > 1)
+        else:                                           # the put after the get: now it is known what is unseen
+            self.used[e.mark] = fmax(self.used[e.mark] - e.length, 0)
+            cls = class_of(max(share, value_of(e.mark, 0)), value_of(e.mark, 1), value_of(e.mark, 2), e.children > 1)
+            if not is_use:
+                cls = LEFT
+        self.used[cls] += e.length
+        e.mark = cls
+        if is_use or e.is_new:
+            e.rank = -self.now if self.newest_first(cls) else self.now
+        e.queue = <uint8_t>(cls + (CLASSES if e.rank < 0 else 0))
+
+    cdef bint newest_first(self, uint32_t cls) noexcept nogil:
+        cdef double at_first = self.density[cls][0]
+        return at_first < NEAR_PRICE * self.price and (
+            at_first * RISE < self.density[cls][age_of(self.oldest[cls])])
+
+    def choose(self, const double[::1] heads not None):
+        """From which queue to evict, of ``heads`` as a policy is given them, and below which rank: what follows there
+        is worth no more."""
+        cdef int q, best = 0
+        cdef double age, density, lowest = INFINITY, second = INFINITY, below
+        with nogil:
+            for q in range(2 * CLASSES):
+                if heads[q] == INFINITY:
+                    continue
+                age = fmax(self.now - fabs(heads[q]), 0)
+                if q < CLASSES:
+                    self.oldest[q] = age
+                # of equal ones the older; until something is known that is LRU
+                density = self.density[q % CLASSES][age_of(age)] + 1e-13 / (1 + age)
+                if density < lowest:
+                    second, lowest, best = lowest, density, q
+                elif density < second:
+                    second = density
+            if not self.has_learned:
+                below = heads[best]
+            elif best < CLASSES:
+                below = self.now - self.starts[age_of(self.now - heads[best])]
+            else:
+                below = self.starts[age_of(self.now + heads[best]) + 1] - self.now
+            if self.has_learned:
+                self.price += PRICE_WEIGHT * (lowest - self.price)
+        return best, nextafter(fmax(below, heads[best]), INFINITY)
+
+    # ---- densities --------------------------------------------------------------------------------------------
+
+    cdef void learn(self) noexcept nogil:
+        cdef double[FEATURES + 1][MAX_VALUES][AGES] likelier
+        cdef double[AGES] mean, again
+        cdef double total = 0, weight, expected, scale
+        cdef int c, a, f
+        memset(mean, 0, sizeof(mean))
+        for c in range(CLASSES):
+            total += self.used[c]
+            for a in range(AGES):
+                mean[a] += self.again[c][a]
+        if total <= 0:
+            return
+        for a in range(AGES):
+            mean[a] /= total
+        weight = PRIOR * total
+        self.compare(mean, weight, likelier)
+        for c in range(CLASSES):
+            expected = 0
+            for a in range(AGES):
+                again[a] = mean[a]
+                if c == LEFT:
+                    again[a] *= likelier[FEATURES][0][a]
+                else:
+                    for f in range(FEATURES):
+                        again[a] *= likelier[f][value_of(c, f)][a]
+                expected += again[a]
+            scale = weight * fmin(1.0, 0.999 / fmax(expected, 1e-300))
+            for a in range(AGES):
+                again[a] = self.again[c][a] + scale * again[a]
+            self.set_density(c, again, self.used[c] + weight)
+        for c in range(CLASSES):
+            self.used[c] *= DECAY
+            for a in range(AGES):
+                self.again[c][a] *= DECAY
+        self.has_learned = True
+
+    cdef void compare(self, const double *mean, double weight, double[MAX_VALUES][AGES] *likelier) noexcept nogil:
+        """By how much a value of a feature makes a use at each age likelier, taken by itself (naive Bayes)."""
+        cdef double[FEATURES + 1][MAX_VALUES] used
+        cdef double total = 0, x
+        cdef int c, a, f, v
+        memset(used, 0, sizeof(used))
+        memset(likelier, 0, sizeof(double) * (FEATURES + 1) * MAX_VALUES * AGES)
+        for a in range(AGES):
+            total += mean[a]
+        for c in range(CLASSES):
+            for f in range(FEATURES + 1):
+                if (f == FEATURES) != (c == LEFT):      # the last is for what has no features
+                    continue
+                v = 0 if c == LEFT else value_of(c, f)
+                used[f][v] += self.used[c]
+                for a in range(AGES):
+                    likelier[f][v][a] += self.again[c][a]
+        for f in range(FEATURES + 1):
+            for v in range(SIZES[f] if f < FEATURES else 1):
+                for a in range(AGES):
+                    x = mean[a] + PRIOR * total / AGES + 1e-300
+                    likelier[f][v][a] = fmin(MAX_RATIO, (likelier[f][v][a] + weight * x) / ((used[f][v] + weight) * x))
+
+    cdef void set_density(self, int c, const double *again, double used) noexcept nogil:
+        cdef double[AGES + 1] hits, block_seconds
+        cdef double best
+        cdef int a, b
+        hits[0] = block_seconds[0] = 0
+        for a in range(AGES):
+            block_seconds[a + 1] = block_seconds[a] + (self.starts[a + 1] - self.starts[a]) * fmax(
+                used - hits[a] - again[a] / 2, MIN_LEFT * used)
+            hits[a + 1] = hits[a] + again[a]
+        for a in range(AGES):
+            best = 0
+            for b in range(a + 1, AGES + 1):
+                best = fmax(best, (hits[b] - hits[a]) / (block_seconds[b] - block_seconds[a]))
+            self.density[c][a] = best + 1e-12 / self.starts[a + 1]     # of those without a use, the older is less

@@ -1,0 +1,47 @@
+"""Learns what is used again (docs/design/0008-adaptive-eviction.md)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.ghosts import Ghosts
+from flexkv._core.ranking import RETURN_DTYPE
+from flexkv._core.reuse import NUM_QUEUES, ReuseStatistics
+from flexkv.cache.eviction.policy import Choice, EvictionPolicy
+
+_GHOST_SHARE = 8
+"""One piece is remembered for so many blocks of the tier: 4 bytes a block."""
+
+_MIN_GHOSTS = 8192
+"""A small tier has to remember more than its share to see anything come back: 256 KiB."""
+
+
+class Adaptive(EvictionPolicy):
+    """What gives the fewest hits per block and second goes first, as learned from what came back and when.
+
+    Until there is something to go by it is LRU. ``flexkv._core.reuse`` has the statistics, and their sources.
+    """
+
+    num_queues = NUM_QUEUES
+    wants_pieces = True
+
+    ghosts: Ghosts
+
+    def __init__(self, capacity: int, hit_reward_seconds: float = 0.0) -> None:
+        super().__init__(capacity, hit_reward_seconds)
+        self.ghosts = Ghosts(max(_MIN_GHOSTS, capacity // _GHOST_SHARE))
+        self._statistics = ReuseStatistics()
+        self._returns = np.zeros(0, dtype=RETURN_DTYPE)
+
+    def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:
+        self._returns = returns
+
+    def place(self, events: NDArray[np.void]) -> None:
+        self._statistics.place(events, self._returns)
+        self._returns = self._returns[:0]
+
+    def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
+        queue, below = self._statistics.choose(heads)
+        return Choice(queue, below=below)
+
+    def evicted(self, pieces: NDArray[np.void]) -> None:
+        self.ghosts.add(pieces["first_key"], pieces["blocks"], np.abs(pieces["rank"]), pieces["mark"])
