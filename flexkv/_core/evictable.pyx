@@ -59,8 +59,9 @@ cdef class EvictableNodes(NodeStore):
         for i in range(self.num_groups):
             ttl[i] = ttl_s[i]
 
-    cdef inline bint expired(self, Node *p, double now) noexcept nogil:
-        return self.ttl != NULL and p.last_access + self.ttl[p.group] < now
+    cdef inline bint expired(self, Node *p, double now, int group=-1) noexcept nogil:
+        """``group``: whose time counts; default: its own."""
+        return self.ttl != NULL and p.holds == 0 and p.last_access + self.ttl[p.group if group < 0 else group] < now
 
     cdef void unpark(self, int32_t node, int tier) noexcept nogil:
         """What held the last blocks of a node may hold them no longer."""

@@ -1,5 +1,6 @@
 """What one get, put, fetch or write-back will move: made by ``GlobalCacheEngine``, carried out by the data plane."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,14 @@ class MatchResult:
     ----------
     num_to_fetch : int
         How many of them have to be read from SSD first.
+    since : float
+        When the block after them went, in seconds of ``time.monotonic``; nan: it did not, or nobody knows.
     """
 
     num_ready: int
     reason: StopReason
     num_to_fetch: int = 0
+    since: float = math.nan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,6 +150,8 @@ class GetPlan:
         What has to be read from SSD for it, and nobody reads yet: whoever made the plan starts it.
     joins : tuple of Join
         Blocks whose host slot is filled by a fetch, this one's or another's.
+    since : float
+        As in ``MatchResult``.
     """
 
     keys: NDArray[np.uint64]
@@ -156,6 +162,7 @@ class GetPlan:
     tree: RadixTree
     fetch: FetchPlan | None = None
     joins: tuple[Join, ...] = ()
+    since: float = math.nan
 
     def __len__(self) -> int:
         return self.stop - self.start
