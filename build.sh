@@ -175,7 +175,7 @@ case "${1:-}" in
     --debug)    environment; dependencies torch; build debug ;;
     demo)       shift; environment; dependencies demo; engine; build release; "$PYTHON" -m flexkv.cli demo "$@" ;;
     test)
-        shift; environment; dependencies demo,test; engine; build release
+        shift; environment; dependencies demo,replay,test; engine; build release
         ! command -v dpkg-query >/dev/null || debian_packages $DEBIAN_TEST
         step "linters and type checks"
         run "$PYTHON" -m ruff check flexkv tests setup.py
@@ -183,7 +183,7 @@ case "${1:-}" in
         run "$PYTHON" -m mypy
         step "tests"
         "$PYTHON" -m pytest "$@" ;;
-    sanitize)   environment; dependencies demo,test; sanitize_with address; sanitize_with thread ;;
+    sanitize)   environment; dependencies demo,replay,test; sanitize_with address; sanitize_with thread ;;
     --release)  environment; dependencies torch; run "$PYTHON" -m pip wheel --no-deps --no-build-isolation -w dist . ; ls dist ;;
     --clean)    rm -rf build dist ./*.egg-info flexkv/_core/*.so flexkv/_core/*.c; rm -f .venv/.flexkv-* ;;
     -h|--help)  usage ;;

@@ -92,5 +92,23 @@ class DirectoryInUseError(StorageError):
         self.owner = owner
 
 
+class TraceError(FlexKVError, ValueError):
+    """A trace of requests cannot be read or written.
+
+    Parameters
+    ----------
+    path : str
+    line : int
+        From 1; 0: it is not about a line.
+    text : str
+        What is wrong.
+    """
+
+    def __init__(self, path: str, line: int, text: str) -> None:
+        super().__init__(f"{path}, line {line} {text}" if line else f"{path} {text}")
+        self.path = path
+        self.line = line
+
+
 class InvariantError(FlexKVError, AssertionError):
     """An internal promise was broken: a bug, here or in a caller that broke a contract."""

@@ -13,6 +13,7 @@ cdef struct Piece:
     uint32_t depth
     uint32_t mark
     uint32_t blocks
+    int32_t node
     uint16_t group
     uint8_t queue
 

@@ -25,7 +25,7 @@ cdef enum:
 
 PIECE_DTYPE = np.dtype(
     [("first_key", "u8"), ("last_access", "f8"), ("created", "f8"), ("hits", "u4"), ("depth", "u4"), ("mark", "u4"),
-     ("blocks", "u4"), ("group", "u2"), ("queue", "u1")],
+     ("blocks", "u4"), ("node", "i4"), ("group", "u2"), ("queue", "u1")],
     align=True,
 )
 
@@ -207,6 +207,7 @@ cdef class EvictableNodes(NodeStore):
         cdef Node *p = &self.nodes[node]
         cdef int64_t first = 0
         piece.last_access, piece.created, piece.hits, piece.depth = p.last_access, p.created, p.hits, p.depth
+        piece.node = node
         piece.mark, piece.group, piece.queue = p.mark[tier], p.group, p.queue[tier]
         piece.blocks = <uint32_t>self.take_from_end(node, tier, want - count[0], out + count[0], why, &first)
         piece.first_key = p.keys[2 * first]

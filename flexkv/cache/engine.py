@@ -119,8 +119,7 @@ class GlobalCacheEngine:
         Every plan must be given back to ``end_get`` once.
         """
         with self._lock:
-            keys = keys[:stop]
-            now = self._tick()
+            keys, now = keys[:stop], self._tick()
             match = self._tree.match(keys, now, group)
             start = min(start, match.num_ready)
             found = find_sources(self._tree, self._ssd, self._fetches, keys, match, start, choose, host_only)
@@ -132,8 +131,7 @@ class GlobalCacheEngine:
                     self._tree.unpin(keys, short, found.stop)
                     found.end(short, StopReason.NO_ROOM)
             keys = keys[: found.stop]
-            self._tree.touch(keys, now, group=group)
-            self._tell_tiers()
+            self._use(keys, now, group)
             slots = found.slots[start : found.stop]
             joins = self._fetches.joins(slots) if len(found.slow) else ()
             return GetPlan(keys, start, found.stop, slots, found.reason, self._tree, fetch, joins, found.since)
@@ -212,13 +210,13 @@ class GlobalCacheEngine:
             if len(plan):
                 self._tree.insert(plan.keys, plan.by_position(slots), HOST, now, group)
             if len(plan) or (last and math.isfinite(self._quotas.ttl_s[group])):     # what was out of date is not now
-                self._tree.touch(plan.keys, now, hit=False, group=group)
-                self._tell_tiers()
+                self._use(plan.keys, now, group, hit=False)
             if room < len(absent):
                 self._tree.remember(keys, int(absent[room]), Fate.OVER_QUOTA)
             return plan
 
-    def _tell_tiers(self) -> None:
+    def _use(self, keys: NDArray[np.uint64], now: float, group: int, hit: bool = True) -> None:
+        self._tree.touch(keys, now, hit, group)
         for tier in self._tiers:
             tier.used(self._tree)
 
@@ -240,8 +238,7 @@ class GlobalCacheEngine:
     def on_ssd(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """(n,) bool: blocks that have a slot on SSD, ready or being written."""
         with self._lock:
-            on_ssd: NDArray[np.bool_] = self._tree.slots(keys, SSD) >= 0
-            return on_ssd
+            return np.asarray(self._tree.slots(keys, SSD) >= 0)
 
     def begin_write(self, keys: NDArray[np.uint64], limit: int) -> WritePlan | None:
         """Give SSD slots to up to ``limit`` leading blocks that are ready on the host and absent on SSD.
@@ -257,15 +254,15 @@ class GlobalCacheEngine:
             blocks = np.flatnonzero((match.tiers == HOST) & (self._tree.slots(keys, SSD) < 0))[:limit]
             if len(blocks) == 0:
                 return None
-            first, group = int(blocks[0]), self._tree.group_of(keys)
+            group = self._tree.group_of(keys)
             taken = self._below.take(self._tree, len(blocks), group, now, keep=keys[: blocks[-1] + 1])
-            blocks = blocks[: len(taken)]
-            if len(blocks) == 0:
+            if len(taken) == 0:
                 return None
+            blocks = blocks[: len(taken)]
             keys = keys[: blocks[-1] + 1]
             plan = WritePlan(keys, blocks.astype(np.int32), self._tree, match.slots[blocks], taken)
             self._tree.insert(keys, plan.by_position(taken), SSD, now)
-            self._tree.pin(keys, first, len(keys))
+            self._tree.pin(keys, int(blocks[0]), len(keys))
             return plan
 
     def end_write(self, plan: WritePlan, written: NDArray[np.bool_]) -> None:
@@ -327,7 +324,7 @@ class GlobalCacheEngine:
             now = self._tick()
             keys = keys[: self._tree.match(keys, now, group).num_ready]
             pin = self._pins.add(self._tree, keys, name, group, self._host.slots.capacity)
-            self._tree.touch(keys, now, hit=False, group=group)
+            self._use(keys, now, group, hit=False)
             return pin
 
     def unpin(self, name: str) -> Pin:

@@ -28,6 +28,10 @@ class MatchResult:
     since: float = math.nan
 
 
+NOTHING = MatchResult(0, StopReason.NEVER_SEEN)
+"""Of an index that is not there yet."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BlocksOfSequence:
     """Some blocks of a sequence.
@@ -166,3 +170,8 @@ class GetPlan:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def match(self) -> MatchResult:
+        """What was found."""
+        return MatchResult(self.stop, self.reason, 0 if self.fetch is None else len(self.fetch), self.since)

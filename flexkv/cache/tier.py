@@ -225,6 +225,7 @@ class Tier:
 
     def _evict_from(self, tree: RadixTree, group: int, want: int, now: float, why: Fate) -> int:
         policy, ranking, freed = self._policies[group], tree.ranking(self.number), 0
+        gone: list[NDArray[np.void]] = []
         while freed < want:
             blocks, heads = ranking.blocks()[group], ranking.heads(group)
             if not np.isfinite(heads).any():
@@ -235,11 +236,12 @@ class Tier:
             )
             self.slots.free(slots)
             freed += len(slots)
-            if policy.wants_pieces and len(pieces):
-                policy.evicted(pieces)
+            gone.append(pieces)
             if not len(slots) and (ranking.heads(group) == heads).all() and (ranking.blocks()[group] == blocks).all():
                 raise InvariantError(f"{type(policy).__name__} chooses {choice}, from where nothing can go")
         self._evicted += freed
+        if policy.wants_pieces and freed:
+            policy.evicted(_merged(np.concatenate(gone)))
         return freed
 
     def sweep(self, tree: RadixTree) -> None:
@@ -267,6 +269,14 @@ class Tier:
             )
         if any(self.slots.is_free(int(slot)) for slot in held):
             raise InvariantError(f"tier {self.number}: a block holds a slot that is free")
+
+
+def _merged(pieces: NDArray[np.void]) -> NDArray[np.void]:
+    """Those of one node, which follow one another, as one."""
+    first = np.flatnonzero(np.append(True, pieces["node"][1:] != pieces["node"][:-1]))
+    merged = pieces[np.append(first[1:], len(pieces)) - 1]
+    merged["blocks"] = np.add.reduceat(pieces["blocks"], first)
+    return merged
 
 
 def no_slots() -> Slots:

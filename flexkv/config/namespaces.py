@@ -59,7 +59,8 @@ def read_quotas(given: Mapping[str, Any]) -> dict[str, Quota]:
             raise ConfigError(key, values, f"must be a mapping with some of {', '.join(_NAMES)}")
         for field, value in values.items():
             if field not in _NAMES:
-                raise ConfigError(f"{key}: {field}", value, f"is none of {', '.join(_NAMES)}{nearest(str(field), _NAMES)}")
+                hint = nearest(str(field), _NAMES)
+                raise ConfigError(f"{key}: {field}", value, f"is none of {', '.join(_NAMES)}{hint}")
             kinds = (int,) if field == "priority" else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise ConfigError(f"{key}: {field}", value, f"must be a {'whole ' if len(kinds) == 1 else ''}number")

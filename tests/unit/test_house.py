@@ -19,9 +19,10 @@ LAYERS = [
     {"transfer"},
     {"tiering"},
     {"kvtask"},
+    {"kvblocks"},
     {"kvmanager"},
     {"server"},
-    {"bench", "demo", "integration", "common"},
+    {"bench", "demo", "replay", "integration", "common"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

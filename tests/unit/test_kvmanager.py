@@ -1,12 +1,15 @@
 """KVManager: what its callers are promised, with bytes compared."""
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flexkv.cache.reasons import StopReason
+from flexkv.cache.trace import read_recorded
+from flexkv.config import CacheConfig
 from flexkv.errors import SlotMappingError
 from flexkv.response import KVResponseStatus as Status
 from tests.harness import PAGES, TOKENS, local, mapping, remote, result_of, tokens_of
@@ -346,3 +349,19 @@ def test_before_the_ranks_are_there_nothing_is_found(tmp_path: Path) -> None:
     finally:
         manager.shutdown()
         manager.shutdown()
+
+
+def test_each_match_is_recorded_by_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "tests.harness.CacheConfig", partial(CacheConfig, trace_path=str(tmp_path / "trace"))
+    )
+    asked = [tokens_of(5), tokens_of(3, seed=1), tokens_of(5)]
+    with local(tmp_path) as (manager, _, _):
+        for tokens in asked:
+            manager.cancel(manager.get_match(tokens)[0])
+        hashers = [manager.hasher() for _ in asked]
+    found = read_recorded((tmp_path / "trace").read_bytes())
+    assert found is not None
+    for hasher, tokens, keys in zip(hashers, asked, found.sequences, strict=True):
+        hasher.extend(tokens)
+        assert (hasher.keys[:, 0] == keys).all()

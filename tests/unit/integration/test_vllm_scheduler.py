@@ -64,3 +64,15 @@ def test_a_request_that_is_considered_is_read_ahead_too(tmp_path: Path, num_comp
         size = len(made.contents[1]) // BLOCKS
         assert made.tensors.read(pages[first:]) == made.contents[1][first * size :]
         assert made.store.num_reads == BLOCKS - first
+
+
+def test_a_request_is_recorded_once_however_often_it_is_considered(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        side = side_of(made)
+        recorded: list[int] = []
+        made.manager.recorder = SimpleNamespace(record=lambda keys: recorded.append(len(keys)), close=lambda: None)
+        first, second = request(1), request(2, extra=2 * TOKENS)
+        side.on_new_request(first)
+        for asked in (first, second, first, second):
+            side.get_num_new_matched_tokens(asked, 0)
+        assert recorded == [BLOCKS, BLOCKS + 2]

@@ -1,0 +1,56 @@
+"""Hit rate over capacity, as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flexkv.errors import FlexKVError
+from flexkv.replay.report import Line
+
+
+class PlotError(FlexKVError, RuntimeError):
+    """A picture cannot be made."""
+
+
+def plotting_library() -> None:
+    """Raise PlotError unless pictures can be made."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PlotError(f"--plot needs matplotlib ({error}): pip install 'flexkv[replay]'") from error
+    matplotlib.use("Agg")
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Draw a panel for each trace: a curve for each policy, and what none can do better.
+
+    Raises
+    ------
+    PlotError
+        The file cannot be written.
+    """
+    plotting_library()
+    from matplotlib import pyplot
+
+    traces = list(dict.fromkeys(line.trace for line in lines))
+    figure, panels = pyplot.subplots(
+        1, len(traces), figsize=(7 * len(traces), 4.5), layout="constrained", squeeze=False
+    )
+    for axes, trace in zip(panels[0], traces, strict=True):
+        of_trace = [line for line in lines if line.trace == trace]
+        for policy in dict.fromkeys(line.policy for line in of_trace):
+            curve = sorted((line.capacity_tokens, line.hit_rate) for line in of_trace if line.policy == policy)
+            if policy == "unbounded":
+                axes.axhline(curve[0][1], color="#888888", linestyle=":", label="unbounded")
+                continue
+            look = {"color": "black", "linestyle": "--"} if policy == "opt" else {"marker": "."}
+            axes.plot(*zip(*curve, strict=True), label="OPT (clairvoyant)" if policy == "opt" else policy, **look)
+        axes.set_xscale("log")
+        axes.set(xlabel="capacity, tokens", ylabel="hit rate", title=trace, ylim=(0, None))
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise PlotError(f"{path} cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,72 @@
+"""How much KV a token of a well-known model has, and how fast a GPU computes it."""
+
+from dataclasses import dataclass
+
+from flexkv.config import ModelConfig
+from flexkv.errors import ConfigError
+
+_PEAK_FLOPS = 989e12
+"""Dense bf16 of an H100 SXM: https://www.nvidia.com/en-us/data-center/h100/ (1,979e12 is with sparsity)."""
+
+_UTILIZATION = 0.5
+"""Of the peak that prefill reaches. An estimate: vLLM 0.23 on an H200, which has the same peak, was measured to prefill
+Llama-3.1-8B at 32,000 tokens/s (docs/performance.md), 0.52 of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What replay has to know.
+
+    Attributes
+    ----------
+    kv_bytes_per_token : int
+        Over all ranks.
+    prefill_tokens_per_s : float
+        Of one GPU of the H100's class: an estimate; n GPUs are up to n times as fast. 0: not known.
+    """
+
+    kv_bytes_per_token: int
+    prefill_tokens_per_s: float
+
+
+def _model(layers: int, kv_heads: int, head_size: int, active_billions: float, use_mla: bool = False) -> Model:
+    """bf16 KV; prefill takes 2 operations a token for each parameter that is active (attention itself left out)."""
+    config = ModelConfig(num_layers=layers, num_kv_heads=kv_heads, head_size=head_size, use_mla=use_mla)
+    return Model(config.kv_bytes_per_token, round(_UTILIZATION * _PEAK_FLOPS / (2e9 * active_billions)))
+
+
+MODELS = {
+    "llama-3.1-8b": _model(32, 8, 128, 8.03),
+    "llama-3.1-70b": _model(80, 8, 128, 70.6),
+    "llama-3.3-70b": _model(80, 8, 128, 70.6),
+    "llama-3.1-405b": _model(126, 8, 128, 406.0),
+    "mistral-7b-v0.3": _model(32, 8, 128, 7.25),
+    "qwen2.5-7b": _model(28, 4, 128, 7.62),
+    "qwen2.5-32b": _model(64, 8, 128, 32.8),
+    "qwen2.5-72b": _model(80, 8, 128, 72.7),
+    "qwen3-8b": _model(36, 8, 128, 8.19),
+    "qwen3-32b": _model(64, 8, 128, 32.8),
+    "qwen3-30b-a3b": _model(48, 4, 128, 3.3),
+    "qwen3-235b-a22b": _model(94, 4, 128, 22.0),
+    "deepseek-v3": _model(61, 1, 576, 37.0, use_mla=True),
+    "deepseek-r1": _model(61, 1, 576, 37.0, use_mla=True),
+}
+"""Layers, KV heads and head size are ``num_hidden_layers``, ``num_key_value_heads`` and ``head_dim`` of each model's
+``config.json`` on huggingface.co (MLA: ``kv_lora_rank`` + ``qk_rope_head_dim``); active parameters are those of its
+model card."""
+
+
+def find_model(name: str) -> Model:
+    """A model by its name, with or without its maker; case does not count.
+
+    Raises
+    ------
+    ConfigError
+        It is not in the table.
+    """
+    short = name.lower().rsplit("/", 1)[-1].removeprefix("meta-").removesuffix("-instruct")
+    if short not in MODELS:
+        raise ConfigError(
+            "--model", name, f"is not one of {', '.join(MODELS)}: give --kv-bytes-per-token and --prefill-tokens-per-s"
+        )
+    return MODELS[short]
