@@ -89,8 +89,8 @@ cdef class RadixTree(EvictableNodes):
     def match(self, const uint64_t[:, ::1] keys not None, double now=-INFINITY, int group=-1):
         """Leading blocks of ``keys`` that are ready, the best source of each, and why the match stops there.
 
-        ``now``: seconds; what its group keeps no longer is not offered. ``group``: the group that counts, if blocks
-        may be another's by mistake, as those found on disk are. Reads only: it changes, counts and evicts nothing.
+        ``now``: seconds; what its group keeps no longer is not offered, nor what ``group``, who asks, does not: what
+        was found on disk is another's until it is used. Reads only: it changes, counts and evicts nothing.
         """
         if group >= self.num_groups:
             raise ValueError(f"group {group}: there are {self.num_groups}")
@@ -120,10 +120,9 @@ cdef class RadixTree(EvictableNodes):
             if m == 0:
                 break
             p = &self.nodes[node]
-            if self.expired(p, now, group):
+            if self.expires_at(p, group) < now:
                 num_ready[0] = pos
-                return MISSING + WHY_EXPIRED | <uint32_t>max(
-                    0.0, p.last_access + self.ttl[p.group if group < 0 else group] - self.began) << 4
+                return MISSING + WHY_EXPIRED | <uint32_t>max(0.0, self.expires_at(p, group) - self.began) << 4
             if p.ready[0] == p.length:
                 memcpy(slots + pos, self.slots_of(p, 0), 4 * m)
                 memset(tiers + pos, 0, m)
