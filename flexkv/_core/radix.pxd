@@ -13,4 +13,4 @@ cdef class RadixTree(EvictableNodes):
     cdef Py_ssize_t mark_absent(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier,
                                 uint32_t why) noexcept nogil
     cdef int add_pins(self, const uint64_t[:, ::1] keys, Py_ssize_t start, Py_ssize_t stop, int delta) except -1
-    cdef void add_holds(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil
+    cdef Py_ssize_t add_holds(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil

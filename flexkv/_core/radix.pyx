@@ -384,13 +384,13 @@ cdef class RadixTree(EvictableNodes):
 
     def hold(self, const uint64_t[:, ::1] keys not None):
         """Pin blocks, from the first of a sequence on, and keep them from going out of date, until ``let_go`` of the
-        same blocks."""
+        same blocks. A node is held as a whole: it is split where they end."""
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m
         cdef int32_t node = ROOT
         self.add_pins(keys, 0, n, 1)
         try:
             with nogil:
-                while pos < n:                         # a node is held as a whole
+                while pos < n:
                     m = self.advance(&keys[0, 0], n, pos, &node)
                     if m < self.nodes[node].length:
                         self.split(node, <uint32_t>m)
@@ -401,19 +401,31 @@ cdef class RadixTree(EvictableNodes):
         self.add_holds(keys, 1)
 
     def let_go(self, const uint64_t[:, ::1] keys not None):
-        """Undo ``hold``."""
-        self.add_holds(keys, -1)
+        """Undo ``hold``; returns how many blocks nobody holds any more."""
+        cdef Py_ssize_t count = self.add_holds(keys, -1)
         self.add_pins(keys, 0, keys.shape[0], -1)
+        return count
 
-    cdef void add_holds(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil:
-        cdef Py_ssize_t pos = 0, m
+    def unheld(self, const uint64_t[:, ::1] keys not None):
+        """How many of these blocks are in the tree and held by nobody."""
+        return self.add_holds(keys, 0)
+
+    cdef Py_ssize_t add_holds(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil:
+        """Returns of how many blocks it is the first hold, or the last; with 0, how many have none."""
+        cdef Py_ssize_t pos = 0, m, count = 0
         cdef int32_t node = ROOT
+        cdef Node *p
         while pos < keys.shape[0]:
             m = self.advance(&keys[0, 0], keys.shape[0], pos, &node)
             if m == 0:
                 break
-            self.nodes[node].holds += delta
+            p = &self.nodes[node]
+            count += m if p.holds == (1 if delta < 0 else 0) else 0
+            p.holds += delta
             pos += m
+            if m < p.length:
+                break
+        return count
 
     def touch(self, const uint64_t[:, ::1] keys not None, double now, bint hit=True, int group=-1):
         """Record a use at ``now`` (seconds) of all blocks of ``keys`` that are in the tree. A node that is used in

@@ -376,7 +376,7 @@ class GlobalCacheEngine:
                 "num_slots": self._host.slots.capacity,
                 "indexed_blocks": self._tree.num_blocks,
                 "index_bytes": self._tree.memory_bytes,
-                "pinned_blocks": self._pins.num_blocks,
+                "pinned_blocks": sum(self._pins.blocks),
                 **self._host.stats(self._tree, ""),
             }
             if len(self._tiers) > 1:

@@ -41,6 +41,8 @@ class Pins:
         self._quotas = quotas
         self._max_share = max_share
         self._pins: dict[str, tuple[NDArray[np.uint64], int]] = {}       # keys and group
+        self.blocks = [0] * len(quotas)
+        """Pinned blocks of each group; those that several pins share count once."""
 
     def add(self, tree: RadixTree, keys: NDArray[np.uint64], name: str, group: int, capacity: int) -> Pin:
         """Pin blocks ((n, 2) uint64, from the first of a sequence) that are in the index.
@@ -59,7 +61,8 @@ class Pins:
             raise PinError(f"{name!r} is pinned already: unpin it first, or give another name")
         if len(self._pins) >= _MAX_PINS:
             raise PinError(f"{_MAX_PINS} prefixes are pinned, which is all that can be: unpin one first")
-        pinned = [self._blocks(each, keys if each == group else None) for each in range(len(self._quotas))]
+        pinned = self.blocks.copy()
+        pinned[group] += tree.unheld(keys)
         if (total := sum(pinned)) > (most := int(self._max_share * capacity)):
             raise PinError(f"{total} blocks would be pinned, and max_pinned_share allows {most}: unpin something first")
         if not self._quotas.may_pin(pinned, capacity):
@@ -68,14 +71,8 @@ class Pins:
                 "guarantees leave; unpin something, or change the setting namespaces"
             )
         tree.hold(keys)
-        self._pins[name] = keys, group
+        self._pins[name], self.blocks = (keys, group), pinned
         return Pin(name, len(keys))
-
-    def _blocks(self, group: int, more: NDArray[np.uint64] | None = None) -> int:
-        """How many blocks of a group are pinned, with ``more``; those that several pins share count once."""
-        keys = [keys for keys, mine in self._pins.values() if mine == group]
-        keys += [more] if more is not None else []
-        return len(np.unique(np.concatenate(keys), axis=0)) if keys else 0
 
     def remove(self, tree: RadixTree, name: str) -> Pin:
         """Unpin.
@@ -87,8 +84,8 @@ class Pins:
         """
         if name not in self._pins:
             raise PinError(f"nothing is pinned as {name[:_MAX_NAME_BYTES]!r}; flexkv pins lists what is")
-        keys, _ = self._pins.pop(name)
-        tree.let_go(keys)
+        keys, group = self._pins.pop(name)
+        self.blocks[group] -= tree.let_go(keys)
         return Pin(name, len(keys))
 
     def clear(self, tree: RadixTree) -> None:
@@ -99,8 +96,3 @@ class Pins:
     def list(self) -> "list[Pin]":
         """All of them, oldest first."""
         return [Pin(name, len(keys)) for name, (keys, _) in self._pins.items()]
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that are pinned."""
-        return sum(self._blocks(group) for group in range(len(self._quotas)))

@@ -116,7 +116,7 @@ class Checked:
     def check_priority(self, before: list[int], after: list[int], requester: int) -> None:
         """Who gave way had the lowest priority of those who had borrowed, and could give."""
         gave = [group for group in GROUPS if group != requester and after[group] < before[group]]
-        pinned = [self.engine._pins._blocks(group) for group in GROUPS]
+        pinned = self.engine._pins.blocks
         for group in gave:
             for other in set(GROUPS) - {requester}:
                 if PRIORITY[other] < PRIORITY[group]:
@@ -241,7 +241,7 @@ class Checked:
         for counts in self.used().values():
             for group in GROUPS:
                 if math.isfinite(TTL_S[group]):
-                    assert counts[group] <= self.engine._pins._blocks(group)
+                    assert counts[group] <= self.engine._pins.blocks[group]
         self.check()
         for name in list(self.pins):
             self.engine.unpin(name)

@@ -34,7 +34,8 @@ def matched(manager: KVManager, count: int, seed: int, name: str) -> int:
 
 
 def test_a_flood_cannot_push_another_under_its_guarantee(tmp_path: Path) -> None:
-    with local(tmp_path, 16, cache={"namespaces": NAMESPACES}) as (manager, _, tensors):
+    cache = {"namespaces": NAMESPACES, "evict_start_threshold": 1.0}
+    with local(tmp_path, 16, cache=cache) as (manager, _, tensors):
         put(manager, tensors, 8, 1, "calm")
         expected = tensors.read(range(8))
         for seed in range(10, 40):
