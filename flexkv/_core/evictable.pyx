@@ -233,14 +233,14 @@ cdef class EvictableNodes(NodeStore):
             The slots that are free now, ``want`` at most.
         """
         self.check_tier(tier)
-        cdef Py_ssize_t i, count = 0, limit = min(want, self.num_blocks)
+        cdef Py_ssize_t count = 0, limit = min(want, self.num_blocks)
         out_array = np.empty(limit + 1, dtype=np.int32)
         cdef int32_t[::1] out = out_array
         cdef int64_t first
         cdef Node *p
         with nogil:
             self.tick(now)
-            for i in range(min(num_nodes, <Py_ssize_t>self.used_nodes)):
+            for _ in range(min(num_nodes, <Py_ssize_t>self.used_nodes)):
                 self.hand[tier] = (self.hand[tier] + 1) % self.used_nodes
                 p = &self.nodes[self.hand[tier]]
                 if count < limit and p.ready[tier] and p.live_children[tier] == 0 and self.expires_at(p, -1) < now:

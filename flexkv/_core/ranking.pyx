@@ -287,7 +287,6 @@ cdef class Ranking:
 
     def check_integrity(self, Py_ssize_t num_nodes):
         """Raise InvariantError unless the heaps hold what they should, in order."""
-        cdef int64_t blocks
         cdef int32_t node, at
         cdef Py_ssize_t i, in_heaps = 0
         cdef int t = self.tier

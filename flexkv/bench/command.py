@@ -4,13 +4,14 @@ import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flexkv.bench import api, gpu, hash, insert, match, memory, recover, ssd
+from flexkv.bench import api, evict, gpu, hash, insert, match, memory, recover, ssd
 from flexkv.bench.report import Line, show
 
 _BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "hash": lambda args: hash.run(),
     "match": lambda args: match.run(args.blocks),
     "insert": lambda args: insert.run(args.blocks),
+    "evict": lambda args: evict.run(args.blocks),
     "memory": lambda args: memory.run(args.blocks),
     "recover": lambda args: recover.run(args.blocks),
     "api": lambda args: api.run(),

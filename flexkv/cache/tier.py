@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flexkv._core.radix import RadixTree
 from flexkv._core.slots import SlotAllocator
-from flexkv.cache.eviction import EvictionPolicy
+from flexkv.cache.eviction import Choice, EvictionPolicy
 from flexkv.cache.plan import FetchPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
@@ -215,6 +215,8 @@ class Tier:
     def evict(self, tree: RadixTree, want: int, now: float, group: int | None = None) -> int:
         """Free up to ``want`` slots (for a group), by quota and policy; returns how many."""
         self._tell(tree)
+        if len(self._policies) == 1:
+            return self._evict_from(tree, 0, want, now, self.fate)
         freed = 0
         used = tree.ranking(self.number).blocks().sum(axis=1)
         for victim, most in self._quotas.victims(used, self.slots.capacity, group):
@@ -226,18 +228,24 @@ class Tier:
     def _evict_from(self, tree: RadixTree, group: int, want: int, now: float, why: Fate) -> int:
         policy, ranking, freed = self._policies[group], tree.ranking(self.number), 0
         gone: list[NDArray[np.void]] = []
+        choice = Choice()
         while freed < want:
-            blocks, heads = ranking.blocks()[group], ranking.heads(group)
-            if not np.isfinite(heads).any():
-                break
-            choice = policy.choose(blocks, heads)
+            if policy.num_queues > 1:
+                blocks, heads = ranking.blocks()[group], ranking.heads(group)
+                if not np.isfinite(heads).any():
+                    break
+                choice = policy.choose(blocks, heads)
             slots, pieces = tree.evict(
                 self.number, group, choice.queue, want - freed, now, choice.leave, choice.spare_to, why
             )
             self.slots.free(slots)
             freed += len(slots)
             gone.append(pieces)
-            if not len(slots) and (ranking.heads(group) == heads).all() and (ranking.blocks()[group] == blocks).all():
+            if len(slots):
+                continue
+            if policy.num_queues == 1:
+                break
+            if (ranking.heads(group) == heads).all() and (ranking.blocks()[group] == blocks).all():
                 raise InvariantError(f"{type(policy).__name__} chooses {choice}, from where nothing can go")
         self._evicted += freed
         if policy.wants_pieces and freed:
@@ -274,7 +282,7 @@ class Tier:
 def _merged(pieces: NDArray[np.void]) -> NDArray[np.void]:
     """Those of one node, which follow one another, as one."""
     first = np.flatnonzero(np.append(True, pieces["node"][1:] != pieces["node"][:-1]))
-    merged = pieces[np.append(first[1:], len(pieces)) - 1]
+    merged: NDArray[np.void] = pieces[np.append(first[1:], len(pieces)) - 1]
     merged["blocks"] = np.add.reduceat(pieces["blocks"], first)
     return merged
 

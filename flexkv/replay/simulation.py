@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.eviction import make_policy
+from flexkv.cache.eviction import policy_class
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.ssd_writer import SsdWriter
 from flexkv.cache.tier import SsdTier
@@ -96,7 +97,8 @@ def _control_plane(
     policy: str, host_blocks: int, ssd_blocks: int, write_all: bool, clock: Callable[[], float]
 ) -> tuple[GlobalCacheEngine, SsdWriter | None]:
     cache = GlobalCacheEngine(
-        host_blocks, make_policy(policy, CacheConfig.hit_reward_seconds), clock=clock, num_ssd_slots=ssd_blocks
+        host_blocks, partial(policy_class(policy), hit_reward_seconds=CacheConfig.hit_reward_seconds), clock=clock,
+        num_ssd_slots=ssd_blocks,
     )
     cache.grow(host_blocks)
     if ssd_blocks == 0:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flexkv._core.hashing import chain_seed, hash_blocks
-from flexkv.bench import api, hash, insert, match, memory, recover
+from flexkv.bench import api, evict, hash, insert, match, memory, recover
 from flexkv.bench.filled_tree import NEW, SEQUENCE, SHARED, FilledTree
 
 pytestmark = pytest.mark.bench
@@ -48,8 +48,8 @@ def test_insert(benchmark, filled: FilledTree) -> None:
 @pytest.mark.parametrize(
     "lines",
     [lambda: hash.run(5), lambda: match.run(20_000, 5), lambda: insert.run(20_000, 5), lambda: memory.run(20_000),
-     lambda: recover.run(20_000, 2), lambda: api.run(20)],
-    ids=["hash", "match", "insert", "memory", "recover", "api"],
+     lambda: evict.run(20_000, 20), lambda: recover.run(20_000, 2), lambda: api.run(20)],
+    ids=["hash", "match", "insert", "memory", "evict", "recover", "api"],
 )
 def test_the_command_measures(lines) -> None:
     for line in lines():

@@ -66,7 +66,8 @@ class EvictionPolicy(ABC):
         ----------
         events : (n,) of ``flexkv._core.ranking.EVENT_DTYPE``
             Times are in seconds on the engine's clock; ``gap`` is what lay between the last two uses. To be changed
-            in place: ``rank`` (of new ones: when they came to the tier); ``queue``, ``lives`` (how often it is spared), ``mark`` (the policy's own, 0 at first).
+            in place: ``rank`` (of new ones: when they came to the tier); ``queue``, ``lives`` (how often it is
+            spared), ``mark`` (the policy's own, 0 at first).
         """
 
     def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
@@ -82,5 +83,5 @@ class EvictionPolicy(ABC):
         """
         return Choice(int(np.isfinite(heads).argmax()))
 
-    def evicted(self, pieces: NDArray[np.void]) -> None:
-        """What went: (n,) of ``flexkv._core.evictable.PIECE_DTYPE``."""
+    def evicted(self, pieces: NDArray[np.void]) -> None:  # noqa: B027
+        """What went: (n,) of ``flexkv._core.evictable.PIECE_DTYPE``. Need not be overridden."""

@@ -247,7 +247,8 @@ class SchedulerSide:
         if every and self._num_requests % every == 0:
             logger.info(
                 "%d requests, %d prompt tokens, %d loaded; %s",
-                self._num_requests, self._num_prompt_tokens, self._num_hit_tokens, self._manager.stats(),
+                self._num_requests, self._num_prompt_tokens, self._num_hit_tokens,
+                {name: count for name, count in self._manager.stats().items() if count},
             )
 
     def reset_cache(self) -> bool:
