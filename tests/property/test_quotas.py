@@ -131,6 +131,8 @@ class Checked:
         self.begin_put(sequence, seed)
         plan = self.puts.pop()
         self.engine.end_put(plan, ones(len(plan)))
+        if not self.puts:                                   # also what was out of date: it has just been computed
+            assert self.engine.match(keys_of(sequence), group=sequence[0]).num_ready >= len(plan.keys)
 
     def begin_get(self, sequence: Prefix, seed: int) -> None:
         group, keys, before = sequence[0], keys_of(sequence), self.used()
