@@ -14,6 +14,9 @@ usage: flexkv COMMAND [OPTIONS]
   replay   hit rate of a trace of requests, by capacity and eviction policy
   config   print the configuration reference
   inspect  what a directory of the SSD tier holds
+  pin      keep a prefix in the cache of a running engine
+  unpin    let it go
+  pins     list what is pinned
 
 flexkv COMMAND --help tells more."""
 
@@ -48,8 +51,27 @@ def _inspect(argv: list[str]) -> int:
     return main(argv)
 
 
+def _pin(argv: list[str]) -> int:
+    from flexkv.server.pins import pin
+
+    return pin(argv)
+
+
+def _unpin(argv: list[str]) -> int:
+    from flexkv.server.pins import unpin
+
+    return unpin(argv)
+
+
+def _pins(argv: list[str]) -> int:
+    from flexkv.server.pins import pins
+
+    return pins(argv)
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo, "bench": _bench, "replay": _replay, "config": _config, "inspect": _inspect,
+    "pin": _pin, "unpin": _unpin, "pins": _pins,
 }
 
 

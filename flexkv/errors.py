@@ -29,6 +29,10 @@ class RegistrationError(FlexKVError, ValueError):
     """Tensors, or the layout said to describe them, cannot be registered."""
 
 
+class PinError(FlexKVError, ValueError):
+    """A prefix cannot be pinned or unpinned; nothing has changed."""
+
+
 class SlotMappingError(FlexKVError, ValueError):
     """A slot mapping does not name whole, aligned pages."""
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flexkv._core.block_table import pages_from_slot_mapping
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.plan import GetPlan, PutPlan
+from flexkv.cache.plan import NOTHING, GetPlan, MatchResult, PutPlan
+from flexkv.errors import SlotMappingError
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.tiering import Tiering
 from flexkv.transfer.engine import TransferEngine
@@ -50,6 +52,26 @@ def tokens_and_start(
     return tokens, -(-first // tokens_per_block)
 
 
+def part_of_mapping(
+    slot_mapping: ArrayLike, mask: NDArray[np.bool_], token_mask: NDArray[np.bool_] | None
+) -> NDArray[np.integer]:
+    """Of a slot mapping for all tokens, or for those in ``token_mask``, the part for those in ``mask``.
+
+    Raises
+    ------
+    SlotMappingError
+        It is for neither.
+    """
+    mapping = np.asarray(slot_mapping)
+    if mapping.shape == mask.shape:
+        return mapping[mask]
+    if token_mask is not None and mapping.shape == (int(token_mask.sum()),):
+        return mapping[mask[token_mask]]
+    raise SlotMappingError(
+        f"slot_mapping has shape {mapping.shape}; give a slot for each of the {len(mask)} tokens"
+    )
+
+
 class TaskStage(enum.Enum):
     """MATCHED (holds pins or slots) -> RUNNING -> SETTLED (holds nothing; nothing touches its pages or slots)."""
 
@@ -76,6 +98,8 @@ class KVTask:
         What its blocks wait for.
     loading : bool
         A get; else a put.
+    match : MatchResult
+        What a get found.
     """
 
     task_id: int
@@ -92,6 +116,17 @@ class KVTask:
     needs: tuple[Dependency, ...] = ()
     tiering: Tiering | None = None
     loading: bool = True
+    match: MatchResult = NOTHING
+
+    def pages(self, slot_mapping: object) -> NDArray[np.int32]:
+        """The pages of a mapping that has one slot for each token of the task's blocks; else SlotMappingError."""
+        pages = pages_from_slot_mapping(np.asarray(slot_mapping), self.tokens_per_block)
+        if len(pages) != len(self.blocks):
+            raise SlotMappingError(
+                f"task {self.task_id} moves {len(self.blocks)} blocks of {self.tokens_per_block} tokens; "
+                f"its slot mapping has {len(pages)}: give one slot for each True of the mask"
+            )
+        return pages
 
     def token_mask(self, chosen: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
         """(num_tokens,) bool: tokens of the task's blocks, or of the ``chosen`` ones ((m,) bool)."""
@@ -148,15 +183,15 @@ class TaskTable:
 
     def new_get(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int,
-        choose: bool = True, host_only: bool = False,
+        choose: bool = True, host_only: bool = False, group: int = 0,
     ) -> KVTask:
         """Match blocks ``[start, stop)``; with ``stop`` None as far as they are there, else all of them, -1 if not.
 
         ``choose``: with ``stop`` None, leave out what is sooner computed than loaded. ``host_only``: only what is in
-        host memory now.
+        host memory now. ``group``: of the namespace that the sequence belongs to.
         """
         end, choose = len(keys) if stop is None else stop, choose and stop is None
-        plan, needs = self._begin_get(cache, keys, start, end, choose, host_only)
+        plan, needs = self._begin_get(cache, keys, start, end, choose, host_only, group)
         found = plan.slots if plan is not None else np.zeros(0, dtype=np.int32)
         count = len(found) if stop is None else stop - start
         slots = np.full(count, -1, dtype=np.int32)
@@ -166,22 +201,23 @@ class TaskTable:
 
     def _begin_get(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, choose: bool,
-        host_only: bool,
+        host_only: bool, group: int,
     ) -> tuple[GetPlan | None, tuple[Dependency, ...]]:
         if cache is None:
             return None, ()
         if self._tiering is None:
-            return cache.begin_get(keys, start, stop, choose), ()
-        return self._tiering.begin_get(cache, keys, start, stop, choose, host_only)
+            return cache.begin_get(keys, start, stop, choose, group=group), ()
+        return self._tiering.begin_get(cache, keys, start, stop, choose, host_only, group)
 
     def new_put(
-        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, num_tokens: int
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, num_tokens: int,
+        group: int = 0,
     ) -> KVTask:
         """Reserve slots for the absent blocks of ``[start, stop)``."""
         if cache is None:
             nothing = np.zeros(0, dtype=np.int32)
             return self._add(None, None, nothing, nothing, num_tokens)
-        plan = cache.begin_put(keys, start, stop)
+        plan = cache.begin_put(keys, start, stop, group)
         return self._add(cache, plan, plan.blocks, plan.slots, num_tokens)
 
     def _add(
@@ -197,6 +233,7 @@ class TaskTable:
             task = KVTask(
                 next(self._transfer.task_ids), cache, plan, blocks, slots, self._tokens_per_block, num_tokens,
                 needs=needs, tiering=self._tiering, loading=not isinstance(plan, PutPlan),
+                match=plan.match if isinstance(plan, GetPlan) else NOTHING,
             )
             self._tasks[task.task_id] = task
             return task
@@ -214,6 +251,12 @@ class TaskTable:
         if task is None or task.stage is not TaskStage.MATCHED:
             raise KeyError(f"task {task_id} is {'not known' if task is None else 'launched already'}")
         return task
+
+    def match(self, task_id: int) -> MatchResult | None:
+        """What a get found; None if it is not known."""
+        with self._lock:
+            task = self._tasks.get(task_id)
+            return task.match if task is not None else None
 
     def blocks(self, task_id: int) -> NDArray[np.int32]:
         """(m,) int32: positions of the blocks that a task moves; empty if it is not known."""
@@ -249,10 +292,11 @@ class TaskTable:
         self._transfer.submit(task.graph, self._on_done)
 
     def prefetch(
-        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int, start: int = 0
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int, start: int = 0,
+        group: int = 0,
     ) -> int:
         """A task that ends when all blocks that can be had are in host memory, however long that takes to load."""
-        task = self.new_get(cache, keys, start, None, num_tokens, choose=False)
+        task = self.new_get(cache, keys, start, None, num_tokens, choose=False, group=group)
         self._await_arrival(task)
         return task.task_id
 

@@ -210,11 +210,12 @@ class Tiering:
     # ---- gets -------------------------------------------------------------------------------------------------
 
     def begin_get(
-        self, cache: GlobalCacheEngine, keys: NDArray[np.uint64], start: int, stop: int, choose: bool, host_only: bool
+        self, cache: GlobalCacheEngine, keys: NDArray[np.uint64], start: int, stop: int, choose: bool, host_only: bool,
+        group: int = 0,
     ) -> tuple[GetPlan, tuple[Dependency, ...]]:
         """``cache.begin_get``, and start to read what has to be read; the blocks of the plan wait as told."""
         with self._lock:
-            plan = cache.begin_get(keys, start, stop, choose, host_only)
+            plan = cache.begin_get(keys, start, stop, choose, host_only, group)
             if plan.fetch is not None:
                 self._fetch_ops[plan.fetch.fetch_id] = _fetch_op(plan.fetch)
             needs = tuple(Dependency(self._fetch_ops[join.fetch_id], join.mine, join.theirs) for join in plan.joins)

@@ -130,10 +130,12 @@ def result_of(client: KVTPClient, task: int) -> OpResult:
     return results[task]
 
 
-def make_manager(port: Path, num_slots: int = 48, ranks: int = 1, **transfer: Any) -> KVManager:
+def make_manager(
+    port: Path, num_slots: int = 48, ranks: int = 1, cache: dict[str, Any] | None = None, **transfer: Any
+) -> KVManager:
     manager = KVManager(
         ModelConfig(num_layers=LAYERS, num_kv_heads=2, head_size=64, dtype="float16", tp_size=ranks),
-        CacheConfig(tokens_per_block=TOKENS, num_cpu_blocks=num_slots),
+        CacheConfig(tokens_per_block=TOKENS, num_cpu_blocks=num_slots, **(cache or {})),
         gpu_register_port=str(port),
         transfer_config=TransferConfig(**transfer),
     )
@@ -147,10 +149,11 @@ def wait_ready(manager: KVManager, num_slots: int = 48) -> None:
 
 @contextmanager
 def local(
-    tmp_path: Path, num_slots: int = 48, tensors: Tensors | None = None, **transfer: Any
+    tmp_path: Path, num_slots: int = 48, tensors: Tensors | None = None, cache: dict[str, Any] | None = None,
+    **transfer: Any,
 ) -> Iterator[tuple[KVManager, KVTPClient, Tensors]]:
     """Manager and rank in this process; checks at the end that nothing leaked."""
-    manager, tensors = make_manager(tmp_path / "s", num_slots, **transfer), tensors or Tensors()
+    manager, tensors = make_manager(tmp_path / "s", num_slots, cache=cache, **transfer), tensors or Tensors()
     client = KVTPClient(str(tmp_path / "s"), transfer_config=TransferConfig(**transfer))
     client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
     try:

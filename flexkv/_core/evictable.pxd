@@ -24,7 +24,7 @@ cdef class EvictableNodes(NodeStore):
     cdef readonly int num_groups
     cdef int32_t hand[MAX_TIERS]      # the node that ``expire`` looked at last
 
-    cdef bint expired(self, Node *p, double now) noexcept nogil
+    cdef double expires_at(self, Node *p, int group) noexcept nogil
     cdef void unpark(self, int32_t node, int tier) noexcept nogil
     cdef void regroup(self, int32_t node, uint16_t group) noexcept nogil
     cdef Py_ssize_t take_from_end(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, uint32_t why,

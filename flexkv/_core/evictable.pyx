@@ -59,8 +59,14 @@ cdef class EvictableNodes(NodeStore):
         for i in range(self.num_groups):
             ttl[i] = ttl_s[i]
 
-    cdef inline bint expired(self, Node *p, double now) noexcept nogil:
-        return self.ttl != NULL and p.last_access + self.ttl[p.group] < now
+    cdef inline double expires_at(self, Node *p, int group) noexcept nogil:
+        """``group``: who asks; the shorter time counts, if a node is another's; -1: nobody does."""
+        if self.ttl == NULL or p.holds:
+            return INFINITY
+        cdef double ttl_s = self.ttl[p.group]
+        if group >= 0:
+            ttl_s = min(ttl_s, self.ttl[group])
+        return p.last_access + ttl_s
 
     cdef void unpark(self, int32_t node, int tier) noexcept nogil:
         """What held the last blocks of a node may hold them no longer."""
@@ -239,7 +245,7 @@ cdef class EvictableNodes(NodeStore):
             for _ in range(min(num_nodes, <Py_ssize_t>self.used_nodes)):
                 self.hand[tier] = (self.hand[tier] + 1) % self.used_nodes
                 p = &self.nodes[self.hand[tier]]
-                if count < limit and p.ready[tier] and p.live_children[tier] == 0 and self.expired(p, now):
+                if count < limit and p.ready[tier] and p.live_children[tier] == 0 and self.expires_at(p, -1) < now:
                     count += self.take_from_end(self.hand[tier], tier, limit - count, &out[count], WHY_EXPIRED, &first)
                     self.prune(self.hand[tier])
         if FLEXKV_CHECKS:

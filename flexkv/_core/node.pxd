@@ -25,6 +25,7 @@ cdef struct Node:
     uint32_t hits_told[MAX_TIERS]     # hits that the policy knows of
     uint32_t mark[MAX_TIERS]          # the policy's own
     int32_t heap_at[MAX_TIERS]        # place in its heap, from 1; 0: it is in none
+    uint32_t holds                    # of all its blocks: they do not go out of date
     float gap                         # seconds between the last two uses
     uint16_t group                    # quota group of its namespace
     uint8_t queue[MAX_TIERS]

@@ -344,6 +344,7 @@ cdef class NodeStore:
         h.length = at
         h.depth = p.depth
         h.last_access, h.created, h.hits, h.gap, h.group = p.last_access, p.created, p.hits, p.gap, p.group
+        h.holds = p.holds
         for i in range(at):
             h.pinned += self.pins_of(h)[i] > 0
         self.block_storage += <Py_ssize_t>tail.capacity - <Py_ssize_t>p.capacity
@@ -390,12 +391,13 @@ cdef class NodeStore:
     cdef int append(self, int32_t last, const uint64_t *keys, const int32_t *slots, Py_ssize_t count, int tier,
                     double now, uint16_t group) except -1 nogil:
         """Add ``count`` blocks below ``last``, which they follow: in place where it is a leaf that was not hit since
-        it was written, so that all blocks of a node have one history; else as its child."""
+        it was written and is not held, so that all blocks of a node have one history; else as its child."""
         cdef int32_t node
         cdef Node *p
         cdef uint32_t at
         cdef int t
-        if last != ROOT and self.nodes[last].first_child == NONE and self.nodes[last].hits == 0:
+        if (last != ROOT and self.nodes[last].first_child == NONE and self.nodes[last].hits == 0
+                and self.nodes[last].holds == 0):
             node = self.grow_leaf(last, <uint32_t>count)
         else:
             self.table_add(1)
@@ -511,7 +513,7 @@ cdef class NodeStore:
         wrong |= p.depth != self.nodes[p.parent].depth + self.nodes[p.parent].length
         for i in range(p.length):
             pinned += self.pins_of(p)[i] > 0
-        wrong |= pinned != p.pinned
+        wrong |= pinned != p.pinned or (p.holds > 0 and pinned < p.length)
         needed = p.first_child != NONE or self.pins_of(p)[p.length - 1] > 0
         for t in range(self.num_tiers):
             slots = np.asarray(<int32_t[:p.length]>self.slots_of(p, t)).copy()

@@ -86,12 +86,14 @@ cdef class RadixTree(EvictableNodes):
         A caller broke the contract of a method; nothing has changed then.
     """
 
-    def match(self, const uint64_t[:, ::1] keys not None, double now=-INFINITY):
+    def match(self, const uint64_t[:, ::1] keys not None, double now=-INFINITY, int group=-1):
         """Leading blocks of ``keys`` that are ready, the best source of each, and why the match stops there.
 
-        ``now``: seconds; what its group keeps no longer is not offered. Reads only: it changes, counts and evicts
-        nothing.
+        ``now``: seconds; what its group keeps no longer is not offered, nor what ``group``, who asks, does not: what
+        was found on disk is another's until it is used. Reads only: it changes, counts and evicts nothing.
         """
+        if group >= self.num_groups:
+            raise ValueError(f"group {group}: there are {self.num_groups}")
         cdef Py_ssize_t n = keys.shape[0], ready = 0
         cdef uint32_t reason
         slots_array = np.empty(n, dtype=np.int32)
@@ -101,12 +103,12 @@ cdef class RadixTree(EvictableNodes):
         if n == 0:
             return Match(0, 0, FULL_HIT, slots_array, tiers_array)
         with nogil:
-            reason = self.match_ready(&keys[0, 0], n, now, &slots[0], &tiers[0], &ready)
+            reason = self.match_ready(&keys[0, 0], n, now, group, &slots[0], &tiers[0], &ready)
         since = self.began + (reason >> 4) if reason & 15 > MISSING else NAN
         return Match(n, ready, reason & 15, slots_array[:ready], tiers_array[:ready], since)
 
-    cdef uint32_t match_ready(self, const uint64_t *keys, Py_ssize_t n, double now, int32_t *slots, int8_t *tiers,
-                              Py_ssize_t *num_ready) noexcept nogil:
+    cdef uint32_t match_ready(self, const uint64_t *keys, Py_ssize_t n, double now, int group, int32_t *slots,
+                              int8_t *tiers, Py_ssize_t *num_ready) noexcept nogil:
         """Returns why it stops, in the lowest 4 bits, and when that came to be."""
         cdef Py_ssize_t pos = 0, m, i
         cdef int32_t node = ROOT
@@ -118,10 +120,9 @@ cdef class RadixTree(EvictableNodes):
             if m == 0:
                 break
             p = &self.nodes[node]
-            if self.expired(p, now):
+            if self.expires_at(p, group) < now:
                 num_ready[0] = pos
-                return MISSING + WHY_EXPIRED | <uint32_t>max(
-                    0.0, p.last_access + self.ttl[p.group] - self.began) << 4
+                return MISSING + WHY_EXPIRED | <uint32_t>max(0.0, self.expires_at(p, group) - self.began) << 4
             if p.ready[0] == p.length:
                 memcpy(slots + pos, self.slots_of(p, 0), 4 * m)
                 memset(tiers + pos, 0, m)
@@ -380,6 +381,51 @@ cdef class RadixTree(EvictableNodes):
         if FLEXKV_CHECKS:
             self.check_integrity()
         return 0
+
+    def hold(self, const uint64_t[:, ::1] keys not None):
+        """Pin blocks, from the first of a sequence on, and keep them from going out of date, until ``let_go`` of the
+        same blocks. A node is held as a whole: it is split where they end."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m
+        cdef int32_t node = ROOT
+        self.add_pins(keys, 0, n, 1)
+        try:
+            with nogil:
+                while pos < n:
+                    m = self.advance(&keys[0, 0], n, pos, &node)
+                    if m < self.nodes[node].length:
+                        self.split(node, <uint32_t>m)
+                    pos += m
+        except BaseException:
+            self.add_pins(keys, 0, n, -1)
+            raise
+        self.add_holds(keys, 1)
+
+    def let_go(self, const uint64_t[:, ::1] keys not None):
+        """Undo ``hold``; returns how many blocks nobody holds any more."""
+        cdef Py_ssize_t count = self.add_holds(keys, -1)
+        self.add_pins(keys, 0, keys.shape[0], -1)
+        return count
+
+    def unheld(self, const uint64_t[:, ::1] keys not None):
+        """How many of these blocks are in the tree and held by nobody."""
+        return self.add_holds(keys, 0)
+
+    cdef Py_ssize_t add_holds(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil:
+        """Returns of how many blocks it is the first hold, or the last; with 0, how many have none."""
+        cdef Py_ssize_t pos = 0, m, count = 0
+        cdef int32_t node = ROOT
+        cdef Node *p
+        while pos < keys.shape[0]:
+            m = self.advance(&keys[0, 0], keys.shape[0], pos, &node)
+            if m == 0:
+                break
+            p = &self.nodes[node]
+            count += m if p.holds == (1 if delta < 0 else 0) else 0
+            p.holds += delta
+            pos += m
+            if m < p.length:
+                break
+        return count
 
     def touch(self, const uint64_t[:, ::1] keys not None, double now, bint hit=True, int group=-1):
         """Record a use at ``now`` (seconds) of all blocks of ``keys`` that are in the tree. A node that is used in

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from flexkv._core.radix import Match, RadixTree
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.fetches import FetchTable
+from flexkv.cache.pins import Pin, Pins
 from flexkv.cache.plan import FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import Fate, StopReason
+from flexkv.cache.sources import find_sources
 from flexkv.cache.tier import HOST, SSD, MakePolicy, SsdTier, Tier, no_slots
-
-_NOWHERE = np.zeros(0, dtype=np.intp)
 
 
 class GlobalCacheEngine:
@@ -44,6 +44,8 @@ class GlobalCacheEngine:
         At most so many slots will the SSD tier have, when it comes (``attach_ssd``); 0: it never does.
     quotas : Quotas, optional
         Of namespaces; their number there is the ``group`` of blocks here.
+    max_pinned_share : float
+        Of the host tier.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class GlobalCacheEngine:
         clock: Callable[[], float] = time.monotonic,
         num_ssd_slots: int = 0,
         quotas: Quotas | None = None,
+        max_pinned_share: float = 0.5,
     ) -> None:
         self._lock = threading.RLock()
         self._clock = clock
@@ -68,6 +71,7 @@ class GlobalCacheEngine:
         self._tiers = [self._host, self._below] if num_ssd_slots else [self._host]
         self._ssd: SsdTier | None = None
         self._fetches = FetchTable(num_slots if num_ssd_slots else 0)
+        self._pins = Pins(self._quotas, max_pinned_share)
         self._tree = self._new_tree()
         self._retired: list[RadixTree] = []
         self._was_reset = False
@@ -90,16 +94,16 @@ class GlobalCacheEngine:
 
     # ---- get --------------------------------------------------------------------------------------------------
 
-    def match(self, keys: NDArray[np.uint64], start: int = 0) -> MatchResult:
+    def match(self, keys: NDArray[np.uint64], start: int = 0, group: int = 0) -> MatchResult:
         """How many leading blocks of ``keys`` ((n, 2) uint64) can be had, and why no more. Changes nothing.
 
         ``start``: blocks before it are not wanted, so that it does not matter where they are.
         """
         with self._lock:
-            match = self._tree.match(keys, self._clock())
+            match = self._tree.match(keys, self._clock(), group)
             start = min(start, match.num_ready)
-            stop, reason, _, slow = self._sources(keys, match, start, choose=True)
-        return MatchResult(stop, reason, len(slow))
+            found = find_sources(self._tree, self._ssd, self._fetches, keys, match, start, choose=True)
+        return MatchResult(found.stop, found.reason, len(found.slow), found.since)
 
     def begin_get(
         self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True, host_only: bool = False,
@@ -115,61 +119,22 @@ class GlobalCacheEngine:
         Every plan must be given back to ``end_get`` once.
         """
         with self._lock:
-            keys = keys[:stop]
-            now = self._tick()
-            match = self._tree.match(keys, now)
+            keys, now = keys[:stop], self._tick()
+            match = self._tree.match(keys, now, group)
             start = min(start, match.num_ready)
-            stop, reason, slots, slow = self._sources(keys, match, start, choose, host_only)
-            self._tree.pin(keys, start, stop)
+            found = find_sources(self._tree, self._ssd, self._fetches, keys, match, start, choose, host_only)
+            self._tree.pin(keys, start, found.stop)
             fetch = None
-            if len(slow):
-                short, fetch = self._begin_fetch(keys, match, slots, slow, group, now)
-                if short < stop:
-                    self._tree.unpin(keys, short, stop)
-                    stop, reason = short, StopReason.NO_ROOM
-            keys = keys[:stop]
-            self._tree.touch(keys, now, group=group)
-            self._tell_tiers()
-            slots = slots[start:stop]
-            joins = self._fetches.joins(slots) if len(slow) else ()
-            return GetPlan(keys, start, stop, slots, reason, self._tree, fetch, joins)
-
-    def _sources(
-        self, keys: NDArray[np.uint64], match: Match, start: int, choose: bool, host_only: bool = False
-    ) -> tuple[int, StopReason, NDArray[np.int32], NDArray[np.intp]]:
-        """Where the ready blocks from ``start`` on come from.
-
-        Returns
-        -------
-        stop : int
-        reason : StopReason
-        slots : (num_ready,) int32
-            Host slots; -1: none yet. Before ``start`` and after ``stop`` they mean nothing.
-        slow : (k,) intp
-            Positions of the blocks in ``[start, stop)`` that are not ready on the host.
-        """
-        stop, reason = match.num_ready, StopReason(match.reason)
-        is_slow = match.tiers[start:] != HOST
-        if self._ssd is None or not is_slow.any():
-            return stop, reason, match.slots, _NOWHERE
-        slots = self._tree.slots(keys[:stop], HOST)
-        taken = is_slow & (slots[start:] >= 0)
-        taken &= ~self._fetches.filling(slots[start:])
-        if taken.any():                          # a put writes there: neither to be read, nor to be read into
-            stop, reason = start + int(taken.argmax()), StopReason.NOT_READY
-        is_slow = is_slow[: stop - start]
-        out = is_slow & ~self._ssd.in_service(np.where(is_slow, match.slots[start:stop], -1))
-        if out.any():
-            stop, reason = start + int(out.argmax()), StopReason.OUT_OF_SERVICE
-        is_slow = is_slow[: stop - start]
-        num_worth = len(is_slow)
-        if host_only:
-            num_worth = int(is_slow.argmax()) if is_slow.any() else num_worth
-        elif choose:
-            num_worth = self._ssd.planner.worth(is_slow & (slots[start:stop] < 0), self._fetches.num_blocks)
-        if start + num_worth < stop:
-            stop, reason = start + num_worth, StopReason.TOO_SLOW
-        return stop, reason, slots, start + np.flatnonzero(is_slow[:num_worth])
+            if len(found.slow):
+                short, fetch = self._begin_fetch(keys, match, found.slots, found.slow, group, now)
+                if short < found.stop:
+                    self._tree.unpin(keys, short, found.stop)
+                    found.end(short, StopReason.NO_ROOM)
+            keys = keys[: found.stop]
+            self._use(keys, now, group)
+            slots = found.slots[start : found.stop]
+            joins = self._fetches.joins(slots) if len(found.slow) else ()
+            return GetPlan(keys, start, found.stop, slots, found.reason, self._tree, fetch, joins, found.since)
 
     def _begin_fetch(
         self, keys: NDArray[np.uint64], match: Match, slots: NDArray[np.int32], slow: NDArray[np.intp], group: int,
@@ -208,7 +173,7 @@ class GlobalCacheEngine:
             self._fetches.remove(plan)
             if self._ssd is not None:
                 self._ssd.planner.read_ended(int(arrived.sum()))
-            self._end_writing(self._host, plan, plan.host_slots, arrived)
+            self._host.end_writing(plan, plan.host_slots, arrived)
             lost = ~arrived
             if lost.any():
                 plan.tree.drop(plan.keys, plan.by_position(plan.ssd_slots, lost), SSD, failed=True)
@@ -230,8 +195,9 @@ class GlobalCacheEngine:
             absent = self._absent(keys)
             num_known = max(0, (int(absent[0]) if len(absent) else len(keys)) - start)
             room = len(absent)
-            if room and (room > self._host.slots.num_free or len(self._quotas) > 1):
-                room = self._make_room(keys, int(absent[0]), room, group, now)
+            if room and not self._host.has_room(self._tree, room, group):
+                # not at the cost of the prefix that the new blocks are to follow
+                room = self._host.make_room(self._tree, room, group, now, keep=keys[: absent[0]])
                 absent = self._absent(keys)
             if len(absent) and absent[0] < start:
                 absent = absent[:0]
@@ -243,13 +209,14 @@ class GlobalCacheEngine:
             plan = PutPlan(keys[:last], blocks, self._tree, slots, num_known)
             if len(plan):
                 self._tree.insert(plan.keys, plan.by_position(slots), HOST, now, group)
-                self._tree.touch(plan.keys, now, hit=False, group=group)
-                self._tell_tiers()
+            if len(plan) or (last and math.isfinite(self._quotas.ttl_s[group])):     # what was out of date is not now
+                self._use(plan.keys, now, group, hit=False)
             if room < len(absent):
-                self._tree.remember(keys, len(keys) - len(absent) + room, Fate.OVER_QUOTA)
+                self._tree.remember(keys, int(absent[room]), Fate.OVER_QUOTA)
             return plan
 
-    def _tell_tiers(self) -> None:
+    def _use(self, keys: NDArray[np.uint64], now: float, group: int, hit: bool = True) -> None:
+        self._tree.touch(keys, now, hit, group)
         for tier in self._tiers:
             tier.used(self._tree)
 
@@ -260,36 +227,18 @@ class GlobalCacheEngine:
         there = self._ssd.in_service(self._tree.slots(keys, SSD)) | (self._tree.slots(keys, HOST) >= 0)
         return np.flatnonzero(~there).astype(np.int32)
 
-    def _make_room(self, keys: NDArray[np.uint64], num_present: int, count: int, group: int, now: float) -> int:
-        self._tree.pin(keys, 0, num_present)     # not the prefix that the new blocks are to follow
-        try:
-            return self._host.make_room(self._tree, count, group, now)
-        finally:
-            self._tree.unpin(keys, 0, num_present)
-
     def end_put(self, plan: PutPlan, written: NDArray[np.bool_]) -> None:
         """Blocks that are ``written`` ((m,) bool) become ready, the others absent; nothing writes their slots now."""
         with self._lock:
-            self._end_writing(self._host, plan, plan.slots, written)
+            self._host.end_writing(plan, plan.slots, written)
             self._sweep_retired()
-
-    def _end_writing(
-        self, tier: Tier, plan: PutPlan | FetchPlan | WritePlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
-    ) -> None:
-        # After a reset too: its tree offers nothing, and lets go of a slot when nobody reads it any more.
-        if ok.any():
-            plan.tree.set_ready(plan.keys, plan.by_position(slots, ok), tier.number)
-        if not ok.all():
-            plan.tree.drop(plan.keys, plan.by_position(slots, ~ok), tier.number, failed=True)
-            tier.slots.free(slots[~ok])
 
     # ---- write-back -------------------------------------------------------------------------------------------
 
     def on_ssd(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """(n,) bool: blocks that have a slot on SSD, ready or being written."""
         with self._lock:
-            on_ssd: NDArray[np.bool_] = self._tree.slots(keys, SSD) >= 0
-            return on_ssd
+            return np.asarray(self._tree.slots(keys, SSD) >= 0)
 
     def begin_write(self, keys: NDArray[np.uint64], limit: int) -> WritePlan | None:
         """Give SSD slots to up to ``limit`` leading blocks that are ready on the host and absent on SSD.
@@ -305,24 +254,22 @@ class GlobalCacheEngine:
             blocks = np.flatnonzero((match.tiers == HOST) & (self._tree.slots(keys, SSD) < 0))[:limit]
             if len(blocks) == 0:
                 return None
-            first, last = int(blocks[0]), int(blocks[-1]) + 1
-            self._tree.pin(keys, 0, last)
-            taken = self._below.take(self._tree, len(blocks), self._tree.group_of(keys), now)
-            self._tree.unpin(keys, 0, last)
-            blocks = blocks[: len(taken)]
-            if len(blocks) == 0:
+            group = self._tree.group_of(keys)
+            taken = self._below.take(self._tree, len(blocks), group, now, keep=keys[: blocks[-1] + 1])
+            if len(taken) == 0:
                 return None
+            blocks = blocks[: len(taken)]
             keys = keys[: blocks[-1] + 1]
             plan = WritePlan(keys, blocks.astype(np.int32), self._tree, match.slots[blocks], taken)
             self._tree.insert(keys, plan.by_position(taken), SSD, now)
-            self._tree.pin(keys, first, len(keys))
+            self._tree.pin(keys, int(blocks[0]), len(keys))
             return plan
 
     def end_write(self, plan: WritePlan, written: NDArray[np.bool_]) -> None:
         """Blocks that are ``written`` ((m,) bool) become ready on SSD, the others absent there; nothing touches
         either slot now."""
         with self._lock:
-            self._end_writing(self._below, plan, plan.ssd_slots, written)
+            self._below.end_writing(plan, plan.ssd_slots, written)
             plan.tree.unpin(plan.keys, int(plan.blocks[0]), len(plan.keys))
             self._sweep_retired()
 
@@ -351,6 +298,7 @@ class GlobalCacheEngine:
         with self._lock:
             self._ssd = tier
             self._below.slots = tier.slots
+            self._host.fate = Fate.NOT_ADMITTED
         for keys, slots in chains:
             with self._lock:
                 if self._was_reset:
@@ -368,6 +316,27 @@ class GlobalCacheEngine:
         with self._lock:
             self._below.slots.free(slots)
 
+    # ---- pins -------------------------------------------------------------------------------------------------
+
+    def pin(self, keys: NDArray[np.uint64], name: str, group: int = 0) -> Pin:
+        """Keep the leading blocks of ``keys`` that are here, on any tier, until ``unpin`` or ``reset``; PinError."""
+        with self._lock:
+            now = self._tick()
+            keys = keys[: self._tree.match(keys, now, group).num_ready]
+            pin = self._pins.add(self._tree, keys, name, group, self._host.slots.capacity)
+            self._use(keys, now, group, hit=False)
+            return pin
+
+    def unpin(self, name: str) -> Pin:
+        """Let them go again, when their turn comes; PinError."""
+        with self._lock:
+            return self._pins.remove(self._tree, name)
+
+    def pins(self) -> list[Pin]:
+        """What is pinned."""
+        with self._lock:
+            return self._pins.list()
+
     # ---- eviction, reset --------------------------------------------------------------------------------------
 
     def evict_ahead(self) -> int:
@@ -383,6 +352,7 @@ class GlobalCacheEngine:
     def reset(self) -> None:
         """Forget every block. Plans in flight stay valid, but nothing they write or read will be offered again."""
         with self._lock:
+            self._pins.clear(self._tree)
             self._retired.append(self._tree)
             for tier in self._tiers:
                 tier.start_over()
@@ -400,21 +370,20 @@ class GlobalCacheEngine:
     # ---- what there is ----------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """Blocks, slots and bytes of the index, now; ``evicted_blocks`` since the start."""
+        """Blocks, slots and bytes of the index, now; blocks that have gone since the start."""
         with self._lock:
             stats = {
                 "num_slots": self._host.slots.capacity,
-                "free_slots": self._host.slots.num_free,
                 "indexed_blocks": self._tree.num_blocks,
                 "index_bytes": self._tree.memory_bytes,
-                "evicted_blocks": self._host.evicted_blocks,
+                "pinned_blocks": sum(self._pins.blocks),
+                **self._host.stats(self._tree, ""),
             }
             if len(self._tiers) > 1:
                 stats |= {
                     "ssd_slots": self._below.slots.capacity,
-                    "ssd_free_slots": self._below.slots.num_free,
-                    "ssd_evicted_blocks": self._below.evicted_blocks,
                     "blocks_being_fetched": self._fetches.num_blocks,
+                    **self._below.stats(self._tree, "ssd_"),
                 }
             return stats
 

@@ -1,5 +1,6 @@
 """What one get, put, fetch or write-back will move: made by ``GlobalCacheEngine``, carried out by the data plane."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +18,18 @@ class MatchResult:
     ----------
     num_to_fetch : int
         How many of them have to be read from SSD first.
+    since : float
+        When the block after them went, in seconds of ``time.monotonic``; nan: it did not, or nobody knows.
     """
 
     num_ready: int
     reason: StopReason
     num_to_fetch: int = 0
+    since: float = math.nan
+
+
+NOTHING = MatchResult(0, StopReason.NEVER_SEEN)
+"""Of an index that is not there yet."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,6 +154,8 @@ class GetPlan:
         What has to be read from SSD for it, and nobody reads yet: whoever made the plan starts it.
     joins : tuple of Join
         Blocks whose host slot is filled by a fetch, this one's or another's.
+    since : float
+        As in ``MatchResult``.
     """
 
     keys: NDArray[np.uint64]
@@ -156,6 +166,12 @@ class GetPlan:
     tree: RadixTree
     fetch: FetchPlan | None = None
     joins: tuple[Join, ...] = ()
+    since: float = math.nan
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def match(self) -> MatchResult:
+        """What was found."""
+        return MatchResult(self.stop, self.reason, 0 if self.fetch is None else len(self.fetch), self.since)

@@ -32,7 +32,7 @@ class StopReason(enum.IntEnum):
     OVER_QUOTA = radix.REASON_OVER_QUOTA
     """Its namespace had as much as it may have (``limit``)."""
     NOT_ADMITTED = radix.REASON_NOT_ADMITTED
-    """It was not stored: too unlikely to be used again."""
+    """It had to leave host memory, and was not on SSD: too unlikely to be used again, or too much was to be written."""
     NO_ROOM = 8
     """It is on SSD, and no slot of host memory can be had to load it through: all are in use."""
     TOO_SLOW = 9

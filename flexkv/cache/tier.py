@@ -1,5 +1,6 @@
 """One tier: its slots, and what goes when they run out."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,6 +12,7 @@ from flexkv._core.radix import RadixTree
 from flexkv._core.ranking import Ranking
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.eviction import Choice, EvictionPolicy
+from flexkv.cache.plan import FetchPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import Fate
@@ -50,11 +52,13 @@ class Slots(Protocol):
 MakePolicy = Callable[[int], EvictionPolicy]
 """A policy for so many blocks."""
 
+_NO_KEYS = np.zeros((0, 2), dtype=np.uint64)
+
 _MAX_WAITING = 1024
 """Nodes that a policy is told of at once: few enough for a request not to notice."""
 
-_EXPIRE_NODES = 20_000
-"""Looked at by one sweep for what is kept no longer."""
+_EXPIRE_NODES = 2000
+"""Looked at by one sweep for what is kept no longer: few enough for requests not to notice."""
 
 
 class Tier:
@@ -87,7 +91,9 @@ class Tier:
     ) -> None:
         self.number = number
         self.slots = slots
-        self.evicted_blocks = self.expired_blocks = 0
+        self.fate = Fate.EVICTED
+        """Of blocks that go when there is no room, and are on no other tier."""
+        self._evicted = self._expired = 0
         self._capacity = max(1, capacity)
         self._make_policy = make_policy
         self._quotas = quotas
@@ -104,38 +110,83 @@ class Tier:
         """Of its policy."""
         return self._policies[0].num_queues
 
-    def take(self, tree: RadixTree, count: int, group: int, now: float) -> NDArray[np.int32]:
+    def take(
+        self, tree: RadixTree, count: int, group: int, now: float, keep: NDArray[np.uint64] = _NO_KEYS
+    ) -> NDArray[np.int32]:
         """Slots for ``count`` blocks of a group, or for as many as can be had; evicts where too few are free, or the
         group has too many. None are had where the tier goes out of service just now."""
-        count = self.make_room(tree, count, group, now)
+        count = self.make_room(tree, count, group, now, keep)
         slots = self.slots.allocate(min(count, self.slots.num_free))
         return np.zeros(0, dtype=np.int32) if slots is None else slots
 
-    def make_room(self, tree: RadixTree, count: int, group: int, now: float) -> int:
-        """Evict until ``count`` slots are free for a group, or nothing more may go; returns how many it may take."""
+    def make_room(
+        self, tree: RadixTree, count: int, group: int, now: float, keep: NDArray[np.uint64] = _NO_KEYS
+    ) -> int:
+        """Evict until ``count`` slots are free for a group, or nothing more may go; returns how many it may take.
+
+        ``keep`` ((n, 2) uint64): the blocks of this sequence stay.
+        """
+        tree.pin(keep, 0, len(keep))
+        try:
+            return self._make_room(tree, count, group, now)
+        finally:
+            tree.unpin(keep, 0, len(keep))
+
+    def _make_room(self, tree: RadixTree, count: int, group: int, now: float) -> int:
         limit = self._quotas.limit(group, self.slots.capacity)
-        count = min(count, limit)
-        if len(self._quotas) > 1:
-            if (excess := count + self._used(tree, group) - limit) > 0:
-                self._tell(tree)
-                self._evict_from(tree, group, excess, now, Fate.OVER_QUOTA)
+        if limit < self.slots.capacity:
+            count = min(count, limit)
+            self._trim(tree, group, limit - count, now)
             count = max(0, min(count, limit - self._used(tree, group)))
         if count > self.slots.num_free:
             self.evict(tree, max(count - self.slots.num_free, self._batch()), now, group)
         return count
 
+    def end_writing(
+        self, plan: PutPlan | FetchPlan | WritePlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
+    ) -> None:
+        """Blocks of a plan that are ``ok`` become ready in their ``slots``, the others absent."""
+        # After a reset too: its tree offers nothing, and lets go of a slot when nobody reads it any more.
+        if ok.any():
+            plan.tree.set_ready(plan.keys, plan.by_position(slots, ok), self.number)
+        if not ok.all():
+            plan.tree.drop(plan.keys, plan.by_position(slots, ~ok), self.number, failed=True)
+            self.slots.free(slots[~ok])
+
+    def has_room(self, tree: RadixTree, count: int, group: int) -> bool:
+        """Whether a group can take so many slots, and nothing has to go for it."""
+        limit, capacity = self._quotas.limit(group, self.slots.capacity), self.slots.capacity
+        return count <= self.slots.num_free and (limit == capacity or self._used(tree, group) + count <= limit)
+
     def _used(self, tree: RadixTree, group: int) -> int:
         return int(tree.ranking(self.number).blocks()[group].sum())
 
+    def _trim(self, tree: RadixTree, group: int, most: int, now: float) -> int:
+        """Evict what a group has beyond ``most`` blocks."""
+        excess = self._used(tree, group) - most
+        if excess <= 0:
+            return 0
+        self._tell(tree)
+        return self._evict_from(tree, group, excess, now, Fate.OVER_QUOTA)
+
     def evict_ahead(self, tree: RadixTree, now: float) -> int:
-        """Free what is kept no longer, and a batch of slots if fewer than the watermark are free; returns how many."""
+        """Free what is kept no longer or exceeds a limit, and a batch of slots if fewer than the watermark are free;
+        returns how many."""
+        freed, capacity = self._sweep_expired(tree, now), self.slots.capacity
+        for group in range(len(self._quotas)):       # what was found on disk counts as others' until it is used
+            if (limit := self._quotas.limit(group, capacity)) < capacity:
+                freed += self._trim(tree, group, limit, now)
+        if capacity - self.slots.num_free <= self._start_threshold * capacity:
+            return freed
+        return freed + self.evict(tree, self._batch(), now)
+
+    def _sweep_expired(self, tree: RadixTree, now: float) -> int:
+        if not any(math.isfinite(ttl_s) for ttl_s in self._quotas.ttl_s):
+            return 0
         expired = tree.expire(self.number, now, _EXPIRE_NODES)
         self.slots.free(expired)
-        self.expired_blocks += len(expired)
-        used = self.slots.capacity - self.slots.num_free
-        if used <= self._start_threshold * self.slots.capacity:
-            return len(expired)
-        return len(expired) + self.evict(tree, self._batch(), now)
+        self._expired += len(expired)
+        return len(expired)
 
     def _batch(self) -> int:
         return max(1, int(self._ratio * self.slots.capacity))
@@ -172,11 +223,11 @@ class Tier:
         """Free up to ``want`` slots (for a group), by quota and policy; returns how many."""
         self._tell(tree)
         if len(self._policies) == 1:
-            return self._evict_from(tree, 0, want, now, Fate.EVICTED)
+            return self._evict_from(tree, 0, want, now, self.fate)
         freed = 0
         used = tree.ranking(self.number).blocks().sum(axis=1)
         for victim, most in self._quotas.victims(used, self.slots.capacity, group):
-            freed += self._evict_from(tree, victim, min(want - freed, most), now, Fate.EVICTED)
+            freed += self._evict_from(tree, victim, min(want - freed, most), now, self.fate)
             if freed >= want:
                 break
         return freed
@@ -204,7 +255,7 @@ class Tier:
                 break
             if (ranking.heads(group) == heads).all() and (ranking.blocks()[group] == blocks).all():
                 raise InvariantError(f"{type(policy).__name__} chooses {choice}, from where nothing can go")
-        self.evicted_blocks += freed
+        self._evicted += freed
         if policy.wants_pieces and freed:
             policy.evicted(_merged(np.concatenate(gone)))
         return freed
@@ -212,6 +263,15 @@ class Tier:
     def sweep(self, tree: RadixTree) -> None:
         """Free all slots of a tree that is out of use, but those that something still reads or writes."""
         self.slots.free(tree.discard(self.number))
+
+    def stats(self, tree: RadixTree, prefix: str) -> dict[str, int]:
+        """Free slots, blocks that have gone since the start, and, where there are quotas, blocks by namespace."""
+        stats = {"free_slots": self.slots.num_free, "evicted_blocks": self._evicted, "expired_blocks": self._expired}
+        if len(self._quotas) > 1:
+            used = tree.ranking(self.number).blocks().sum(axis=1).tolist()
+            names = [name or "default" for name in self._quotas.names()]
+            stats |= {f"namespace_{name}_blocks": count for name, count in zip(names, used, strict=True)}
+        return {f"{prefix}{name}": count for name, count in stats.items()}
 
     def check_integrity(self, held: NDArray[np.int32]) -> None:
         """Raise InvariantError unless every slot is free, or held by exactly one block (``held`` lists those)."""

@@ -3,8 +3,8 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
-from typing import Any, TypeVar, get_args, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from flexkv.errors import ConfigError
 
@@ -31,7 +31,7 @@ def allowed(field: dataclasses.Field[Any], kind: type) -> str:
     meta = field.metadata
     if meta["choices"]:
         return "one of " + ", ".join(meta["choices"])
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Mapping: "a mapping"}[kind]
     if meta["low"] is not None:
         words += f", at least {meta['low']:g}"
     if meta["high"] is not None:
@@ -43,7 +43,7 @@ def kind_of(owner: type, field: dataclasses.Field[Any]) -> tuple[type, bool]:
     """The plain type of a field, and whether None is allowed too."""
     hint = get_type_hints(owner)[field.name]
     members = [member for member in get_args(hint) if member is not type(None)]
-    return (members[0], True) if members else (hint, False)
+    return (get_origin(members[0]) or members[0], True) if members else (hint, False)
 
 
 def check(config: Any) -> None:

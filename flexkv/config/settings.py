@@ -1,12 +1,14 @@
 """The settings, grouped by what they are about."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from flexkv.config.field import check, setting
 from flexkv.config.memory import memory_limit
+from flexkv.config.namespaces import Quota, read_quotas
 from flexkv.errors import ConfigError
 
 DTYPE_BYTES = {
@@ -105,6 +107,14 @@ class CacheConfig(_Settings):
         "with other engines, so that all is loaded.",
         unit="tokens/s", low=0.0,
     )
+    namespaces: Mapping[str, Any] | None = setting(
+        None, "What each namespace (LoRA, cache salt, tenant) may have: `{name: {guaranteed, limit, priority, "
+        "ttl_s}}`, shares from 0 to 1 of each tier; `default`: all others together. As a variable: JSON or YAML. "
+        "See [namespaces](namespaces.md).",
+    )
+    max_pinned_share: float = setting(
+        0.5, "Share of the host tier that can be pinned (`flexkv pin`).", low=0.0, high=0.9
+    )
     trace_path: str = setting(
         "", "Record what requests ask for, without their tokens, in this file, for `flexkv replay`; empty: do not."
     )
@@ -127,6 +137,7 @@ class CacheConfig(_Settings):
             raise ConfigError(
                 "ssd_cache_gb", self.ssd_cache_gb, f"must be more than cpu_cache_gb ({self.cpu_cache_gb:g}), or 0"
             )
+        read_quotas(self.namespaces or {})                # wrong ones are named at the start
         if self.ssd_cache_gb and not self.ssd_directories:
             raise ConfigError("ssd_cache_dir", self.ssd_cache_dir, "must name at least one directory")
 
@@ -139,6 +150,11 @@ class CacheConfig(_Settings):
     def ssd_bytes(self) -> int:
         """Bytes of the SSD tier; 0: there is none."""
         return int(self.ssd_cache_gb * (1 << 30))
+
+    @property
+    def quotas(self) -> dict[str, Quota]:
+        """By namespace; ``""``: of all others."""
+        return read_quotas(self.namespaces or {})
 
     @property
     def ssd_directories(self) -> list[Path]:

@@ -57,6 +57,13 @@ def _read_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def _parse_mapping(key: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ConfigError(key, text, f"must be a mapping, as JSON or YAML: {error}") from None
+
+
 def _is_on(value: object) -> bool:
     return str(value).strip().lower() not in ("0", "0.0", "false", "no", "off", "none", "")
 
@@ -85,7 +92,8 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
             known = [PREFIX + field.upper() for field in FIELDS]
             raise ConfigError(key, text, f"is no variable of FlexKV{nearest(key, known)}")
         _, owner, field = FIELDS[name]
-        values[name] = parse(key, text, field, kind_of(owner, field)[0])
+        kind, _ = kind_of(owner, field)
+        values[name] = _parse_mapping(key, text) if kind is Mapping else parse(key, text, field, kind)
     return values
 
 

@@ -7,7 +7,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from flexkv.config import TransferConfig
 from flexkv.errors import CapacityError, TransferError
@@ -54,6 +54,9 @@ class TransferEngine:
     housekeeping : callable, optional
         Called on the background thread whenever something has happened; returns in how many seconds it wants to be
         called next.
+    on_control : callable
+        ``on_control(message, descriptors) -> reply`` to a user who asks something of the controller, on the background
+        thread.
 
     Attributes
     ----------
@@ -73,6 +76,7 @@ class TransferEngine:
         on_capacity: Callable[[int], None],
         executors: tuple[Executor, ...] = (),
         housekeeping: Callable[[], float] | None = None,
+        on_control: Callable[[bytes, Sequence[int]], bytes] = lambda message, fds: b"{}",
     ) -> None:
         self._config = config
         self._host_bytes = host_bytes
@@ -82,6 +86,7 @@ class TransferEngine:
         self._hugepage_bytes = hugepage_bytes
         self._on_capacity = on_capacity
         self._housekeeping = housekeeping
+        self._on_control = on_control
         self.task_ids = itertools.count(1)
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
@@ -119,6 +124,7 @@ class TransferEngine:
             self._config.handshake_timeout_s,
             self._config.ring_bytes,
             self._add_link,
+            self._on_control,
         )
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -5,12 +5,13 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from flexkv._core.ring import ControllerRings
 from flexkv.errors import RegistrationError
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
+from flexkv.transfer.control import is_control
 from flexkv.transfer.device import AgentLink
 from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, Hello, Welcome, listen, pack_refusal, peer_uid, socket_path
 
@@ -39,6 +40,8 @@ class Registry:
         Data of each ring; a power of two.
     on_link : callable
         Called with each agent that is ready for ops.
+    on_control : callable
+        ``on_control(message, descriptors) -> reply`` to a user's request.
 
     Raises
     ------
@@ -55,6 +58,7 @@ class Registry:
         handshake_timeout_s: float,
         ring_bytes: int,
         on_link: Callable[[AgentLink], None],
+        on_control: Callable[[bytes, Sequence[int]], bytes],
     ) -> None:
         self._path = socket_path(port)
         self._clients = dp_client_ids
@@ -63,6 +67,7 @@ class Registry:
         self._timeout_s = handshake_timeout_s
         self._ring_bytes = ring_bytes
         self._on_link = on_link
+        self._on_control = on_control
         self._silent: dict[int, tuple[socket.socket, float]] = {}       # by descriptor: until when
         self._waiting: dict[RankId, tuple[socket.socket, Hello]] = {}   # for the others
         self._connected: set[RankId] = set()
@@ -98,18 +103,11 @@ class Registry:
         return fd in self._silent or any(connection.fileno() == fd for connection, _ in self._waiting.values())
 
     def readable(self, fd: int, epoll: select.epoll) -> None:
-        """A connection said its HELLO, or hung up."""
+        """A connection said its HELLO, or a user's request, or hung up."""
         if fd in self._silent:
             connection, _ = self._silent.pop(fd)
-            try:
-                message = connection.recv(MAX_MESSAGE_BYTES)
-                if message:
-                    self._admit(connection, Hello.unpack(message))
-                    return
-            except OSError as error:
-                logger.warning("a rank's connection broke: %s", error)
-            except RegistrationError as error:
-                self._refuse(connection, str(error))
+            if self._listen_to(connection):
+                return
         else:
             rank_id, (connection, _) = next(
                 (rank_id, item) for rank_id, item in self._waiting.items() if item[0].fileno() == fd
@@ -118,6 +116,25 @@ class Registry:
             del self._waiting[rank_id]
         epoll.unregister(fd)
         connection.close()
+
+    def _listen_to(self, connection: socket.socket) -> bool:
+        """Take the first message; whether the connection is a rank's, and stays."""
+        fds: list[int] = []
+        try:
+            message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            if is_control(message):
+                connection.send(self._on_control(message, fds))
+            elif message:
+                self._admit(connection, Hello.unpack(message))
+                return True
+        except OSError as error:
+            logger.warning("a rank's or user's connection broke: %s", error)
+        except RegistrationError as error:
+            self._refuse(connection, str(error))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return False
 
     def drop_silent(self, epoll: select.epoll) -> None:
         """Close connections that have said nothing in time."""

@@ -180,3 +180,33 @@ def test_salts_separate_and_reset_forgets() -> None:
     assert after_reset == first
     answers = [one["answers"] for one in result["passes"]]
     assert answers[0] == answers[1] == answers[2] == answers[3]
+
+
+NAMESPACES = {"calm": {"guaranteed": 0.5, "ttl_s": 1000}, "flood": {"limit": 0.9}}
+
+
+@pytest.mark.parametrize("namespaces", [NAMESPACES, None])
+def test_a_flood_of_one_salt_leaves_the_other_what_is_guaranteed(namespaces: dict[str, Any] | None) -> None:
+    calm = stage(1, count=3, length=300, one_by_one=True, salt="calm")
+    stages = [
+        calm, stage(2, count=12, salt="flood"), {**calm, "reset_prefix_cache": True},
+        {**calm, "reset_prefix_cache": True, "later_s": 2000.0}, {**calm, "reset_prefix_cache": True},
+    ]
+    result = run(
+        block_size=32, batched_tokens=256, gpu_blocks=200, settings={"num_cpu_blocks": 60, "namespaces": namespaces},
+        passes=stages,
+    )
+    report = result["report"]
+    expect_clean(report)
+    assert report["evicted_blocks"] > 60
+    first, _, after_flood, _, again = result["passes"]
+    assert [one["answers"] == first["answers"] for one in result["passes"]] == [True, False, True, True, True]
+    assert again["cached"] > first["cached"] + 500              # what was computed again is here again
+    if namespaces is None:
+        assert after_flood["cached"] == first["cached"]         # only what the prompts share among themselves
+        return
+    assert after_flood["cached"] == again["cached"]
+    assert result["passes"][3]["cached"] == first["cached"]     # nothing that has expired
+    assert report["miss_expired"] + report["partial_expired"] == 3
+    assert report["namespace_calm_blocks"] <= 30
+    assert report["full_hits"] > 0

@@ -112,6 +112,12 @@ class Engine:
     def flexkv(self) -> Any:
         return self.core.scheduler.connector._flexkv_connector.scheduler
 
+    def pass_time(self, seconds: float) -> None:
+        """The clock of the cache goes forward at once."""
+        cache = self.flexkv()._manager._cache
+        clock = cache._clock
+        cache._clock = lambda: clock() + seconds
+
     def settle_ssd(self, manager: Any) -> None:
         """Wait until nothing is read from or written to SSD, nor queued for it."""
         from tests.harness import until
@@ -149,6 +155,8 @@ def main() -> None:
     for stage in options["passes"]:
         if stage.pop("reset_prefix_cache", False):
             assert engine.llm.reset_prefix_cache(reset_connector=stage.pop("reset_connector", False))
+        if later := stage.pop("later_s", 0.0):
+            engine.pass_time(later)
         if delete := stage.pop("delete", None):
             shutil.rmtree(delete)
         prompts = make_prompts(stage["seed"], stage["count"], stage["length"])

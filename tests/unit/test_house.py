@@ -19,6 +19,7 @@ LAYERS = [
     {"transfer"},
     {"tiering"},
     {"kvtask"},
+    {"kvblocks"},
     {"kvmanager"},
     {"server"},
     {"bench", "demo", "replay", "integration", "common"},

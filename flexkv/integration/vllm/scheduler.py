@@ -60,7 +60,10 @@ class SchedulerSide:
             return 0, False
         tracked = self._track(request)
         tracked.num_computed = num_computed_tokens
-        match = self._manager.lookup(tracked.keys(), num_computed_tokens // self._block_size)
+        match = self._manager.lookup(
+            tracked.keys(), num_computed_tokens // self._block_size, tracked.group, count=not tracked.counted
+        )
+        tracked.counted = True
         num_new = match.num_ready * self._block_size - num_computed_tokens
         if num_new <= 0:
             return 0, False
@@ -76,7 +79,7 @@ class SchedulerSide:
         """A request was queued: bring what is on SSD into host memory while it waits."""
         if self._manager.is_ready() and is_cacheable(request):
             tracked = self._track(request)
-            match = self._manager.lookup(tracked.keys())
+            match = self._manager.lookup(tracked.keys(), group=tracked.group)
             if match.num_to_fetch:
                 self._prefetch(tracked, match.num_ready)
 
@@ -84,7 +87,7 @@ class SchedulerSide:
         """Once a request, so that it is being read even if the request cannot be scheduled yet; its load joins in."""
         if not tracked.prefetched:
             tracked.prefetched = True
-            self._prefetches.add(self._manager.prefetch_blocks(tracked.keys()[:num_blocks], start_block))
+            self._prefetches.add(self._manager.prefetch_blocks(tracked.keys()[:num_blocks], start_block, tracked.group))
 
     def _may_run_behind_load(self, request: "Request") -> bool:
         """Whether the request should run at once, layer by layer behind its load. The whole step runs at the speed of
@@ -114,7 +117,7 @@ class SchedulerSide:
         first = tracked.num_computed // self._block_size
         last = first + -(-num_external_tokens // self._block_size)
         pages, keys = tracked.pages[first:last].copy(), tracked.keys()[:last]
-        task_id = self._manager.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise)
+        task_id = self._manager.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise, tracked.group)
         tracked.num_offered = last
         self._outstanding.add(task_id)
         self._loads.append(
@@ -182,10 +185,10 @@ class SchedulerSide:
         if last <= tracked.num_offered or not self._manager.is_ready():
             return
         first, tracked.num_offered = tracked.num_offered, last
-        task_id = self._manager.put_blocks(keys[:last], first, tracked.pages[first:last], fence=self._step)
+        task_id = self._manager.put_blocks(keys[:last], first, tracked.pages[first:last], self._step, tracked.group)
         if task_id is None and first > 0:
             # either all is there, or what comes before was evicted meanwhile: then it has to be saved again too
-            task_id = self._manager.put_blocks(keys[:last], 0, tracked.pages[:last], fence=self._step)
+            task_id = self._manager.put_blocks(keys[:last], 0, tracked.pages[:last], self._step, tracked.group)
         if task_id is None:
             return
         tracked.saves.add(task_id)
@@ -244,7 +247,8 @@ class SchedulerSide:
         if every and self._num_requests % every == 0:
             logger.info(
                 "%d requests, %d prompt tokens, %d loaded; %s",
-                self._num_requests, self._num_prompt_tokens, self._num_hit_tokens, self._manager.stats(),
+                self._num_requests, self._num_prompt_tokens, self._num_hit_tokens,
+                {name: count for name, count in self._manager.stats().items() if count},
             )
 
     def reset_cache(self) -> bool:

@@ -50,6 +50,10 @@ class TrackedRequest:
         Leading blocks that were saved, loaded, or found to be saved.
     layerwise : bool
         What vLLM was told of the load to come: the request runs behind it, layer by layer.
+    group : int
+        Whose quota counts.
+    counted : bool
+        How its match ended.
     prefetched : bool
         What is on SSD was asked for.
     saves : set of int
@@ -59,14 +63,16 @@ class TrackedRequest:
     def __init__(self, request: "Request", manager: KVManager, block_size: int) -> None:
         self.request = request
         self._block_size = block_size
-        self._hasher: SequenceHasher = manager.hasher(namespace_of(request))
+        namespace = namespace_of(request)
+        self.group = manager.group(namespace)
+        self._hasher: SequenceHasher = manager.hasher(namespace)
         self._extras = block_extras(request, block_size)
         self._pages = np.empty(64, dtype=np.int32)
         self._num_pages = 0
         self.num_computed = 0
         self.num_offered = 0
         self.layerwise = False
-        self.prefetched = False
+        self.prefetched = self.counted = False
         self.saves: set[int] = set()
 
     def keys(self) -> NDArray[np.uint64]:

@@ -50,6 +50,7 @@ def test_a_request_that_is_considered_is_read_ahead_too(tmp_path: Path, num_comp
         for _ in range(3):                                      # there may be no room for it yet
             offered = side.get_num_new_matched_tokens(queued, num_computed)
             assert offered == (BLOCKS * TOKENS - num_computed, True)
+        assert made.manager.stats()["full_hits"] == 1           # counted once
         assert made.store.num_waiting == BLOCKS - num_computed // TOKENS      # the engine has the others
         pages = list(range(32, 32 + BLOCKS))
         blocks = SimpleNamespace(get_block_ids=lambda: (pages,))

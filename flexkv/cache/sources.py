@@ -1,0 +1,73 @@
+"""Where the blocks of a match come from, tier by tier, and where that ends."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.radix import Match, RadixTree
+from flexkv.cache.fetches import FetchTable
+from flexkv.cache.reasons import StopReason
+from flexkv.cache.tier import HOST, SsdTier
+
+_NOWHERE = np.zeros(0, dtype=np.intp)
+
+
+@dataclass(slots=True)
+class Sources:
+    """Where the ready blocks from ``start`` on come from.
+
+    Attributes
+    ----------
+    stop : int
+        Blocks from there on cannot be had.
+    reason : StopReason
+        Why.
+    slots : (num_ready,) int32
+        Host slots; -1: none yet. Before ``start`` and after ``stop`` they mean nothing.
+    slow : (k,) intp
+        Positions of the blocks in ``[start, stop)`` that are not ready on the host.
+    since : float
+        As in ``MatchResult``.
+    """
+
+    stop: int
+    reason: StopReason
+    slots: NDArray[np.int32]
+    slow: NDArray[np.intp]
+    since: float
+
+    def end(self, stop: int, reason: StopReason) -> None:
+        """They end earlier."""
+        self.stop, self.reason, self.since = stop, reason, math.nan
+
+
+def find_sources(
+    tree: RadixTree, ssd: SsdTier | None, fetches: FetchTable, keys: NDArray[np.uint64], match: Match, start: int,
+    choose: bool, host_only: bool = False,
+) -> Sources:
+    """Sources of what ``match`` found for ``keys``; ``choose`` and ``host_only`` as in ``begin_get``."""
+    found = Sources(match.num_ready, StopReason(match.reason), match.slots, _NOWHERE, match.since)
+    is_slow = match.tiers[start:] != HOST
+    if ssd is None or not is_slow.any():
+        return found
+    found.slots = slots = tree.slots(keys[: found.stop], HOST)
+    taken = is_slow & (slots[start:] >= 0)
+    taken &= ~fetches.filling(slots[start:])
+    if taken.any():                          # a put writes there: neither to be read, nor to be read into
+        found.end(start + int(taken.argmax()), StopReason.NOT_READY)
+    is_slow = is_slow[: found.stop - start]
+    out = is_slow & ~ssd.in_service(np.where(is_slow, match.slots[start : found.stop], -1))
+    if out.any():
+        found.end(start + int(out.argmax()), StopReason.OUT_OF_SERVICE)
+    is_slow = is_slow[: found.stop - start]
+    num_worth = len(is_slow)
+    if host_only:
+        num_worth = int(is_slow.argmax()) if is_slow.any() else num_worth
+    elif choose:
+        num_worth = ssd.planner.worth(is_slow & (slots[start : found.stop] < 0), fetches.num_blocks)
+    if start + num_worth < found.stop:
+        found.end(start + num_worth, StopReason.TOO_SLOW)
+    found.slow = start + np.flatnonzero(is_slow[:num_worth])
+    return found

@@ -1,0 +1,272 @@
+"""KV by blocks: wires index, data plane and tasks together. ``KVManager`` adds what upstream's adapters call."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flexkv._core.hashing import SequenceHasher, chain_seed, hash_blocks
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.eviction import policy_class
+from flexkv.cache.match_counts import MatchCounts
+from flexkv.cache.pins import Pin
+from flexkv.cache.plan import NOTHING, MatchResult
+from flexkv.cache.quotas import Quotas
+from flexkv.cache.trace import make_recorder
+from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
+from flexkv.errors import PinError
+from flexkv.kvtask import TaskTable
+from flexkv.response import KVResponse
+from flexkv.tiering import Tiering, make_ssd_store
+from flexkv.transfer.control import Control
+from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.ssd import MakeStore
+
+
+class KVBlocks:
+    """Loads and saves the KV of token sequences for one engine (one data-parallel client).
+
+    Never blocks on a transfer except in ``wait`` and ``shutdown``. Before every rank has registered its tensors,
+    matches are empty and puts write nothing. Thread safe.
+
+    Parameters
+    ----------
+    model_config, cache_config : ModelConfig, CacheConfig
+    dp_client_id : int
+        Data-parallel rank of the engine.
+    server_recv_port : str
+        Accepted for upstream's signature; there is no server process in this version.
+    gpu_register_port : str
+        Path of the Unix socket where the ranks register; empty: from ``transfer_config``.
+    event_collector : object
+        Accepted for upstream's signature; must be None in this version.
+    transfer_config : TransferConfig, optional
+        Default: from ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
+    make_store : callable
+        Makes the store of the SSD tier; for tests.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        cache_config: CacheConfig,
+        dp_client_id: int = 0,
+        server_recv_port: str = "",
+        gpu_register_port: str = "",
+        event_collector: None = None,
+        *,
+        transfer_config: TransferConfig | None = None,
+        make_store: MakeStore = make_ssd_store,
+    ) -> None:
+        if event_collector is not None:
+            raise NotImplementedError("event_collector: KV events are not available in this version; pass None")
+        self._cache_config = cache_config
+        self._tokens_per_block = cache_config.tokens_per_block
+        self._domain = domain(model_config, cache_config)
+        self._make_policy = partial(
+            policy_class(cache_config.eviction_policy), hit_reward_seconds=cache_config.hit_reward_seconds
+        )
+        self._quotas = Quotas(cache_config.quotas)
+        self._counts = MatchCounts()
+        self._cache: GlobalCacheEngine | None = None
+        self._tiering = Tiering(cache_config, self._domain, make_store) if cache_config.ssd_bytes else None
+        transfer_config = transfer_config or load_config().transfer
+        self._host_only = transfer_config.enable_layerwise_transfer
+        default_port = f"ipc://{runtime_directory()}/register-{dp_client_id}.sock"
+        port = gpu_register_port or transfer_config.gpu_register_port or default_port
+        transfer_config = transfer_config.replace(gpu_register_port=port)
+        self._transfer = TransferEngine(
+            transfer_config,
+            host_bytes=cache_config.host_bytes,
+            num_slots=cache_config.num_cpu_blocks,
+            ranks=model_config.tp_size * model_config.pp_size,
+            dp_client_ids=(dp_client_id,),
+            hugepage_bytes=cache_config.hugepage_bytes,
+            on_capacity=self._on_capacity,
+            on_control=Control(self.pin, self.unpin, self.pins).answer,
+            housekeeping=self._tiering.keep_house if self._tiering is not None else None,
+        )
+        self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block, self._tiering)
+        self.recorder = make_recorder(cache_config)      # adapters that match by keys tell it of each request
+
+    # ---- life -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen for the ranks; returns at once. The host pool is made when all of them have registered."""
+        self._transfer.start()
+
+    def is_ready(self) -> bool:
+        """Whether every rank has registered, so that KV can be loaded and saved."""
+        return self._transfer.is_ready and self._cache is not None
+
+    def shutdown(self) -> None:
+        """Write what is queued for SSD, cancel what is under way, give all that it holds back. May be repeated."""
+        if self._tiering is not None:
+            self._tiering.shutdown()
+        self._transfer.shutdown()
+        self.recorder.close()
+
+    def reset(self, timeout: float = 5.0) -> None:
+        """Forget all cached KV, as after a change of weights. Nothing put before it is ever returned after it,
+        and nothing is pinned any more.
+
+        Tasks that are matched or running are cancelled; ``timeout`` bounds the wait for them (seconds).
+        """
+        if self._cache is not None:
+            self._cache.reset()
+        if self._tiering is not None:
+            self._tiering.reset()
+        unsettled = self._tasks.unsettled()
+        self.cancel(unsettled)
+        self._tasks.wait(unsettled, timeout, self._tasks.is_settled)
+
+    def _on_capacity(self, num_slots: int) -> None:
+        if self._cache is None:
+            pool = self._transfer.host_pool
+            config = self._cache_config
+            self._cache = GlobalCacheEngine(
+                pool.num_slots, self._make_policy, config.evict_start_threshold, config.evict_ratio,
+                num_ssd_slots=config.ssd_bytes // pool.slot_bytes, quotas=self._quotas,
+                max_pinned_share=config.max_pinned_share,
+            )
+        self._cache.grow(num_slots)
+        if self._tiering is not None:
+            self._tiering.grow(self._cache, self._transfer, num_slots)
+
+    # ---- blocks: the API that this package's adapters use ------------------------------------------------------
+
+    def hasher(self, namespace: Sequence[str] | None = None) -> SequenceHasher:
+        """A hasher of growing sequences whose keys this manager understands."""
+        seed = chain_seed(self._domain, tuple(namespace or ()), self._cache_config.secret)
+        return SequenceHasher(seed, self._tokens_per_block, self._cache_config.secret)
+
+    def _keys(
+        self, tokens: NDArray[np.integer], namespace: Sequence[str] | None, extras: Mapping[int, bytes] | None
+    ) -> NDArray[np.uint64]:
+        seed = chain_seed(self._domain, tuple(namespace or ()), self._cache_config.secret)
+        return hash_blocks(tokens, self._tokens_per_block, seed, extras=extras, secret=self._cache_config.secret)
+
+    def group(self, namespace: Sequence[str] | None) -> int:
+        """Which quota blocks of this namespace count against: a number that the methods below take as ``group``."""
+        return self._quotas.group(namespace)
+
+    def lookup(
+        self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0, count: bool = False
+    ) -> MatchResult:
+        """How many leading blocks of ``keys`` ((n, 2) uint64) can be loaded, why no more, since when. Holds nothing.
+
+        ``start_block``: those before it are not to be loaded. ``count``: in ``stats``, by reason; once a request.
+        """
+        match = self._cache.match(keys, start_block, group) if self._cache is not None else NOTHING
+        if count:
+            self._counts.count(match, start_block, len(keys))
+        return match
+
+    def get_blocks(
+        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0,
+        layerwise: bool = False, group: int = 0,
+    ) -> int:
+        """Load blocks ``[start_block, start_block + len(pages))`` of a sequence into ``pages``.
+
+        A block that is not ready fails, and with it the task; the others are loaded. ``layerwise``: for
+        ``KVTPClient.follow_load``; what is not in host memory fails, for later loads must not pass this one.
+        """
+        task = self._tasks.new_get(
+            self._cache, keys, start_block, start_block + len(pages), 0, host_only=layerwise, group=group
+        )
+        self._tasks.run(task, pages, fence, layerwise)
+        return task.task_id
+
+    def prefetch_blocks(self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0) -> int:
+        """Bring blocks of a sequence from there on into host memory; the task ends when they are there."""
+        return self._tasks.prefetch(self._cache, keys, 0, start_block, group)
+
+    def put_blocks(
+        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0, group: int = 0
+    ) -> int | None:
+        """Save those of the blocks ``[start_block, start_block + len(pages))`` that are absent; None if none is."""
+        task = self._tasks.new_put(self._cache, keys, start_block, start_block + len(pages), 0, group)
+        if len(task.blocks) == 0:
+            self._tasks.cancel(task.task_id)
+            return None
+        self._tasks.run(task, pages[task.blocks - start_block], fence)
+        return task.task_id
+
+    def task_blocks(self, task_id: int) -> NDArray[np.int32]:
+        """Positions in its sequence of the blocks that a running task moves."""
+        return self._tasks.blocks(task_id)
+
+    def task_match(self, task_id: int) -> MatchResult | None:
+        """What a get found when it was made: how many blocks, why no more, and since when; None: it is not known."""
+        return self._tasks.match(task_id)
+
+    def set_prefill_rate(self, tokens_per_s: float) -> None:
+        """How fast the engine computes prompts, as its adapter measures it; the configuration's rate wins."""
+        if self._tiering is not None:
+            self._tiering.set_prefill_rate(tokens_per_s)
+
+    # ---- pins -------------------------------------------------------------------------------------------------
+
+    def pin(self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, name: str = "") -> Pin:
+        """Keep the blocks of a prefix that are cached now, on any tier, until ``unpin`` or ``reset``.
+
+        They do not expire. ``name``: to unpin it by; empty: made up.
+
+        Raises
+        ------
+        PinError
+            Nothing of it is cached, the name is taken, or too much would be pinned (``max_pinned_share``, or what is
+            guaranteed to other namespaces).
+        """
+        if self._cache is None:
+            raise PinError("no rank has registered yet, so nothing is cached: pin when the engine is up")
+        return self._cache.pin(self._keys(np.asarray(token_ids), namespace, None), name, self.group(namespace))
+
+    def unpin(self, name: str) -> Pin:
+        """Let a pinned prefix go when its turn comes; PinError if there is none of that name."""
+        if self._cache is None:
+            raise PinError("nothing is pinned: no rank has registered yet")
+        return self._cache.unpin(name)
+
+    def pins(self) -> list[Pin]:
+        """What is pinned."""
+        return self._cache.pins() if self._cache is not None else []
+
+    # ---- results ----------------------------------------------------------------------------------------------
+
+    def wait(
+        self, task_ids: int | Iterable[int], timeout: float = 20.0, completely: bool = False
+    ) -> dict[int, KVResponse]:
+        """Wait for tasks, at most ``timeout`` seconds; a result is given once.
+
+        ``completely`` waits, after a transfer was reported late or cancelled, until nothing touches its pages.
+        """
+        ids = [task_ids] if isinstance(task_ids, int) else list(task_ids)
+        self._tasks.wait(ids, timeout, self._tasks.is_settled if completely else self._tasks.has_result)
+        return {task_id: self._tasks.take(task_id) for task_id in ids}
+
+    def try_wait(self, task_ids: int | Iterable[int]) -> dict[int, KVResponse]:
+        """Results of those of the tasks that have ended, without waiting; a result is given once."""
+        self._transfer.poll()
+        ids = [task_ids] if isinstance(task_ids, int) else list(task_ids)
+        return {task_id: self._tasks.take(task_id) for task_id in ids if self._tasks.is_settled(task_id)}
+
+    def cancel(self, task_ids: int | Iterable[int]) -> None:
+        """Stop tasks: what has not started never will; what is being copied now is finished first (see ``wait``)."""
+        for task_id in [task_ids] if isinstance(task_ids, int) else list(task_ids):
+            self._tasks.cancel(task_id)
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the index, of the SSD tier and of the tasks, now; of matches, by reason, since the start."""
+        return {
+            **(self._cache.stats() if self._cache is not None else {}),
+            **(self._tiering.stats() if self._tiering is not None else {}),
+            **self._counts.stats(),
+            "tasks": len(self._tasks),
+        }
+
+    def check_integrity(self) -> None:
+        """Raise InvariantError if the index or the slots are not consistent."""
+        if self._cache is not None:
+            self._cache.check_integrity()

@@ -1,0 +1,147 @@
+"""What a user asks of a running controller, over the socket where ranks register: to pin and unpin prefixes.
+
+A connection says one request and hears one reply. A request is ``FLEXKVC1`` and a JSON object:
+``{"command": "pin", "name": NAME, "namespace": [NAME, ...], "num_tokens": N}`` with a descriptor of a memfd that holds
+the tokens (uint32) and is sealed, ``{"command": "unpin", "name": NAME}``, or ``{"command": "pins"}``. The reply is
+``{"pins": [[NAME, BLOCKS], ...]}``, of what was pinned or unpinned or is pinned, or ``{"error": TEXT}``; a request that
+is refused has changed nothing.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flexkv.cache.pins import Pin
+from flexkv.errors import FlexKVError, PinError
+from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, socket_path
+
+logger = logging.getLogger("flexkv.transfer")
+
+_MAGIC = b"FLEXKVC1"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_MAX_REPLY_BYTES = 1 << 17
+MAX_TOKENS = 1 << 22
+"""Of one prefix: hashed in a few milliseconds."""
+
+_TIMEOUT_S = 10.0
+"""How long a user waits for the reply."""
+
+
+def is_control(message: bytes) -> bool:
+    """Whether a connection's first message is a user's request, and not a rank's."""
+    return message[:7] == _MAGIC[:7]
+
+
+class Control:
+    """Answers requests. Never raises.
+
+    Parameters
+    ----------
+    pin, unpin, pins : callable
+        As those of ``KVManager``.
+    """
+
+    def __init__(
+        self,
+        pin: Callable[[ArrayLike, Sequence[str] | None, str], Pin],
+        unpin: Callable[[str], Pin],
+        pins: Callable[[], Sequence[Pin]],
+    ) -> None:
+        self._pin = pin
+        self._unpin = unpin
+        self._pins = pins
+
+    def answer(self, message: bytes, fds: Sequence[int]) -> bytes:
+        """The reply to a request; ``fds`` stay the caller's."""
+        try:
+            pins = self._carry_out(_parse(message), fds)
+            reply: dict[str, Any] = {"pins": [[pin.name, pin.num_blocks] for pin in pins]}
+        except (FlexKVError, ValueError) as error:
+            reply = {"error": str(error)[:1000]}
+        except Exception:
+            logger.exception("a user's request failed")
+            reply = {"error": "the controller failed at this request: see its log"}
+        return json.dumps(reply, ensure_ascii=False).encode()
+
+    def _carry_out(self, request: dict[str, Any], fds: Sequence[int]) -> Sequence[Pin]:
+        match request:
+            case {"command": "pins", **rest} if not rest:
+                return self._pins()
+            case {"command": "unpin", "name": str(name), **rest} if not rest:
+                return [self._unpin(name)]
+            case {
+                "command": "pin", "name": str(name), "namespace": list(namespace), "num_tokens": int(count), **rest
+            } if not rest and all(isinstance(entry, str) for entry in namespace):
+                return [self._pin(_read_tokens(fds, count), namespace, name)]
+        raise PinError(f"{str(request)[:200]} is no request: its command or its fields are not those of this version")
+
+
+def _parse(message: bytes) -> dict[str, Any]:
+    if message[:8] != _MAGIC:
+        raise PinError("the request is of another version of FlexKV: use the controller's own flexkv command")
+    try:
+        request = json.loads(message[8:])
+    except (ValueError, RecursionError):
+        request = None
+    if not isinstance(request, dict):
+        raise PinError(f"the request is no JSON object of at most {MAX_MESSAGE_BYTES} bytes")
+    return request
+
+
+def _read_tokens(fds: Sequence[int], count: int) -> NDArray[np.uint32]:
+    if not 1 <= count <= MAX_TOKENS:
+        raise PinError(f"{count} tokens: give 1 to {MAX_TOKENS}")
+    try:
+        sealed = len(fds) == 1 and fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:
+        sealed = False
+    if not sealed or os.fstat(fds[0]).st_size != 4 * count:     # memory that nobody changes: no read of it can hang
+        raise PinError(f"{count} tokens must come in a sealed memfd of {4 * count} bytes")
+    return np.frombuffer(os.pread(fds[0], 4 * count, 0), dtype=np.uint32)
+
+
+def ask(port: str, request: dict[str, Any], tokens: NDArray[np.uint32] | None = None) -> list[Pin]:
+    """Ask the controller that listens at ``port``; the user's side.
+
+    Raises
+    ------
+    PinError
+        It refuses, with the reason, or nobody answers there.
+    """
+    message = _MAGIC + json.dumps(request, ensure_ascii=False).encode()
+    if len(message) > MAX_MESSAGE_BYTES:
+        raise PinError(f"name and namespace are too long: the request is {len(message)} bytes, not {MAX_MESSAGE_BYTES}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
+        connection.settimeout(_TIMEOUT_S)
+        fds = [] if tokens is None else [_sealed(tokens)]
+        try:
+            connection.connect(str(socket_path(port)))
+            socket.send_fds(connection, [message], fds)
+            reply = connection.recv(_MAX_REPLY_BYTES)
+        except OSError as error:
+            raise PinError(f"no controller answers at {port}: {error.strerror or error}") from error
+        finally:
+            for fd in fds:
+                os.close(fd)
+    try:
+        told = json.loads(reply)
+        if "error" in told:
+            raise PinError(told["error"])
+        return [Pin(name, blocks) for name, blocks in told["pins"]]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise PinError(f"what answered at {port} is no controller of this version") from None
+
+
+def _sealed(tokens: NDArray[np.uint32]) -> int:
+    fd = os.memfd_create("flexkv-tokens", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with os.fdopen(os.dup(fd), "wb") as file:
+        file.write(tokens.tobytes())
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return fd
