@@ -478,6 +478,10 @@ cdef class RadixTree(EvictableNodes):
         cdef int32_t node = self.find(&keys[0, 0]) if keys.shape[0] else ROOT
         return self.nodes[node].group if node > ROOT else 0
 
+    def fate(self, const uint64_t[:, ::1] keys not None, Py_ssize_t position):
+        """Why a block that is not in the tree has gone (``Fate``); 0 if it was never there, or that is forgotten."""
+        return self.recall(&keys[position, 0]) & 15 if 0 <= position < keys.shape[0] else 0
+
     def remember(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, int why):
         """Blocks from ``start`` on, which are not in the tree, were not stored: keep why, for those who ask."""
         cdef Py_ssize_t i

@@ -14,7 +14,7 @@ from flexkv.cache.fetches import FetchTable
 from flexkv.cache.pins import Pin, Pins
 from flexkv.cache.plan import FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
 from flexkv.cache.quotas import Quotas
-from flexkv.cache.reasons import Fate, StopReason
+from flexkv.cache.reasons import CAME_BACK, Fate, StopReason
 from flexkv.cache.sources import find_sources
 from flexkv.cache.tier import HOST, SSD, MakePolicy, SsdTier, Tier, no_slots
 
@@ -142,8 +142,7 @@ class GlobalCacheEngine:
     ) -> tuple[int, FetchPlan | None]:
         """Give host slots, in ``slots``, to blocks that are on SSD alone; returns where they end, and what to read."""
         wanted = slow[slots[slow] < 0]
-        if len(wanted) == 0 or self._ssd is None:
-            return match.num_ready, None
+        assert self._ssd is not None             # narrowing: what is slow is there
         taken = self._host.take(self._tree, len(wanted), group, now)
         stop = int(wanted[len(taken)]) if len(taken) < len(wanted) else match.num_ready
         wanted = wanted[: len(taken)]
@@ -206,7 +205,8 @@ class GlobalCacheEngine:
             now = self._tick()                   # later than that of what was evicted
             blocks = absent[: len(slots)]
             last = int(blocks[-1]) + 1 if len(blocks) else start + num_known if num_known else 0
-            plan = PutPlan(keys[:last], blocks, self._tree, slots, num_known)
+            fate = self._tree.fate(keys, int(blocks[0])) if len(blocks) else 0
+            plan = PutPlan(keys[:last], blocks, self._tree, slots, num_known, fate in CAME_BACK)
             if len(plan):
                 self._tree.insert(plan.keys, plan.by_position(slots), HOST, now, group)
             if len(plan) or (last and math.isfinite(self._quotas.ttl_s[group])):     # what was out of date is not now
@@ -312,7 +312,7 @@ class GlobalCacheEngine:
         return True
 
     def free_ssd(self, slots: NDArray[np.int32]) -> None:
-        """Give back SSD slots ((n,) int32) of what was found there and is of no use."""
+        """Give back SSD slots of what was found there and is of no use."""
         with self._lock:
             self._below.slots.free(slots)
 

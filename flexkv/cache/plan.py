@@ -76,10 +76,13 @@ class PutPlan(BlocksOfSequence):
         Their host slots.
     num_known : int
         Leading blocks of what was put that were there already: the sequence goes on from an earlier one.
+    came_back : bool
+        The first of the blocks was there before, and had to go.
     """
 
     slots: NDArray[np.int32]
     num_known: int = 0
+    came_back: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

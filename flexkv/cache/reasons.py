@@ -15,6 +15,10 @@ class Fate(enum.IntEnum):
     NOT_ADMITTED = 5
 
 
+CAME_BACK = frozenset(fate for fate in Fate if fate is not Fate.FAILED)
+"""Of what is asked for again although it had gone."""
+
+
 class StopReason(enum.IntEnum):
     """The first block that a match could not offer, and why."""
 

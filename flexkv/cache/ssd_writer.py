@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import PutPlan, WritePlan
 
+_EVIDENCE_SHARE = 0.25
+"""Of a sequence has to be there already for the rest to be thought part of a conversation: a system prompt that all
+share tells nothing (docs/design/0009-eviction-by-rank.md)."""
+
 
 class SsdWriter:
     """Sequences that are worth writing to SSD, in the order in which they will be.
@@ -21,8 +25,8 @@ class SsdWriter:
     ----------
     cache : GlobalCacheEngine
     write_all : bool
-        False: a block is written once there is evidence that it is used again: it was loaded, or was put again, or
-        follows on blocks that were.
+        False: a block is written once there is evidence that it is used again: it was loaded, or was put again, also
+        after it had gone, or follows on blocks that were and are a good part of its sequence.
     batch_blocks : int
         Written at a time: large enough for long runs of slots.
     max_in_flight_blocks, max_queued_blocks : int
@@ -69,8 +73,10 @@ class SsdWriter:
         on_ssd = self._cache.on_ssd(keys)
         before = int(plan.blocks[0]) - 1 if len(plan) else -1
         with self._lock:
-            follows = before >= 0 and (bool(on_ssd[before]) or self._forget(keys[before].tobytes()))
-        if not (self._write_all or follows or plan.num_known):
+            follows = before + 1 > _EVIDENCE_SHARE * len(keys) and (
+                bool(on_ssd[before]) or self._forget(keys[before].tobytes())
+            )
+        if not (self._write_all or follows or plan.num_known or plan.came_back):
             return False
         return self._add(keys, ~on_ssd)
 

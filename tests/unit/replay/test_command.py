@@ -74,7 +74,7 @@ def test_the_table_has_the_columns_that_apply(trace: str, capsys: pytest.Capture
     assert main(["replay", trace, "--capacity-tokens", "32,48"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["trace", "policy", "tokens", "hit", "rate"]
-    assert [row.split() for row in rows][1] == ["small.jsonl", "opt", "32", "0.5000"]
+    assert ["small.jsonl", "opt", "32", "0.5000"] in [row.split() for row in rows]
     assert main(["replay", trace, "--host-gb", "0.1", "--ssd-gb", "1", "--model", "qwen3-8b"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert "drive writes/day" in head
