@@ -84,7 +84,8 @@ class CacheConfig(_Settings):
         "./flexkv_ssd", "Directories of the SSD tier, with `;` between them; best one for each device."
     )
     ssd_admission: str = setting(
-        "second_touch", "What is written to SSD: what was loaded, put again or comes back, and what follows on it; or all.",
+        "second_touch",
+        "What is written to SSD: what was loaded, put again or comes back, and what follows on it; or all.",
         choices=("second_touch", "all"),
     )
     ssd_write_mb_per_s: float = setting(
