@@ -29,6 +29,7 @@ cdef class NodeStore:
     cdef double began                 # the first time that the tree was told, in seconds
     cdef double latest                # the last one
     cdef uint64_t forgotten_mask
+    cdef size_t forgotten_present     # bytes of it that were made present
     cdef int32_t max_nodes
     cdef int32_t used_nodes
     cdef int32_t free_node
@@ -72,4 +73,5 @@ cdef class NodeStore:
     cdef int check_node(self, int32_t node, list held) except -1
     cdef void forget(self, const uint64_t *key, uint32_t why) noexcept nogil
     cdef uint32_t recall(self, const uint64_t *key) noexcept nogil
+    cdef void prepare_to_forget(self) noexcept nogil
     cdef void tick(self, double now) noexcept nogil

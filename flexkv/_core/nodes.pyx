@@ -420,6 +420,7 @@ cdef class NodeStore:
         p.length += <uint32_t>count
         p.last_access = max(p.last_access, now)
         self.num_blocks += count
+        self.prepare_to_forget()
         if p.resident[tier] == 0 and p.live_children[tier] == 0:
             self.went_live(node, tier)
         self.change(node, tier, p.resident[tier] == 0)
@@ -463,6 +464,16 @@ cdef class NodeStore:
         cdef Forgotten *entry = &self.forgotten[key[0] & self.forgotten_mask]
         entry.fingerprint = <uint32_t>(key[1] >> 32)
         entry.fate = <uint32_t>(self.latest - self.began) << 4 | why
+
+    cdef void prepare_to_forget(self) noexcept nogil:
+        """Have the record of what went present by the time that the tree is half full, as it is when all slots are in
+        use, bit by bit: the first evictions would take thousands of page faults each."""
+        cdef size_t size = (self.forgotten_mask + 1) * sizeof(Forgotten)
+        cdef size_t want = min(size, <size_t>(<double>size * 2 * self.num_blocks / self.max_blocks)) // PAGE * PAGE
+        if want >= self.forgotten_present + POPULATE_BYTES:
+            madvise(<char *>self.forgotten + self.forgotten_present, want - self.forgotten_present,
+                    MADV_POPULATE_WRITE)
+            self.forgotten_present = want
 
     cdef uint32_t recall(self, const uint64_t *key) noexcept nogil:
         """The fate of a block that is not here; 0: it was never seen, or that was long ago."""
