@@ -54,8 +54,6 @@ MakePolicy = Callable[[int], EvictionPolicy]
 
 _NO_KEYS = np.zeros((0, 2), dtype=np.uint64)
 
-_MAX_WAITING = 1024
-"""Nodes that a policy is told of at once: few enough for a request not to notice."""
 
 _EXPIRE_NODES = 2000
 """Looked at by one sweep for what is kept no longer: few enough for requests not to notice."""
@@ -195,7 +193,7 @@ class Tier:
 
     def used(self, tree: RadixTree) -> None:
         """Blocks were used: tell the policy, once there is enough to tell."""
-        if tree.ranking(self.number).num_waiting >= _MAX_WAITING:
+        if tree.ranking(self.number).num_waiting >= self._policies[0].max_waiting:
             self._tell(tree)
 
     def _tell(self, tree: RadixTree) -> None:

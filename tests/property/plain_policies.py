@@ -89,6 +89,8 @@ class PlainLRU:
                     run.parent.children.remove(run)
         for blocks, queue in zip(gone, queues, strict=True):
             self.went(blocks, queue)
+        if gone:
+            self.trim()
 
     def size(self, queue: int) -> int:
         return sum(len(run.blocks) for run in self.runs if run.queue == queue)
@@ -103,6 +105,9 @@ class PlainLRU:
 
     def went(self, blocks: list[Prefix], queue: int) -> None:
         """Blocks of a run, the deepest first."""
+
+    def trim(self) -> None:
+        """After all that one request pushed out."""
 
     def victim(self, leaves: list[Run]) -> Run | None:
         return min(leaves, key=lambda run: run.used, default=None)
@@ -124,8 +129,10 @@ class PlainS3FIFO(PlainLRU):
         if queue == 0:
             self.ghosts.pop(blocks[-1], None)
             self.ghosts[blocks[-1]] = len(blocks)
-            while sum(self.ghosts.values()) > self.capacity - self.small:
-                del self.ghosts[next(iter(self.ghosts))]
+
+    def trim(self) -> None:
+        while sum(self.ghosts.values()) > self.capacity - self.small:
+            del self.ghosts[next(iter(self.ghosts))]
 
     def victim(self, leaves: list[Run]) -> Run | None:
         while leaves:
@@ -160,6 +167,8 @@ class PlainARC(PlainLRU):
         ghosts = self.ghosts[queue]
         ghosts.pop(blocks[-1], None)
         ghosts[blocks[-1]] = len(blocks)
+
+    def trim(self) -> None:
         for ghosts, most in zip(self.ghosts, (self.capacity - int(self.share), self.capacity), strict=True):
             while sum(ghosts.values()) > most:
                 del ghosts[next(iter(ghosts))]

@@ -64,7 +64,7 @@ SEQUENCES = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
 
 
 @pytest.mark.parametrize("policy", PLAIN, ids=lambda policy: policy.__name__)
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=max(10, EXAMPLES // 20), deadline=None)
 @given(st.lists(SEQUENCES, min_size=5, max_size=60), st.integers(3, 12))
 def test_same_hits_for_any_requests(policy: type[EvictionPolicy], sequences: list[Prefix], capacity: int) -> None:
     engine, plain = make_engine(policy, capacity), PLAIN[policy](capacity)

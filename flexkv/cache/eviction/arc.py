@@ -15,6 +15,7 @@ class ARC(EvictionPolicy):
 
     num_queues = 2
     wants_pieces = True
+    max_waiting = 1                          # a ghost that is back changes the shares before the next one is looked at
 
     def __init__(self, capacity: int, hit_reward_seconds: float = 0.0) -> None:
         super().__init__(capacity, hit_reward_seconds)

@@ -55,12 +55,15 @@ class EvictionPolicy(ABC):
         A node is in one of so many queues (0 at first), each with its own order.
     wants_pieces : bool
         Whether ``evicted`` is to be called.
+    max_waiting : int
+        Nodes that it is told of at once, at most: few enough for a request not to notice.
     ghosts : Ghosts, optional
         Pieces that ``returned`` is to be told of when they come back, those that follow each other one by one.
     """
 
     num_queues = 1
     wants_pieces = False
+    max_waiting = 1024
     ghosts: Ghosts | None = None
 
     def __init__(self, capacity: int, hit_reward_seconds: float = 0.0) -> None:
