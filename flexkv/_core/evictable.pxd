@@ -7,15 +7,10 @@ from flexkv._core.ranking cimport Ranking
 # Mirrored field by field by PIECE_DTYPE in evictable.pyx.
 cdef struct Piece:
     uint64_t first_key
-    double last_access
-    double created
     double rank
-    uint32_t hits
-    uint32_t depth
     uint32_t mark
     uint32_t blocks
     int32_t node
-    uint16_t group
     uint8_t queue
 
 

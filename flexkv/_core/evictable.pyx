@@ -24,8 +24,7 @@ cdef enum:
     MAX_SPARED = 1 << 16               # by one call
 
 PIECE_DTYPE = np.dtype(
-    [("first_key", "u8"), ("last_access", "f8"), ("created", "f8"), ("rank", "f8"), ("hits", "u4"), ("depth", "u4"),
-     ("mark", "u4"), ("blocks", "u4"), ("node", "i4"), ("group", "u2"), ("queue", "u1")],
+    [("first_key", "u8"), ("rank", "f8"), ("mark", "u4"), ("blocks", "u4"), ("node", "i4"), ("queue", "u1")],
     align=True,
 )
 
@@ -213,9 +212,7 @@ cdef class EvictableNodes(NodeStore):
         """Returns how many pieces went: one or none."""
         cdef Node *p = &self.nodes[node]
         cdef int64_t first = 0
-        piece.last_access, piece.created, piece.hits, piece.depth = p.last_access, p.created, p.hits, p.depth
-        piece.node, piece.rank, piece.mark = node, p.rank[tier], p.mark[tier]
-        piece.group, piece.queue = p.group, p.queue[tier]
+        piece.node, piece.rank, piece.mark, piece.queue = node, p.rank[tier], p.mark[tier], p.queue[tier]
         piece.blocks = <uint32_t>self.take_from_end(node, tier, want - count[0], out + count[0], why, &first)
         piece.first_key = p.keys[2 * first]
         count[0] += piece.blocks

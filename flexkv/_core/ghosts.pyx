@@ -5,11 +5,13 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
 
+
 cdef class Ghosts:
     """At most ``max_pieces`` pieces, each with its number of blocks. The caller locks.
 
     A piece that is added again replaces the older one. Memory is taken as it is used.
     """
+
     def __cinit__(self, Py_ssize_t max_pieces):
         if not 1 <= max_pieces < 1 << 30:
             raise ValueError(f"max_pieces is {max_pieces}; allowed: 1 to 2**30 - 1")

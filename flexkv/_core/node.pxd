@@ -8,7 +8,6 @@ cdef struct Node:
     uint64_t *keys                    # one allocation: keys, slots of each tier, pins, state
     uint64_t came_as                  # its first key when it came to a tier last
     double last_access
-    double created
     double rank[MAX_TIERS]            # of those that may go, the lowest goes first; the policy's
     int32_t parent
     int32_t first_child
@@ -26,7 +25,6 @@ cdef struct Node:
     uint32_t mark[MAX_TIERS]          # the policy's own
     int32_t heap_at[MAX_TIERS]        # place in its heap, from 1; 0: it is in none
     uint32_t holds                    # of all its blocks: they do not go out of date
-    float gap                         # seconds between the last two uses
     uint16_t group                    # quota group of its namespace
     uint8_t queue[MAX_TIERS]
     uint8_t lives[MAX_TIERS]          # how often it is spared

@@ -343,7 +343,7 @@ cdef class NodeStore:
         self.link(head, p.parent)
         h.length = at
         h.depth = p.depth
-        h.last_access, h.created, h.hits, h.gap, h.group = p.last_access, p.created, p.hits, p.gap, p.group
+        h.last_access, h.hits, h.group = p.last_access, p.hits, p.group
         h.holds = p.holds
         for i in range(at):
             h.pinned += self.pins_of(h)[i] > 0
@@ -404,7 +404,6 @@ cdef class NodeStore:
             node = self.new_node(<uint32_t>count)
             p = &self.nodes[node]
             p.depth = self.nodes[last].depth + self.nodes[last].length
-            p.created = now
             p.group = group
             memcpy(p.keys, keys, 16)                   # the table reads the first key
             self.link(node, last)

@@ -451,7 +451,6 @@ cdef class RadixTree(EvictableNodes):
                 p = &self.nodes[node]
                 if hit:
                     p.hits += 1
-                    p.gap = <float>(now - p.last_access)
                 p.last_access = max(p.last_access, now)
                 if group >= 0 and p.group != group:
                     self.regroup(node, <uint16_t>group)

@@ -6,10 +6,8 @@ from flexkv._core.node cimport Node
 # Mirrored field by field by EVENT_DTYPE in ranking.pyx.
 cdef struct Event:
     uint64_t first_key
-    double created
     double last_access
     double rank
-    float gap
     int32_t node
     uint32_t hits
     uint32_t new_hits

@@ -17,8 +17,8 @@ from flexkv.errors import InvariantError
 
 EVENT_DTYPE = np.dtype(
     [
-        ("first_key", "u8"), ("created", "f8"), ("last_access", "f8"), ("rank", "f8"), ("gap", "f4"), ("node", "i4"),
-        ("hits", "u4"), ("new_hits", "u4"), ("depth", "u4"), ("length", "u4"), ("children", "u4"), ("mark", "u4"),
+        ("first_key", "u8"), ("last_access", "f8"), ("rank", "f8"), ("node", "i4"), ("hits", "u4"),
+        ("new_hits", "u4"), ("depth", "u4"), ("length", "u4"), ("children", "u4"), ("mark", "u4"),
         ("group", "u2"), ("queue", "u1"), ("lives", "u1"), ("is_new", "?"),
     ],
     align=True,
@@ -228,8 +228,8 @@ cdef class Ranking:
                     continue
                 e = &events[n]
                 n += 1
-                e.first_key, e.created, e.last_access, e.rank = p.came_as, p.created, p.last_access, p.rank[t]
-                e.gap, e.node, e.hits, e.new_hits = p.gap, self.changed[i], p.hits, p.hits - p.hits_told[t]
+                e.first_key, e.last_access, e.rank = p.came_as, p.last_access, p.rank[t]
+                e.node, e.hits, e.new_hits = self.changed[i], p.hits, p.hits - p.hits_told[t]
                 e.depth, e.length, e.children, e.mark = p.depth, p.length, p.live_children[t], p.mark[t]
                 e.group, e.queue, e.lives, e.is_new = p.group, p.queue[t], p.lives[t], (p.is_new & self.bit) != 0
                 p.hits_told[t] = p.hits

@@ -6,13 +6,13 @@ from flexkv._core import radix
 
 
 class Fate(enum.IntEnum):
-    """Why a block that was once here is not; as the index keeps it."""
+    """Why a block that was once here is not; as the index keeps it: the reason, counted from what was never here."""
 
-    EVICTED = 1
-    FAILED = 2
-    EXPIRED = 3
-    OVER_QUOTA = 4
-    NOT_ADMITTED = 5
+    EVICTED = radix.REASON_EVICTED - radix.REASON_NEVER_SEEN
+    FAILED = radix.REASON_FAILED - radix.REASON_NEVER_SEEN
+    EXPIRED = radix.REASON_EXPIRED - radix.REASON_NEVER_SEEN
+    OVER_QUOTA = radix.REASON_OVER_QUOTA - radix.REASON_NEVER_SEEN
+    NOT_ADMITTED = radix.REASON_NOT_ADMITTED - radix.REASON_NEVER_SEEN
 
 
 CAME_BACK = frozenset(fate for fate in Fate if fate is not Fate.FAILED)

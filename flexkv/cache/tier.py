@@ -54,7 +54,6 @@ MakePolicy = Callable[[int], EvictionPolicy]
 
 _NO_KEYS = np.zeros((0, 2), dtype=np.uint64)
 
-
 _EXPIRE_NODES = 2000
 """Looked at by one sweep for what is kept no longer: few enough for requests not to notice."""
 

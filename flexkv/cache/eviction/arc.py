@@ -48,5 +48,5 @@ class ARC(EvictionPolicy):
     def evicted(self, pieces: NDArray[np.void]) -> None:
         for queue in (RECENT, FREQUENT):
             gone = pieces[pieces["queue"] == queue]
-            self._ghosts[queue].add(gone["first_key"], gone["blocks"], gone["last_access"])
+            self._ghosts[queue].add(gone["first_key"], gone["blocks"], gone["rank"])
             self._ghosts[queue].trim(self.capacity if queue == FREQUENT else self.capacity - int(self._share))

@@ -44,5 +44,5 @@ class S3FIFO(EvictionPolicy):
 
     def evicted(self, pieces: NDArray[np.void]) -> None:
         gone = pieces[pieces["queue"] == SMALL]
-        self._ghosts.add(gone["first_key"], gone["blocks"], gone["last_access"])
+        self._ghosts.add(gone["first_key"], gone["blocks"], gone["rank"])
         self._ghosts.trim(self.capacity - self._small)

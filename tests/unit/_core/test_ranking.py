@@ -58,7 +58,7 @@ def test_the_policy_is_told_once_of_all_that_changed() -> None:
     tree.touch(keys_of((1, 1, 1)), 9.0)
     events = place(tree.ranking(0))
     assert not events["is_new"].any()
-    assert sorted(events["gap"].tolist()) == [4.0, 8.0]
+    assert events["last_access"].tolist() == [9.0, 9.0]
 
 
 def test_queues_leave_and_spare() -> None:
