@@ -53,7 +53,7 @@ MODELS = {
 }
 """Layers, KV heads and head size are ``num_hidden_layers``, ``num_key_value_heads`` and ``head_dim`` of each model's
 ``config.json`` on huggingface.co (MLA: ``kv_lora_rank`` + ``qk_rope_head_dim``); active parameters are those of its
-model card."""
+model card. Written down from memory, and not checked against those files."""
 
 
 def find_model(name: str) -> Model:
