@@ -16,6 +16,7 @@
 #define FIRST_WINDOW_SHARE 4      /* the first window of a burst is smaller: the bus starts earlier */
 #define NUM_FENCES 64             /* steps back that an op finds its own fence; older ones wait for a later step */
 #define REGISTER_BYTES (256u << 20)
+#define MOST_FOR_A_BLOCK (64u << 20)        /* a staging buffer grows so far that one block fits */
 
 struct lane {                     /* one direction */
     cu_stream kernel, copy;
@@ -404,6 +405,8 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
     copy->api = api;
     copy->options = *options;
     copy->at = at;
+    if (copy->options.window_bytes < stride_of(at->spans) && stride_of(at->spans) <= MOST_FOR_A_BLOCK)
+        copy->options.window_bytes = stride_of(at->spans);
     for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
         if (!(copy->lanes[kind].marks = calloc(at->num_spans + 1, sizeof(cu_event)))) {
             free(copy->lanes[FLEXKV_D2H].marks);

@@ -43,6 +43,7 @@ def test_tensors_that_were_unmapped_come_back_elsewhere(tmp_path: Path) -> None:
     rank = GpuRank(tmp_path, fake=False)
     try:
         before = rank.save(8)
+        assert rank.counters.send(rank.path) == b"\x01"      # a load that cannot tell of its layers fails
         assert rank.client.suspend_gpu_mappings() == 2 * LAYERS
         until(lambda: not rank.manager.is_ready())
         old, rank.tensors = rank.tensors, rank.make(fake=False)

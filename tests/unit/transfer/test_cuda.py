@@ -55,6 +55,20 @@ def test_bytes_come_back(tmp_path: Path, cuda: FakeCuda, strategy: str, shape: s
             assert tensors.read(pages) == before
 
 
+def test_staging_buffers_grow_so_far_that_a_block_fits(tmp_path: Path, cuda: FakeCuda) -> None:
+    tensors = Tensors(PAGES, (2, 4, 2, 16384), device=0)                     # 1.5 MiB a block
+    with local(tmp_path, 2 * PAGES, tensors=tensors, gpu_strategy="staged", gpu_window_mb=1) as (manager, _, _):
+        tensors.fill(range(4), 1)
+        before = tensors.read(range(4))
+        task = manager.put_async(tokens_of(4), mapping(range(4)))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        cuda.fail("cuLaunchKernel", code=0)
+        task = manager.get_async(tokens_of(4), mapping(range(9, 13)))
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        assert cuda.calls == 4                                              # one block a window, by the kernel
+        assert tensors.read(range(9, 13)) == before
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_both_directions_at_once_over_many_windows(tmp_path: Path, cuda: FakeCuda, strategy: str) -> None:
     tensors = Tensors(PAGES, SHAPES["large"], device=0)
