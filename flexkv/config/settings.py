@@ -191,7 +191,7 @@ class TransferConfig(_Settings):
         choices=("auto", "staged", "direct", "batch"),
     )
     gpu_window_mb: int = setting(
-        8, "Size of a staging buffer in GPU memory; there are six. Six that fit into the GPU's L2 disturb compute least.",
+        8, "Size of a staging buffer in GPU memory; there are six: within its L2, they disturb compute least.",
         unit="MiB", low=1, high=1024
     )
     gpu_num_ctas: int = setting(16, "Thread blocks of the copy kernel.", low=1, high=1024)
