@@ -23,6 +23,7 @@ MODULES: dict[str, list[str]] = {
     "cuda_driver": [],
     "cuda_memory": [],
     "device_copy": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
+    "device_staging": [],
     "evictable": [],
     "ghosts": [],
     "hashing": [],
@@ -49,7 +50,7 @@ DIRECTIVES = {
     "freethreading_compatible": False,
 }
 
-HEADERS = [str(path) for path in sorted(Path("csrc").glob("*.h"))] + ["csrc/move_blocks.cu"]
+HEADERS = [str(path) for pattern in ("*.h", "*.cu") for path in sorted(Path("csrc").glob(pattern))]
 
 setup(
     ext_modules=cythonize(

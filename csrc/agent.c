@@ -356,9 +356,12 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
     run = op->started;
     while (run < op->msg.count && in_range(at, op->slots[run], op->pages[run]))
         run++;
-    if (run == op->started) {     /* a block that is out of range: not ok, over with the next window or the op */
+    if (run == op->started) {     /* a block in place, or out of range: over with the next window or the op */
+        if (op->slots[run] == FLEXKV_IN_PLACE)
+            op->ok[run] = op->span == last_span(agent, op);
+        else
+            lose_layers(agent, op);
         op->started++;
-        lose_layers(agent, op);
         end_span(agent, op);
         return 1;
     }

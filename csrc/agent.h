@@ -19,6 +19,8 @@ enum flexkv_op_flag {
     FLEXKV_OP_MORE = 4,           /* not the last part of the op */
 };
 
+enum { FLEXKV_IN_PLACE = -2 };    /* in place of a slot: the block has been moved, and is only reported */
+
 struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count] */
     uint64_t op_id;
     uint64_t task_id;

@@ -1,4 +1,5 @@
 #include "cuda_copy.h"
+#include "move_kernel.h"
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -7,9 +8,6 @@
 #define NUM_BUFFERS 3             /* staging buffers of each kind: one fills, one empties, one is ready */
 #define MAX_WINDOWS 16            /* under way of each kind */
 #define MAX_AHEAD 256             /* the same of layerwise loads: the engine waits until they are given to the GPU */
-#define FLEXKV_MOVE_BLOCKS 480    /* as MAX_BLOCKS in move_blocks.cu */
-#define PIECE_BYTES 32768         /* a work item of the kernel */
-#define THREADS 512
 #define DIRECT_BYTES (128u << 10) /* up to here the kernel itself crosses the bus: one launch less of latency */
 #define BATCH_CHUNK_BYTES (4u << 20)        /* from here on the copy engine needs no staging */
 #define MAX_BATCH 1024            /* copies of one call */
@@ -43,11 +41,6 @@ struct flexkv_cuda_copy {
     _Atomic int registering;
     _Atomic int error;            /* the first; later calls may only repeat it */
     const char *_Atomic failed;
-};
-
-struct blocks {                   /* as in move_blocks.cu */
-    int32_t pages[FLEXKV_MOVE_BLOCKS];
-    int32_t slots[FLEXKV_MOVE_BLOCKS];
 };
 
 static int keep_error(struct flexkv_cuda_copy *copy, cu_result result, const char *function)
@@ -97,25 +90,21 @@ static uint64_t pool_address(const struct flexkv_cuda_copy *copy, int32_t slot)
 /* Move between the pages and what begins at `far` with the start of a slot, so far as the span goes. */
 static int launch(struct flexkv_cuda_copy *copy, const struct job *job, cu_ptr far, uint64_t far_stride, int direct)
 {
-    const int32_t *slots = job->slots, *pages = job->pages;
-    enum flexkv_kind kind = job->kind;
-    uint64_t piece_bytes = PIECE_BYTES;
-    uint32_t count = job->count, num_regions = job->span->num_regions, grid;
-    uint32_t pieces = (uint32_t)((job->span->max_chunk + piece_bytes - 1) / piece_bytes);
-    cu_ptr regions = copy->regions + job->span->first * sizeof(struct flexkv_region);
-    uint64_t items = (uint64_t)count * num_regions * pieces;
-    int gather = kind == FLEXKV_D2H;
-    struct blocks blocks;
-    void *parameters[] = { &regions, &num_regions, &count, &pieces, &piece_bytes, &far, &far_stride, &direct,
-                           &gather, &blocks };
+    struct flexkv_move move = {
+        .function = copy->options.move,
+        .regions = copy->regions + job->span->first * sizeof(struct flexkv_region),
+        .num_regions = job->span->num_regions,
+        .max_chunk = job->span->max_chunk,
+        .num_ctas = copy->options.num_ctas,
+        .far = far,
+        .far_stride = far_stride,
+        .gather = job->kind == FLEXKV_D2H,
+        .slots = direct ? job->slots : NULL,
+        .pages = job->pages,
+        .count = job->count,
+    };
 
-    for (uint32_t i = 0; i < count; i++) {
-        blocks.pages[i] = pages[i];
-        blocks.slots[i] = slots[i];
-    }
-    grid = items < copy->options.num_ctas ? (uint32_t)items : copy->options.num_ctas;
-    return TRY(cuLaunchKernel, copy->options.move, grid, 1, 1, THREADS, 1, 1, 0, copy->lanes[kind].kernel, parameters,
-               NULL);
+    return keep_error(copy, flexkv_launch_move(copy->api, &move, copy->lanes[job->kind].kernel), "cuLaunchKernel");
 }
 
 /* Copies that are to be made, in one call where the driver can: it leaves no gaps between them. */

@@ -1,4 +1,4 @@
-/* Names of the functions in struct flexkv_cuda, in its order, and the source of the kernel. For one extension alone. */
+/* Names of the functions in struct flexkv_cuda, in its order, and the source of the kernels. For one extension alone. */
 #ifndef FLEXKV_CUDA_TABLE_H
 #define FLEXKV_CUDA_TABLE_H
 
@@ -14,7 +14,8 @@ enum { FLEXKV_CUDA_NUM_REQUIRED = 0 FLEXKV_CUDA_FUNCTIONS(FLEXKV_CUDA_ONE) };
 #undef FLEXKV_CUDA_ONE
 
 __asm__(".pushsection .rodata\n"
-        "flexkv_kernel_source: .incbin \"csrc/move_blocks.cu\"\n.byte 0\n"
+        "flexkv_kernel_source: .incbin \"csrc/move_blocks.cu\"\n"
+        ".incbin \"csrc/checksum_slots.cu\"\n.byte 0\n"
         ".popsection\n");
 extern const char flexkv_kernel_source[];
 

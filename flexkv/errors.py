@@ -64,6 +64,10 @@ class CudaError(TransferError):
         self.name = name
 
 
+class GdsUnavailableError(FlexKVError, RuntimeError):
+    """Blocks cannot go straight between SSD and GPU on this machine."""
+
+
 class AgentLostError(TransferError):
     """The process at the other end has gone."""
 

@@ -15,7 +15,7 @@ from flexkv.cache.plan import NOTHING, MatchResult
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.trace import make_recorder
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
-from flexkv.errors import PinError
+from flexkv.errors import ConfigError, PinError
 from flexkv.kvtask import TaskTable
 from flexkv.response import KVResponse
 from flexkv.tiering import Tiering, make_ssd_store
@@ -68,6 +68,9 @@ class KVBlocks:
             policy_class(cache_config.eviction_policy), hit_reward_seconds=cache_config.hit_reward_seconds
         )
         self._quotas = Quotas(cache_config.quotas)
+        ranks = model_config.tp_size * model_config.pp_size
+        if cache_config.enable_gds and ranks > 1:
+            raise ConfigError("enable_gds", True, f"goes with one rank in this version, there are {ranks}: turn it off")
         self._counts = MatchCounts()
         self._cache: GlobalCacheEngine | None = None
         self._tiering = Tiering(cache_config, self._domain, make_store) if cache_config.ssd_bytes else None
@@ -80,12 +83,13 @@ class KVBlocks:
             transfer_config,
             host_bytes=cache_config.host_bytes,
             num_slots=cache_config.num_cpu_blocks,
-            ranks=model_config.tp_size * model_config.pp_size,
+            ranks=ranks,
             dp_client_ids=(dp_client_id,),
             hugepage_bytes=cache_config.hugepage_bytes,
             on_capacity=self._on_capacity,
             on_control=Control(self.pin, self.unpin, self.pins).answer,
             housekeeping=self._tiering.keep_house if self._tiering is not None else None,
+            on_gds=self._tiering.attach_gds if self._tiering is not None and cache_config.enable_gds else None,
         )
         self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block, self._tiering)
         self.recorder = make_recorder(cache_config)      # adapters that match by keys tell it of each request

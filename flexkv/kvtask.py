@@ -146,6 +146,9 @@ class KVTask:
     def release(self) -> None:
         """Give pins or slots back to the index, by what was moved."""
         if isinstance(self.plan, GetPlan) and self.cache is not None:
+            if self.plan.direct is not None and self.tiering is not None:
+                ok = self.graph.ops[0].ok if self.graph is not None else None
+                self.tiering.end_direct_get(self.cache, self.plan.direct, ok)
             self.cache.end_get(self.plan)
         elif isinstance(self.plan, PutPlan) and self.cache is not None:
             self.cache.end_put(self.plan, self.ok)
@@ -217,8 +220,9 @@ class TaskTable:
         if cache is None:
             nothing = np.zeros(0, dtype=np.int32)
             return self._add(None, None, nothing, nothing, num_tokens)
-        plan = cache.begin_put(keys, start, stop, group)
-        return self._add(cache, plan, plan.blocks, plan.slots, num_tokens)
+        direct = self._tiering is not None and self._tiering.saves_directly
+        plan = cache.begin_put(keys, start, stop, group, direct)
+        return self._add(cache, plan, plan.all_blocks, plan.all_slots, num_tokens)
 
     def _add(
         self,
@@ -277,8 +281,14 @@ class TaskTable:
             if len(task.blocks) == 0:
                 self._settle(task, KVResponseStatus.SUCCESS)
                 return
-            loading = task.loading
-            op = TransferOp(
+            loading, needs, ops = task.loading, task.needs, []
+            if task.plan is not None and task.plan.direct is not None and self._tiering is not None:
+                where = np.searchsorted(task.blocks, task.plan.direct.blocks)
+                ops.append(self._tiering.direct_op(task.plan, pages[where], fence))
+                needs = (*needs, Dependency(ops[0], where, np.arange(len(where))))
+                if loading and task.cache is not None:
+                    task.cache.begin_direct_get()
+            ops.append(TransferOp(
                 OpKind.H2D if loading else OpKind.D2H,
                 src=task.slots if loading else pages,
                 dst=pages if loading else task.slots,
@@ -286,9 +296,9 @@ class TaskTable:
                 fence=fence,
                 layerwise=layerwise and loading,
                 counter=counter if loading else 0,
-                depends_on=task.needs,
-            )
-            task.graph = TransferGraph(task.task_id, [op])
+                depends_on=needs,
+            ))
+            task.graph = TransferGraph(task.task_id, ops)
         self._transfer.submit(task.graph, self._on_done)
 
     def prefetch(
@@ -296,7 +306,8 @@ class TaskTable:
         group: int = 0,
     ) -> int:
         """A task that ends when all blocks that can be had are in host memory, however long that takes to load."""
-        task = self.new_get(cache, keys, start, None, num_tokens, choose=False, group=group)
+        host_only = self._tiering is not None and self._tiering.loads_directly      # the rest need not come there
+        task = self.new_get(cache, keys, start, None, num_tokens, choose=False, host_only=host_only, group=group)
         self._await_arrival(task)
         return task.task_id
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from flexkv._core.io_queue import IoQueue
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.plan import FetchPlan, GetPlan, PutPlan, WritePlan
+from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.ssd_writer import SsdWriter
 from flexkv.cache.tier import SsdTier
@@ -21,6 +22,7 @@ from flexkv.errors import FlexKVError
 from flexkv.storage.recovered import Recovered
 from flexkv.storage.ssd_store import SsdStore
 from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.gds import GdsQueue
 from flexkv.transfer.graph import Dependency, OpKind, TransferGraph, TransferOp
 from flexkv.transfer.ssd import MakeStore, SsdExecutor, Store
 
@@ -75,6 +77,7 @@ class Tiering:
         self._uncleared = False                # there was a reset, and the store was not told, or could not be
         self._transfer: TransferEngine | None = None
         self._store: Store | None = None
+        self._gds: socket.socket | None = None     # of a rank, until the store is open
         self._writer: SsdWriter | None = None
         self._thread: threading.Thread | None = None
 
@@ -101,6 +104,21 @@ class Tiering:
         except Exception as error:
             expected = isinstance(error, (FlexKVError, OSError))
             logger.error("the SSD tier is not in service: %s", error, exc_info=not expected)
+
+    def attach_gds(self, connection: socket.socket) -> None:
+        """A rank can be told to move blocks between SSD and its GPU, over this socket, which belongs to this now."""
+        with self._lock:
+            if self._gds is not None:
+                self._gds.close()
+            self._gds = connection
+        self._connect_gds()
+
+    def _connect_gds(self) -> None:
+        with self._lock:
+            if self._store is None or self._gds is None:
+                return
+            connection, self._gds = self._gds, None
+            self._store.attach_device(partial(GdsQueue, connection))
 
     def _bring_up(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
         pool, start = transfer.host_pool, time.monotonic()
@@ -151,6 +169,7 @@ class Tiering:
             if is_stale:
                 self._clear(store)
         store.register(usable_slots * store.slot_bytes)
+        self._connect_gds()
         tier = SsdTier(store.slots, planner, self._usable, store.usable_slots)
         try:
             cache.attach_ssd(tier, () if is_stale else sequences())
@@ -186,6 +205,10 @@ class Tiering:
 
     def shutdown(self) -> None:
         """Write what is queued, for a bounded time. The store is closed by the data plane."""
+        with self._lock:
+            gds, self._gds = self._gds, None
+        if gds is not None:
+            gds.close()
         if self._thread is None or self._transfer is None:
             return
         self._thread.join(_DRAIN_S)
@@ -215,7 +238,7 @@ class Tiering:
     ) -> tuple[GetPlan, tuple[Dependency, ...]]:
         """``cache.begin_get``, and start to read what has to be read; the blocks of the plan wait as told."""
         with self._lock:
-            plan = cache.begin_get(keys, start, stop, choose, host_only, group)
+            plan = cache.begin_get(keys, start, stop, choose, host_only, group, self.loads_directly)
             if plan.fetch is not None:
                 self._fetch_ops[plan.fetch.fetch_id] = _fetch_op(plan.fetch)
             needs = tuple(Dependency(self._fetch_ops[join.fetch_id], join.mine, join.theirs) for join in plan.joins)
@@ -227,6 +250,36 @@ class Tiering:
         if self._writer is not None and plan.stop > 0 and self._writer.hit(plan.keys):
             self._wake()
         return plan, needs
+
+    @property
+    def loads_directly(self) -> bool:
+        """Gets read what is on SSD alone straight into the pages of the GPU."""
+        return self._store is not None and self._store.device_is_ready
+
+    @property
+    def saves_directly(self) -> bool:
+        """Puts write what they get no host slot for straight from the pages of the GPU. Not where SSD is choosy: of
+        what is written so, nothing is known yet."""
+        return self.loads_directly and self._config.ssd_admission == "all"
+
+    def direct_op(self, plan: GetPlan | PutPlan, pages: NDArray[np.int32], fence: int) -> TransferOp:
+        """Moves the blocks of the ``direct`` of a plan between SSD and ``pages`` ((m,) int32)."""
+        direct = plan.direct
+        assert direct is not None                # narrowing
+        keys = direct.keys[direct.blocks]
+        if isinstance(plan, GetPlan):
+            return TransferOp(OpKind.DISK2D, direct.ssd_slots, pages, fence=fence, keys=keys)
+        return TransferOp(OpKind.D2DISK, pages, direct.ssd_slots, fence=fence, keys=keys, parents=direct.parents)
+
+    def end_direct_get(self, cache: GlobalCacheEngine, plan: DirectPlan, ok: NDArray[np.bool_] | None) -> None:
+        """Reads of blocks have ended, ``ok`` ((m,) bool) or not; None: they were not begun."""
+        if ok is None or self._store is None:
+            cache.end_direct_get(plan, None, np.zeros(len(plan), dtype=np.bool_))
+            return
+        lost = ~ok                               # or cancelled, and still good on SSD
+        if lost.any():
+            lost &= self._store.suspect(plan.ssd_slots, plan.keys[plan.blocks])
+        cache.end_direct_get(plan, int(ok.sum()), lost)
 
     def _fetched(self, cache: GlobalCacheEngine, plan: FetchPlan, graph: TransferGraph) -> None:
         with self._lock:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flexkv._core.slots import SlotAllocator
 from flexkv.errors import StorageError
 from flexkv.storage.recovered import Recovered
+from flexkv.transfer.gds import GdsQueue
 
 Key = bytes
 
@@ -82,6 +83,15 @@ class MemoryStore:
         self._waiting: list[Piece] = []
         self._results: list[tuple[int, NDArray[np.intp], NDArray[np.bool_]]] = []
 
+    device_is_ready = False
+
+    def attach_device(self, make_queue: Callable[[list[int]], GdsQueue]) -> None:
+        """It has no files for it."""
+        make_queue([]).close()
+
+    def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        raise NotImplementedError
+
     def register(self, upto_bytes: int) -> None:
         """Nothing to do."""
 
@@ -98,7 +108,8 @@ class MemoryStore:
         )
 
     def write(self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
-              parents: NDArray[np.uint64]) -> None:
+              parents: NDArray[np.uint64], fence: int | None = None) -> None:
+        assert fence is None
         self.write_sizes.append(len(slots))
         for i, slot in enumerate(slots.tolist()):
             assert not self.slots.is_free(slot)
@@ -106,7 +117,8 @@ class MemoryStore:
             self._give(Piece(job, i, lambda s=slot, h=host, k=key, p=parent: self._write(s, h, k, p), False))
 
     def read(self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32],
-             keys: NDArray[np.uint64]) -> None:
+             keys: NDArray[np.uint64], fence: int | None = None) -> None:
+        assert fence is None
         for i, slot in enumerate(slots.tolist()):
             host, key = int(host_slots[i]), keys[i].tobytes()
             self._give(Piece(job, i, lambda s=slot, h=host, k=key: self._read(s, h, k), True))

@@ -39,13 +39,15 @@ class Engine:
     ssd_bytes : int
     slot_bytes : int
     host_slots : int
+    device : int, optional
+        Of the fake driver, whose memory is the host's.
     settings
         For ``CacheConfig``; ``make_store`` for ``KVManager``.
     """
 
     def __init__(
         self, place: Path, ssd_bytes: int, slot_bytes: int = 4096, host_slots: int = 256, make_store: Any = None,
-        **settings: Any,
+        device: int | None = None, **settings: Any,
     ) -> None:
         settings = {
             "ssd_admission": "all", "ssd_cache_gb": ssd_bytes / (1 << 30),
@@ -58,13 +60,18 @@ class Engine:
             gpu_register_port=str(place / "s"), **({"make_store": make_store} if make_store else {}),
         )
         self.manager.start()
-        tensors = Tensors(2 * MAX_BLOCKS, page_shape_of(slot_bytes))
+        tensors = Tensors(2 * MAX_BLOCKS, page_shape_of(slot_bytes), device)
         self._pages = [array.reshape(2 * MAX_BLOCKS, -1).view(np.uint64) for array in tensors.layers]
         self._base = [np.random.default_rng(i).integers(0, 1 << 64, pages.shape[1], dtype=np.uint64)
                       for i, pages in enumerate(self._pages)]
-        self._client = KVTPClient(str(place / "s"))
-        self._client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+        self._tensors = tensors
+        self.client = KVTPClient(str(place / "s"))
+        self.register()
         wait_ready(self.manager, host_slots)
+
+    def register(self) -> None:
+        """Also after ``client.suspend``."""
+        self.client.register_tensors(self._tensors.specs(), 10.0, keep_alive=self._tensors)
 
     def __enter__(self) -> "Engine":
         self.wait_warm()
@@ -80,7 +87,7 @@ class Engine:
 
     def close(self) -> None:
         self.manager.shutdown()
-        self._client.close()
+        self.client.close()
 
     def wait_warm(self, timeout_s: float = 300.0) -> None:
         """The SSD tier is there, with what was found."""
@@ -115,7 +122,7 @@ class Engine:
     def put(self, seed: int, num_blocks: int | None = None) -> None:
         """Save the first blocks of a sequence, or all."""
         keys = self.keys(seed)[:num_blocks]
-        self._fill(keys)
+        self.fill(keys)
         task = self.manager.put_blocks(keys, 0, np.arange(len(keys), dtype=np.int32))
         if task is not None:
             assert self.manager.wait(task, completely=True)[task].status is Status.SUCCESS
@@ -148,7 +155,8 @@ class Engine:
                 loaded.update(key.tobytes() for key in self.keys(seed)[:count])
         return loaded
 
-    def _fill(self, keys: NDArray[np.uint64]) -> None:
+    def fill(self, keys: NDArray[np.uint64]) -> None:
+        """Pages 0 and up hold the blocks of these keys."""
         for array, base in zip(self._pages, self._base, strict=True):
             array[: len(keys)] = base ^ _mixed(keys)
 

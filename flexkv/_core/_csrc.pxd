@@ -26,16 +26,21 @@ cdef extern from "cuda_api.h" nogil:
         pass
     struct cu_stream_s:
         pass
+    struct cu_event_s:
+        pass
     struct cu_module_s:
         pass
     struct cu_function_s:
         pass
     ctypedef cu_context_s *cu_context
     ctypedef cu_stream_s *cu_stream
+    ctypedef cu_event_s *cu_event
     ctypedef cu_module_s *cu_module
     ctypedef cu_function_s *cu_function
 
     enum:
+        CU_STREAM_NON_BLOCKING
+        CU_EVENT_DISABLE_TIMING
         CU_ERROR_INVALID_VALUE
         CU_MEMORYTYPE_DEVICE
         CU_POINTER_MEMORY_TYPE
@@ -89,6 +94,20 @@ cdef extern from "cuda_api.h" nogil:
         int (*cuMemMap)(uint64_t ptr, size_t num_bytes, size_t offset, uint64_t allocation, unsigned long long flags)
         int (*cuMemUnmap)(uint64_t ptr, size_t num_bytes)
         int (*cuMemSetAccess)(uint64_t ptr, size_t num_bytes, const cu_access *access, size_t count)
+        int (*cuMemAlloc)(uint64_t *ptr, size_t num_bytes)
+        int (*cuMemFree)(uint64_t ptr)
+        int (*cuCtxGetStreamPriorityRange)(int *least, int *greatest)
+        int (*cuStreamCreateWithPriority)(cu_stream *stream, unsigned int flags, int priority)
+        int (*cuStreamDestroy)(cu_stream stream)
+        int (*cuStreamSynchronize)(cu_stream stream) noexcept nogil
+        int (*cuStreamWaitEvent)(cu_stream stream, cu_event event, unsigned int flags)
+        int (*cuEventCreate)(cu_event *event, unsigned int flags)
+        int (*cuEventDestroy)(cu_event event)
+        int (*cuEventRecord)(cu_event event, cu_stream stream)
+        int (*cuMemcpyAsync)(uint64_t dst, uint64_t src, size_t num_bytes, cu_stream stream) noexcept nogil
+        int (*cuLaunchKernel)(cu_function function, unsigned int gx, unsigned int gy, unsigned int gz, unsigned int bx,
+                              unsigned int by, unsigned int bz, unsigned int shared_bytes, cu_stream stream,
+                              void **parameters, void **extra) noexcept nogil
         void *cuMemcpyBatchAsync
 
 
@@ -180,6 +199,26 @@ cdef extern from "agent.h" nogil:
     void flexkv_agent_set_signals(flexkv_agent *agent, const flexkv_signals *signals)
     int flexkv_agent_status(flexkv_agent *agent)
     void flexkv_agent_stop(flexkv_agent *agent)
+
+
+cdef extern from "move_kernel.h" nogil:
+    enum:
+        FLEXKV_MOVE_BLOCKS
+
+    struct flexkv_move:
+        cu_function function
+        uint64_t regions
+        uint32_t num_regions
+        uint64_t max_chunk
+        uint32_t num_ctas
+        uint64_t far
+        uint64_t far_stride
+        int gather
+        const int32_t *slots
+        const int32_t *pages
+        uint32_t count
+
+    int flexkv_launch_move(const flexkv_cuda *api, const flexkv_move *move, cu_stream stream)
 
 
 cdef extern from "cuda_copy.h" nogil:

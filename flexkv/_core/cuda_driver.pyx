@@ -137,6 +137,14 @@ cdef class Device:
         cdef cu_context popped = NULL
         self.driver.table.cuCtxPopCurrent(&popped)
 
+    def __enter__(self):
+        """The context is current on this thread until ``__exit__``; CudaError."""
+        self.enter()
+        return self
+
+    def __exit__(self, *_):
+        self.leave()
+
     def load_function(self, bytes image not None, bytes name not None):
         """Load a compiled module into the device, for as long as the process lives; return a function's handle."""
         cdef flexkv_cuda *table = &self.driver.table

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flexkv.bench import api, evict, gpu, hash, insert, match, memory, recover, ssd
+from flexkv.bench import api, evict, gds, gpu, hash, insert, match, memory, recover, ssd
 from flexkv.bench.report import Line, show
 
 _BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
@@ -17,8 +17,9 @@ _BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "api": lambda args: api.run(),
     "gpu": lambda args: gpu.run(),
     "ssd": lambda args: ssd.run(args.dir),
+    "gds": lambda args: gds.run(args.dir),
 }
-_EVERYWHERE = [name for name in _BENCHES if name not in ("gpu", "ssd")]
+_EVERYWHERE = [name for name in _BENCHES if name not in ("gpu", "ssd", "gds")]
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("bench", choices=[*_BENCHES, "all"], help="all: those that need no GPU and no disk")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the index (default 1,000,000)")
-    parser.add_argument("--dir", type=Path, help="of ssd: a folder on the disk; takes 1 GiB for a while")
+    parser.add_argument("--dir", type=Path, help="of ssd, gds: a folder on the disk; takes 1 GiB for a while")
     args = parser.parse_args(argv)
     if not 10_000 <= args.blocks <= 500_000_000:
         parser.error("--blocks must be between 10,000 and 500,000,000")

@@ -1,4 +1,4 @@
-"""A KVManager and one rank with CPU tensors in another process, for benches of what a user of KVManager sees."""
+"""A KVManager and one rank in another process, for benches of what a user of KVManager sees."""
 
 import multiprocessing
 import tempfile
@@ -16,19 +16,29 @@ from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.server.client import KVTPClient
+from flexkv.server.tensors import tensor_spec
 
 TOKENS_PER_BLOCK = 16
 LAYERS = 4
 
 
-def _rank(pipe: Connection, port: str, num_blocks: int, layer_bytes: int) -> None:
-    layers = [np.zeros((num_blocks, layer_bytes), dtype=np.uint8) for _ in range(LAYERS)]
+def _layers(num_blocks: int, layer_bytes: int, on_gpu: bool) -> tuple[list[Any], list[TensorSpec]]:
     rng = np.random.default_rng(0)
-    for layer in layers:
-        layer[:] = rng.integers(0, 256, layer.shape, dtype=np.uint8)
-    content = [layer.copy() for layer in layers]
+    layers: list[Any] = [rng.integers(0, 256, (num_blocks, layer_bytes), dtype=np.uint8) for _ in range(LAYERS)]
+    if not on_gpu:
+        return layers, [TensorSpec(a.ctypes.data, a.shape, a.strides, 1) for a in layers]
+    import torch
+
+    layers = [torch.from_numpy(layer).cuda() for layer in layers]
+    torch.cuda.synchronize()
+    return layers, [tensor_spec(layer) for layer in layers]
+
+
+def _rank(pipe: Connection, port: str, num_blocks: int, layer_bytes: int, on_gpu: bool) -> None:
+    layers, specs = _layers(num_blocks, layer_bytes, on_gpu)
+    content = [layer.clone() if on_gpu else layer.copy() for layer in layers]
     client = KVTPClient(port)
-    client.register_tensors([TensorSpec(a.ctypes.data, a.shape, a.strides, 1) for a in layers], keep_alive=layers)
+    client.register_tensors(specs, keep_alive=layers)
     client.wait_connected(30.0)
     pipe.send("registered")
     for question in iter(pipe.recv, "stop"):
@@ -36,9 +46,11 @@ def _rank(pipe: Connection, port: str, num_blocks: int, layer_bytes: int) -> Non
         if question == "clear":
             for layer in layers:
                 layer[:] = 0
+            if on_gpu:
+                layers[0].sum().item()                 # it is done
             pipe.send(None)
         elif question == "compare":
-            pipe.send(all((a == b).all() for a, b in zip(layers, content, strict=True)))
+            pipe.send(all(bool((a == b).all()) for a, b in zip(layers, content, strict=True)))
     client.close()
 
 
@@ -102,7 +114,7 @@ class Session:
 
 
 @contextmanager
-def session(num_blocks: int, layer_bytes: int, **cache: Any) -> Iterator[Session]:
+def session(num_blocks: int, layer_bytes: int, on_gpu: bool = False, **cache: Any) -> Iterator[Session]:
     """A session whose bytes are checked before and after; ``cache``: of ``CacheConfig``."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
@@ -114,7 +126,7 @@ def session(num_blocks: int, layer_bytes: int, **cache: Any) -> Iterator[Session
         )
         manager.start()
         pipe, theirs = context.Pipe()
-        rank = context.Process(target=_rank, args=(theirs, port, num_blocks, layer_bytes), daemon=True)
+        rank = context.Process(target=_rank, args=(theirs, port, num_blocks, layer_bytes, on_gpu), daemon=True)
         rank.start()
         try:
             if not pipe.poll(60) or pipe.recv() != "registered":

@@ -4,15 +4,17 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import Match, RadixTree
+from flexkv._core.radix import RadixTree
 from flexkv._core.slots import SlotAllocator
+from flexkv.cache.direct import direct_get, direct_put, lose
 from flexkv.cache.fetches import FetchTable
 from flexkv.cache.pins import Pin, Pins
-from flexkv.cache.plan import FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
+from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import CAME_BACK, Fate, StopReason
 from flexkv.cache.sources import find_sources
@@ -107,16 +109,16 @@ class GlobalCacheEngine:
 
     def begin_get(
         self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True, host_only: bool = False,
-        group: int = 0,
+        group: int = 0, direct: bool = False,
     ) -> GetPlan:
         """Pin the blocks of ``[start, stop)`` that can be had and follow on a prefix that can; the plan may be
         shorter, or empty.
 
         Blocks that are on SSD alone get host slots, and are to be waited for (``joins``); those that nobody fetches
         yet are in ``fetch``, which the caller has to start. ``choose``: leave out what is sooner computed than loaded.
-        ``host_only``: leave out all that is not ready on the host.
+        ``host_only``: leave out all that is not ready on the host. ``direct``: none is fetched, but in ``direct``.
 
-        Every plan must be given back to ``end_get`` once.
+        Every plan must be given back to ``end_get`` once, and before it its ``direct``, if any, to ``end_direct_get``.
         """
         with self._lock:
             keys, now = keys[:stop], self._tick()
@@ -124,40 +126,20 @@ class GlobalCacheEngine:
             start = min(start, match.num_ready)
             found = find_sources(self._tree, self._ssd, self._fetches, keys, match, start, choose, host_only)
             self._tree.pin(keys, start, found.stop)
-            fetch = None
-            if len(found.slow):
-                short, fetch = self._begin_fetch(keys, match, found.slots, found.slow, group, now)
+            fetch, straight = None, direct_get(self._tree, keys, match, found) if direct else None
+            if len(found.slow) and self._ssd is not None and not direct:
+                short, fetch = self._fetches.begin(
+                    self._tree, self._host, self._ssd, keys, match, found.slots, found.slow, group, now
+                )
                 if short < found.stop:
                     self._tree.unpin(keys, short, found.stop)
                     found.end(short, StopReason.NO_ROOM)
-            keys = keys[: found.stop]
+            keys, slots = keys[: found.stop], found.slots[start : found.stop]
             self._use(keys, now, group)
-            slots = found.slots[start : found.stop]
             joins = self._fetches.joins(slots) if len(found.slow) else ()
-            return GetPlan(keys, start, found.stop, slots, found.reason, self._tree, fetch, joins, found.since)
-
-    def _begin_fetch(
-        self, keys: NDArray[np.uint64], match: Match, slots: NDArray[np.int32], slow: NDArray[np.intp], group: int,
-        now: float,
-    ) -> tuple[int, FetchPlan | None]:
-        """Give host slots, in ``slots``, to blocks that are on SSD alone; returns where they end, and what to read."""
-        wanted = slow[slots[slow] < 0]
-        assert self._ssd is not None             # narrowing: what is slow is there
-        taken = self._host.take(self._tree, len(wanted), group, now)
-        stop = int(wanted[len(taken)]) if len(taken) < len(wanted) else match.num_ready
-        wanted = wanted[: len(taken)]
-        if len(wanted) == 0:
-            return stop, None
-        slots[wanted] = taken
-        keys = keys[: wanted[-1] + 1]
-        plan = FetchPlan(
-            keys, wanted.astype(np.int32), self._tree, match.slots[wanted], taken, self._fetches.new_id()
-        )
-        self._tree.insert(keys, plan.by_position(taken), HOST, now)
-        self._tree.pin(keys, int(wanted[0]), len(keys))
-        self._fetches.add(plan)
-        self._ssd.planner.read_began()
-        return stop, plan
+            return GetPlan(
+                keys, start, found.stop, slots, found.reason, self._tree, fetch, joins, found.since, straight
+            )
 
     def end_get(self, plan: GetPlan) -> None:
         """Release the pins of ``plan``: nothing reads its slots any more. Its fetch goes on."""
@@ -173,21 +155,33 @@ class GlobalCacheEngine:
             if self._ssd is not None:
                 self._ssd.planner.read_ended(int(arrived.sum()))
             self._host.end_writing(plan, plan.host_slots, arrived)
-            lost = ~arrived
-            if lost.any():
-                plan.tree.drop(plan.keys, plan.by_position(plan.ssd_slots, lost), SSD, failed=True)
-                self._below.slots.free(plan.ssd_slots[lost])
+            lose(self._below, plan, ~arrived)
             plan.tree.unpin(plan.keys, int(plan.blocks[0]), len(plan.keys))
             self._sweep_retired()
 
+    def begin_direct_get(self) -> None:
+        """The reads of a plan's ``direct`` begin."""
+        with self._lock:
+            if self._ssd is not None:
+                self._ssd.planner.read_began()
+
+    def end_direct_get(self, plan: DirectPlan, num_read: int | None, lost: NDArray[np.bool_]) -> None:
+        """Blocks that are ``lost`` ((m,) bool) become absent on SSD. ``num_read``: how many came; None: not begun."""
+        with self._lock:
+            if self._ssd is not None and num_read is not None:
+                self._ssd.planner.read_ended(num_read)
+            lose(self._below, plan, lost)
+
     # ---- put --------------------------------------------------------------------------------------------------
 
-    def begin_put(self, keys: NDArray[np.uint64], start: int, stop: int, group: int = 0) -> PutPlan:
+    def begin_put(
+        self, keys: NDArray[np.uint64], start: int, stop: int, group: int = 0, direct: bool = False
+    ) -> PutPlan:
         """Give host slots to the blocks of ``[start, stop)`` that are absent; evicts where none is free.
 
         Blocks that are ready on any tier, or that another request is writing, are left out. Where slots run out, or a
-        block before ``start`` is absent, the plan is shorter, or empty. Every plan must be given back to ``end_put``
-        once.
+        block before ``start`` is absent, the plan is shorter, or empty. ``direct``: where host slots run out, SSD slots
+        are given. Every plan must be given back to ``end_put`` once.
         """
         with self._lock:
             keys, now = keys[:stop], self._tick()
@@ -209,6 +203,10 @@ class GlobalCacheEngine:
             plan = PutPlan(keys[:last], blocks, self._tree, slots, num_known, fate in CAME_BACK)
             if len(plan):
                 self._tree.insert(plan.keys, plan.by_position(slots), HOST, now, group)
+            if direct:
+                plan = replace(
+                    plan, direct=direct_put(self._tree, self._below, keys, absent[len(slots) :], group, now)
+                )
             if len(plan) or (last and math.isfinite(self._quotas.ttl_s[group])):     # what was out of date is not now
                 self._use(plan.keys, now, group, hit=False)
             if room < len(absent):
@@ -228,9 +226,12 @@ class GlobalCacheEngine:
         return np.flatnonzero(~there).astype(np.int32)
 
     def end_put(self, plan: PutPlan, written: NDArray[np.bool_]) -> None:
-        """Blocks that are ``written`` ((m,) bool) become ready, the others absent; nothing writes their slots now."""
+        """Blocks that are ``written`` ((m,) bool; then those of ``direct``) become ready, the others absent; nothing
+        writes their slots now."""
         with self._lock:
-            self._host.end_writing(plan, plan.slots, written)
+            self._host.end_writing(plan, plan.slots, written[: len(plan)])
+            if plan.direct is not None:
+                self._below.end_writing(plan.direct, plan.direct.ssd_slots, written[len(plan) :])
             self._sweep_retired()
 
     # ---- write-back -------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv._core.radix import Match, RadixTree
 from flexkv.cache.plan import FetchPlan, Join
+from flexkv.cache.tier import HOST, SsdTier, Tier
 
 
 class FetchTable:
@@ -23,9 +25,25 @@ class FetchTable:
         self._ids = itertools.count(1)
         self.num_blocks = 0
 
-    def new_id(self) -> int:
-        """For a fetch that is about to be added."""
-        return next(self._ids)
+    def begin(
+        self, tree: RadixTree, host: Tier, ssd: SsdTier, keys: NDArray[np.uint64], match: Match,
+        slots: NDArray[np.int32], slow: NDArray[np.intp], group: int, now: float,
+    ) -> tuple[int, FetchPlan | None]:
+        """Give host slots, in ``slots``, to blocks that are on SSD alone; returns where they end, and what to read."""
+        wanted = slow[slots[slow] < 0]
+        taken = host.take(tree, len(wanted), group, now)
+        stop = int(wanted[len(taken)]) if len(taken) < len(wanted) else match.num_ready
+        wanted = wanted[: len(taken)]
+        if len(wanted) == 0:
+            return stop, None
+        slots[wanted] = taken
+        keys = keys[: wanted[-1] + 1]
+        plan = FetchPlan(keys, wanted.astype(np.int32), tree, match.slots[wanted], taken, next(self._ids))
+        tree.insert(keys, plan.by_position(taken), HOST, now)
+        tree.pin(keys, int(wanted[0]), len(keys))
+        self.add(plan)
+        ssd.planner.read_began()
+        return stop, plan
 
     def add(self, plan: FetchPlan) -> None:
         """A fetch begins."""
@@ -43,8 +61,8 @@ class FetchTable:
         return (host_slots >= 0) & (self._fetch_of[host_slots] > 0)
 
     def joins(self, host_slots: NDArray[np.int32]) -> tuple[Join, ...]:
-        """Whom those who read these slots have to wait for."""
-        fetches = self._fetch_of[host_slots]
+        """Whom those who read these slots (negative: none) have to wait for."""
+        fetches = np.where(host_slots >= 0, self._fetch_of[host_slots], 0)
         joins = []
         for fetch_id in np.unique(fetches[fetches > 0]).tolist():
             mine = np.flatnonzero(fetches == fetch_id)

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from flexkv._core.radix import RadixTree
 from flexkv.cache.reasons import StopReason
 
+IN_PLACE = -2
+"""In the place of a host slot, as FLEXKV_IN_PLACE of csrc/agent.h: the block goes straight between SSD and the GPU."""
+
 
 @dataclass(frozen=True, slots=True)
 class MatchResult:
@@ -53,6 +56,13 @@ class BlocksOfSequence:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    @property
+    def parents(self) -> NDArray[np.uint64]:
+        """(m, 2) uint64: key of the block before each; zero for the first of a sequence."""
+        parents: NDArray[np.uint64] = self.keys[self.blocks - 1]
+        parents[self.blocks == 0] = 0
+        return parents
+
     def by_position(
         self, slots: NDArray[np.int32], chosen: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int32]:
@@ -63,6 +73,19 @@ class BlocksOfSequence:
         else:
             placed[self.blocks[chosen]] = slots[chosen]
         return placed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DirectPlan(BlocksOfSequence):
+    """Blocks that go straight between SSD and the GPU, and have no host slot. Of a get they are ready on SSD and
+    pinned with it, of a put in state writing there; until ``end_direct_get`` or ``end_direct_put``.
+
+    Attributes
+    ----------
+    ssd_slots : (m,) int32
+    """
+
+    ssd_slots: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,11 +101,26 @@ class PutPlan(BlocksOfSequence):
         Leading blocks of what was put that were there already: the sequence goes on from an earlier one.
     came_back : bool
         The first of the blocks was there before, and had to go.
+    direct : DirectPlan or None
+        Blocks after those, which no host slot was to be had for.
     """
 
     slots: NDArray[np.int32]
     num_known: int = 0
     came_back: bool = False
+    direct: DirectPlan | None = None
+
+    @property
+    def all_blocks(self) -> NDArray[np.int32]:
+        """Positions of the blocks, and of those of ``direct``."""
+        return self.blocks if self.direct is None else np.append(self.blocks, self.direct.blocks)
+
+    @property
+    def all_slots(self) -> NDArray[np.int32]:
+        """Host slot of each of ``all_blocks``; IN_PLACE for those of ``direct``."""
+        if self.direct is None:
+            return self.slots
+        return np.append(self.slots, np.full(len(self.direct), IN_PLACE, dtype=np.int32))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,13 +152,6 @@ class WritePlan(BlocksOfSequence):
     host_slots: NDArray[np.int32]
     ssd_slots: NDArray[np.int32]
 
-    @property
-    def parents(self) -> NDArray[np.uint64]:
-        """(m, 2) uint64: key of the block before each; zero for the first of a sequence."""
-        parents: NDArray[np.uint64] = self.keys[self.blocks - 1]
-        parents[self.blocks == 0] = 0
-        return parents
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Join:
@@ -148,7 +179,7 @@ class GetPlan:
     ----------
     keys : (stop, 2) uint64
     slots : (stop - start,) int32
-        Host slot of each block.
+        Host slot of each block; IN_PLACE for those of ``direct``.
     reason : StopReason
         Why the plan ends at ``stop``.
     tree : RadixTree
@@ -159,6 +190,8 @@ class GetPlan:
         Blocks whose host slot is filled by a fetch, this one's or another's.
     since : float
         As in ``MatchResult``.
+    direct : DirectPlan or None
+        Blocks that go straight from SSD to the GPU.
     """
 
     keys: NDArray[np.uint64]
@@ -170,6 +203,7 @@ class GetPlan:
     fetch: FetchPlan | None = None
     joins: tuple[Join, ...] = ()
     since: float = math.nan
+    direct: DirectPlan | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -177,4 +211,5 @@ class GetPlan:
     @property
     def match(self) -> MatchResult:
         """What was found."""
-        return MatchResult(self.stop, self.reason, 0 if self.fetch is None else len(self.fetch), self.since)
+        num_to_fetch = sum(len(plan) for plan in (self.fetch, self.direct) if plan is not None)
+        return MatchResult(self.stop, self.reason, num_to_fetch, self.since)

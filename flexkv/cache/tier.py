@@ -12,7 +12,7 @@ from flexkv._core.radix import RadixTree
 from flexkv._core.ranking import Ranking
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.eviction import Choice, EvictionPolicy
-from flexkv.cache.plan import FetchPlan, PutPlan, WritePlan
+from flexkv.cache.plan import DirectPlan, FetchPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import Fate
@@ -140,7 +140,7 @@ class Tier:
         return count
 
     def end_writing(
-        self, plan: PutPlan | FetchPlan | WritePlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
+        self, plan: PutPlan | FetchPlan | WritePlan | DirectPlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
     ) -> None:
         """Blocks of a plan that are ``ok`` become ready in their ``slots``, the others absent."""
         # After a reset too: its tree offers nothing, and lets go of a slot when nobody reads it any more.

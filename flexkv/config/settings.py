@@ -96,6 +96,10 @@ class CacheConfig(_Settings):
         "auto", "How SSD is read and written: io_uring, threads, or the first of these that works.",
         choices=("auto", "uring", "threads"),
     )
+    enable_gds: bool = setting(
+        False, "GPUDirect Storage: blocks that are on SSD alone go straight to the GPU, not through host memory. See "
+        "[SSD](ssd.md).",
+    )
     ssd_deadline_s: float = setting(
         10.0, "A read or write of SSD that takes longer has failed.", unit="s", low=0.01
     )
@@ -138,6 +142,8 @@ class CacheConfig(_Settings):
             raise ConfigError(
                 "ssd_cache_gb", self.ssd_cache_gb, f"must be more than cpu_cache_gb ({self.cpu_cache_gb:g}), or 0"
             )
+        if self.enable_gds and not self.ssd_cache_gb:
+            raise ConfigError("enable_gds", True, "needs an SSD tier: set ssd_cache_gb, or turn it off")
         read_quotas(self.namespaces or {})                # wrong ones are named at the start
         if self.ssd_cache_gb and not self.ssd_directories:
             raise ConfigError("ssd_cache_dir", self.ssd_cache_dir, "must name at least one directory")

@@ -36,7 +36,6 @@ MEANINGLESS: dict[str, str] = {
 """Accepted and ignored, with the reason that the log gives."""
 
 UNAVAILABLE: dict[str, str] = {
-    "enable_gds": "blocks go from SSD to the GPU through host memory in this version; leave it off",
     "enable_nixl": "there is no NIXL transport in this version; leave it off",
     "enable_p2p_cpu": "nodes do not share KV in this version; leave it off",
     "enable_p2p_ssd": "nodes do not share KV in this version; leave it off",

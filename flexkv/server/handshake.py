@@ -33,7 +33,7 @@ def join_controller(
     try:
         message, fds = _introduce(connection, hello, deadline, closing)
         welcome = Welcome.unpack(message)
-        if len(fds) != NUM_FDS or welcome.segment_bytes != hello.segment_bytes:
+        if len(fds) not in (NUM_FDS, NUM_FDS + 1) or welcome.segment_bytes != hello.segment_bytes:
             raise RegistrationError("the controller's welcome does not fit what was registered")
     except BaseException:
         connection.close()
@@ -65,7 +65,7 @@ def _introduce(
     while not closing.is_set():
         connection.settimeout(min(0.2, max(0.01, deadline - time.monotonic())))
         try:
-            message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, NUM_FDS, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, NUM_FDS + 1, socket.MSG_CMSG_CLOEXEC)
         except TimeoutError:
             if time.monotonic() >= deadline:
                 raise RegistrationError("the other ranks did not register in time") from None

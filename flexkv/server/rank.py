@@ -17,11 +17,12 @@ from flexkv._core.cuda_driver import Device, load_driver
 from flexkv._core.device_copy import DeviceAgent
 from flexkv.config import TransferConfig, load_config
 from flexkv.errors import CudaError, RegistrationError
+from flexkv.server.gds import GdsWorker
 from flexkv.server.handshake import join_controller
 from flexkv.server.tensors import content_digest
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
-from flexkv.transfer.protocol import Hello, Welcome, socket_path
+from flexkv.transfer.protocol import NUM_FDS, Hello, Welcome, socket_path
 
 logger = logging.getLogger("flexkv.client")
 
@@ -89,6 +90,7 @@ class RankClient:
         self._device: Device | None = None
         self._streams: dict[bool, int] = {}          # that the last fence of loads, of saves, was on
         self._agent: DeviceAgent | None = None
+        self._gds: GdsWorker | None = None
         self._partial: dict[int, list[OpResult]] = {}
         self._connected = threading.Event()
         self._closing = threading.Event()
@@ -166,9 +168,7 @@ class RankClient:
         if self._thread is None or self._closing.is_set():
             return 0
         self._closing.set()
-        self._thread.join()
-        if self._agent is not None:
-            self._agent.close()
+        self._stop()
         self._thread, self._suspended, self._keep_alive = None, True, None
         self._opened.close()
         count, self._num_tensors = self._num_tensors, 0
@@ -211,11 +211,21 @@ class RankClient:
             window_bytes=self._config.gpu_window_mb << 20,
             num_ctas=self._config.gpu_num_ctas,
         )
+        gds = None
+        if len(fds) > NUM_FDS:
+            gds = GdsWorker(
+                socket.socket(fileno=fds[NUM_FDS]), self._device, regions, hello.num_pages, welcome.slot_bytes,
+                self._config.gpu_num_ctas,
+            )
         with self._lock:
-            self._agent = agent
+            self._agent, self._gds = agent, gds
             for load, stream in self._streams.items():
                 agent.fence(stream, load, self._fences[not load])
+                if gds is not None:
+                    gds.advance(*self._fences, stream)
             agent.advance(*self._fences)
+            if gds is not None:
+                gds.advance(*self._fences, None)
         self._connected.set()
         self._pin_pool(agent)
 
@@ -274,6 +284,8 @@ class RankClient:
             self._fences = (max(self._fences[0], load or 0), max(self._fences[1], save or 0))
             if self._agent is not None:
                 self._agent.advance(*self._fences)
+            if self._gds is not None:
+                self._gds.advance(*self._fences, stream)
 
     def follow_load(self, task_id: int, tensor: int | None, timeout_s: float, stream: int | None = None) -> bool:
         """Compute given to ``stream`` from now on starts after a layerwise load has filled a tensor's pages.
@@ -327,9 +339,17 @@ class RankClient:
     def close(self) -> None:
         """Stop the agent and let the tensors go. Can be called again."""
         self._closing.set()
-        if self._thread is not None:
-            self._thread.join()
-        if self._agent is not None:
-            self._agent.close()
+        self._stop()
         self._keep_alive = None
         self._opened.close()
+
+    def _stop(self) -> None:
+        """Nothing touches the tensors afterwards."""
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            gds, self._gds = self._gds, None
+        if gds is not None:
+            gds.close()
+        if self._agent is not None:
+            self._agent.close()

@@ -33,6 +33,10 @@ class SlotHealth:
         self._errors = np.zeros(num_slots, dtype=np.uint8)
         self._held: dict[int, tuple[SsdDirectory, int]] = {}        # tag of the write -> where it is
 
+    def had_errors(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(n,) bool."""
+        return np.asarray(self._errors[slots] > 0)
+
     def judge(
         self, directory: SsdDirectory, slots: NDArray[np.int32], results: NDArray[np.int32], kind: str
     ) -> bool:

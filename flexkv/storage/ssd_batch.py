@@ -34,6 +34,10 @@ class Batch:
         Of the caller's job.
     slots, host_slots : (n,) int32
     keys, parents : (n, 2) uint64
+    fence : int or None
+        Not None: ``host_slots`` are pages of a GPU, which may be touched from this step of its rank on.
+    stopped : bool
+        Start nothing more. The pages of a GPU may be another's by now: what is still written of them is not recorded.
     sequence : int
         Of the first block's record.
     submitted : bool
@@ -54,9 +58,11 @@ class Batch:
     slots: NDArray[np.int32]
     host_slots: NDArray[np.int32]
     keys: NDArray[np.uint64]
+    fence: int | None = None
     parents: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), dtype=np.uint64))
     sequence: int = 0
     submitted: bool = False
+    stopped: bool = False
     moved: NDArray[np.bool_] = field(init=False)
     late: NDArray[np.bool_] = field(init=False)
     ended: NDArray[np.bool_] = field(init=False)
@@ -120,7 +126,7 @@ class Batches:
         self._told_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             for fd in (self._told_fd, queue_fd):
-                self._epoll.register(fd, select.EPOLLIN)
+                self.watch(fd)
         except BaseException:
             self.close()
             raise
@@ -129,6 +135,10 @@ class Batches:
         self._jobs: dict[int, set[Batch]] = {}
         self._next_tag = 0                                  # one a block, of 2**64: they do not run out
         self._results: list[Result] = []
+
+    def watch(self, queue_fd: int) -> None:
+        """``event_fd`` is readable when this is, too, until it is closed."""
+        self._epoll.register(queue_fd, select.EPOLLIN)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(list(self._batches.values()))
@@ -156,10 +166,12 @@ class Batches:
 
     def begin(
         self, kind: int, job: int, directory: SsdDirectory, where: NDArray[np.intp], slots: NDArray[np.int32],
-        host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        host_slots: NDArray[np.int32], keys: NDArray[np.uint64], fence: int | None,
     ) -> Batch:
         """Blocks ``where`` of a job are under way now."""
-        batch = Batch(self._next_tag, kind, job, directory, where, slots[where], host_slots[where], keys[where])
+        batch = Batch(
+            self._next_tag, kind, job, directory, where, slots[where], host_slots[where], keys[where], fence
+        )
         self._next_tag += len(where)
         self._batches[batch.first_tag] = batch
         self._jobs.setdefault(job, set()).add(batch)
@@ -186,8 +198,12 @@ class Batches:
         """A result for whoever asks next."""
         if len(indices):
             self._results.append((job, indices, ok))
-            if self._told_fd >= 0:
-                os.eventfd_write(self._told_fd, 1)
+            self.wake()
+
+    def wake(self) -> None:
+        """Make ``event_fd`` readable."""
+        if self._told_fd >= 0:
+            os.eventfd_write(self._told_fd, 1)
 
     def take_results(self) -> list[Result]:
         """Results that have not been taken."""

@@ -5,7 +5,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from flexkv.storage.slot_health import SlotHealth
 from flexkv.storage.slot_ledger import SlotLedger
 from flexkv.storage.ssd_batch import READ, WRITE, Batch, Batches, Result, check_blocks
 from flexkv.storage.ssd_directory import SsdDirectory, close_directories, open_directories, raise_floor
-from flexkv.storage.striped_slots import StripedSlots
+from flexkv.storage.store_queues import StoreQueues
+from flexkv.storage.striped_slots import Parts, StripedSlots
 
 logger = logging.getLogger("flexkv.storage")
 
@@ -62,31 +63,19 @@ class SsdStore:
 
     Raises
     ------
-    CapacityError, StorageError, DirectoryInUseError
-        As ``open_directories``; nothing is left open then.
-    OSError
-        As ``make_queue``, or there are too many open files; nothing is left open then either.
+    CapacityError, StorageError, DirectoryInUseError, OSError
+        As ``open_directories`` and ``make_queue``, or there are too many open files; nothing is left open then.
     """
 
     def __init__(
-        self,
-        directories: Sequence[Path],
-        capacity_bytes: int,
-        slot_bytes: int,
-        domain: bytes,
-        memory: Any,
-        *,
-        make_queue: Callable[..., Any] = IoQueue,
-        deadline_s: float = 10.0,
-        probe_s: float = 5.0,
-        files: FileLayer = os,
-        **queue_options: Any,
+        self, directories: Sequence[Path], capacity_bytes: int, slot_bytes: int, domain: bytes, memory: Any, *,
+        make_queue: Callable[..., Any] = IoQueue, deadline_s: float = 10.0, probe_s: float = 5.0,
+        files: FileLayer = os, **queue_options: Any,
     ) -> None:
         if slot_bytes < 1 or slot_bytes % 4096:
             raise ValueError(f"slots of {slot_bytes} bytes: must be a multiple of 4096")
         self.slot_bytes, self._deadline_s = slot_bytes, deadline_s
         self._domain = xxh3_64(domain)
-        self._num_host_slots = memoryview(memory).nbytes // slot_bytes
         self._lock, self._closed = threading.Lock(), False
         with ExitStack() as opened:
             self._directories = open_directories(directories, capacity_bytes, slot_bytes, files, probe_s)
@@ -96,9 +85,10 @@ class SsdStore:
             self._ledger = SlotLedger(self.num_slots)
             self._health = SlotHealth(self.slots, self.num_slots)
             fds = [directory.data.fd for directory in self._directories]
-            self._queue = make_queue(fds, memory, deadline_s=deadline_s, **queue_options)
-            opened.callback(self._queue.close)
-            self._batches = Batches(self._queue.event_fd)
+            queue = make_queue(fds, memory, deadline_s=deadline_s, **queue_options)
+            opened.callback(queue.close)
+            self._queues = StoreQueues(queue, memoryview(memory).nbytes // slot_bytes, slot_bytes)
+            self._batches = Batches(queue.event_fd)
             opened.pop_all()
         self._floor = max(directory.table.header.floor for directory in self._directories)
         self._sequence = max(time.time_ns(), self._floor)   # the last one given; a clock, so that it always rises
@@ -111,7 +101,7 @@ class SsdStore:
 
     def register(self, upto_bytes: int) -> None:
         """So many bytes of the host memory exist by now."""
-        self._queue.register(upto_bytes)
+        self._queues.host.register(upto_bytes)
 
     def recover(self) -> Recovered:
         """Read the tables: the newest block of each key of this domain, the oldest first.
@@ -119,16 +109,31 @@ class SsdStore:
         To be called before anything else; InvariantError if slots are in use. The slots of what is found are in use
         after it: the caller frees those that it does not want.
         """
-        everything = self.slots.take_all()
         slots, records, used, last_sequence = newest_records(self._directories, self._domain, self._floor)
         with self._lock:
             self._ledger.recorded[used] = True
             self._ledger.learn(slots, records["key"], records["checksum"])
             self._sequence = max(self._sequence, last_sequence)
-        unwanted = np.ones(self.num_slots, dtype=np.bool_)
-        unwanted[slots] = False
-        self.slots.free(everything[unwanted[everything]])
+        self.slots.take_only(slots)
         return Recovered(np.ascontiguousarray(records["key"]), np.ascontiguousarray(records["parent"]), slots)
+
+    def attach_device(self, make_queue: Callable[[list[int]], Any]) -> None:
+        """Move blocks between the files, whose descriptors it gives, and the pages of a GPU, with what is like a
+        ``GdsQueue``. The store owns it, and closes the one before."""
+        queue = make_queue([directory.data.fd for directory in self._directories])
+        with self._lock:
+            self._queues.close_device()
+            if self._closed:
+                queue.close()
+                return
+            self._take()
+            self._queues.attach(queue)
+            self._batches.watch(queue.event_fd)
+
+    @property
+    def device_is_ready(self) -> bool:
+        """Whether blocks can be moved between files and the pages of a GPU now."""
+        return self._queues.device_is_ready
 
     def clear(self) -> None:
         """Forget every block, also after a restart; what is under way fails. Waits for the disks, up to the deadline.
@@ -172,23 +177,25 @@ class SsdStore:
             for batch in self._batches:
                 self._fail(batch, batch.left())
             self._batches.close()
-        self._queue.close()
+            self._queues.close_device()
+        self._queues.host.close()
         close_directories(self._directories, clean)
 
     # ---- jobs -------------------------------------------------------------------------------------------------
 
     def write(
         self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
-        parents: NDArray[np.uint64],
+        parents: NDArray[np.uint64], fence: int | None = None,
     ) -> None:
-        """Write blocks from host slots to slots, which the caller has allocated. What they held is forgotten."""
-        check_blocks(slots, host_slots, (keys, parents), self.num_slots, self._num_host_slots)
+        """Write blocks from host slots to slots, which the caller has allocated; what they held is forgotten. With a
+        ``fence``, ``host_slots`` are pages of the GPU, and may be touched from that step of its rank on."""
+        check_blocks(slots, host_slots, (keys, parents), self.num_slots, self._queues.places(fence))
         if len(np.unique(slots)) != len(slots):
             raise ValueError("a slot is given twice")
         with self._lock:
             able = ~self._ledger.writing[slots] & ~self.slots.is_retired(slots) & keys.any(axis=1)
-            for directory, where in self._split(job, slots, able):
-                batch = self._batches.begin(WRITE, job, directory, where, slots, host_slots, keys)
+            for directory, where in self._begin(job, slots, able, fence):
+                batch = self._batches.begin(WRITE, job, directory, where, slots, host_slots, keys, fence)
                 batch.parents = parents[where]
                 batch.sequence = self._sequence + 1
                 self._sequence += len(where)
@@ -197,15 +204,22 @@ class SsdStore:
                 directory.post(partial(self._erase_and_submit, batch))
 
     def read(
-        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64]
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        fence: int | None = None,
     ) -> None:
-        """Read blocks from slots to host slots. A block is good only if it is the one that ``keys`` names."""
-        check_blocks(slots, host_slots, (keys,), self.num_slots, self._num_host_slots)
+        """Read blocks from slots to host slots. A block is good only if it is the one that ``keys`` names; with a
+        ``fence``, as in ``write``, one that is not may have been written to its page."""
+        check_blocks(slots, host_slots, (keys,), self.num_slots, self._queues.places(fence))
         with self._lock:
             named = self._ledger.holds(slots, keys)
             self._health.log.add("key_mismatches", int((~named).sum()), "SSD tier")
-            for directory, where in self._split(job, slots, named):
-                self._submit(self._batches.begin(READ, job, directory, where, slots, host_slots, keys))
+            for directory, where in self._begin(job, slots, named, fence):
+                self._submit(self._batches.begin(READ, job, directory, where, slots, host_slots, keys, fence))
+
+    def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(n,) bool: after reads that failed, slots whose block is lost, or that had errors."""
+        with self._lock:
+            return ~self._ledger.holds(slots, keys) | self._health.had_errors(slots)
 
     def cancel(self, job: int) -> None:
         """What has not begun fails; what is under way is finished. An unknown job is left alone."""
@@ -238,43 +252,33 @@ class SsdStore:
             **self._health.log.counts,
             "blocks_read": self._batches.num_ok[READ],
             "blocks_written": self._batches.num_ok[WRITE],
-            "directories": len(self._directories),
-            "directories_usable": sum(directory.usable for directory in self._directories),
-            "queued_bytes": sum(directory.queued_bytes for directory in self._directories),
-            "num_slots": self.num_slots,
+            **self.slots.stats(),
+            "device_is_ready": int(self.device_is_ready),
         }
 
     # ---- what is under way; under the lock --------------------------------------------------------------------
 
-    def _split(
-        self, job: int, slots: NDArray[np.int32], able: NDArray[np.bool_]
-    ) -> Iterator[tuple[SsdDirectory, NDArray[np.intp]]]:
-        """The indices of each directory, in the order of slots; those that cannot be done fail here."""
-        owner, usable = self.slots.owner(slots), self.usable_slots(slots)
-        order = np.argsort(slots, kind="stable")
+    def _begin(self, job: int, slots: NDArray[np.int32], able: NDArray[np.bool_], fence: int | None) -> Parts:
+        """The indices of each directory; those that cannot be done fail here."""
+        usable = self.usable_slots(slots)
         self._health.log.add("refused", int((~usable).sum()), "SSD tier", "a directory is taken out")
-        failed = np.flatnonzero(~(able & usable))
+        able = able & usable & self._queues.takes(fence)
+        failed = np.flatnonzero(~able)
         self._batches.tell(job, failed, np.zeros(len(failed), dtype=np.bool_))
-        order = order[(able & usable)[order]]
-        for which, directory in enumerate(self._directories):
-            if len(mine := order[owner[order] == which]):
-                yield directory, mine
+        return self.slots.by_directory(slots, able)
 
     def _submit(self, batch: Batch) -> None:
-        local = batch.slots.astype(np.int64) - batch.directory.first_slot
         try:
-            self._queue.submit(
-                batch.kind, batch.tags(), np.full(len(local), self._directories.index(batch.directory), dtype=np.int32),
-                local * self.slot_bytes, batch.host_slots.astype(np.int64) * self.slot_bytes, self.slot_bytes,
-            )
-            batch.submitted = True
+            self._queues.submit(batch, self._directories.index(batch.directory))
         except Exception:                                   # memory, say: it took none of them
-            logger.exception("%s: %d blocks are not moved", batch.directory.path, len(local))
+            logger.exception("%s: %d blocks are not moved", batch.directory.path, len(batch.slots))
             self._fail(batch, batch.left())
 
     def _stop(self, batch: Batch) -> None:
+        batch.stopped = True
         if batch.submitted:
-            self._queue.cancel(batch.tags()[batch.left()])
+            self._queues.cancel(batch.tags()[batch.left()])
+            self._batches.wake()
         else:
             self._fail(batch, batch.left())
 
@@ -331,7 +335,7 @@ class SsdStore:
     def _take(self) -> None:
         """Take in what the queue has done."""
         self._batches.quiet()
-        tags, results, checksums = self._queue.take()
+        tags, results, checksums = self._queues.take()
         for batch, at, positions in self._batches.of_tags(tags):
             finish = self._finish_read if batch.kind == READ else self._finish_write
             at, positions = at[~batch.ended[positions]], positions[~batch.ended[positions]]
@@ -341,7 +345,7 @@ class SsdStore:
             except Exception:                               # each of the others has its result all the same
                 logger.exception("%s: %d blocks are lost", batch.directory.path, len(at))
                 self._fail(batch, positions[~(batch.ended | batch.late)[positions]])
-        busy = self._queue.busy()
+        busy = self._queues.busy()
         for batch in self._batches.late():
             self._fail(batch, np.flatnonzero(batch.late & ~np.isin(batch.tags(), busy)))
         self._health.let_go(busy)
@@ -370,7 +374,7 @@ class SsdStore:
     def _finish_write(
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
     ) -> None:
-        directory, done = batch.directory, results == 0
+        directory, done = batch.directory, (results == 0) & (batch.fence is None or not batch.stopped)
         batch.moved[positions[done]] = True
         if done.any():
             directory.succeeded()
@@ -379,7 +383,7 @@ class SsdStore:
                 directory.post(partial(self._record, directory))
             waiting.append((batch, positions[done], checksums[done]))
         if batch.late.any():
-            kept = batch.late & np.isin(batch.tags(), self._queue.busy())
+            kept = batch.late & np.isin(batch.tags(), self._queues.busy())
             self._health.hold(directory, batch.slots[kept], batch.tags()[kept])
         out = self._health.judge(directory, batch.slots[positions], results, "write_errors")
         self._fail(batch, positions[~done])

@@ -1,7 +1,7 @@
 """Slots of several directories as one range of numbers."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,10 @@ from flexkv.storage.ssd_directory import SsdDirectory
 
 _CHUNK_BYTES = 8 << 20
 """Slots given by one directory before the next is considered: large enough for one fast write."""
+
+
+Parts = Iterator[tuple[SsdDirectory, NDArray[np.intp]]]
+"""Some of an array of slots: their indices, by directory."""
 
 
 class StripedSlots:
@@ -103,12 +107,13 @@ class StripedSlots:
         self._num_in_use += len(slots)
         return slots
 
-    def take_all(self) -> NDArray[np.int32]:
-        """Take every slot, also of directories that are taken out; nothing may be in use."""
+    def take_only(self, slots: NDArray[np.int32]) -> None:
+        """Take these slots, also of directories that are taken out; InvariantError if any slot is in use."""
         with self._lock:
             if self._num_in_use:
                 raise InvariantError(f"{self._num_in_use} slots are in use already")
-            return np.concatenate([self._take(i, part.num_free) for i, part in enumerate(self._parts)])
+            everything = np.concatenate([self._take(i, part.num_free) for i, part in enumerate(self._parts)])
+            self.free(np.setdiff1d(everything, slots))
 
     def free(self, slots: NDArray[np.int32]) -> None:
         """Give slots back. InvariantError, and nothing has changed, if one of them is not in use."""
@@ -127,6 +132,23 @@ class StripedSlots:
     def on_usable(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
         """(n,) bool: those of directories that are not taken out."""
         return np.array([directory.usable for directory in self._directories])[self.owner(slots)]
+
+    def by_directory(self, slots: NDArray[np.int32], chosen: NDArray[np.bool_]) -> Parts:
+        """Which of these slots, of those ``chosen`` ((n,) bool), are of each directory, in the order of slots."""
+        owner, order = self.owner(slots), np.argsort(slots, kind="stable")
+        order = order[chosen[order]]
+        for which, directory in enumerate(self._directories):
+            if len(mine := order[owner[order] == which]):
+                yield directory, mine
+
+    def stats(self) -> dict[str, int]:
+        """Of the directories, now."""
+        return {
+            "directories": len(self._directories),
+            "directories_usable": sum(directory.usable for directory in self._directories),
+            "queued_bytes": sum(directory.queued_bytes for directory in self._directories),
+            "num_slots": self._total,
+        }
 
     def owner(self, slots: NDArray[np.int32]) -> NDArray[np.intp]:
         """(n,) intp: which directory each is of."""

@@ -1,4 +1,4 @@
-"""The kernel that gathers and scatters blocks: compiled by NVRTC for the device at first use, then kept on disk."""
+"""The kernels that move blocks and checksum slots: compiled by NVRTC at first use, then kept on disk."""
 
 import hashlib
 import logging
@@ -10,8 +10,6 @@ from flexkv.config import cache_directory
 from flexkv.errors import CudaError, CudaUnavailableError
 
 logger = logging.getLogger("flexkv.cuda")
-
-_NAME = b"flexkv_move_blocks"
 
 
 def _compile(source: bytes, architecture: str) -> bytes:
@@ -60,10 +58,10 @@ def _cache_file(source: bytes, device: Device) -> Path:
 
 
 def compiled_kernel(device: Device) -> bytes:
-    """The kernel for a device, from disk if it was compiled for this source, driver and architecture before.
+    """The kernels for a device, from disk if it was compiled for this source, driver and architecture before.
 
-    A file is trusted as far as its last 32 bytes are the SHA-256 of the others. Where the folder cannot be written the
-    kernel is compiled each time.
+    A file is trusted as far as its last 32 bytes are the SHA-256 of the others. Where the folder cannot be written they
+    are compiled each time.
     """
     source = kernel_source()
     file = _cache_file(source, device)
@@ -81,15 +79,25 @@ def compiled_kernel(device: Device) -> bytes:
         partial.write_bytes(image + hashlib.sha256(image).digest())
         partial.replace(file)
     except OSError as error:
-        logger.warning("the compiled kernel is not kept: %s", error)
+        logger.warning("the compiled kernels are not kept: %s", error)
     return image
 
 
-_functions: dict[int, int] = {}
+_functions: dict[tuple[int, bytes], int] = {}
+
+
+def _function(device: Device, name: bytes) -> int:
+    key = device.ordinal, name
+    if key not in _functions:
+        _functions[key] = device.load_function(compiled_kernel(device), name)
+    return _functions[key]
 
 
 def move_function(device: Device) -> int:
-    """Handle of the kernel, loaded into the device once."""
-    if device.ordinal not in _functions:
-        _functions[device.ordinal] = device.load_function(compiled_kernel(device), _NAME)
-    return _functions[device.ordinal]
+    """Handle of the kernel that gathers and scatters blocks, loaded into the device once."""
+    return _function(device, b"flexkv_move_blocks")
+
+
+def checksum_function(device: Device) -> int:
+    """Handle of the kernel that takes the checksums of slots, loaded into the device once."""
+    return _function(device, b"flexkv_checksum_slots")

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +58,8 @@ class TransferEngine:
     on_control : callable
         ``on_control(message, descriptors) -> reply`` to a user who asks something of the controller, on the background
         thread.
+    on_gds : callable, optional
+        As in ``Registry``.
 
     Attributes
     ----------
@@ -77,6 +80,7 @@ class TransferEngine:
         executors: tuple[Executor, ...] = (),
         housekeeping: Callable[[], float] | None = None,
         on_control: Callable[[bytes, Sequence[int]], bytes] = lambda message, fds: b"{}",
+        on_gds: Callable[[socket.socket], None] | None = None,
     ) -> None:
         self._config = config
         self._host_bytes = host_bytes
@@ -87,6 +91,7 @@ class TransferEngine:
         self._on_capacity = on_capacity
         self._housekeeping = housekeeping
         self._on_control = on_control
+        self._on_gds = on_gds
         self.task_ids = itertools.count(1)
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
@@ -125,6 +130,7 @@ class TransferEngine:
             self._config.ring_bytes,
             self._add_link,
             self._on_control,
+            self._on_gds,
         )
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

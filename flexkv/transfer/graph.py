@@ -21,6 +21,9 @@ class OpKind(enum.IntEnum):
     H2DISK = 4
     ARRIVAL = 5
     """Moves nothing: a block arrives when those have that it depends on."""
+    DISK2D = 6
+    """Straight from SSD to the GPU, by its rank."""
+    D2DISK = 7
 
 
 class OpStatus(enum.Enum):

@@ -19,6 +19,7 @@ _REFUSAL = struct.Struct("<8s1024s")
 _REFUSED = b"FLEXKVNO"
 MAX_MESSAGE_BYTES = 2048
 NUM_FDS = 4
+"""That come with a WELCOME; one more is the socket of GPUDirect Storage (``flexkv.transfer.gds``)."""
 
 
 @dataclass(frozen=True)

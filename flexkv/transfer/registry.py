@@ -40,6 +40,8 @@ class Registry:
         Data of each ring; a power of two.
     on_link : callable
         Called with each agent that is ready for ops.
+    on_gds : callable, optional
+        Called with the controller's end of each rank's socket of GPUDirect Storage; None: ranks get none.
     on_control : callable
         ``on_control(message, descriptors) -> reply`` to a user's request.
 
@@ -59,6 +61,7 @@ class Registry:
         ring_bytes: int,
         on_link: Callable[[AgentLink], None],
         on_control: Callable[[bytes, Sequence[int]], bytes],
+        on_gds: Callable[[socket.socket], None] | None = None,
     ) -> None:
         self._path = socket_path(port)
         self._clients = dp_client_ids
@@ -68,6 +71,7 @@ class Registry:
         self._ring_bytes = ring_bytes
         self._on_link = on_link
         self._on_control = on_control
+        self._on_gds = on_gds
         self._silent: dict[int, tuple[socket.socket, float]] = {}       # by descriptor: until when
         self._waiting: dict[RankId, tuple[socket.socket, Hello]] = {}   # for the others
         self._connected: set[RankId] = set()
@@ -205,16 +209,25 @@ class Registry:
             self._layout.segment_bytes[index], rings.ring_bytes,
         )
         fds = [self._pool.fd, rings.fd, rings.submission_event_fd, rings.completion_event_fd]
-        try:
-            socket.send_fds(connection, [welcome.pack()], fds)
-        except OSError as error:
-            logger.warning("rank %s went away before it was welcomed: %s", rank_id, error)
-            rings.close()
-            connection.close()
-            return
+        gds, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            if self._on_gds is not None:
+                fds.append(theirs.fileno())
+            try:
+                socket.send_fds(connection, [welcome.pack()], fds)
+            except OSError as error:
+                logger.warning("rank %s went away before it was welcomed: %s", rank_id, error)
+                rings.close()
+                connection.close()
+                gds.close()
+                return
         self._connected.add(rank_id)
         logger.info("rank %s registered: %d pages, %d bytes a block", rank_id, hello.num_pages, hello.segment_bytes)
         self._on_link(AgentLink(connection, hello, rings))
+        if self._on_gds is not None:
+            self._on_gds(gds)
+        else:
+            gds.close()
 
     def lost(self, hello: Hello) -> None:
         """The rank's process is gone; it may register again."""

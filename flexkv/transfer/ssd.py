@@ -12,6 +12,7 @@ from flexkv.cache.tier import Slots
 from flexkv.config import CacheConfig
 from flexkv.storage.recovered import Recovered
 from flexkv.transfer.executor import Executor, Progress
+from flexkv.transfer.gds import GdsQueue
 from flexkv.transfer.graph import OpKind, OpStatus, TransferOp
 
 logger = logging.getLogger("flexkv.transfer")
@@ -34,16 +35,28 @@ class Store(Protocol):
     def recover(self) -> Recovered:
         """Read back what was written before the start; its slots are allocated."""
 
+    def attach_device(self, make_queue: Callable[[list[int]], GdsQueue]) -> None:
+        """From now on it can move blocks between its files, whose descriptors it gives, and the pages of a GPU, as soon
+        as the queue is ready."""
+
+    @property
+    def device_is_ready(self) -> bool:
+        """Whether it can now."""
+
     def write(
         self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
-        parents: NDArray[np.uint64],
+        parents: NDArray[np.uint64], fence: int | None = None,
     ) -> None:
-        """Write host slots into SSD slots, and record their keys."""
+        """Write host slots (with a ``fence``: pages of the GPU) into SSD slots, and record their keys."""
 
     def read(
-        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64]
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        fence: int | None = None,
     ) -> None:
-        """Read SSD slots into host slots, and verify that they hold the blocks of ``keys``."""
+        """Read SSD slots into host slots (pages of the GPU), and verify that they hold the blocks of ``keys``."""
+
+    def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(n,) bool: after reads that failed, slots whose block is lost, or that had errors."""
 
     def cancel(self, job: int) -> None:
         """What has not begun fails."""
@@ -72,7 +85,7 @@ MakeStore = Callable[[CacheConfig, int, bytes, object], Store]
 
 
 class SsdExecutor(Executor):
-    """Moves blocks between host slots and the slots of a store, which it owns.
+    """Moves blocks between host slots, or pages of a GPU, and the slots of a store, which it owns.
 
     Each submission of blocks of an op is one job of the store.
 
@@ -81,7 +94,7 @@ class SsdExecutor(Executor):
     store : Store
     """
 
-    kinds = frozenset({OpKind.DISK2H, OpKind.H2DISK})
+    kinds = frozenset({OpKind.DISK2H, OpKind.H2DISK, OpKind.DISK2D, OpKind.D2DISK})
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -92,16 +105,19 @@ class SsdExecutor(Executor):
         self._given_up = False
 
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
-        if self._given_up or doomed or op.keys is None or (op.kind is OpKind.H2DISK and op.parents is None):
+        is_read = op.kind in (OpKind.DISK2H, OpKind.DISK2D)
+        if self._given_up or doomed or op.keys is None or (op.parents is None and not is_read):
             progress(op, indices, np.zeros(len(indices), dtype=np.bool_))
             return
         job = next(self._ids)
         self._jobs[job] = (op, indices, progress)
         self._left[job] = len(indices)
-        if op.kind is OpKind.DISK2H:
-            self._store.read(job, op.src[indices], op.dst[indices], op.keys[indices])
+        fence = op.fence if op.kind in (OpKind.DISK2D, OpKind.D2DISK) else None
+        src, dst, keys = op.src[indices], op.dst[indices], op.keys[indices]
+        if is_read:
+            self._store.read(job, src, dst, keys, fence)
         elif op.parents is not None:
-            self._store.write(job, op.dst[indices], op.src[indices], op.keys[indices], op.parents[indices])
+            self._store.write(job, dst, src, keys, op.parents[indices], fence)
 
     def cancel(self, op: TransferOp) -> None:
         for job, (other, _, _) in list(self._jobs.items()):

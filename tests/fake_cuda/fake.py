@@ -9,15 +9,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def build() -> Path:
-    """The library, newer than its source."""
-    library = ROOT / "build" / "fake_cuda" / "libcuda.so.1"
-    sources = [HERE / "libcuda.c", HERE / "memory.h", ROOT / "csrc" / "cuda_api.h"]
+def build(name: str = "libcuda.so.1") -> Path:
+    """A library, newer than its sources."""
+    library = ROOT / "build" / "fake_cuda" / name
+    source = HERE / f"{name.partition('.')[0]}.c"
+    sources = [source, HERE / "memory.h", ROOT / "csrc" / "cuda_api.h"]
     if not library.exists() or any(source.stat().st_mtime > library.stat().st_mtime for source in sources):
         library.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(
-            ["cc", "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I",
-             str(ROOT / "csrc"), "-o", str(library), str(HERE / "libcuda.c"), "-pthread"],
+            ["cc", "-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-shared", "-fPIC", f"-Wl,-soname,{name}", "-I",
+             str(ROOT / "csrc"), "-o", str(library), str(source), "-pthread"],
             check=True,
         )
     return library
@@ -57,6 +58,35 @@ class FakeCuda:
     def live(self) -> tuple[int, int, int]:
         """Objects, bytes of device memory, bytes of registered memory that were not given back."""
         return tuple(int(getattr(self._library, f"fake_cuda_{name}")()) for name in ("objects", "bytes", "registered"))
+
+
+class FakeCuFile:
+    """What a test can do to cuFile, which moves bytes between files and the fake driver's memory."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(str(build("libcufile.so.0")), mode=ctypes.RTLD_GLOBAL)
+        for name in ("moves", "registered"):
+            getattr(self._library, f"fake_cufile_{name}").restype = ctypes.c_long
+
+    def plan(self, refuse: bool = False, broken: bool = False, fail: int = 0, delay_us: int = 0) -> None:
+        """Files are refused; batches fail as a whole; so many reads or writes fail; each takes so long."""
+        self._library.fake_cufile_plan(refuse, broken, fail, ctypes.c_long(delay_us))
+
+    @property
+    def num_moves(self) -> int:
+        """Reads and writes since the process began."""
+        return int(self._library.fake_cufile_moves())
+
+    @property
+    def num_registered(self) -> int:
+        """Files and buffers that were not given back."""
+        return int(self._library.fake_cufile_registered())
+
+
+@functools.cache
+def fake_cufile() -> FakeCuFile:
+    """The one fake cuFile of this process."""
+    return FakeCuFile()
 
 
 @functools.cache

@@ -1,5 +1,5 @@
 /* A CUDA driver without a GPU: device memory is ordinary memory, every stream is a thread that works through what it was
- * given, events and waits order streams as the real ones do, the copy kernel is emulated. Calls can be made to fail, and
+ * given, events and waits order streams as the real ones do, the kernels are emulated. Calls can be made to fail, and
  * work to take long. Built as libcuda.so.1 and found where the real one would be. */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -12,6 +12,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
 #include "cuda_api.h"
 
 #define MAX_BLOCKS 480
@@ -22,11 +25,11 @@ struct cu_event_s { uint64_t asked, reached; };
 
 struct work {
     struct work *next;
-    enum { COPY, ROWS, MOVE, RECORD, WAIT } what;
+    enum { COPY, ROWS, MOVE, CHECKSUM, RECORD, WAIT } what;
     cu_event event;
     uint64_t count;               /* of the event */
     struct cu_memcpy2d rows;
-    const uint64_t *regions;      /* four words each, as in struct flexkv_region */
+    const uint64_t *regions;      /* four words each, as in struct flexkv_region; CHECKSUM: where sums go */
     uint32_t num_regions, num_blocks;
     uint64_t far, far_stride;
     int use_slots, gather;
@@ -105,12 +108,20 @@ static void move_blocks(const struct work *work)
         }
 }
 
+static void checksum_slots(const struct work *work)
+{
+    for (uint32_t i = 0; i < work->num_blocks; i++)
+        ((uint64_t *)work->regions)[i] = XXH3_64bits((char *)work->far + i * work->far_stride, work->far_stride);
+}
+
 static void do_work(const struct work *work)
 {
     const struct cu_memcpy2d *rows = &work->rows;
 
     if (work->what == MOVE)
         move_blocks(work);
+    else if (work->what == CHECKSUM)
+        checksum_slots(work);
     else
         for (size_t y = 0; y < rows->height; y++)
             memmove((char *)rows->dst_device + y * rows->dst_pitch, (char *)rows->src_device + y * rows->src_pitch,
@@ -248,8 +259,8 @@ static cu_result fake_cuModuleGetFunction(cu_function *function, cu_module modul
 {
     ENTER;
     (void)module;
-    *function = (cu_function)move_blocks;
-    return strcmp(name, "flexkv_move_blocks") ? NOT_FOUND : 0;
+    *function = (cu_function)(strcmp(name, "flexkv_checksum_slots") ? move_blocks : checksum_slots);
+    return strcmp(name, "flexkv_move_blocks") && strcmp(name, "flexkv_checksum_slots") ? NOT_FOUND : 0;
 }
 
 #include "memory.h"
@@ -445,13 +456,25 @@ static cu_result fake_cuLaunchKernel(cu_function function, unsigned int gx, unsi
                                      cu_stream stream, void **parameters, void **extra)
 {
     struct work work = { .what = MOVE };
-    const int32_t *ids = parameters[9];
+    const int32_t *ids;
 
     ENTER;
     NEEDS_CONTEXT;
     (void)shared_bytes;
-    if (function != (cu_function)move_blocks || extra || !gx || gy != 1 || gz != 1 || !bx || by != 1 || bz != 1)
+    if (extra || !gx || gy != 1 || gz != 1 || !bx || by != 1 || bz != 1)
         return INVALID_VALUE;
+    if (function == (cu_function)checksum_slots) {
+        work.what = CHECKSUM;
+        work.num_blocks = gx;
+        work.far = *(uint64_t *)parameters[0];
+        work.far_stride = *(uint64_t *)parameters[1];
+        work.regions = *(const uint64_t **)parameters[2];
+        give_locked(stream, &work);
+        return bx == 512 ? 0 : INVALID_VALUE;
+    }
+    if (function != (cu_function)move_blocks)
+        return INVALID_VALUE;
+    ids = parameters[9];
     work.regions = *(const uint64_t **)parameters[0];
     work.num_regions = *(uint32_t *)parameters[1];
     work.num_blocks = *(uint32_t *)parameters[2];

@@ -53,7 +53,7 @@ def test_order_of_sources(tmp_path: Path) -> None:
         ({"ssd_cache_gb": 0.5, **SMALL}, r"ssd_cache_gb = 0.5: must be more than cpu_cache_gb \(0.5\)"),
         ({"ssd_cache_gb": 1, "ssd_cache_dir": ";", **SMALL}, "ssd_cache_dir = ';': must name at least one"),
         ({"ssd_admission": "most", **SMALL}, "one of second_touch, all"),
-        ({"enable_gds": True}, "through host memory"),
+        ({"enable_gds": True, **SMALL}, "enable_gds = True: needs an SSD tier"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:

@@ -1,0 +1,42 @@
+"""Blocks that go straight between SSD and the GPU: the index knows them on SSD alone, before and after."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.radix import Match, RadixTree
+from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan
+from flexkv.cache.sources import Sources
+from flexkv.cache.tier import SSD, Tier
+
+
+def direct_get(tree: RadixTree, keys: NDArray[np.uint64], match: Match, found: Sources) -> DirectPlan | None:
+    """What of ``found`` is on SSD alone, and nobody fetches; its ``slots`` tell, too."""
+    blocks = found.slow[found.slots[found.slow] < 0]
+    if len(blocks) == 0:
+        return None
+    found.slots[blocks] = IN_PLACE
+    return DirectPlan(keys[: blocks[-1] + 1], blocks.astype(np.int32), tree, match.slots[blocks])
+
+
+def direct_put(
+    tree: RadixTree, below: Tier, keys: NDArray[np.uint64], blocks: NDArray[np.int32], group: int, now: float
+) -> DirectPlan | None:
+    """Give SSD slots to absent blocks, as far as there are any; what is before them in the sequence stays."""
+    if len(blocks) == 0:
+        return None
+    taken = below.take(tree, len(blocks), group, now, keep=keys[: blocks[0]])
+    if len(taken) == 0:
+        return None
+    blocks = blocks[: len(taken)]
+    plan = DirectPlan(keys[: blocks[-1] + 1], blocks, tree, taken)
+    tree.insert(plan.keys, plan.by_position(taken), SSD, now, group)
+    return plan
+
+
+def lose(below: Tier, plan: DirectPlan | FetchPlan, lost: NDArray[np.bool_]) -> None:
+    """Blocks of a plan that could not be read from SSD are not there any more, unless another read has found so."""
+    held = np.asarray(plan.tree.slots(plan.keys, SSD))[plan.blocks] == plan.ssd_slots
+    lost = lost & held
+    if lost.any():
+        plan.tree.drop(plan.keys, plan.by_position(plan.ssd_slots, lost), SSD, failed=True)
+        below.slots.free(plan.ssd_slots[lost])

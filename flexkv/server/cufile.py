@@ -1,0 +1,152 @@
+"""NVIDIA's cuFile: reads and writes between files and device memory, many at a time."""
+
+import ctypes
+import errno
+import fcntl
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.errors import GdsUnavailableError
+
+MAX_BATCH = 128
+"""Reads and writes that cuFile takes at once."""
+
+_driver_is_open = False
+
+
+def _open_driver() -> None:
+    """Once a process; GdsUnavailableError."""
+    global _driver_is_open
+    if _driver_is_open:
+        return
+    try:
+        from cuda.bindings import cufile
+
+        cufile.driver_open()
+    except Exception as error:                  # a missing library is a RuntimeError, or one of the package's own
+        raise GdsUnavailableError(
+            f"cuFile cannot be used ({error}): pip install nvidia-cufile, or install CUDA's gds packages"
+        ) from error
+    _driver_is_open = True
+
+
+class CuFile:
+    """Files, and a buffer in device memory, that cuFile knows.
+
+    Not thread safe. The device's context must be current on the thread that calls.
+
+    Parameters
+    ----------
+    fds : sequence of int
+        Stay the caller's, and open.
+    address, num_bytes : int
+        Of the buffer.
+
+    Raises
+    ------
+    GdsUnavailableError
+        The library is missing, or refuses one of the files; nothing is left registered then.
+    """
+
+    def __init__(self, fds: Sequence[int], address: int, num_bytes: int) -> None:
+        _open_driver()
+        from cuda.bindings import cufile
+
+        self._cufile = cufile
+        self._address, self._registered, self._batch = address, False, 0
+        self._fds: list[int] = []
+        self._handles: list[int] = []
+        self._params = np.zeros(MAX_BATCH, dtype=cufile.io_params_dtype)
+        self._events = np.zeros(MAX_BATCH, dtype=cufile.io_events_dtype)
+        try:
+            for fd in fds:
+                self._fds.append(_reopened(fd))
+                descriptor = _descriptor(cufile, self._fds[-1])
+                self._handles.append(cufile.handle_register(descriptor.ptr))
+            cufile.buf_register(address, num_bytes, 0)
+            self._registered = True
+            self._batch = cufile.batch_io_set_up(MAX_BATCH)
+        except cufile.cuFileError as error:
+            self.close()
+            raise GdsUnavailableError(
+                f"cuFile refuses the files of ssd_cache_dir ({error}): it needs ext4 or xfs on a local disk, and in a "
+                "container the host's /run/udev"
+            ) from error
+
+    def move(
+        self, write: bool, files: NDArray[np.int32], file_offsets: NDArray[np.uint64],
+        memory_offsets: NDArray[np.uint64], size: int,
+    ) -> NDArray[np.int32]:
+        """Read or write so many pieces of ``size`` bytes, and wait for all of them.
+
+        Parameters
+        ----------
+        write : bool
+            From memory to the files.
+        files : (n,) int32
+            Indices into ``fds``; n at most MAX_BATCH.
+        file_offsets, memory_offsets : (n,) uint64
+            Bytes; the latter from ``address``.
+
+        Returns
+        -------
+        (n,) int32
+            0, or a negative errno.
+
+        Raises
+        ------
+        GdsUnavailableError
+            cuFile takes nothing more; what became of these pieces is not known.
+        """
+        cufile, count = self._cufile, len(files)
+        params = self._params[:count]
+        params["mode"] = cufile.BatchMode.BATCH
+        params["opcode"] = cufile.Opcode.WRITE if write else cufile.Opcode.READ
+        params["fh"] = np.array(self._handles, dtype=np.int64)[files]
+        params["cookie"] = np.arange(count)
+        where = params["u"]["batch"]
+        where["dev_ptr_base"], where["dev_ptr_offset"] = self._address, memory_offsets
+        where["file_offset"], where["size_"] = file_offsets, size
+        results = np.full(count, -errno.EIO, dtype=np.int32)
+        try:
+            cufile.batch_io_submit(self._batch, count, params.ctypes.data, 0)
+            while count:
+                got = ctypes.c_uint(count)
+                cufile.batch_io_get_status(self._batch, 1, ctypes.addressof(got), self._events.ctypes.data, 0)
+                events = self._events[: got.value]
+                good = (events["status"] == cufile.Status.COMPLETE) & (events["ret"] == size)
+                results[events["cookie"][good].astype(np.intp)] = 0
+                count -= got.value
+        except cufile.cuFileError as error:
+            raise GdsUnavailableError(f"cuFile has failed ({error})") from error
+        return results
+
+    def close(self) -> None:
+        """Let go of files and buffer. Can be called again."""
+        if self._batch:
+            self._cufile.batch_io_destroy(self._batch)
+        if self._registered:
+            self._cufile.buf_deregister(self._address)
+        for handle in self._handles:
+            self._cufile.handle_deregister(handle)
+        for fd in self._fds:
+            os.close(fd)
+        self._batch, self._registered, self._handles, self._fds = 0, False, [], []
+
+
+def _reopened(fd: int) -> int:
+    """The same file, without flags that cuFile refuses (O_NOFOLLOW)."""
+    direct = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | direct)
+
+
+def _descriptor(cufile: Any, fd: int) -> Any:
+    descriptor = cufile.Descr()
+    descriptor.type = cufile.FileHandleType.OPAQUE_FD
+    descriptor.handle.fd = fd
+    descriptor.fs_ops = 0                       # it is not set to begin with, and cuFile follows it
+    return descriptor

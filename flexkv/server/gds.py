@@ -1,0 +1,233 @@
+"""GPUDirect Storage on a rank: moves blocks between files and pages, as the controller says."""
+
+import errno
+import logging
+import os
+import select
+import socket
+import threading
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.cuda_driver import Device
+from flexkv._core.device_staging import DeviceStaging
+from flexkv._core.io_queue import READ, WRITE
+from flexkv.errors import FlexKVError, GdsUnavailableError
+from flexkv.server.cufile import MAX_BATCH, CuFile
+from flexkv.transfer.cuda_kernel import checksum_function, move_function
+from flexkv.transfer.gds import (
+    CANCEL,
+    FILES,
+    MAX_FILES,
+    MAX_MESSAGE_BYTES,
+    MOVE,
+    MOVE_DTYPE,
+    RESULT,
+    RESULT_DTYPE,
+    STATUS,
+)
+
+logger = logging.getLogger("flexkv.client")
+
+_STAGING_BYTES = 64 << 20
+"""Of device memory: cuFile reads whole slots there, and a kernel spreads them to the pages."""
+
+
+class _Over(Exception):
+    """The other side has hung up, or ``close`` was called."""
+
+
+class GdsWorker:
+    """A thread that moves blocks between files and the pages of this rank, until the controller hangs up.
+
+    A block is read into a staging buffer on the device, where its checksum is taken; then a kernel copies it to its
+    page. A write is the same backwards. Whether a checksum is right is for the controller to say.
+
+    Parameters
+    ----------
+    connection : socket
+        To the controller's ``GdsQueue``; owned by this.
+    device : Device or None
+        None: the pages are in host memory, which the controller is told.
+    regions : ndarray of REGION_DTYPE
+        Of the pages, which must stay valid until ``close``.
+    num_pages, slot_bytes : int
+    num_ctas : int
+        Thread blocks of the kernel.
+    """
+
+    def __init__(
+        self, connection: socket.socket, device: Device | None, regions: NDArray[np.void], num_pages: int,
+        slot_bytes: int, num_ctas: int,
+    ) -> None:
+        connection.setblocking(False)
+        self._connection = connection
+        self._device = device
+        self._regions = regions
+        self._num_pages = num_pages
+        self._slot_bytes = slot_bytes
+        self._num_ctas = num_ctas
+        self._lock = threading.Lock()
+        self._staging: DeviceStaging | None = None
+        self._streams: list[int] = []                # that the staging buffer's stream has still to wait for
+        self._fences = np.zeros(2, dtype=np.uint64)  # of loads, of saves
+        self._pending = np.empty(0, dtype=MOVE_DTYPE)
+        self._closing = False
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="flexkv-gds", daemon=True)
+        self._thread.start()
+
+    def advance(self, load: int, save: int, stream: int | None) -> None:
+        """What waits for these fences may start, after what ``stream`` has been given until now; CudaError."""
+        with self._lock:
+            if stream is not None:
+                if self._staging is not None:
+                    self._staging.follow(stream)
+                else:
+                    self._streams.append(stream)
+            self._fences[:] = load, save
+        os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Finish what is under way, and end; nothing touches the pages afterwards. Once."""
+        self._closing = True
+        os.eventfd_write(self._wake_fd, 1)
+        self._thread.join()
+        os.close(self._wake_fd)
+
+    # ---- on its thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        files: list[int] = []
+        try:
+            files = self._receive_files()
+            self._serve(files)
+        except _Over:
+            pass
+        except (FlexKVError, OSError) as error:
+            logger.error("GPUDirect Storage is not in service: %s", error)
+            self._say(STATUS + str(error).encode()[: MAX_MESSAGE_BYTES - 1])
+        except Exception:
+            logger.exception("GPUDirect Storage is not in service")
+        finally:
+            self._connection.close()
+            for fd in files:
+                os.close(fd)
+
+    def _receive_files(self) -> list[int]:
+        while True:
+            self._wait_for(self._connection.fileno(), self._wake_fd)
+            with suppress(BlockingIOError):          # it was woken for a fence
+                message, files, _, _ = socket.recv_fds(self._connection, 1, MAX_FILES, socket.MSG_CMSG_CLOEXEC)
+                if message != FILES:
+                    raise _Over
+                return list(files)
+
+    def _serve(self, files: list[int]) -> None:
+        if self._device is None:
+            raise GdsUnavailableError("the rank's tensors are not on a GPU")
+        num_slots = max(1, min(MAX_BATCH, _STAGING_BYTES // self._slot_bytes))
+        staging = DeviceStaging(
+            self._device, self._regions, self._num_pages, self._slot_bytes, num_slots, move_function(self._device),
+            checksum_function(self._device), self._num_ctas,
+        )
+        try:
+            with self._device:
+                cufile = CuFile(files, staging.address, num_slots * self._slot_bytes)
+                try:
+                    self._work(staging, cufile)
+                finally:
+                    cufile.close()
+        finally:
+            with self._lock:
+                self._staging = None
+            staging.close()
+
+    def _work(self, staging: DeviceStaging, cufile: CuFile) -> None:
+        with self._lock:
+            for stream in self._streams:
+                staging.follow(stream)
+            self._streams.clear()
+            self._staging = staging
+        self._say(STATUS)
+        while True:
+            self._receive()
+            moves = self._next_batch(staging.num_slots)
+            if len(moves):
+                self._report(moves["tag"], *self._move(staging, cufile, moves))
+            else:
+                self._wait_for(self._connection.fileno(), self._wake_fd)
+
+    def _wait_for(self, *fds: int) -> None:
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        poll.poll()
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        if self._closing:
+            raise _Over
+
+    def _receive(self) -> None:
+        """Take in what the controller has said."""
+        while not self._closing:
+            try:
+                message = self._connection.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            if message[:1] == MOVE:
+                self._pending = np.concatenate([self._pending, np.frombuffer(message, MOVE_DTYPE, offset=1)])
+            elif message[:1] == CANCEL:
+                mine = np.isin(self._pending["tag"], np.frombuffer(message, np.uint64, offset=1))
+                tags, self._pending = self._pending["tag"][mine], self._pending[~mine]
+                self._report(tags, np.full(len(tags), -errno.ECANCELED), np.zeros(len(tags), dtype=np.uint64))
+            else:
+                break                                # it has hung up
+        raise _Over
+
+    def _next_batch(self, limit: int) -> NDArray[np.void]:
+        """What can be moved now and is of one kind: reads first, someone waits for them."""
+        able = self._pending["fence"] <= self._fences[self._pending["kind"]]
+        reads = able & (self._pending["kind"] == READ)
+        chosen = np.flatnonzero(reads if reads.any() else able)[:limit]
+        moves: NDArray[np.void] = self._pending[chosen]
+        self._pending = np.delete(self._pending, chosen)
+        return moves
+
+    def _move(
+        self, staging: DeviceStaging, cufile: CuFile, moves: NDArray[np.void]
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
+        """Results and checksums."""
+        write = moves["kind"][0] == WRITE
+        pages = np.ascontiguousarray(moves["page"])
+        there = (pages >= 0) & (pages < self._num_pages)
+        if not there.all():                          # of no disk's doing
+            results, sums = np.full(len(moves), -errno.ECANCELED, dtype=np.int32), np.zeros(len(moves), np.uint64)
+            if there.any():
+                results[there], sums[there] = self._move(staging, cufile, moves[there])
+            return results, sums
+        checksums = staging.gather(pages) if write else None
+        slots = np.arange(len(moves), dtype=np.int32)
+        results = cufile.move(
+            write, moves["file"], moves["offset"], slots.astype(np.uint64) * np.uint64(self._slot_bytes),
+            self._slot_bytes,
+        )
+        if checksums is None:
+            checksums = staging.checksums(len(moves))
+            staging.scatter(slots[results == 0], pages[results == 0])
+        return results, checksums
+
+    def _report(self, tags: NDArray[np.uint64], results: NDArray[np.integer], checksums: NDArray[np.uint64]) -> None:
+        found = np.empty(len(tags), dtype=RESULT_DTYPE)
+        found["tag"], found["result"], found["checksum"] = tags, results, checksums
+        if len(found):
+            self._say(RESULT + found.tobytes())
+
+    def _say(self, message: bytes) -> None:
+        """It has room: the controller gives no more than it can hear of."""
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            logger.debug("the controller does not hear of blocks that were moved: %s", error)
