@@ -1,5 +1,7 @@
 """The command ``flexkv``."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -19,6 +21,9 @@ usage: flexkv COMMAND [OPTIONS]
   pins     list what is pinned
 
 flexkv COMMAND --help tells more."""
+
+_SIGPIPE_STATUS = 128 + signal.SIGPIPE
+"""Of a process that writes to a pipe that nobody reads, as shells tell it."""
 
 
 def _demo(argv: list[str]) -> int:
@@ -86,10 +91,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     try:
-        return _COMMANDS[args[0]](args[1:])
+        status = _COMMANDS[args[0]](args[1:])
+        sys.stdout.flush()
+        return status
     except FlexKVError as error:
         print(f"flexkv {args[0]}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:              # whoever reads the output, head say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # else the interpreter tries to write the rest as it exits
+        return _SIGPIPE_STATUS
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from flexkv.cache.pins import Pin, Pins
 from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import CAME_BACK, Fate, StopReason
-from flexkv.cache.sources import find_sources
+from flexkv.cache.sources import absent_blocks, find_sources
 from flexkv.cache.tier import HOST, SSD, MakePolicy, SsdTier, Tier, no_slots
 
 
@@ -185,13 +185,13 @@ class GlobalCacheEngine:
         """
         with self._lock:
             keys, now = keys[:stop], self._tick()
-            absent = self._absent(keys)
+            absent = absent_blocks(self._tree, self._ssd, keys)
             num_known = max(0, (int(absent[0]) if len(absent) else len(keys)) - start)
             room = len(absent)
             if room and not self._host.has_room(self._tree, room, group):
                 # not at the cost of the prefix that the new blocks are to follow
                 room = self._host.make_room(self._tree, room, group, now, keep=keys[: absent[0]])
-                absent = self._absent(keys)
+                absent = absent_blocks(self._tree, self._ssd, keys)
             if len(absent) and absent[0] < start:
                 absent = absent[:0]
             slots = self._host.slots.allocate(min(len(absent), room, self._host.slots.num_free))
@@ -218,13 +218,6 @@ class GlobalCacheEngine:
         for tier in self._tiers:
             tier.used(self._tree)
 
-    def _absent(self, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
-        if self._ssd is None:
-            return self._tree.absent(keys)
-        # what is on a disk that is out of service cannot be had for now: it may be put again
-        there = self._ssd.in_service(self._tree.slots(keys, SSD)) | (self._tree.slots(keys, HOST) >= 0)
-        return np.flatnonzero(~there).astype(np.int32)
-
     def end_put(self, plan: PutPlan, written: NDArray[np.bool_]) -> None:
         """Blocks that are ``written`` ((m,) bool; then those of ``direct``) become ready, the others absent; nothing
         writes their slots now."""
@@ -240,6 +233,12 @@ class GlobalCacheEngine:
         """(n,) bool: blocks that have a slot on SSD, ready or being written."""
         with self._lock:
             return np.asarray(self._tree.slots(keys, SSD) >= 0)
+
+    def ssd_room(self, keys: NDArray[np.uint64]) -> tuple[int, int]:
+        """The quota group of a sequence, and how many blocks of it SSD can take before any block has to go."""
+        with self._lock:
+            group = self._tree.group_of(keys)
+            return group, self._below.room(self._tree, group)
 
     def begin_write(self, keys: NDArray[np.uint64], limit: int) -> WritePlan | None:
         """Give SSD slots to up to ``limit`` leading blocks that are ready on the host and absent on SSD.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from flexkv._core.radix import Match, RadixTree
 from flexkv.cache.fetches import FetchTable
 from flexkv.cache.reasons import StopReason
-from flexkv.cache.tier import HOST, SsdTier
+from flexkv.cache.tier import HOST, SSD, SsdTier
 
 _NOWHERE = np.zeros(0, dtype=np.intp)
 
@@ -71,3 +71,12 @@ def find_sources(
         found.end(start + num_worth, StopReason.TOO_SLOW)
     found.slow = start + np.flatnonzero(is_slow[:num_worth])
     return found
+
+
+def absent_blocks(tree: RadixTree, ssd: SsdTier | None, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
+    """Positions (int32, ascending) of the blocks of a sequence that have to be put to be had."""
+    if ssd is None:
+        return tree.absent(keys)
+    # what is on a disk that is out of service cannot be had for now: it may be put again
+    there = ssd.in_service(tree.slots(keys, SSD)) | (tree.slots(keys, HOST) >= 0)
+    return np.flatnonzero(~there).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What is copied to SSD, and when: admission, a bounded queue, a rate limit. Moves no bytes."""
+"""What is copied to SSD, and when: admission (docs/design/0010-admission.md), a rate limit. Moves no bytes."""
 
 import math
 import threading
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import PutPlan, WritePlan
+from flexkv.cache.write_queue import WriteQueue
 
 _EVIDENCE_SHARE = 0.25
 """Of a sequence has to be there already for the rest to be thought part of a conversation: a system prompt that all
@@ -16,7 +17,7 @@ share tells nothing (docs/design/0009-eviction-by-rank.md)."""
 
 
 class SsdWriter:
-    """Sequences that are worth writing to SSD, in the order in which they will be.
+    """Sequences that are worth writing to SSD, and whose turn it is.
 
     Thread safe; its lock is taken before the index's. Nothing here waits, and no request waits for it: where too much
     is queued, sequences are left out and counted.
@@ -25,8 +26,9 @@ class SsdWriter:
     ----------
     cache : GlobalCacheEngine
     write_all : bool
-        False: a block is written once there is evidence that it is used again: it was loaded, or was put again, also
-        after it had gone, or follows on blocks that were and are a good part of its sequence.
+        False: where something would have to go for it, a block is written only once there is evidence that it is used
+        again: it was loaded, or was put again, also after it had gone, or follows on blocks that were and are a good
+        part of its sequence. While slots are free everything is.
     batch_blocks : int
         Written at a time: large enough for long runs of slots.
     max_in_flight_blocks, max_queued_blocks : int
@@ -51,19 +53,23 @@ class SsdWriter:
         self._write_all = write_all
         self._batch = batch_blocks
         self._max_in_flight = max_in_flight_blocks
-        self._max_queued = max_queued_blocks
         self._rate = blocks_per_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._queue: dict[bytes, tuple[NDArray[np.uint64], int]] = {}   # by last key: the sequence, blocks to write
-        self._queued = self._in_flight = self._dropped = self._written = 0
+        self._queue = WriteQueue(max_queued_blocks)
+        self._in_flight = self._dropped = self._written = 0
         self._not_before = 0.0
 
     # ---- evidence ---------------------------------------------------------------------------------------------
 
     def hit(self, keys: NDArray[np.uint64]) -> bool:
         """A sequence ((n, 2) uint64) was loaded; True if some of it is to be written."""
-        return self._add(keys, ~self._cache.on_ssd(keys))
+        wanted = ~self._cache.on_ssd(keys)
+        if not wanted.any():
+            return False
+        group, _ = self._cache.ssd_room(keys)
+        with self._lock:
+            return self._add(group, keys, np.flatnonzero(wanted))
 
     def put(self, plan: PutPlan) -> bool:
         """A put has ended; True if some of its sequence is to be written."""
@@ -71,37 +77,20 @@ class SsdWriter:
         if len(keys) == 0:
             return False
         on_ssd = self._cache.on_ssd(keys)
+        wanted = np.flatnonzero(~on_ssd)
+        group, room = self._cache.ssd_room(keys)
         before = int(plan.blocks[0]) - 1 if len(plan) else -1
         with self._lock:
             follows = before + 1 > _EVIDENCE_SHARE * len(keys) and (
-                bool(on_ssd[before]) or self._forget(keys[before].tobytes())
+                bool(on_ssd[before]) or self._queue.remove(group, keys[before])
             )
-        if not (self._write_all or follows or plan.num_known or plan.came_back):
-            return False
-        return self._add(keys, ~on_ssd)
+            if not (self._write_all or follows or plan.num_known or plan.came_back):
+                wanted = wanted[: max(0, room - self._queue.num_blocks)]
+            return self._add(group, keys, wanted)
 
-    def _forget(self, tail: bytes) -> bool:
-        """Take a sequence off the queue; False if it is not there."""
-        _, count = self._queue.pop(tail, (None, 0))
-        self._queued -= count
-        return count > 0
-
-    def _add(self, keys: NDArray[np.uint64], wanted: NDArray[np.bool_]) -> bool:
-        """Queue a sequence for its blocks ``wanted`` ((n,) bool), as many as there is room for."""
-        if not wanted.any():
-            return False
-        with self._lock:
-            self._forget(keys[-1].tobytes())
-            blocks = np.flatnonzero(wanted)
-            count = min(len(blocks), self._max_queued - self._queued)
-            self._dropped += len(blocks) - count
-            if count == 0:
-                return False
-            keys = keys[: blocks[count - 1] + 1]
-            self._forget(keys[-1].tobytes())
-            self._queue[keys[-1].tobytes()] = (keys, count)
-            self._queued += count
-        return True
+    def _add(self, group: int, keys: NDArray[np.uint64], wanted: NDArray[np.intp]) -> bool:
+        """Queue a sequence for its blocks at the positions ``wanted``, as many as there is room for."""
+        return len(wanted) > 0 and self._queue.add(group, keys, wanted) > 0
 
     # ---- writing ----------------------------------------------------------------------------------------------
 
@@ -111,13 +100,14 @@ class SsdWriter:
         Every plan must be given back to ``ended`` once.
         """
         with self._lock:
-            while self._queue and self._room() > 0 and (hurry or self._clock() >= self._not_before):
-                tail, (keys, _) = next(iter(self._queue.items()))
+            while (first := self._queue.first()) and self._room() > 0 and (hurry or self._clock() >= self._not_before):
+                group, keys = first
                 plan = self._cache.begin_write(keys, self._room())
                 if plan is None or len(plan) < self._room():
-                    self._forget(tail)
+                    self._queue.remove(group, keys[-1])
                     self._dropped += int((~self._cache.on_ssd(keys)).sum())    # evicted, or no slot was to be had
                 if plan is not None:
+                    self._queue.end_turn(group)
                     self._in_flight += len(plan)
                     if self._rate:
                         self._not_before = max(self._clock(), self._not_before) + len(plan) / self._rate
@@ -137,27 +127,26 @@ class SsdWriter:
     def pause(self) -> float:
         """Seconds until ``next`` may have something; infinite if that takes more news."""
         with self._lock:
-            if not self._queue or self._room() <= 0:
+            if self._queue.num_blocks == 0 or self._room() <= 0:
                 return math.inf
             return max(0.0, self._not_before - self._clock())
 
     @property
     def idle(self) -> bool:
         """Nothing is queued or under way."""
-        return not self._queue and self._in_flight == 0
+        return self._queue.num_blocks == 0 and self._in_flight == 0
 
     def clear(self) -> None:
         """Forget what is queued."""
         with self._lock:
             self._queue.clear()
-            self._queued = 0
 
     def stats(self) -> dict[str, int]:
         """Blocks, now and since the start."""
         with self._lock:
             return {
                 "ssd_written_blocks": self._written,
-                "ssd_dropped_writes": self._dropped,
-                "ssd_queued_blocks": self._queued,
+                "ssd_dropped_writes": self._dropped + self._queue.left_out,
+                "ssd_queued_blocks": self._queue.num_blocks,
                 "ssd_blocks_being_written": self._in_flight,
             }

@@ -155,6 +155,16 @@ class Tier:
         limit, capacity = self._quotas.limit(group, self.slots.capacity), self.slots.capacity
         return count <= self.slots.num_free and (limit == capacity or self._used(tree, group) + count <= limit)
 
+    def room(self, tree: RadixTree, group: int) -> int:
+        """How many slots a group can take before anything has to go, now or ahead of need.
+
+        What a batch of evictions has just freed does not count: taking it would only bring the next batch on.
+        """
+        limit, capacity = self._quotas.limit(group, self.slots.capacity), self.slots.capacity
+        kept_free = capacity - int(self._start_threshold * capacity) + int(self._ratio * capacity)
+        room = self.slots.num_free - kept_free
+        return max(0, room if limit == capacity else min(room, limit - self._used(tree, group)))
+
     def _used(self, tree: RadixTree, group: int) -> int:
         return int(tree.ranking(self.number).blocks()[group].sum())
 

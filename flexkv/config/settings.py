@@ -85,7 +85,8 @@ class CacheConfig(_Settings):
     )
     ssd_admission: str = setting(
         "second_touch",
-        "What is written to SSD: what was loaded, put again or comes back, and what follows on it; or all.",
+        "What is written to SSD once it has no free slots: what was loaded, put again or comes back, and what follows "
+        "on it; or all.",
         choices=("second_touch", "all"),
     )
     ssd_write_mb_per_s: float = setting(

@@ -15,6 +15,7 @@ from flexkv.cache.plan import GetPlan, PutPlan
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import StopReason
+from flexkv.cache.sources import absent_blocks
 from flexkv.cache.tier import HOST, SSD, SsdTier
 from flexkv.config.namespaces import Quota
 from flexkv.errors import PinError
@@ -94,7 +95,7 @@ class Checked:
     def begin_put(self, sequence: Prefix, seed: int) -> None:
         group, keys = sequence[0], keys_of(sequence)
         before, idle = self.used(), not self.puts and not self.gets
-        wanted = len(self.engine._absent(keys))
+        wanted = len(absent_blocks(self.engine._tree, self.engine._ssd, keys))
         plan = self.engine.begin_put(keys, 0, len(keys), group)
         self.use(sequence, len(plan.keys))
         self.puts.append(plan)

@@ -1,4 +1,4 @@
-"""What is written to SSD: evidence, backpressure, batches, the rate."""
+"""What is written to SSD: evidence, free slots, backpressure, fairness, batches, the rate."""
 
 import math
 
@@ -9,8 +9,10 @@ from flexkv._core.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.planner import LoadPlanner
+from flexkv.cache.quotas import Quotas
 from flexkv.cache.ssd_writer import SsdWriter
 from flexkv.cache.tier import SsdTier
+from flexkv.config.namespaces import Quota
 from tests.property.model_tree import keys_of
 
 SLOTS = 64
@@ -19,9 +21,14 @@ SLOTS = 64
 class World:
     """An index with an SSD tier, its writer, and the time."""
 
-    def __init__(self, ssd_slots: int = SLOTS, **limits: float) -> None:
+    def __init__(
+        self, ssd_slots: int = SLOTS, quotas: Quotas | None = None, start_threshold: float = 1.0,
+        evict_ratio: float = 0.0, **limits: float,
+    ) -> None:
         self.now = 100.0
-        self.cache = GlobalCacheEngine(SLOTS, LRU, clock=self.clock, num_ssd_slots=ssd_slots)
+        self.cache = GlobalCacheEngine(
+            SLOTS, LRU, start_threshold, evict_ratio, clock=self.clock, num_ssd_slots=ssd_slots, quotas=quotas
+        )
         self.cache.grow(SLOTS)
         planner = LoadPlanner("always", 1, 1, 0.0, self.clock)
         self.is_usable = True
@@ -34,8 +41,8 @@ class World:
     def clock(self) -> float:
         return self.now
 
-    def put(self, sequence: tuple[int, ...], start: int = 0) -> bool:
-        plan = self.cache.begin_put(keys_of(sequence), start, len(sequence))
+    def put(self, sequence: tuple[int, ...], start: int = 0, group: int = 0) -> bool:
+        plan = self.cache.begin_put(keys_of(sequence), start, len(sequence), group)
         self.cache.end_put(plan, np.ones(len(plan), dtype=np.bool_))
         return self.writer.put(plan)
 
@@ -56,25 +63,36 @@ class World:
         return self.cache.on_ssd(keys_of(sequence))
 
 
+FULL = 8
+
+
+def full_world() -> World:
+    """Its SSD tier has ``FULL`` slots, and none is free."""
+    world = World(ssd_slots=FULL)
+    world.put((99,) * FULL)
+    assert world.write() == [FULL]
+    return world
+
+
 def test_what_was_seen_once_is_not_written() -> None:
-    world = World()
+    world = full_world()
     assert not world.put((1, 2, 3))
     assert world.write() == []
     assert world.writer.pause() == math.inf
 
 
 def test_what_was_loaded_is_written_once() -> None:
-    world = World()
+    world = full_world()
     world.put((1, 2, 3))
     assert world.get((1, 2, 3))
     assert world.write() == [3]
     assert world.on_ssd((1, 2, 3)).all()
     assert not world.get((1, 2, 3))
-    assert world.writer.stats()["ssd_written_blocks"] == 3
+    assert world.writer.stats()["ssd_written_blocks"] == FULL + 3
 
 
 def test_what_was_put_again_is_written_with_what_follows() -> None:
-    world = World()
+    world = full_world()
     world.put((1, 2, 3))
     assert world.put((1, 2, 3, 4, 5))
     assert world.write() == [5]
@@ -83,7 +101,7 @@ def test_what_was_put_again_is_written_with_what_follows() -> None:
 
 
 def test_a_sequence_that_grows_is_one_entry_of_the_queue() -> None:
-    world = World()
+    world = full_world()
     world.put((1, 2))
     assert world.put((1, 2, 3))
     for end in range(4, 9):
@@ -94,9 +112,44 @@ def test_a_sequence_that_grows_is_one_entry_of_the_queue() -> None:
 
 
 def test_a_request_that_was_never_seen_before_leaves_no_evidence_by_its_parts() -> None:
-    world = World()
+    world = full_world()
     assert not world.put((1, 2))
     assert not world.put((1, 2, 3, 4), start=2)
+
+
+def test_while_slots_are_free_everything_is_written() -> None:
+    world = World(ssd_slots=8)
+    assert world.put((1, 2, 3))
+    assert world.put((2,) * 7)
+    assert world.write() == [3, 5]                               # as much as there is room for
+    assert not world.put((3,) * 4)
+    assert world.on_ssd((1, 2, 3)).all()
+    assert world.writer.stats()["ssd_dropped_writes"] == 0       # it was not to be written
+
+
+def test_slots_that_are_kept_free_ahead_of_need_are_not_filled_with_what_has_no_evidence() -> None:
+    world = World(ssd_slots=10, start_threshold=0.8)
+    assert world.put((1,) * 10)
+    assert world.write() == [8]
+    assert world.cache.evict_ahead() == 0
+
+
+def test_what_a_batch_of_evictions_freed_is_not_filled_with_what_has_no_evidence() -> None:
+    world = World(ssd_slots=20, start_threshold=0.8, evict_ratio=0.2)
+    assert world.put((1,) * 20)
+    assert world.write() == [8, 4]
+    world.put((2,) * 5)
+    assert world.get((2,) * 5)
+    assert world.write() == [5]
+    assert world.cache.evict_ahead() == 4
+    assert not world.put((3,) * 4)
+
+
+def test_beyond_its_limit_a_namespace_has_no_free_slots() -> None:
+    world = World(ssd_slots=16, quotas=Quotas({"a": Quota(limit=0.25)}))
+    assert world.put((1,) * 8, group=1)
+    assert world.write() == [4]
+    assert not world.put((2,) * 8, group=1)
 
 
 def test_all_means_all() -> None:
@@ -202,3 +255,52 @@ def test_forgetting_the_queue() -> None:
     world.writer.clear()
     assert world.write() == []
     assert world.writer.idle
+
+
+# ---- fairness -------------------------------------------------------------------------------------------------------
+
+
+def namespaces(**limits: float) -> World:
+    return World(write_all=True, quotas=Quotas({"flood": Quota(), "other": Quota()}), **limits)
+
+
+def test_a_flood_of_one_namespace_leaves_the_others_their_part_of_the_queue() -> None:
+    world = namespaces(max_queued_blocks=16)
+    for first in range(1, 6):
+        world.put((first,) * 4, group=1)
+    assert world.writer.stats()["ssd_queued_blocks"] == 16
+    assert world.put((90,) * 10, group=2)
+    stats = world.writer.stats()
+    assert stats["ssd_queued_blocks"] == 16                      # bounded in all
+    assert stats["ssd_dropped_writes"] == 4 + 8 + 2
+    assert not world.put((6,) * 4, group=1)
+    assert sorted(world.write()) == [4, 4, 8]
+    assert world.on_ssd((90,) * 10).tolist() == [True] * 8 + [False] * 2
+    assert world.on_ssd((1,) * 4).all()                          # of the flood the oldest stay
+    assert world.on_ssd((2,) * 4).all()
+
+
+def test_a_namespace_does_not_wait_for_the_backlog_of_another() -> None:
+    world = namespaces(max_queued_blocks=32, blocks_per_s=4.0)
+    for first in range(1, 8):
+        world.put((first,) * 4, group=1)
+    world.put((90,) * 4, group=2)
+    assert world.write() == [4]
+    world.now += 1.0
+    world.put((8,) * 4, group=1)
+    assert world.write() == [4]
+    assert world.on_ssd((90,) * 4).all()                         # the second turn, not the eighth
+
+
+def test_a_flood_that_never_ends_does_not_starve_anyone() -> None:
+    world = namespaces(max_queued_blocks=16, blocks_per_s=4.0)
+    for turn in range(12):
+        for first in range(4):
+            world.put((4 * turn + first + 1,) * 4, group=1)
+        world.put((200 + turn,) * 4, group=2)
+        for _ in range(2):                                       # less than half of what is asked for can be written
+            world.now += 1.0
+            world.write()
+    done = sum(world.on_ssd((200 + turn,) * 4).all() for turn in range(6, 12))
+    assert done >= 5                                             # but for what still waits
+    world.cache.check_integrity()
