@@ -266,16 +266,24 @@ cdef class ReuseStatistics:
                     likelier[f][v][a] = fmin(MAX_RATIO, (likelier[f][v][a] + weight * x) / ((used[f][v] + weight) * x))
 
     cdef void set_density(self, int c, const double *again, double used) noexcept nogil:
+        """The best slope from each age on is that to the next corner of the upper hull of hits over block seconds."""
         cdef double[AGES + 1] hits, block_seconds
-        cdef double best
-        cdef int a, b
+        cdef int[AGES + 1] hull                         # from the last age: where the best time to stop may be
+        cdef int a, top = 0
         hits[0] = block_seconds[0] = 0
         for a in range(AGES):
             block_seconds[a + 1] = block_seconds[a] + (self.starts[a + 1] - self.starts[a]) * fmax(
                 used - hits[a] - again[a] / 2, MIN_LEFT * used)
             hits[a + 1] = hits[a] + again[a]
-        for a in range(AGES):
-            best = 0
-            for b in range(a + 1, AGES + 1):
-                best = fmax(best, (hits[b] - hits[a]) / (block_seconds[b] - block_seconds[a]))
-            self.density[c][a] = best + 1e-12 / self.starts[a + 1]     # of those without a use, the older is less
+        hull[0] = AGES
+        for a in range(AGES - 1, -1, -1):
+            while top and slope(hits, block_seconds, a, hull[top]) <= slope(hits, block_seconds, a, hull[top - 1]):
+                top -= 1
+            # of those without a use, the older is less
+            self.density[c][a] = slope(hits, block_seconds, a, hull[top]) + 1e-12 / self.starts[a + 1]
+            top += 1
+            hull[top] = a
+
+
+cdef inline double slope(const double *y, const double *x, int a, int b) noexcept nogil:
+    return (y[b] - y[a]) / (x[b] - x[a])
