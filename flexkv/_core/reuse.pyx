@@ -36,7 +36,7 @@ cdef enum:
 
     HIT = 0
     NEW = 1
-    PERIOD = 100                       # operations from which densities are derived anew: it takes half a millisecond
+    PERIOD = 100                       # operations from which densities are derived anew
     FIRST = 20                         # the first time; until then it is LRU
 
 NUM_QUEUES = 2 * CLASSES               # of each class: what goes from the oldest on, and from the newest on
