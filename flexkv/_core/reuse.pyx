@@ -31,10 +31,12 @@ cdef enum:
     FEATURES = 4
     MAX_VALUES = 5                     # of a feature
     AGES = 72                          # half octaves
+    CLASS_BITS = 8                     # of a mark
+    MAX_COUNTED = (1 << 24) - 1
 
     HIT = 0
     NEW = 1
-    PERIOD = 100                       # operations from which densities are derived anew: it takes half a millisecond
+    PERIOD = 100                       # operations from which densities are derived anew
     FIRST = 20                         # the first time; until then it is LRU
 
 NUM_QUEUES = 2 * CLASSES               # of each class: what goes from the oldest on, and from the newest on
@@ -73,6 +75,20 @@ cdef inline int value_of(uint32_t cls, int feature) noexcept nogil:
     return 0 if cls == LEFT else <int>cls // STRIDES[feature] % SIZES[feature]
 
 
+cdef inline uint32_t mark_of(uint32_t cls, uint32_t blocks) noexcept nogil:
+    """The class of a node, and how many of its blocks were counted there."""
+    return cls | min(blocks, <uint32_t>MAX_COUNTED) << CLASS_BITS
+
+
+cdef inline uint32_t marked_class(uint32_t mark) noexcept nogil:
+    return mark & ((1 << CLASS_BITS) - 1)
+
+
+cdef inline uint32_t counted(const Event *e) noexcept nogil:
+    """Blocks of a node that were counted before: others were added since, or it was split."""
+    return 0 if e.is_new else min(e.mark >> CLASS_BITS, e.length)
+
+
 cdef class ReuseStatistics:
     """Of one tier and quota group: 100 KB, however much is cached. The caller locks."""
     cdef double[CLASSES][AGES] again      # blocks that were used again at an age
@@ -95,13 +111,13 @@ cdef class ReuseStatistics:
             self.starts[i] = FIRST_AGE_S * 2 ** (0.5 * i)
 
     def place(self, events, returns):
-        """Count uses, and give each event its class (as ``mark``), ``queue`` and ``rank``.
+        """Count uses, and give each event its class (in ``mark``), ``queue`` and ``rank``.
 
         Parameters
         ----------
         events : (n,) of ``EVENT_DTYPE``
         returns : (m,) of ``RETURN_DTYPE``
-            What of new nodes was evicted before, with its last use as value, and its class as mark.
+            What of new nodes was evicted before, with its last use as value, and its mark.
         """
         cdef Py_ssize_t i, first = 0, n = len(events)
         if n == 0:
@@ -138,35 +154,36 @@ cdef class ReuseStatistics:
         for i in range(n):
             e = &events[order[i]]
             total = fmax(total, <double>e.depth + e.length)
-            if e.is_new:
+            if e.length > counted(e):                   # new, or the next part of a prompt that is saved in parts
                 unseen += e.length
+            if e.is_new:
                 for r in range(firsts[order[i]], firsts[order[i] + 1]):
                     unseen -= returns[r].blocks
-                    self.again[returns[r].mark][age_of(self.now - returns[r].value)] += returns[r].blocks
+                    self.again[marked_class(returns[r].mark)][age_of(self.now - returns[r].value)] += returns[r].blocks
                     gap = gap_of(self.now - returns[r].value)
                     came_back = True
             elif not came_back and <int64_t>e.depth > deepest:
                 deepest = e.depth
-                gap = gap_of(self.now - fabs(e.rank)) if e.new_hits else value_of(e.mark, 2)
+                gap = gap_of(self.now - fabs(e.rank)) if e.new_hits else value_of(marked_class(e.mark), 2)
         share = 0 if unseen <= SMALL_SHARE * total else 1 if unseen <= LARGE_SHARE * total else 2
         for i in range(n):
             self.classify(&events[order[i]], share, gap, is_use)
 
     cdef void classify(self, Event *e, int share, int gap, bint is_use) noexcept nogil:
         cdef double last = fabs(e.rank)
-        cdef uint32_t cls
+        cdef uint32_t cls, was = marked_class(e.mark)
         if e.is_new:
             cls = class_of(share, NEW, gap, False)
         elif e.new_hits:
-            self.again[e.mark][age_of(self.now - last)] += e.length
+            self.again[was][age_of(self.now - last)] += counted(e)
             cls = class_of(share, HIT, gap_of(self.now - last), e.children > 1)
-        else:                                           # the put after the get: now it is known what is unseen
-            self.used[e.mark] = fmax(self.used[e.mark] - e.length, 0)
-            cls = class_of(max(share, value_of(e.mark, 0)), value_of(e.mark, 1), value_of(e.mark, 2), e.children > 1)
+        else:                                           # the put after the get, or the next part of a put
+            self.used[was] = fmax(self.used[was] - counted(e), 0)
+            cls = class_of(max(share, value_of(was, 0)), value_of(was, 1), value_of(was, 2), e.children > 1)
             if not is_use:
                 cls = LEFT
         self.used[cls] += e.length
-        e.mark = cls
+        e.mark = mark_of(cls, e.length)
         if is_use or e.is_new:
             e.rank = -self.now if self.newest_first(cls) else self.now
         e.queue = <uint8_t>(cls + (CLASSES if e.rank < 0 else 0))
@@ -266,16 +283,24 @@ cdef class ReuseStatistics:
                     likelier[f][v][a] = fmin(MAX_RATIO, (likelier[f][v][a] + weight * x) / ((used[f][v] + weight) * x))
 
     cdef void set_density(self, int c, const double *again, double used) noexcept nogil:
+        """The best slope from each age on is that to the next corner of the upper hull of hits over block seconds."""
         cdef double[AGES + 1] hits, block_seconds
-        cdef double best
-        cdef int a, b
+        cdef int[AGES + 1] hull                         # from the last age: where the best time to stop may be
+        cdef int a, top = 0
         hits[0] = block_seconds[0] = 0
         for a in range(AGES):
             block_seconds[a + 1] = block_seconds[a] + (self.starts[a + 1] - self.starts[a]) * fmax(
                 used - hits[a] - again[a] / 2, MIN_LEFT * used)
             hits[a + 1] = hits[a] + again[a]
-        for a in range(AGES):
-            best = 0
-            for b in range(a + 1, AGES + 1):
-                best = fmax(best, (hits[b] - hits[a]) / (block_seconds[b] - block_seconds[a]))
-            self.density[c][a] = best + 1e-12 / self.starts[a + 1]     # of those without a use, the older is less
+        hull[0] = AGES
+        for a in range(AGES - 1, -1, -1):
+            while top and slope(hits, block_seconds, a, hull[top]) <= slope(hits, block_seconds, a, hull[top - 1]):
+                top -= 1
+            # of those without a use, the older is less
+            self.density[c][a] = slope(hits, block_seconds, a, hull[top]) + 1e-12 / self.starts[a + 1]
+            top += 1
+            hull[top] = a
+
+
+cdef inline double slope(const double *y, const double *x, int a, int b) noexcept nogil:
+    return (y[b] - y[a]) / (x[b] - x[a])

@@ -158,6 +158,25 @@ def test_only_what_ranks_below_goes() -> None:
     assert pieces["rank"].tolist() == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("parts", [[20], [2, 20], [2, 9, 20]])
+def test_a_prompt_saved_in_parts_is_counted_as_one_saved_at_once(parts: list[int]) -> None:
+    """Ten blocks that were there, and twenty new ones, which grow in place."""
+    statistics, no_returns = ReuseStatistics(), np.zeros(0, dtype=RETURN_DTYPE)
+    before, node = np.zeros((2, 1), dtype=EVENT_DTYPE)
+    before["length"], before["is_new"] = 10, True
+    statistics.place(before, no_returns)
+    for number, length in enumerate(parts):
+        events = np.concatenate([before, node])
+        events["last_access"], events["is_new"] = 1.0 + number, [False, number == 0]
+        events["depth"], events["length"] = [0, 10], [10, length]
+        statistics.place(events, no_returns)
+        before, node = events[:1], events[1:]
+    at_once = np.zeros(1, dtype=EVENT_DTYPE)
+    at_once["last_access"], at_once["length"], at_once["is_new"] = 9.0, 20, True
+    statistics.place(at_once, no_returns)              # nothing of it was there: the share is the largest, as 20 of 30
+    assert node[["queue", "mark"]] == at_once[["queue", "mark"]]
+
+
 EVENTS = st.lists(
     st.tuples(
         st.floats(0, 1e9), st.integers(0, 3), st.integers(0, 1 << 20), st.integers(1, 1 << 20), st.integers(0, 3),
