@@ -122,7 +122,7 @@ EOF
 }
 
 build() { # $1: release or debug
-    local sources; sources=$(find csrc flexkv/_core -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -path 'csrc/*' -o -name '*.h' | sort)
+    local sources; sources=$(find csrc flexkv/_core -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -path 'csrc/*' -o -name '*.h' -o -name '*.cu' | sort)
     # shellcheck disable=SC2086
     local stamp; stamp=$PWD-$1-$(cat setup.py pyproject.toml $sources | cksum)
     if done_already build "$stamp" && "$PYTHON" -c 'import flexkv._core.radix' 2>/dev/null; then return; fi

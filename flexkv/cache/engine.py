@@ -207,8 +207,8 @@ class GlobalCacheEngine:
                 plan = replace(
                     plan, direct=direct_put(self._tree, self._below, keys, absent[len(slots) :], group, now)
                 )
-            if len(plan) or (last and math.isfinite(self._quotas.ttl_s[group])):     # what was out of date is not now
-                self._use(plan.keys, now, group, hit=False)
+            if len(plan.all_blocks) or (last and math.isfinite(self._quotas.ttl_s[group])):     # no longer out of date
+                self._use(plan.all_keys, now, group, hit=False)
             if room < len(absent):
                 self._tree.remember(keys, int(absent[room]), Fate.OVER_QUOTA)
             return plan

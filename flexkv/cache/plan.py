@@ -78,7 +78,7 @@ class BlocksOfSequence:
 @dataclass(frozen=True, slots=True, eq=False)
 class DirectPlan(BlocksOfSequence):
     """Blocks that go straight between SSD and the GPU, and have no host slot. Of a get they are ready on SSD and
-    pinned with it, of a put in state writing there; until ``end_direct_get`` or ``end_direct_put``.
+    pinned with it, of a put in state writing there; until ``end_direct_get`` or ``end_put``.
 
     Attributes
     ----------
@@ -109,6 +109,11 @@ class PutPlan(BlocksOfSequence):
     num_known: int = 0
     came_back: bool = False
     direct: DirectPlan | None = None
+
+    @property
+    def all_keys(self) -> NDArray[np.uint64]:
+        """The sequence up to the last of ``all_blocks``."""
+        return self.keys if self.direct is None else self.direct.keys
 
     @property
     def all_blocks(self) -> NDArray[np.int32]:
