@@ -21,7 +21,11 @@ def direct_get(tree: RadixTree, keys: NDArray[np.uint64], match: Match, found: S
 def direct_put(
     tree: RadixTree, below: Tier, keys: NDArray[np.uint64], blocks: NDArray[np.int32], group: int, now: float
 ) -> DirectPlan | None:
-    """Give SSD slots to absent blocks, as far as there are any; what is before them in the sequence stays."""
+    """Give SSD slots to absent blocks, as far as there are any; what is before them in the sequence stays.
+
+    Not to blocks that have one on a disk that is out of service.
+    """
+    blocks = blocks[np.asarray(tree.slots(keys, SSD))[blocks] < 0]
     if len(blocks) == 0:
         return None
     taken = below.take(tree, len(blocks), group, now, keep=keys[: blocks[0]])

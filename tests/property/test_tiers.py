@@ -1,5 +1,5 @@
-"""Host and SSD together: random gets, puts, fetches, write-backs, failures, evictions and resets against what each
-slot holds."""
+"""Host and SSD together: random gets, puts, fetches, write-backs, moves straight between SSD and GPU, failures,
+evictions and resets against what each slot holds."""
 
 from dataclasses import dataclass, field
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
-from flexkv.cache.plan import FetchPlan, GetPlan, PutPlan, WritePlan
+from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
-from flexkv.cache.tier import SsdTier
+from flexkv.cache.tier import SSD, SsdTier
 from flexkv.storage.recovered import Recovered
 
 from .examples import EXAMPLES
@@ -26,7 +26,8 @@ SEQUENCES = st.sampled_from([(0, 0, 0, 0, 0), (0, 0, 0), (0, 0, 1, 1), (0, 1), (
 OPERATIONS = st.lists(
     st.tuples(
         st.sampled_from([
-            "put", "sink", "sink", "sink", "begin_put", "end_put", "begin_get", "begin_get", "end_get", "arrive",
+            "put", "sink", "sink", "sink", "begin_put", "end_put", "begin_get", "begin_get", "direct_get", "direct_get",
+            "direct_put", "end_get", "end_get", "arrive",
             "arrive", "end_fetch", "end_fetch", "write", "write", "begin_write", "end_write", "evict", "evict", "reset",
             "break", "restart",
         ]),
@@ -47,6 +48,7 @@ class Fetch:
     plan: FetchPlan
     arrived: NDArray[np.bool_]
     failed: NDArray[np.bool_]
+    losses: list[int]
 
 
 @dataclass(eq=False)
@@ -57,6 +59,7 @@ class Get:
     sequence: Prefix
     epoch: int
     waits: list[tuple[Fetch, NDArray[np.intp], NDArray[np.intp]]]
+    losses: list[int]
 
     def whole(self) -> NDArray[np.bool_]:
         """Blocks that may be read."""
@@ -74,6 +77,7 @@ class Checked:
     epoch: int = 0
     host: dict[int, Content] = field(default_factory=dict)
     ssd: dict[int, Content] = field(default_factory=dict)
+    losses: dict[int, int] = field(default_factory=dict)     # how often the block of an SSD slot was found bad
     usable: bool = True
     half_out: int = -1                      # which of two disks is out of service
     puts: list[tuple[PutPlan, Prefix]] = field(default_factory=list)
@@ -106,18 +110,43 @@ class Checked:
         used += [slot for plan in self.writes for slot in plan.host_slots.tolist()]
         for get in self.gets:                               # a block whose fetch has failed is read by nobody
             used += get.plan.slots[get.whole()].tolist()
-        return set(used)
+        return set(used) - {IN_PLACE}
 
     def ssd_in_use(self) -> set[int]:
+        """But for slots whose block was found bad: the store refuses who still reads there."""
         used = [slot for plan in self.writes for slot in plan.ssd_slots.tolist()]
-        return set(used + [slot for fetch in self.fetches.values() for slot in fetch.plan.ssd_slots.tolist()])
+        used += [slot for plan, _ in self.puts if plan.direct is not None for slot in plan.direct.ssd_slots.tolist()]
+        readers = [(fetch.plan, fetch.losses) for fetch in self.fetches.values()]
+        for plan, losses in readers + [(get.plan.direct, get.losses) for get in self.gets if get.plan.direct]:
+            used += plan.ssd_slots[self.still(plan, losses)].tolist()
+        return set(used)
+
+    def losses_of(self, plan: FetchPlan | DirectPlan | None) -> list[int]:
+        return [] if plan is None else [self.losses.get(slot, 0) for slot in plan.ssd_slots.tolist()]
+
+    def still(self, plan: FetchPlan | DirectPlan, losses: list[int]) -> NDArray[np.bool_]:
+        """Blocks whose slot was not found bad since."""
+        return np.array(self.losses_of(plan), dtype=np.int64) == np.array(losses, dtype=np.int64)
+
+    def lose(self, slots: NDArray[np.int32]) -> None:
+        for slot in slots.tolist():
+            self.losses[slot] = self.losses.get(slot, 0) + 1
 
     # ---- puts -------------------------------------------------------------------------------------------------
 
-    def begin_put(self, sequence: Prefix, seed: int) -> None:
+    def direct_put(self, sequence: Prefix, seed: int) -> None:
+        """Where host slots run out, as they do while gets hold them, the blocks go straight to SSD."""
+        self.begin_put(sequence, seed, direct=True)
+
+    def begin_put(self, sequence: Prefix, seed: int, direct: bool = False) -> None:
         start = min(seed % 3 if seed % 2 else 0, len(sequence))
-        busy = self.host_in_use()
-        plan = self.engine.begin_put(keys_of(sequence), start, len(sequence))
+        busy, busy_ssd = self.host_in_use(), self.ssd_in_use()
+        plan = self.engine.begin_put(keys_of(sequence), start, len(sequence), direct=direct)
+        if plan.direct is not None:
+            assert direct
+            assert not busy_ssd & set(plan.direct.ssd_slots.tolist())
+            for block, slot in zip(plan.direct.blocks.tolist(), plan.direct.ssd_slots.tolist(), strict=True):
+                self.ssd[slot] = (self.epoch, sequence[: block + 1])
         assert not busy & set(plan.slots.tolist())          # no slot is reused while something touches it
         assert all(block >= start for block in plan.blocks)
         for block, slot in zip(plan.blocks.tolist(), plan.slots.tolist(), strict=True):
@@ -127,24 +156,32 @@ class Checked:
     def end_put(self, sequence: Prefix, seed: int) -> None:
         if self.puts:
             plan, _ = self.puts.pop(seed % len(self.puts))
-            written = np.array([seed >> (i % 6) & 1 == 0 for i in range(len(plan))], dtype=np.bool_)
-            for slot in plan.slots[~written].tolist():
+            written = np.array([seed >> (i % 6) & 1 == 0 for i in range(len(plan.all_blocks))], dtype=np.bool_)
+            for slot in plan.slots[~written[: len(plan)]].tolist():
                 self.host[slot] = GARBAGE
+            if plan.direct is not None:
+                for slot in plan.direct.ssd_slots[~written[len(plan) :]].tolist():
+                    self.ssd[slot] = GARBAGE
             self.engine.end_put(plan, written)
 
     def put(self, sequence: Prefix, seed: int) -> None:
         self.begin_put(sequence, 0)
         plan, _ = self.puts.pop()
-        self.engine.end_put(plan, np.ones(len(plan), dtype=np.bool_))
+        self.engine.end_put(plan, np.ones(len(plan.all_blocks), dtype=np.bool_))
 
     # ---- gets and fetches -------------------------------------------------------------------------------------
 
-    def begin_get(self, sequence: Prefix, seed: int) -> None:
+    def direct_get(self, sequence: Prefix, seed: int) -> None:
+        """What is on SSD alone goes straight to the GPU, and gets no host slot."""
+        self.begin_get(sequence, seed, direct=True)
+
+    def begin_get(self, sequence: Prefix, seed: int, direct: bool = False) -> None:
         keys = keys_of(sequence)
         start = min(seed % 3, len(sequence))
         offered = self.engine.match(keys, start)
         busy, before = self.host_in_use(), set(self.fetches)
-        plan = self.engine.begin_get(keys, start, len(sequence))
+        plan = self.engine.begin_get(keys, start, len(sequence), direct=direct)
+        assert (plan.fetch if direct else plan.direct) is None
         assert plan.stop <= offered.num_ready
         if plan.reason.name != "NO_ROOM":
             assert plan.stop == offered.num_ready
@@ -155,24 +192,36 @@ class Checked:
             assert not {f.plan.host_slots[i] for f in self.fetches.values() for i in range(len(f.plan))} & set(
                 plan.fetch.host_slots.tolist())
             none = np.zeros(len(plan.fetch), dtype=np.bool_)
-            self.fetches[plan.fetch.fetch_id] = Fetch(plan.fetch, none, none.copy())
+            self.fetches[plan.fetch.fetch_id] = Fetch(plan.fetch, none, none.copy(), self.losses_of(plan.fetch))
             for slot in plan.fetch.host_slots.tolist():
                 self.host[slot] = GARBAGE
         waits = [(self.fetches[join.fetch_id], join.mine, join.theirs) for join in plan.joins]
-        self.gets.append(Get(plan, sequence, self.epoch, waits))
+        self.gets.append(Get(plan, sequence, self.epoch, waits, self.losses_of(plan.direct)))
         self.check_bytes(self.gets[-1])
 
     def end_get(self, sequence: Prefix, seed: int) -> None:
         if self.gets:
             get = self.gets.pop(seed % len(self.gets))
             self.check_bytes(get)                           # nobody wrote there meanwhile
+            if (direct := get.plan.direct) is not None:
+                lost = np.array([seed >> (i % 6) & 1 == 1 for i in range(len(direct))], dtype=np.bool_)
+                self.lose(direct.ssd_slots[lost & self.still(direct, get.losses)])
+                self.engine.end_direct_get(direct, None, lost)
+                for position in direct.blocks[lost].tolist() if direct.tree is self.engine._tree else ():
+                    assert self.engine._tree.slots(direct.keys[: position + 1], SSD)[position] not in direct.ssd_slots[
+                        direct.blocks == position]
             self.engine.end_get(get.plan)
 
     def check_bytes(self, get: Get) -> None:
         blocks = np.arange(get.plan.start, get.plan.stop)
         for block, slot, whole in zip(blocks.tolist(), get.plan.slots.tolist(), get.whole(), strict=True):
-            if whole:
+            if whole and slot != IN_PLACE:
                 assert self.host[slot] == (get.epoch, get.sequence[: block + 1])
+        if (direct := get.plan.direct) is not None:
+            assert (get.plan.slots[direct.blocks - get.plan.start] == IN_PLACE).all()
+            still = self.still(direct, get.losses)
+            for block, slot in zip(direct.blocks[still].tolist(), direct.ssd_slots[still].tolist(), strict=True):
+                assert self.ssd[slot] == (get.epoch, get.sequence[: block + 1])
 
     def a_fetch(self, seed: int) -> Fetch | None:
         return list(self.fetches.values())[seed % len(self.fetches)] if self.fetches else None
@@ -182,7 +231,7 @@ class Checked:
         fetch = self.a_fetch(seed)
         if fetch is not None:
             for i in np.flatnonzero(~fetch.arrived & ~fetch.failed)[: 1 + seed % 3].tolist():
-                if seed % 5 == 4:
+                if seed % 5 == 4 or not self.still(fetch.plan, fetch.losses)[i]:
                     fetch.failed[i] = True
                 else:
                     fetch.arrived[i] = True
@@ -193,11 +242,12 @@ class Checked:
         if fetch is not None:
             while not (fetch.arrived | fetch.failed).all():
                 for i in np.flatnonzero(~fetch.arrived & ~fetch.failed).tolist():
-                    fetch.arrived[i] = seed % 4 > 0
+                    fetch.arrived[i] = seed % 4 > 0 and self.still(fetch.plan, fetch.losses)[i]
                     fetch.failed[i] = not fetch.arrived[i]
                     if fetch.arrived[i]:
                         self.host[int(fetch.plan.host_slots[i])] = self.ssd[int(fetch.plan.ssd_slots[i])]
             del self.fetches[fetch.plan.fetch_id]
+            self.lose(fetch.plan.ssd_slots[fetch.failed & self.still(fetch.plan, fetch.losses)])
             self.engine.end_fetch(fetch.plan, fetch.arrived)
             for position in fetch.plan.blocks[fetch.failed].tolist() if fetch.plan.tree is self.engine._tree else ():
                 assert self.engine.match(fetch.plan.keys[: position + 1]).num_ready <= position
