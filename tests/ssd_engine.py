@@ -141,6 +141,10 @@ class Engine:
             assert not good or (array[pages] == base ^ _mixed(keys)).all(), f"wrong KV in sequence {seed}"
         return good
 
+    def read(self, pages: NDArray[np.int32]) -> bytes:
+        """What is in these pages."""
+        return self._tensors.read(pages)
+
     def offered(self, seed: int) -> int:
         """How many leading blocks of a sequence can be had."""
         return int(self.manager.lookup(self.keys(seed)).num_ready)

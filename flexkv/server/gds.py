@@ -6,7 +6,8 @@ import os
 import select
 import socket
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,10 @@ logger = logging.getLogger("flexkv.client")
 
 _STAGING_BYTES = 64 << 20
 """Of device memory: cuFile reads whole slots there, and a kernel spreads them to the pages."""
+
+
+_CLOSE_S = 5.0
+"""How long ``close`` waits for reads and writes of files that are under way."""
 
 
 class _Over(Exception):
@@ -75,6 +80,7 @@ class GdsWorker:
         self._fences = np.zeros(2, dtype=np.uint64)  # of loads, of saves
         self._pending = np.empty(0, dtype=MOVE_DTYPE)
         self._closing = False
+        self._pages = threading.Lock()               # held while they are touched
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="flexkv-gds", daemon=True)
         self._thread.start()
@@ -91,11 +97,16 @@ class GdsWorker:
         os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
-        """Finish what is under way, and end; nothing touches the pages afterwards. Once."""
+        """End; nothing touches the pages afterwards. Waits for cuFile, but not long, if a disk hangs. Once."""
         self._closing = True
         os.eventfd_write(self._wake_fd, 1)
-        self._thread.join()
-        os.close(self._wake_fd)
+        with self._pages:
+            pass
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            logger.warning("cuFile has not come back within %g s: a disk hangs", _CLOSE_S)
+        else:
+            os.close(self._wake_fd)
 
     # ---- on its thread ----------------------------------------------------------------------------------------
 
@@ -208,7 +219,10 @@ class GdsWorker:
             if there.any():
                 results[there], sums[there] = self._move(staging, cufile, moves[there])
             return results, sums
-        checksums = staging.gather(pages) if write else None
+        checksums = None
+        if write:
+            with self._use_of_pages():
+                checksums = staging.gather(pages)
         slots = np.arange(len(moves), dtype=np.int32)
         results = cufile.move(
             write, moves["file"], moves["offset"], slots.astype(np.uint64) * np.uint64(self._slot_bytes),
@@ -216,8 +230,16 @@ class GdsWorker:
         )
         if checksums is None:
             checksums = staging.checksums(len(moves))
-            staging.scatter(slots[results == 0], pages[results == 0])
+            with self._use_of_pages():
+                staging.scatter(slots[results == 0], pages[results == 0])
         return results, checksums
+
+    @contextmanager
+    def _use_of_pages(self) -> Iterator[None]:
+        with self._pages:
+            if self._closing:
+                raise _Over
+            yield
 
     def _report(self, tags: NDArray[np.uint64], results: NDArray[np.integer], checksums: NDArray[np.uint64]) -> None:
         found = np.empty(len(tags), dtype=RESULT_DTYPE)

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flexkv.config import CacheConfig, ModelConfig
 from flexkv.errors import ConfigError, GdsUnavailableError
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
+from flexkv.server import gds
 from flexkv.transfer.cuda_kernel import checksum_function, move_function
 from tests.fake_cuda.fake import FakeCuda, FakeCuFile, fake_cuda, fake_cufile
 from tests.harness import Tensors, until
@@ -242,6 +244,31 @@ def test_a_rank_that_goes_away_and_comes_back(tmp_path: Path, cufile: FakeCuFile
         made.register()
         ready(made)
         made.load(LONG, length_of(LONG))
+
+
+def test_a_rank_is_closed_while_a_disk_hangs(
+    tmp_path: Path, cufile: FakeCuFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the pages stay as they are when the disk comes back."""
+    monkeypatch.setattr(gds, "_CLOSE_S", 0.1)
+    with engine(tmp_path) as made:
+        ready(made)
+        made.put(LONG)
+        made.settle()
+        cufile.plan(delay_us=1_000_000)
+        keys, before = made.keys(LONG), cufile.num_moves
+        pages = np.arange(MAX_BLOCKS, MAX_BLOCKS + len(keys), dtype=np.int32)
+        task = made.manager.get_blocks(keys, 0, pages)
+        until(lambda: cufile.num_moves > before)
+        started = time.monotonic()
+        made.client.suspend()
+        assert time.monotonic() - started < 1.0
+        assert made.manager.wait(task, completely=True)[task].status is Status.FAILED
+        content = made.read(pages[HOST_SLOTS:])
+        cufile.plan()
+        until(lambda: cufile.num_registered == 0, 20.0)
+        assert made.read(pages[HOST_SLOTS:]) == content
+        assert made.offered(LONG) == length_of(LONG)
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
