@@ -38,12 +38,17 @@ class Pipeline:
                 raise FlexKVError(f"not written to SSD within {_WRITTEN_S:.0f} s; see the log")
             loaded.get(loaded.num_blocks)              # what is used is written, as much of it as may be queued
             time.sleep(0.01)
+        self.forget()                                  # what slots are left on SSD are taken: nothing is written later
+        while self._stat("ssd_queued_blocks") + self._stat("ssd_blocks_being_written"):
+            if time.monotonic() > until:
+                raise FlexKVError(f"the SSD is not done within {_WRITTEN_S:.0f} s; see the log")
+            time.sleep(0.01)
 
     def _stat(self, name: str) -> int:
         return self._manager.stats().get(name, 0)
 
     def forget(self) -> None:
-        """Another sequence takes its place in host memory; one that is put once is not written to SSD."""
+        """Another sequence takes its place in host memory; no slot is free on SSD for one that is put once."""
         self.loaded.put(self.loaded.other_tokens())
 
     def prefetch(self) -> float:

@@ -160,7 +160,7 @@ def test_whatever_is_raised_no_job_waits_for_ever(
         raise MemoryError
 
     if broken == "submit":
-        monkeypatch.setattr(tier.store, "_queue", Refusing(made[0]))
+        monkeypatch.setattr(tier.store._queues, "host", Refusing(made[0]))
     else:
         monkeypatch.setattr(tier.store if broken[0] == "_" else tier.store._directories[0].table, broken, fail)
     job = tier.start_read(range(4), slots)
