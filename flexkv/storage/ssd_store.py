@@ -277,7 +277,7 @@ class SsdStore:
     def _stop(self, batch: Batch) -> None:
         batch.stopped = True
         if batch.submitted:
-            self._queues.cancel(batch.tags()[batch.left()])
+            self._queues.cancel(batch)
             self._batches.wake()
         else:
             self._fail(batch, batch.left())
@@ -304,7 +304,7 @@ class SsdStore:
             self._ledger.recorded[slots] = False
         with self._lock:
             left = batch.left()                             # none, if cancelled meanwhile
-            if failed or self._closed or batch.sequence <= self._floor:
+            if failed or self._closed or batch.sequence <= self._floor or not self._queues.takes(batch.fence):
                 self._fail(batch, left)
                 if failed and self._health.fault(directory, batch.slots[left], "table_errors", failed):
                     self._after_take_out(directory)

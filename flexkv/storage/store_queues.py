@@ -54,10 +54,11 @@ class StoreQueues:
             self._device.submit(batch.kind, batch.tags(), files, *offsets, self._slot_bytes, batch.fence)
         batch.submitted = True
 
-    def cancel(self, tags: NDArray[np.uint64]) -> None:
-        """What has not begun ends."""
-        for queue in self._all():
-            queue.cancel(tags)
+    def cancel(self, batch: Batch) -> None:
+        """What of a batch has not begun ends."""
+        queue = self.host if batch.fence is None else self._device
+        if queue is not None:
+            queue.cancel(batch.tags()[batch.left()])
 
     def take(self) -> Taken:
         """What has ended."""

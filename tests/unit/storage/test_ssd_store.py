@@ -1,6 +1,8 @@
 """The SSD store over a twin of the queue, and over the real one: blocks, slots, restarts."""
 
 import select
+import socket
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from flexkv._core.io_queue import IoQueue
 from flexkv.errors import CapacityError
 from flexkv.storage import ssd_store
+from flexkv.transfer.gds import STATUS, GdsQueue
 from tests.faulty_files import ThreadQueue
 from tests.tier import Tier, keys_of, opened
 
@@ -281,3 +284,27 @@ def test_each_directory_has_its_own_health(tmp_path: Path) -> None:
         assert tier.store.usable()
         assert tier.store.usable_slots(slots).tolist() == [True, False, True, False]
     assert not tier.store.usable_slots(slots).any()
+
+
+# ---- a GPU ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_goes_away_before_its_write_begins(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The slot's record is being emptied meanwhile, which waits for the disk."""
+    with opened([tmp_path / "a"]) as tier:
+        tier.recover()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        tier.store.attach_device(partial(GdsQueue, ours))
+        theirs.send(STATUS)
+        tier.take()
+        assert tier.store.device_is_ready
+        go_on = threading.Event()
+        tier.store._directories[0].post(go_on.wait)
+        slots, pages = tier.allocate(2), np.arange(2, dtype=np.int32)
+        tier.store.write(7, slots, pages, keys_of([1, 2]), keys_of([-1, 1]), fence=0)
+        theirs.close()
+        tier.take()
+        assert not tier.store.device_is_ready
+        go_on.set()
+        assert not tier.wait(7, 2).any()
+        assert not caplog.records
