@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -48,6 +50,15 @@ class FakeCuda:
         self.fail("", 0, 0)
         self.delay(0)
         self.delay_registering(0)
+
+    @contextmanager
+    def checked(self) -> Iterator["FakeCuda"]:
+        """It does what it should, and at the end everything has been given back: streams, events, memory."""
+        self.reset()
+        before = self.live
+        yield self
+        self.reset()
+        assert self.live == before
 
     @property
     def calls(self) -> int:

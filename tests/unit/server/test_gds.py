@@ -4,11 +4,13 @@ import ctypes
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from flexkv._core.block_table import regions_from_tensors
 from flexkv._core.checksum import xxh3_64
@@ -33,12 +35,8 @@ LONG = 4
 
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
-    fake = fake_cuda()
-    fake.reset()
-    before = fake.live
-    yield fake
-    fake.reset()
-    assert fake.live == before
+    with fake_cuda().checked() as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -58,18 +56,37 @@ def engine(place: Path, **settings: Any) -> Engine:
     })
 
 
-def ready(made: Engine) -> Engine:
+def wait_ready(made: Engine) -> None:
     until(lambda: made.stat("ssd_store_device_is_ready") == 1)
-    return made
+
+
+@contextmanager
+def with_long(place: Path) -> Iterator[Engine]:
+    """An engine that has a long sequence: its first blocks in host memory and on SSD, the others on SSD alone."""
+    with engine(place) as made:
+        wait_ready(made)
+        put(made, LONG)
+        yield made
+
+
+def put(made: Engine, seed: int) -> None:
+    made.put(seed)
+    made.settle()
+
+
+def start_get(made: Engine, **options: Any) -> tuple[int, NDArray[np.int32]]:
+    """Load the long sequence: the task, and the pages."""
+    keys = made.keys(LONG)
+    pages = np.arange(MAX_BLOCKS, MAX_BLOCKS + len(keys), dtype=np.int32)
+    return made.manager.get_blocks(keys, 0, pages, **options), pages
 
 
 def test_blocks_go_straight_between_ssd_and_gpu(tmp_path: Path, cufile: FakeCuFile) -> None:
     """Sequences are longer than the host tier: what gets no host slot is written directly, and all is read back."""
     with engine(tmp_path) as made:
-        ready(made)
+        wait_ready(made)
         for seed in SEEDS:
-            made.put(seed)
-            made.settle()
+            put(made, seed)
         assert cufile.num_moves > 0
         for seed in SEEDS:
             before = cufile.num_moves
@@ -82,30 +99,25 @@ def test_blocks_go_straight_between_ssd_and_gpu(tmp_path: Path, cufile: FakeCuFi
 
 def test_what_was_written_directly_is_there_after_a_restart(tmp_path: Path, cufile: FakeCuFile) -> None:
     with engine(tmp_path) as made:
-        ready(made)
+        wait_ready(made)
         for seed in SEEDS:
-            made.put(seed)
-            made.settle()
+            put(made, seed)
     with Engine(tmp_path, SSD_BYTES, 12288, 256, device=0) as made:                 # by way of host memory
         before = cufile.num_moves
         for seed in SEEDS:
             made.load(seed, length_of(seed))
         assert cufile.num_moves == before
     with engine(tmp_path) as made:
-        ready(made)
+        wait_ready(made)
         for seed in SEEDS:
             made.load(seed, length_of(seed))
         assert cufile.num_moves > before
 
 
 def test_nothing_is_prefetched_into_host_memory(tmp_path: Path, cufile: FakeCuFile) -> None:
-    with engine(tmp_path) as made:
-        ready(made)
-        made.put(LONG)
-        made.settle()
+    with with_long(tmp_path) as made:
         for seed in (1, 8):                             # out of host memory
-            made.put(seed)
-            made.settle()
+            put(made, seed)
         task = made.manager.prefetch_blocks(made.keys(LONG))
         assert made.manager.wait(task)[task].status is Status.SUCCESS
         assert made.stat("ssd_store_blocks_read") == 0
@@ -113,10 +125,7 @@ def test_nothing_is_prefetched_into_host_memory(tmp_path: Path, cufile: FakeCuFi
 
 
 def test_flipped_bytes_are_a_miss(tmp_path: Path, cufile: FakeCuFile) -> None:
-    with engine(tmp_path) as made:
-        ready(made)
-        made.put(LONG)
-        made.settle()
+    with with_long(tmp_path) as made:
         for data in tmp_path.glob("?/*.data"):
             content = bytearray(data.read_bytes())
             for at in range(100, len(content), 4096):
@@ -125,28 +134,23 @@ def test_flipped_bytes_are_a_miss(tmp_path: Path, cufile: FakeCuFile) -> None:
         assert not made.load(LONG, length_of(LONG), must=False)
         assert made.stat("ssd_store_checksum_mismatches") > 0
         assert made.offered(LONG) <= HOST_SLOTS
-        made.put(LONG)
-        made.settle()
+        put(made, LONG)
         made.load(LONG, length_of(LONG))
 
 
 def test_reads_that_fail_are_misses(tmp_path: Path, cufile: FakeCuFile) -> None:
-    with engine(tmp_path) as made:
-        ready(made)
-        made.put(LONG)
-        made.settle()
+    with with_long(tmp_path) as made:
         cufile.plan(fail=2)
         assert not made.load(LONG, length_of(LONG), must=False)
         assert made.stat("ssd_store_read_errors") == 2
         assert made.offered(LONG) < length_of(LONG)
-        made.put(LONG)
-        made.settle()
+        put(made, LONG)
         made.load(LONG, length_of(LONG))
 
 
 def test_writes_that_fail_are_not_offered(tmp_path: Path, cufile: FakeCuFile) -> None:
     with engine(tmp_path) as made:
-        ready(made)
+        wait_ready(made)
         cufile.plan(fail=1)
         keys = made.keys(LONG)
         made.fill(keys)
@@ -155,35 +159,25 @@ def test_writes_that_fail_are_not_offered(tmp_path: Path, cufile: FakeCuFile) ->
         assert made.manager.wait(task, completely=True)[task].status is Status.FAILED
         assert made.stat("ssd_store_write_errors") == 1
         assert made.offered(LONG) < length_of(LONG)
-        made.put(LONG)
-        made.settle()
+        put(made, LONG)
         made.load(LONG, length_of(LONG))
 
 
 def test_a_fence_holds_back_what_is_direct(tmp_path: Path, cufile: FakeCuFile) -> None:
-    with engine(tmp_path) as made:
-        ready(made)
-        made.put(LONG)
-        made.settle()
+    with with_long(tmp_path) as made:
         before = cufile.num_moves
-        keys = made.keys(LONG)
-        pages = np.arange(MAX_BLOCKS, MAX_BLOCKS + len(keys), dtype=np.int32)
-        task = made.manager.get_blocks(keys, 0, pages, fence=3)
+        task, pages = start_get(made, fence=3)
         assert made.manager.wait(task, timeout=0.2)[task].status is Status.TIMEOUT
         assert cufile.num_moves == before
         made.client.advance_fence(load=3)
-        until(lambda: made.manager.try_wait(task) != {})
+        assert made.manager.wait(task, completely=True)[task].status is Status.SUCCESS
         assert cufile.num_moves > before
+        assert made.read(pages) == made.read(np.arange(len(pages), dtype=np.int32))
 
 
 def test_a_cancelled_get_loses_nothing(tmp_path: Path, cufile: FakeCuFile) -> None:
-    with engine(tmp_path) as made:
-        ready(made)
-        made.put(LONG)
-        made.settle()
-        keys = made.keys(LONG)
-        pages = np.arange(MAX_BLOCKS, MAX_BLOCKS + len(keys), dtype=np.int32)
-        task = made.manager.get_blocks(keys, 0, pages, fence=9)
+    with with_long(tmp_path) as made:
+        task, _ = start_get(made, fence=9)
         made.manager.cancel(task)
         assert made.manager.wait(task, completely=True)[task].status is Status.CANCELLED
         assert made.offered(LONG) == length_of(LONG)
@@ -193,7 +187,7 @@ def test_a_cancelled_get_loses_nothing(tmp_path: Path, cufile: FakeCuFile) -> No
 def test_a_cancelled_put_leaves_nothing_on_ssd(tmp_path: Path, cufile: FakeCuFile) -> None:
     """Its pages may be another's when they are read: a restart must not offer what was written of them."""
     with engine(tmp_path) as made:
-        ready(made)
+        wait_ready(made)
         cufile.plan(delay_us=20_000)
         keys, before = made.keys(LONG), cufile.num_moves
         task = made.manager.put_blocks(keys, 0, np.arange(len(keys), dtype=np.int32))
@@ -211,14 +205,12 @@ def test_a_cancelled_put_leaves_nothing_on_ssd(tmp_path: Path, cufile: FakeCuFil
 def test_where_cufile_does_not_work_host_memory_is_the_way(
     tmp_path: Path, cufile: FakeCuFile, caplog: pytest.LogCaptureFixture, plan: dict[str, bool]
 ) -> None:
-    with engine(tmp_path) as made:
-        ready(made)
-        made.put(LONG)
-        made.settle()
+    with with_long(tmp_path):
+        pass
     cufile.plan(**plan)
     with caplog.at_level(logging.ERROR), engine(tmp_path, host_slots=64) as made:
         if "broken" in plan:
-            ready(made)
+            wait_ready(made)
             assert not made.load(LONG, length_of(LONG), must=False)
             until(lambda: made.stat("ssd_store_device_is_ready") == 0)
         until(lambda: "GPUDirect Storage is not in service: cuFile" in caplog.text)
@@ -229,20 +221,16 @@ def test_where_cufile_does_not_work_host_memory_is_the_way(
 def test_without_a_gpu_host_memory_is_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR), engine(tmp_path, host_slots=64, device=None) as made:
         until(lambda: "not on a GPU" in caplog.text)
-        made.put(LONG)
-        made.settle()
+        put(made, LONG)
         made.load(LONG, length_of(LONG))
 
 
 def test_a_rank_that_goes_away_and_comes_back(tmp_path: Path, cufile: FakeCuFile) -> None:
-    with engine(tmp_path) as made:
-        ready(made)
-        made.put(LONG)
-        made.settle()
+    with with_long(tmp_path) as made:
         made.client.suspend()
         until(lambda: made.stat("ssd_store_device_is_ready") == 0)
         made.register()
-        ready(made)
+        wait_ready(made)
         made.load(LONG, length_of(LONG))
 
 
@@ -251,14 +239,10 @@ def test_a_rank_is_closed_while_a_disk_hangs(
 ) -> None:
     """And the pages stay as they are when the disk comes back."""
     monkeypatch.setattr(gds, "_CLOSE_S", 0.1)
-    with engine(tmp_path) as made:
-        ready(made)
-        made.put(LONG)
-        made.settle()
+    with with_long(tmp_path) as made:
         cufile.plan(delay_us=1_000_000)
-        keys, before = made.keys(LONG), cufile.num_moves
-        pages = np.arange(MAX_BLOCKS, MAX_BLOCKS + len(keys), dtype=np.int32)
-        task = made.manager.get_blocks(keys, 0, pages)
+        before = cufile.num_moves
+        task, pages = start_get(made)
         until(lambda: cufile.num_moves > before)
         started = time.monotonic()
         made.client.suspend()

@@ -37,13 +37,11 @@ def open_files() -> int:
 
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
-    fake = fake_cuda()
-    fake.reset()
-    before = fake.live, open_files()
-    yield fake
-    fake.reset()
-    gc.collect()
-    assert (fake.live, open_files()) == before
+    with fake_cuda().checked() as fake:
+        before = open_files()
+        yield fake
+        gc.collect()
+    assert open_files() == before
 
 
 def check(result: Any) -> Any:

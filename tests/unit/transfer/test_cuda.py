@@ -24,12 +24,8 @@ SHAPES = {"aligned": (2, 4, 2, 64), "words": (2, 4, 1, 2), "odd": (3, 1, 5), "la
 
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
-    fake = fake_cuda()
-    fake.reset()
-    before = fake.live
-    yield fake
-    fake.reset()
-    assert fake.live == before                                             # streams, events, memory, registrations
+    with fake_cuda().checked() as fake:
+        yield fake
 
 
 def scattered(count: int, seed: int) -> Any:
