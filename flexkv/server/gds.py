@@ -35,7 +35,6 @@ logger = logging.getLogger("flexkv.client")
 _STAGING_BYTES = 64 << 20
 """Of device memory: cuFile reads whole slots there, and a kernel spreads them to the pages."""
 
-
 _CLOSE_S = 5.0
 """How long ``close`` waits for reads and writes of files that are under way."""
 
@@ -94,7 +93,8 @@ class GdsWorker:
                 else:
                     self._streams.append(stream)
             self._fences[:] = load, save
-        os.eventfd_write(self._wake_fd, 1)
+        if len(self._pending):                       # else there is nothing that this step lets start
+            os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
         """End; nothing touches the pages afterwards. Waits for cuFile, but not long, if a disk hangs. Once."""

@@ -209,25 +209,21 @@ class Registry:
             self._layout.segment_bytes[index], rings.ring_bytes,
         )
         fds = [self._pool.fd, rings.fd, rings.submission_event_fd, rings.completion_event_fd]
-        gds, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            if self._on_gds is not None:
-                fds.append(theirs.fileno())
-            try:
-                socket.send_fds(connection, [welcome.pack()], fds)
-            except OSError as error:
-                logger.warning("rank %s went away before it was welcomed: %s", rank_id, error)
-                rings.close()
-                connection.close()
-                gds.close()
-                return
+        gds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if self._on_gds is not None else ()
+        try:
+            socket.send_fds(connection, [welcome.pack()], fds + [end.fileno() for end in gds[1:]])
+        except OSError as error:
+            logger.warning("rank %s went away before it was welcomed: %s", rank_id, error)
+            rings.close()
+            for each in (connection, *gds):
+                each.close()
+            return
         self._connected.add(rank_id)
         logger.info("rank %s registered: %d pages, %d bytes a block", rank_id, hello.num_pages, hello.segment_bytes)
         self._on_link(AgentLink(connection, hello, rings))
-        if self._on_gds is not None:
-            self._on_gds(gds)
-        else:
-            gds.close()
+        if gds and self._on_gds is not None:
+            gds[1].close()
+            self._on_gds(gds[0])
 
     def lost(self, hello: Hello) -> None:
         """The rank's process is gone; it may register again."""
