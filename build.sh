@@ -165,7 +165,8 @@ os._exit(code)' -p no:cacheprovider --capture=sys "$@"
         # the deselected test needs NVRTC, which ASan's dlopen does not find
         TSAN_OPTIONS+=" ignore_interceptors_accesses=1"
         sanitized tests/unit/cache tests/unit/storage tests/unit/transfer tests/property \
-            tests/unit/server/test_layer_signals.py tests/unit/server/test_gds.py tests/unit/test_kvmanager.py tests/unit/test_kvmanager_ssd.py \
+            tests/unit/server/test_layer_signals.py tests/unit/server/test_gds.py \
+            tests/unit/test_kvmanager.py tests/unit/test_kvmanager_ssd.py \
             --deselect tests/unit/transfer/test_cuda.py::test_the_kernel_is_kept_and_checked
     )
 }

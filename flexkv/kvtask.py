@@ -14,7 +14,7 @@ from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import NOTHING, GetPlan, MatchResult, PutPlan
 from flexkv.errors import SlotMappingError
 from flexkv.response import KVResponse, KVResponseStatus
-from flexkv.tiering import Tiering
+from flexkv.tiering import Tiering, direct_op
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
 
@@ -282,9 +282,9 @@ class TaskTable:
                 self._settle(task, KVResponseStatus.SUCCESS)
                 return
             loading, needs, ops = task.loading, task.needs, []
-            if task.plan is not None and task.plan.direct is not None and self._tiering is not None:
+            if task.plan is not None and task.plan.direct is not None:
                 where = np.searchsorted(task.blocks, task.plan.direct.blocks)
-                ops.append(self._tiering.direct_op(task.plan, pages[where], fence))
+                ops.append(direct_op(task.plan, pages[where], fence))
                 needs = (*needs, Dependency(ops[0], where, np.arange(len(where))))
                 if loading and task.cache is not None:
                     task.cache.begin_direct_get()

@@ -262,15 +262,6 @@ class Tiering:
         what is written so, nothing is known yet."""
         return self.loads_directly and self._config.ssd_admission == "all"
 
-    def direct_op(self, plan: GetPlan | PutPlan, pages: NDArray[np.int32], fence: int) -> TransferOp:
-        """Moves the blocks of the ``direct`` of a plan between SSD and ``pages`` ((m,) int32)."""
-        direct = plan.direct
-        assert direct is not None                # narrowing
-        keys = direct.keys[direct.blocks]
-        if isinstance(plan, GetPlan):
-            return TransferOp(OpKind.DISK2D, direct.ssd_slots, pages, fence=fence, keys=keys)
-        return TransferOp(OpKind.D2DISK, pages, direct.ssd_slots, fence=fence, keys=keys, parents=direct.parents)
-
     def end_direct_get(self, cache: GlobalCacheEngine, plan: DirectPlan, ok: NDArray[np.bool_] | None) -> None:
         """Reads of blocks have ended, ``ok`` ((m,) bool) or not; None: they were not begun."""
         if ok is None or self._store is None:
@@ -336,6 +327,16 @@ class Tiering:
 
 def _fetch_op(plan: FetchPlan) -> TransferOp:
     return TransferOp(OpKind.DISK2H, plan.ssd_slots, plan.host_slots, keys=plan.keys[plan.blocks])
+
+
+def direct_op(plan: GetPlan | PutPlan, pages: NDArray[np.int32], fence: int) -> TransferOp:
+    """Moves the blocks of the ``direct`` of a plan, which has one, between SSD and ``pages`` ((m,) int32)."""
+    direct = plan.direct
+    assert direct is not None                    # narrowing
+    keys = direct.keys[direct.blocks]
+    if isinstance(plan, GetPlan):
+        return TransferOp(OpKind.DISK2D, direct.ssd_slots, pages, fence=fence, keys=keys)
+    return TransferOp(OpKind.D2DISK, pages, direct.ssd_slots, fence=fence, keys=keys, parents=direct.parents)
 
 
 def make_ssd_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> Store:
