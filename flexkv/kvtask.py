@@ -138,10 +138,10 @@ class KVTask:
 
     @property
     def result(self) -> KVResponseStatus | None:
-        """How it ended; None while it has not. A late transfer is TIMEOUT before it is settled."""
-        if self.status is None and self.graph is not None:
-            return _STATUS.get(self.graph.status)
-        return self.status
+        """How it ended; None while it has not. Told before it is settled only of one that is late or was cancelled."""
+        status = self.graph.status if self.graph is not None else OpStatus.PENDING
+        early = _STATUS[status] if status in (OpStatus.TIMEOUT, OpStatus.CANCELLED) else None
+        return self.status or early
 
     def release(self) -> None:
         """Give pins or slots back to the index, by what was moved."""

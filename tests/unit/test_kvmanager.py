@@ -1,6 +1,7 @@
 """KVManager: what its callers are promised, with bytes compared."""
 
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flexkv.cache.trace import read_recorded
 from flexkv.config import CacheConfig
 from flexkv.errors import SlotMappingError
 from flexkv.response import KVResponseStatus as Status
+from flexkv.transfer.graph import TransferGraph
 from tests.harness import PAGES, TOKENS, local, mapping, remote, result_of, tokens_of
 
 
@@ -71,6 +73,24 @@ def test_a_task_that_a_reset_took_before_it_ran_moves_nothing(tmp_path: Path) ->
         assert not any(tensors.read(pages))
         manager._tasks.run(late, pages[:0], 0)
         assert manager.wait(late.task_id)[late.task_id].status is Status.SUCCESS
+
+
+def test_who_has_a_result_finds_what_was_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with local(tmp_path) as (manager, _, _tensors):
+        on_done, taken = manager._tasks._on_done, threading.Event()
+
+        def late(graph: TransferGraph) -> None:                             # the data plane's thread is held up
+            taken.set()
+            time.sleep(0.1)
+            on_done(graph)
+
+        monkeypatch.setattr(manager._tasks, "_on_done", late)
+        task = manager.put_async(tokens_of(3), mapping([0, 1, 2]))
+        assert taken.wait(5.0)
+        assert manager.wait(task)[task].status is Status.SUCCESS
+        task, mask = manager.get_match(tokens_of(3))
+        assert mask.all()
+        manager.cancel(task)
 
 
 def test_only_what_is_missing_moves(tmp_path: Path) -> None:
