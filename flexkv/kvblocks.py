@@ -17,6 +17,7 @@ from flexkv.cache.trace import make_recorder
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
 from flexkv.errors import ConfigError, PinError
 from flexkv.kvtask import TaskTable
+from flexkv.metrics.exporter import Metrics
 from flexkv.response import KVResponse
 from flexkv.tiering import Tiering, make_ssd_store
 from flexkv.transfer.control import Control
@@ -72,6 +73,7 @@ class KVBlocks:
         if cache_config.enable_gds and ranks > 1:
             raise ConfigError("enable_gds", True, f"goes with one rank in this version, there are {ranks}: turn it off")
         self._counts = MatchCounts()
+        self.metrics = self._make_metrics(model_config, cache_config, dp_client_id)
         self._cache: GlobalCacheEngine | None = None
         self._tiering = Tiering(cache_config, self._domain, make_store) if cache_config.ssd_bytes else None
         transfer_config = transfer_config or load_config().transfer
@@ -90,15 +92,25 @@ class KVBlocks:
             on_control=Control(self.pin, self.unpin, self.pins).answer,
             housekeeping=self._tiering.keep_house if self._tiering is not None else None,
             on_gds=self._tiering.attach_gds if self._tiering is not None and cache_config.enable_gds else None,
+            observe=self.metrics.transfer_ended if self.metrics is not None else None,
         )
         self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block, self._tiering)
         self.recorder = make_recorder(cache_config)      # adapters that match by keys tell it of each request
+
+    def _make_metrics(self, model_config: ModelConfig, config: CacheConfig, dp_client_id: int) -> Metrics | None:
+        if not config.enable_metrics:
+            return None
+        labels = {"model_name": model_config.model_id, "engine": str(dp_client_id)}
+        port = config.py_metrics_port and config.py_metrics_port + dp_client_id
+        return Metrics(self.stats, labels, config.metrics_host, port)
 
     # ---- life -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Listen for the ranks; returns at once. The host pool is made when all of them have registered."""
         self._transfer.start()
+        if self.metrics is not None:
+            self.metrics.start()
 
     def is_ready(self) -> bool:
         """Whether every rank has registered, so that KV can be loaded and saved."""
@@ -109,6 +121,8 @@ class KVBlocks:
         if self._tiering is not None:
             self._tiering.shutdown()
         self._transfer.shutdown()
+        if self.metrics is not None:
+            self.metrics.close()
         self.recorder.close()
 
     def reset(self, timeout: float = 5.0) -> None:

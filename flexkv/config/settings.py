@@ -125,6 +125,14 @@ class CacheConfig(_Settings):
         "", "Record what requests ask for, without their tokens, in this file, for `flexkv replay`; empty: do not."
     )
     trace_max_mb: int = setting(256, "The file is never larger; recording ends there.", unit="MiB", low=1)
+    enable_metrics: bool = setting(False, "Serve metrics to Prometheus. See [monitoring](monitoring.md).")
+    metrics_host: str = setting(
+        "127.0.0.1", "Address to serve them at; 0.0.0.0: all of this machine, for a Prometheus on another."
+    )
+    py_metrics_port: int = setting(
+        8080, "Port to serve them at; each data-parallel rank adds its number. 0: any that is free; the log tells it.",
+        low=0, high=65000,
+    )
     key_secret: str = setting("", "Secret of the deployment: block keys cannot be computed without it.", secret=True)
 
     def __post_init__(self) -> None:

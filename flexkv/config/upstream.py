@@ -23,8 +23,7 @@ MEANINGLESS: dict[str, str] = {
         ("ssd_io_opt", "iouring_entries", "iouring_flags", "max_file_size_gb", "hugetlbfs_dir",
          "mooncake_store_config_path", "mooncake_config_path", "redis_host", "redis_port", "redis_password",
          "local_ip", "node_ttl_seconds", "layerwise_notify_mode", "layerwise_eventfd_socket",
-         "layerwise_eventfd_connect_max_retries", "slru_protected_threshold", "py_metrics_port",
-         "cpp_metrics_port"),
+         "layerwise_eventfd_connect_max_retries", "slru_protected_threshold", "cpp_metrics_port"),
         "it belongs to something that this version does not have",
     ),
     **dict.fromkeys(
@@ -41,6 +40,5 @@ UNAVAILABLE: dict[str, str] = {
     "enable_p2p_ssd": "nodes do not share KV in this version; leave it off",
     "enable_3rd_remote": "there is no remote tier in this version; leave it off",
     "use_mooncake_store_backend": "there is no remote tier in this version; leave it off",
-    "enable_metrics": "there is no exporter in this version; leave it off",
 }
 """Accepted as long as they are off: a user who turns them on must not believe that they work."""

@@ -18,7 +18,7 @@ from flexkv.transfer.device import AgentLink, DeviceExecutor
 from flexkv.transfer.executor import ArrivalExecutor, Executor
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph
 from flexkv.transfer.registry import Registry
-from flexkv.transfer.scheduler import OnDone, Scheduler
+from flexkv.transfer.scheduler import Observe, OnDone, Scheduler
 
 logger = logging.getLogger("flexkv.transfer")
 
@@ -60,6 +60,8 @@ class TransferEngine:
         thread.
     on_gds : callable, optional
         As in ``Registry``.
+    observe : Observe, optional
+        As in ``Scheduler``.
 
     Attributes
     ----------
@@ -81,6 +83,7 @@ class TransferEngine:
         housekeeping: Callable[[], float] | None = None,
         on_control: Callable[[bytes, Sequence[int]], bytes] = lambda message, fds: b"{}",
         on_gds: Callable[[socket.socket], None] | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self._config = config
         self._host_bytes = host_bytes
@@ -100,7 +103,7 @@ class TransferEngine:
             kind: executor for executor in (*executors, ArrivalExecutor(), self._device) for kind in executor.kinds
         }
         self._watched = [executor for executor in executors if executor.event_fd >= 0]
-        self._scheduler = Scheduler(self._executors)
+        self._scheduler = Scheduler(self._executors, observe)
         self._pool: HostPool | None = None
         self.content = b""
         """What the bytes of the pool's slots mean (``SlotLayout.content``); empty before it is made."""

@@ -1,5 +1,6 @@
 """Scheduler of graphs: starts each block when what it depends on has arrived, and notices when all have ended."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,16 @@ from flexkv.transfer.executor import Executor
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
 
 OnDone = Callable[[TransferGraph], None]
+Observe = Callable[[str, str, int, float], None]
+"""Told of each op that has ended, under the lock: name of its kind, its status, blocks that were moved, seconds since
+its graph was submitted."""
 
 
 @dataclass(eq=False, slots=True)
 class _Active:
     graph: TransferGraph
     on_done: OnDone
+    submitted: float
     deadline: float
     ops_left: int
     verdict: OpStatus | None = None     # CANCELLED or TIMEOUT, whichever came first
@@ -30,6 +35,7 @@ class Scheduler:
     ----------
     executors : mapping from OpKind to Executor
         May be added to.
+    observe : Observe, optional
 
     Attributes
     ----------
@@ -37,8 +43,9 @@ class Scheduler:
         Callbacks of ops and graphs that have ended; to be called without the lock, in order.
     """
 
-    def __init__(self, executors: Mapping[OpKind, Executor]) -> None:
+    def __init__(self, executors: Mapping[OpKind, Executor], observe: Observe | None = None) -> None:
         self._executors = executors
+        self._observe = observe
         self._active: dict[int, _Active] = {}
         self.ended: deque[Callable[[], None]] = deque()
 
@@ -60,7 +67,7 @@ class Scheduler:
     ) -> None:
         """Run a graph, until ``deadline`` (``time.monotonic``) at most: see ``late``. With a ``verdict`` it is stopped
         before it starts anything."""
-        active = _Active(graph, on_done, deadline, len(graph.ops), verdict)
+        active = _Active(graph, on_done, time.monotonic(), deadline, len(graph.ops), verdict)
         self._active[graph.task_id] = active
         graph.status = OpStatus.RUNNING
         for op in graph.ops:
@@ -101,6 +108,8 @@ class Scheduler:
     def _end_op(self, active: _Active, op: TransferOp) -> None:
         op.status = OpStatus.DONE if op.ok.all() else active.verdict or OpStatus.FAILED
         self._executors[op.kind].forget(op)
+        if self._observe is not None:
+            self._observe(op.kind.name, op.status.value, int(op.ok.sum()), time.monotonic() - active.submitted)
         op.dependents.clear()
         for callback in op.callbacks:
             self.ended.append(partial(callback, op))

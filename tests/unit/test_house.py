@@ -13,7 +13,7 @@ PACKAGE = ROOT / "flexkv"
 
 LAYERS = [
     {"errors"},
-    {"config"},
+    {"config", "metrics"},
     {"_core"},
     {"cache", "storage", "response"},
     {"transfer"},

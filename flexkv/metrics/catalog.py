@@ -1,0 +1,90 @@
+"""Which metric each entry of ``KVManager.stats`` is, and what it means."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric, less its prefix ``flexkv_``.
+
+    Attributes
+    ----------
+    name : str
+        A counter is told with ``_total`` behind it.
+    text : str
+        What is counted.
+    is_counter : bool
+        Since the start; else as it stands.
+    """
+
+    name: str
+    text: str
+    is_counter: bool = False
+
+
+Entry = tuple[Metric, dict[str, str]]
+"""A metric, and the labels of one value of it."""
+
+REQUESTS = Metric(
+    "requests", "Requests matched, by outcome (full, partial, miss) and by why no more was found (reason)", True
+)
+NAMESPACE_BLOCKS = Metric("namespace_blocks", "Blocks by tier and namespace, where namespaces have quotas")
+
+_OF_TIERS = {
+    "slots": Metric("slots", "Slots, each of which holds a block, by tier"),
+    "free_slots": Metric("free_slots", "Slots that are free, by tier"),
+    "evicted_blocks": Metric("evicted_blocks", "Blocks that had to make room, by tier", True),
+    "expired_blocks": Metric("expired_blocks", "Blocks not used for longer than their ttl_s, by tier", True),
+}
+_SSD_FAULTS = (
+    "read_errors", "write_errors", "table_errors", "timeouts", "checksum_mismatches", "key_mismatches", "refused",
+)
+SSD_FAULTS = Metric("ssd_faulty_blocks", "Blocks that could not be read or written, by fault", True)
+
+_PLAIN = {
+    "queried_blocks": Metric("queried_blocks", "Blocks that requests wanted", True),
+    "hit_blocks": Metric("hit_blocks", "Of these, blocks that were found", True),
+    "hit_blocks_on_ssd": Metric("hit_blocks_on_ssd", "Of these, blocks that had to be read from SSD", True),
+    "indexed_blocks": Metric("indexed_blocks", "Blocks that the index has, on any tier"),
+    "index_bytes": Metric("index_bytes", "Memory of the index"),
+    "pinned_blocks": Metric("pinned_blocks", "Blocks that flexkv pin keeps"),
+    "tasks": Metric("tasks", "Tasks that were not collected yet"),
+    "blocks_being_fetched": Metric("blocks_being_fetched", "Blocks on their way from SSD to host memory"),
+    "ssd_written_blocks": Metric("ssd_written_blocks", "Blocks copied from host memory to SSD", True),
+    "ssd_dropped_writes": Metric("ssd_dropped_writes", "Blocks not copied to SSD: too much was queued", True),
+    "ssd_queued_blocks": Metric("ssd_queued_blocks", "Blocks that wait to be copied to SSD"),
+    "ssd_blocks_being_written": Metric("ssd_blocks_being_written", "Blocks on their way to SSD"),
+    "ssd_store_blocks_read": Metric("ssd_read_blocks", "Blocks read from SSD and verified", True),
+    "ssd_store_blocks_written": Metric("ssd_stored_blocks", "Blocks written to SSD, also straight from a GPU", True),
+    "ssd_store_slots_retired": Metric("ssd_retired_slots", "Slots given up after errors", True),
+    "ssd_store_directories_taken_out": Metric("ssd_outages", "Times a directory was taken out of service", True),
+    "ssd_store_directories": Metric("ssd_directories", "Directories of the SSD tier"),
+    "ssd_store_directories_usable": Metric("ssd_directories_usable", "Of these, directories in service"),
+    "ssd_store_queued_bytes": Metric("ssd_queued_bytes", "Bytes of reads and writes that the disks were given"),
+    "ssd_store_device_is_ready": Metric("gds_is_ready", "Whether blocks go straight between SSD and GPU"),
+}
+
+_ENTRIES: dict[str, Entry] = {
+    **{name: (metric, {}) for name, metric in _PLAIN.items()},
+    **{
+        f"{prefix}{name}": (metric, {"tier": tier})
+        for name, metric in _OF_TIERS.items()
+        for tier, prefix in (("host", "num_" if name == "slots" else ""), ("ssd", "ssd_"))
+    },
+    **{f"ssd_store_{name}": (SSD_FAULTS, {"fault": name}) for name in _SSD_FAULTS},
+    "full_hits": (REQUESTS, {"outcome": "full", "reason": "full_hit"}),
+}
+NOT_TOLD = frozenset({"ssd_store_num_slots"})
+"""Entries that others tell as well."""
+
+
+def entry_of(stat: str) -> Entry | None:
+    """What an entry of ``KVManager.stats`` is; None: nothing that is told."""
+    if found := _ENTRIES.get(stat):
+        return found
+    if match := re.fullmatch(r"(miss|partial)_(\w+)", stat):
+        return REQUESTS, {"outcome": match[1], "reason": match[2]}
+    if match := re.fullmatch(r"(ssd_)?namespace_(.*)_blocks", stat, re.DOTALL):
+        return NAMESPACE_BLOCKS, {"tier": "ssd" if match[1] else "host", "namespace": match[2]}
+    return None
