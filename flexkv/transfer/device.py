@@ -130,14 +130,18 @@ class AgentLink:
         self.flush()
 
     def drain(self) -> bool:
-        """Take in what the agent reported; True if it was anything. One that reports what cannot be is condemned."""
+        """Take in what the agent reported; True if it was anything. One that reports what cannot be is condemned, as is
+        one whose reports cannot be taken in for whatever reason: the others go on."""
         if self._condemned:
             return False
         try:
             return self._drain()
         except RingCorruptedError as error:
             self.condemn(str(error))
-            return False
+        except Exception as error:
+            logger.exception("a result could not be taken in")
+            self.condemn(f"{type(error).__name__} in the controller")
+        return False
 
     def _drain(self) -> bool:
         any_result = False
@@ -147,12 +151,13 @@ class AgentLink:
             part = self._outstanding.get(part_id)
             if part is None or first != part.answered or first + len(ok) > len(part.indices):
                 raise RingCorruptedError(f"a result for blocks {first} to {first + len(ok)} of part {part_id}")
-            part.answered += len(ok)
-            if last != (part.answered == len(part.indices)):
-                raise RingCorruptedError(f"part {part_id} ends after {part.answered} of {len(part.indices)} blocks")
+            answered = first + len(ok)
+            if last != (answered == len(part.indices)):
+                raise RingCorruptedError(f"part {part_id} ends after {answered} of {len(part.indices)} blocks")
+            part.flight.answer(part.indices[first:answered], ok)
+            part.answered = answered
             if last:
                 del self._outstanding[part_id]
-            part.flight.answer(part.indices[first : first + len(ok)], ok)
         if any_result:
             self.flush()
         return any_result

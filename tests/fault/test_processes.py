@@ -14,6 +14,7 @@ import pytest
 from flexkv.errors import RegistrationError
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
+from flexkv.transfer.device import Flight
 from tests.harness import (
     PAGES,
     RankProcess,
@@ -227,6 +228,25 @@ def test_a_corrupt_ring_costs_the_rank_its_connection(tmp_path: Path, kind: str)
         assert manager.wait(task, timeout=10)[task].status is Status.TIMEOUT
         rank.signal(signal.SIGCONT)                                        # it sees that it was cut off, and ends
         until(lambda: not manager.is_ready())
+        assert rank("client", "is_lost")
+
+
+def test_results_that_cannot_be_taken_in_cost_the_rank_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with remote(tmp_path, op_timeout_s=2.0) as (manager, rank):
+        answer = Flight.answer
+
+        def fail_once(*_args: object) -> None:
+            monkeypatch.setattr(Flight, "answer", answer)
+            raise ValueError("a mistake of ours")
+
+        [link] = manager._transfer._device.links
+        monkeypatch.setattr(Flight, "answer", fail_once)
+        task = manager.put_async(tokens_of(2), mapping([0, 1]))
+        until(lambda: not link.healthy)
+        until(lambda: not manager.is_ready())                              # the rank sees that it was cut off, and ends
+        assert manager.wait(task, timeout=10, completely=True)[task].status in (Status.FAILED, Status.TIMEOUT)
         assert rank("client", "is_lost")
 
 
