@@ -196,8 +196,11 @@ class KVBlocks:
         self._tasks.run(task, pages, fence, layerwise)
         return task.task_id
 
-    def prefetch_blocks(self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0) -> int:
-        """Bring blocks of a sequence from there on into host memory; the task ends when they are there."""
+    def prefetch_blocks(self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0) -> int | None:
+        """Bring blocks of a sequence from there on into host memory; the task ends when they are there. None: too much
+        is being brought there already."""
+        if self._tiering is not None and self._tiering.fetches_enough:
+            return None
         return self._tasks.prefetch(self._cache, keys, 0, start_block, group)
 
     def put_blocks(

@@ -41,6 +41,10 @@ less, since one long prompt is queued at once, and is of little use without its 
 _WRITE_SHARE = 4
 """And one in so many be written at a time: a disk that is slow or hangs must leave room to those who load and save."""
 
+_FETCH_SHARE = 4
+"""Where one part in so many of the host tier is being read into, no prefetch begins: many queued requests must leave
+room to those that run, and would push out each other's blocks."""
+
 _IDLE_S = 1.0
 """Between two looks at the queue when nothing happens."""
 
@@ -255,6 +259,12 @@ class Tiering:
     def loads_directly(self) -> bool:
         """Gets read what is on SSD alone straight into the pages of the GPU."""
         return self._store is not None and self._store.device_is_ready
+
+    @property
+    def fetches_enough(self) -> bool:
+        """So much is being read into host memory that no prefetch should begin."""
+        with self._lock:
+            return sum(len(op) for op in self._fetch_ops.values()) * _FETCH_SHARE >= self._usable_slots
 
     @property
     def saves_directly(self) -> bool:

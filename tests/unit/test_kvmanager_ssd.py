@@ -134,6 +134,33 @@ def test_a_prefetch_ends_when_the_blocks_are_in_host_memory(tmp_path: Path) -> N
         assert made.manager.lookup(made.keys(5, 1)).num_to_fetch == 0
 
 
+def test_prefetches_of_many_leave_room_to_those_that_run(tmp_path: Path) -> None:
+    with stage(tmp_path) as made:
+        made.put(4, 1)
+        made.put(3, 2)
+        made.flood()
+        made.store.held = True
+        first = made.manager.prefetch_blocks(made.keys(4, 1))               # a quarter of the host tier
+        assert first is not None
+        assert made.manager.prefetch_blocks(made.keys(3, 2)) is None
+        tokens = np.random.default_rng(2).integers(0, 50_000, 3 * TOKENS)
+        refused = made.manager.prefetch_async(tokens)
+        response = made.manager.wait(refused)[refused]
+        assert response.status is Status.SUCCESS
+        assert response.return_mask is None
+        assert made.store.num_waiting == 4
+        running = made.start_get(3, 2, 40)                                  # a load is not held back
+        assert made.store.num_waiting == 7
+        made.store.let_go()
+        results = made.manager.wait([first, running])
+        assert {result.status for result in results.values()} == {Status.SUCCESS}
+        assert made.tensors.read(range(40, 43)) == made.contents[2]
+        made.settle()
+        again = made.manager.prefetch_blocks(made.keys(3, 2))
+        assert again is not None
+        made.manager.wait(again)
+
+
 def test_a_prefetch_leaves_alone_what_comes_before_its_start(tmp_path: Path) -> None:
     with stage(tmp_path) as made:
         made.put(8, 1)

@@ -86,8 +86,10 @@ class SchedulerSide:
     def _prefetch(self, tracked: TrackedRequest, num_blocks: int, start_block: int = 0) -> None:
         """Once a request, so that it is being read even if the request cannot be scheduled yet; its load joins in."""
         if not tracked.prefetched:
-            tracked.prefetched = True
-            self._prefetches.add(self._manager.prefetch_blocks(tracked.keys()[:num_blocks], start_block, tracked.group))
+            task_id = self._manager.prefetch_blocks(tracked.keys()[:num_blocks], start_block, tracked.group)
+            if task_id is not None:
+                tracked.prefetched = True
+                self._prefetches.add(task_id)
 
     def _may_run_behind_load(self, request: "Request") -> bool:
         """Whether the request should run at once, layer by layer behind its load. The whole step runs at the speed of
