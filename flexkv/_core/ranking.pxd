@@ -1,7 +1,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
-from flexkv._core.node cimport Node
+from flexkv._core.node cimport MAX_TIERS, Node
 
 # Mirrored field by field by EVENT_DTYPE in ranking.pyx.
 cdef struct Event:
@@ -19,6 +19,7 @@ cdef struct Event:
     uint8_t queue
     uint8_t lives
     uint8_t is_new
+    uint8_t has_copy
 
 # Mirrored by RETURN_DTYPE.
 cdef struct Return:

@@ -20,6 +20,7 @@ EVENT_DTYPE = np.dtype(
         ("first_key", "u8"), ("last_access", "f8"), ("rank", "f8"), ("node", "i4"), ("hits", "u4"),
         ("new_hits", "u4"), ("depth", "u4"), ("length", "u4"), ("children", "u4"), ("mark", "u4"),
         ("group", "u2"), ("queue", "u1"), ("lives", "u1"), ("is_new", "?"),
+        ("has_copy", "?"),
     ],
     align=True,
 )
@@ -212,7 +213,8 @@ cdef class Ranking:
     def drain(self):
         """Nodes that were used, or came to the tier, since the last call; (n,) of ``EVENT_DTYPE``. The policy ranks
         them, and gives them back to ``place``. The rank of new ones is when they came, in seconds, and
-        their key that of the first block that came with them, though they may have been split since."""
+        their key that of the first block that came with them, though they may have been split since. ``has_copy``: what
+        the tier holds of it is ready on the tier below as well."""
         events_array = np.zeros(self.num_changed, dtype=EVENT_DTYPE)
         cdef uint8_t[::1] raw = events_array.view(np.uint8)
         cdef Event *events = <Event *>&raw[0] if self.num_changed else NULL
@@ -232,6 +234,7 @@ cdef class Ranking:
                 e.node, e.hits, e.new_hits = self.changed[i], p.hits, p.hits - p.hits_told[t]
                 e.depth, e.length, e.children, e.mark = p.depth, p.length, p.live_children[t], p.mark[t]
                 e.group, e.queue, e.lives, e.is_new = p.group, p.queue[t], p.lives[t], (p.is_new & self.bit) != 0
+                e.has_copy = t + 1 < MAX_TIERS and p.ready[t + 1] >= p.resident[t]
                 p.hits_told[t] = p.hits
                 p.is_new &= ~self.bit
             self.num_changed = 0

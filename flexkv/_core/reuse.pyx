@@ -56,6 +56,7 @@ cdef double MIN_LEFT = 0.005           # of a class are thought never to be used
 cdef double DECAY = 0.99               # each period; half of it is 7,000 operations ago
 cdef double RISE = 1.1                 # of the density from first use to eviction, for the newest to go first
 cdef double NEAR_PRICE = 1.05          # times what goes now: a new one of that density would be among the next anyway
+cdef double LOAD_PRICE = 0.1           # of a hit that the tier below would have given too: a load, not a computation
 cdef double PRICE_WEIGHT = 0.05        # of the latest eviction
 
 
@@ -89,9 +90,14 @@ cdef inline uint32_t counted(const Event *e) noexcept nogil:
     return 0 if e.is_new else min(e.mark >> CLASS_BITS, e.length)
 
 
+cdef inline double price_of(const Event *e) noexcept nogil:
+    """Of a hit of a node: what it would have cost to do without."""
+    return LOAD_PRICE if e.has_copy else 1
+
+
 cdef class ReuseStatistics:
     """Of one tier and quota group: 100 KB, however much is cached. The caller locks."""
-    cdef double[CLASSES][AGES] again      # blocks that were used again at an age
+    cdef double[CLASSES][AGES] again      # blocks that were used again at an age, by what that was worth
     cdef double[CLASSES] used             # blocks that were used
     cdef double[CLASSES][AGES] density    # hits per block and second
     cdef double[AGES + 1] starts          # of each age, in seconds
@@ -159,7 +165,8 @@ cdef class ReuseStatistics:
             if e.is_new:
                 for r in range(firsts[order[i]], firsts[order[i] + 1]):
                     unseen -= returns[r].blocks
-                    self.again[marked_class(returns[r].mark)][age_of(self.now - returns[r].value)] += returns[r].blocks
+                    self.again[marked_class(returns[r].mark)][age_of(self.now - returns[r].value)] += (
+                        price_of(e) * returns[r].blocks)
                     gap = gap_of(self.now - returns[r].value)
                     came_back = True
             elif not came_back and <int64_t>e.depth > deepest:
@@ -175,7 +182,7 @@ cdef class ReuseStatistics:
         if e.is_new:
             cls = class_of(share, NEW, gap, False)
         elif e.new_hits:
-            self.again[was][age_of(self.now - last)] += counted(e)
+            self.again[was][age_of(self.now - last)] += price_of(e) * counted(e)
             cls = class_of(share, HIT, gap_of(self.now - last), e.children > 1)
         else:                                           # the put after the get, or the next part of a put
             self.used[was] = fmax(self.used[was] - counted(e), 0)

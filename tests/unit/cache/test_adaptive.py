@@ -177,6 +177,23 @@ def test_a_prompt_saved_in_parts_is_counted_as_one_saved_at_once(parts: list[int
     assert node[["queue", "mark"]] == at_once[["queue", "mark"]]
 
 
+@pytest.mark.parametrize("copied", [0, 1])
+def test_what_could_be_loaded_from_below_goes_before_what_could_not(copied: int) -> None:
+    """Two nodes, of which one is a hub and so of another class, are used by turns."""
+    statistics, no_returns = ReuseStatistics(), np.zeros(0, dtype=RETURN_DTYPE)
+    nodes = np.zeros(2, dtype=EVENT_DTYPE)
+    nodes["length"], nodes["children"], nodes["is_new"] = 10, [0, 2], True
+    for second in range(200):
+        event = nodes[second % 2 :][:1]
+        event["last_access"], event["new_hits"] = second, not event["is_new"][0]
+        event["has_copy"] = second % 2 == copied
+        statistics.place(event, no_returns)
+        event["is_new"] = False
+    heads = np.full(NUM_QUEUES, np.inf)
+    heads[nodes["queue"]] = nodes["rank"]
+    assert statistics.choose(heads)[0] == nodes["queue"][copied]
+
+
 EVENTS = st.lists(
     st.tuples(
         st.floats(0, 1e9), st.integers(0, 3), st.integers(0, 1 << 20), st.integers(1, 1 << 20), st.integers(0, 3),
