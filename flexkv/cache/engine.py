@@ -39,7 +39,7 @@ class GlobalCacheEngine:
     evict_start_threshold : float
         Share of the usable slots of a tier in use, above which ``evict_ahead`` frees slots.
     evict_ratio : float
-        Share of the usable slots that one such batch frees.
+        Share of the usable slots that one such batch frees; 4,096 at most.
     clock : callable
         Seconds, monotonic.
     num_ssd_slots : int

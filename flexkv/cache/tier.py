@@ -1,6 +1,7 @@
 """One tier: its slots, and what goes when they run out."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -54,6 +55,10 @@ MakePolicy = Callable[[int], EvictionPolicy]
 
 _NO_KEYS = np.zeros((0, 2), dtype=np.uint64)
 
+_MOST_AT_ONCE = 4096
+"""Blocks that go ahead of need at a time: requests wait for the index meanwhile, and a large tier must not make that
+longer."""
+
 _EXPIRE_NODES = 2000
 """Looked at by one sweep for what is kept no longer: few enough for requests not to notice."""
 
@@ -73,7 +78,7 @@ class Tier:
     start_threshold : float
         Share of the slots in use, above which ``evict_ahead`` frees slots.
     ratio : float
-        Share of the slots that one batch frees.
+        Share of the slots that one batch frees, up to ``_MOST_AT_ONCE``.
     """
 
     def __init__(
@@ -161,42 +166,42 @@ class Tier:
         What a batch of evictions has just freed does not count: taking it would only bring the next batch on.
         """
         limit, capacity = self._quotas.limit(group, self.slots.capacity), self.slots.capacity
-        kept_free = capacity - int(self._start_threshold * capacity) + int(self._ratio * capacity)
+        kept_free = capacity - int(self._start_threshold * capacity) + self._batch()
         room = self.slots.num_free - kept_free
         return max(0, room if limit == capacity else min(room, limit - self._used(tree, group)))
 
     def _used(self, tree: RadixTree, group: int) -> int:
         return int(tree.ranking(self.number).blocks()[group].sum())
 
-    def _trim(self, tree: RadixTree, group: int, most: int, now: float) -> int:
-        """Evict what a group has beyond ``most`` blocks."""
-        excess = self._used(tree, group) - most
+    def _trim(self, tree: RadixTree, group: int, most: int, now: float, limit: int = sys.maxsize) -> int:
+        """Evict what a group has beyond ``most`` blocks, or ``limit`` blocks of that."""
+        excess = min(limit, self._used(tree, group) - most)
         if excess <= 0:
             return 0
         self._tell(tree)
         return self._evict_from(tree, group, excess, now, Fate.OVER_QUOTA)
 
     def evict_ahead(self, tree: RadixTree, now: float) -> int:
-        """Free what is kept no longer or exceeds a limit, and a batch of slots if fewer than the watermark are free;
-        returns how many."""
+        """Free some of what is kept no longer or exceeds a limit, and a batch of slots if fewer than the watermark are
+        free; returns how many."""
         freed, capacity = self._sweep_expired(tree, now), self.slots.capacity
         for group in range(len(self._quotas)):       # what was found on disk counts as others' until it is used
             if (limit := self._quotas.limit(group, capacity)) < capacity:
-                freed += self._trim(tree, group, limit, now)
+                freed += self._trim(tree, group, limit, now, _MOST_AT_ONCE)
         if capacity - self.slots.num_free <= self._start_threshold * capacity:
             return freed
-        return freed + self.evict(tree, self._batch(), now)
+        return freed + self.evict(tree, max(1, self._batch()), now)
 
     def _sweep_expired(self, tree: RadixTree, now: float) -> int:
         if not any(math.isfinite(ttl_s) for ttl_s in self._quotas.ttl_s):
             return 0
-        expired = tree.expire(self.number, now, _EXPIRE_NODES)
+        expired = tree.expire(self.number, now, _EXPIRE_NODES, _MOST_AT_ONCE)
         self.slots.free(expired)
         self._expired += len(expired)
         return len(expired)
 
     def _batch(self) -> int:
-        return max(1, int(self._ratio * self.slots.capacity))
+        return min(_MOST_AT_ONCE, int(self._ratio * self.slots.capacity))
 
     # ---- the policy -------------------------------------------------------------------------------------------
 

@@ -69,7 +69,9 @@ class CacheConfig(_Settings):
     evict_start_threshold: float = setting(
         0.98, "Share of a tier, host or SSD, in use from which blocks are evicted ahead of need.", low=0.0, high=1.0
     )
-    evict_ratio: float = setting(0.01, "Share of a tier that one batch of evictions frees.", low=0.0, high=1.0)
+    evict_ratio: float = setting(
+        0.01, "Share of a tier that one batch of evictions frees; 4,096 blocks at most.", low=0.0, high=1.0
+    )
     hit_reward_seconds: float = setting(
         0.0, "Frequency-aware grace time: each hit lets a block count as this much younger. Not with adaptive.",
         unit="s", low=0.0,

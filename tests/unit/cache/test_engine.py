@@ -68,6 +68,20 @@ def test_hits_buy_time() -> None:
         assert cache.match(keys_of((survivor,))).num_ready == 1
 
 
+def test_requests_do_not_wait_for_a_batch_that_grows_with_the_tier() -> None:
+    cache, rng = engine(20_000, threshold=0.9, ratio=0.5), np.random.default_rng(0)
+
+    def put_new(count: int) -> int:
+        plan = cache.begin_put(rng.integers(1 << 63, size=(count, 2), dtype=np.uint64), 0, count)
+        cache.end_put(plan, np.ones(len(plan), dtype=np.bool_))
+        return len(plan)
+
+    assert put_new(19_000) == 19_000
+    assert [cache.evict_ahead() for _ in range(2)] == [4096, 0]
+    assert put_new(5_097) == 5_097                                          # one more than are free
+    assert cache.stats()["free_slots"] == 4095
+
+
 def test_eviction_ahead_of_need_frees_a_batch_at_the_watermark() -> None:
     cache = engine(100, threshold=0.8, ratio=0.1)
     for i in range(80):
