@@ -10,7 +10,7 @@ DEBUG = os.environ.get("FLEXKV_BUILD_DEBUG", "") == "1"
 SANITIZE = os.environ.get("FLEXKV_BUILD_SANITIZE", "")  # "address,undefined" or "thread"
 
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-sign-compare"]
-FLAGS += ["-O1", "-g", "-DFLEXKV_DEBUG=1"] if DEBUG or SANITIZE else ["-O3"]
+FLAGS += ["-O1", "-g", "-DFLEXKV_DEBUG=1"] if DEBUG or SANITIZE else ["-O3", "-g0"]
 FLAGS += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"] if SANITIZE else []
 LINK = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 
