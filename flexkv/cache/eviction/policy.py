@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flexkv._core.ghosts import Ghosts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
     """What goes next.
 
