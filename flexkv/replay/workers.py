@@ -139,7 +139,7 @@ def _shared(trace: Trace) -> Iterator["SharedTrace"]:
     try:
         with tempfile.TemporaryFile() as file:
             for array in arrays:
-                file.write(array.data.cast("B"))
+                array.tofile(file)
             file.flush()
             yield SharedTrace(
                 f"/proc/{os.getpid()}/fd/{file.fileno()}", trace.name, trace.block_tokens, trace.is_timed,
