@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import cast
 
@@ -109,6 +109,7 @@ def _workers(shared: "SharedTrace", count: int) -> Iterator[list[Connection]]:
     """A connection to each of so many processes, which are ended at the end."""
     context = get_context("spawn")
     processes, connections = [], []
+    resource_tracker.ensure_running()                    # else the first start does it, and lets interrupts through
     # An interrupt from the keyboard goes to all processes of the terminal; it is this one that ends the others.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
