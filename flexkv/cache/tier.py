@@ -211,6 +211,8 @@ class Tier:
 
     def _tell(self, tree: RadixTree) -> None:
         ranking = tree.ranking(self.number)
+        if ranking.num_waiting == 0:
+            return
         events = ranking.drain()
         try:
             if len(self._policies) == 1:
