@@ -50,6 +50,7 @@ cdef class Ranking:
     cdef Arena changed_arena
     cdef int32_t *changed
     cdef int32_t num_changed
+    cdef object few_events            # array that ``drain`` gives out again and again
     cdef uint32_t order
     cdef double latest                # rank of what was spared last
 

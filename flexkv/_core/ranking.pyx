@@ -32,6 +32,9 @@ RETURN_DTYPE = np.dtype([("value", "f8"), ("event", "u4"), ("mark", "u4"), ("blo
 
 assert RETURN_DTYPE.itemsize == sizeof(Return)
 
+cdef enum:
+    FEW = 1024                         # events that one array is kept for: making one takes as long as filling it
+
 INT64, FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 
 
@@ -219,8 +222,11 @@ cdef class Ranking:
     def drain(self):
         """Nodes that were used, or came to the tier, since the last call; (n,) of ``EVENT_DTYPE``. The policy ranks
         them, and gives them back to ``place``. The rank of new ones is when they came, in seconds, and
-        their key that of the first block that came with them, though they may have been split since."""
-        events_array = np.empty(self.num_changed, EVENT_DTYPE)
+        their key that of the first block that came with them, though they may have been split since. The array is good
+        until the next call."""
+        if self.few_events is None:
+            self.few_events = np.empty(FEW, EVENT_DTYPE)
+        events_array = self.few_events if self.num_changed <= FEW else np.empty(self.num_changed, EVENT_DTYPE)
         cdef Event *events = <Event *>data_of(events_array, True)
         cdef int32_t i, n = 0
         cdef int t = self.tier
