@@ -55,11 +55,11 @@ def test_no_room_for_the_trace_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def command(tmp_path: Path) -> "Iterator[subprocess.Popen[str]]":
-    """A command that takes long, with a process group of its own; it has workers, and has printed a line."""
+    """A command with much left to do, and a process group of its own; it has workers, and has printed a line."""
     choose, path = random.Random(2), tmp_path / "trace"
     path.write_text("".join(
         json.dumps({"timestamp": i, "hash_ids": [choose.randrange(9), *range(1000 * i, 1000 * i + 5)]}) + "\n"
-        for i in range(20_000)
+        for i in range(2000)
     ))
     with subprocess.Popen(
         [sys.executable, "-m", "flexkv.cli", "replay", str(path), "--policy", "all", "--jobs", "2", "--json"],
