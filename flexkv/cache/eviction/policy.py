@@ -78,7 +78,8 @@ class EvictionPolicy(ABC):
         ----------
         events : (n,) of ``flexkv._core.ranking.EVENT_DTYPE``
             Times are in seconds on the engine's clock. Not to be kept. To be changed in place: ``rank`` (of new ones:
-            when they came to the tier); ``queue``, ``lives`` (how often it is spared), ``mark`` (the policy's own, 0 at first).
+            when they came to the tier); ``queue``, ``lives`` (how often it is spared), ``mark`` (the policy's own, 0 at
+            first).
         """
 
     def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:  # noqa: B027
