@@ -22,8 +22,9 @@ usage: flexkv COMMAND [OPTIONS]
 
 flexkv COMMAND --help tells more."""
 
+_SIGINT_STATUS = 128 + signal.SIGINT
 _SIGPIPE_STATUS = 128 + signal.SIGPIPE
-"""Of a process that writes to a pipe that nobody reads, as shells tell it."""
+"""Of a process that was interrupted, or that writes to a pipe that nobody reads, as shells tell it."""
 
 
 def _demo(argv: list[str]) -> int:
@@ -97,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlexKVError as error:
         print(f"flexkv {args[0]}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return _SIGINT_STATUS
     except BrokenPipeError:              # whoever reads the output, head say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # else the interpreter tries to write the rest as it exits
         return _SIGPIPE_STATUS

@@ -14,6 +14,15 @@ cdef struct Piece:
     uint8_t queue
 
 
+cdef class Pieces:
+    cdef Piece *items
+    cdef Py_ssize_t size
+    cdef Py_ssize_t capacity
+
+    cdef int reserve(self, Py_ssize_t more) except -1
+    cdef void add(self, const Piece *piece) noexcept nogil
+
+
 cdef class EvictableNodes(NodeStore):
     cdef double *ttl                  # seconds, of each group; NULL: none expires
     cdef readonly int num_groups
@@ -26,6 +35,6 @@ cdef class EvictableNodes(NodeStore):
                                   int64_t *first) noexcept nogil
     cdef bint is_held(self, Node *p, int tier) noexcept nogil
     cdef bint spare(self, int32_t node, Ranking ranking, int spare_to, double now) noexcept nogil
-    cdef int evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
-                        Piece *piece, uint32_t why) noexcept nogil
+    cdef bint evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
+                         Piece *piece, uint32_t why) noexcept nogil
     cdef int check_tier(self, int tier) except -1

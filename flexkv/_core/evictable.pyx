@@ -4,7 +4,9 @@ import numpy as np
 from libc.math cimport INFINITY, nextafter
 from libc.stdint cimport int64_t, uint8_t, uint16_t
 from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy
 
+from flexkv._core.buffers cimport data_of
 from flexkv._core.node cimport Node
 from flexkv._core.nodes cimport WHY_EVICTED, WHY_EXPIRED, NodeStore
 from flexkv._core.ranking cimport Heap, Ranking
@@ -29,6 +31,44 @@ PIECE_DTYPE = np.dtype(
 )
 
 assert PIECE_DTYPE.itemsize == sizeof(Piece)
+
+INT32 = np.dtype(np.int32)
+
+
+cdef class Pieces:
+    """What went, piece by piece. Those of one node that follow one another are one."""
+
+    def __dealloc__(self):
+        free(self.items)
+
+    def __len__(self):
+        return self.size
+
+    def array(self):
+        """(n,) of ``PIECE_DTYPE``: a copy."""
+        pieces = np.empty(self.size, PIECE_DTYPE)
+        if self.size:
+            memcpy(data_of(pieces, True), self.items, self.size * sizeof(Piece))
+        return pieces
+
+    cdef int reserve(self, Py_ssize_t more) except -1:
+        cdef Piece *items
+        if self.size + more > self.capacity:
+            items = <Piece *>realloc(self.items, sizeof(Piece) * <size_t>(self.size + more))
+            if items == NULL:
+                raise MemoryError("no memory for a list of what goes")
+            self.items, self.capacity = items, self.size + more
+        return 0
+
+    cdef void add(self, const Piece *piece) noexcept nogil:
+        """For which there is room."""
+        cdef uint32_t before = 0
+        if self.size and self.items[self.size - 1].node == piece.node:
+            self.size -= 1
+            before = self.items[self.size].blocks
+        self.items[self.size] = piece[0]
+        self.items[self.size].blocks += before
+        self.size += 1
 
 
 cdef class EvictableNodes(NodeStore):
@@ -132,7 +172,7 @@ cdef class EvictableNodes(NodeStore):
         return count
 
     def evict(self, int tier, int group, int queue, Py_ssize_t want, double now, int64_t leave=0,
-              int spare_to=-1, uint32_t why=WHY_EVICTED, double below=INFINITY):
+              int spare_to=-1, uint32_t why=WHY_EVICTED, double below=INFINITY, Pieces pieces=None):
         """Free up to ``want`` slots of a queue of ``tier``, in the order of rank, each node from its end on.
 
         Blocks that are pinned or being written stay, and so do the blocks before them.
@@ -150,43 +190,44 @@ cdef class EvictableNodes(NodeStore):
             For those who ask for the block: evicted or over quota.
         below : float
             Only nodes of a lower rank go.
+        pieces : Pieces, optional
+            What goes is added to it.
 
         Returns
         -------
-        slots : ndarray of int32
-            That are free now. Fewer than wanted also where something may go from another queue from which nothing
-            could: it is for the policy to choose again.
-        pieces : (n,) of ``PIECE_DTYPE``
-            What went, piece by piece.
+        ndarray of int32
+            The slots that are free now. Fewer than wanted also where something may go from another queue from which
+            nothing could: it is for the policy to choose again.
         """
         cdef Ranking ranking = self.ranking(tier)
         if not 0 <= group < self.num_groups or not 0 <= queue < ranking.num_queues or spare_to >= ranking.num_queues:
             raise ValueError(f"group {group}, queue {queue}, spare to {spare_to}: there are {self.num_groups} groups "
                              f"of {ranking.num_queues} queues")
         want = max(min(want, self.num_blocks), 0)
+        out_array = np.empty(want, INT32)
         if want == 0:
-            return np.empty(0, dtype=np.int32), np.empty(0, dtype=PIECE_DTYPE)
-        out_array = np.empty(want, dtype=np.int32)
-        pieces_array = np.empty(want, dtype=PIECE_DTYPE)
-        cdef int32_t[::1] out = out_array
-        cdef uint8_t[::1] raw = pieces_array.view(np.uint8)
-        cdef Piece *pieces = <Piece *>&raw[0]
-        cdef Py_ssize_t count = 0, num_pieces = 0, spared = 0
-        cdef int num_active = ranking.num_active(group)
+            return out_array
+        cdef bint is_listed = pieces is not None
+        if is_listed:
+            pieces.reserve(want)
+        cdef int32_t *out = <int32_t *>data_of(out_array, True)
+        cdef Piece piece
+        cdef Py_ssize_t count = 0, spared = 0
+        cdef int num_active = ranking.num_active[group]
         cdef Heap *heap = &ranking.heaps[group * ranking.num_queues + queue]
         with nogil:
             self.tick(now)
             while count < want and heap.size and heap.entries[0].rank < below and heap.blocks > leave and (
-                    spared < MAX_SPARED) and (ranking.num_queues == 1 or ranking.num_active(group) <= num_active):
+                    spared < MAX_SPARED) and ranking.num_active[group] <= num_active:
                 if self.spare(heap.entries[0].node, ranking, spare_to, now):
                     spared += 1
                     continue
-                num_pieces += self.evict_node(
-                    heap.entries[0].node, tier, min(want, count + heap.blocks - leave), &out[0], &count,
-                    &pieces[num_pieces], why)
+                if self.evict_node(heap.entries[0].node, tier, min(want, count + heap.blocks - leave), out,
+                                   &count, &piece, why) and is_listed:
+                    pieces.add(&piece)
         if FLEXKV_CHECKS:
             self.check_integrity()
-        return out_array[:count], pieces_array[:num_pieces]
+        return out_array[:count]
 
     cdef bint is_held(self, Node *p, int tier) noexcept nogil:
         """Whether the last block that a node has on the tier is pinned or being written."""
@@ -207,9 +248,9 @@ cdef class EvictableNodes(NodeStore):
         ranking.settle(node)
         return True
 
-    cdef int evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
-                        Piece *piece, uint32_t why) noexcept nogil:
-        """Returns how many pieces went: one or none."""
+    cdef bint evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
+                         Piece *piece, uint32_t why) noexcept nogil:
+        """Returns whether a piece of it went."""
         cdef Node *p = &self.nodes[node]
         cdef int64_t first = 0
         piece.node, piece.rank, piece.mark, piece.queue = node, p.rank[tier], p.mark[tier], p.queue[tier]

@@ -15,6 +15,7 @@ import numpy as np
 from libc.math cimport INFINITY, NAN
 from libc.string cimport memcpy, memset
 
+from flexkv._core.buffers cimport data_of
 from flexkv._core.evictable cimport EvictableNodes
 from flexkv._core.node cimport Node
 from flexkv._core.nodes cimport WHY_EXPIRED, WHY_FAILED, Forgotten
@@ -29,6 +30,8 @@ cdef extern from *:
     #endif
     """
     enum: FLEXKV_CHECKS
+
+INT8, INT32 = np.dtype(np.int8), np.dtype(np.int32)      # an array is made sooner of a dtype than of its name
 
 cdef enum:
     ROOT = 0
@@ -73,6 +76,25 @@ cdef class Match:
         self.tiers = tiers
 
 
+def by_position(Py_ssize_t n, const int32_t[::1] blocks not None, const int32_t[::1] slots not None,
+                const uint8_t[::1] chosen=None):
+    """(n,) int32: the slots ((m,) int32) of blocks at these positions ((m,) int32), -1 elsewhere; of those ``chosen``
+    ((m,) bool) alone, if it is given."""
+    cdef Py_ssize_t i, m = blocks.shape[0]
+    cdef bint all_of_them = chosen is None
+    if slots.shape[0] != m or not (all_of_them or chosen.shape[0] == m):
+        raise ValueError(f"{slots.shape[0]} slots for {m} blocks, or not as many to choose from")
+    placed_array = np.empty(n, INT32)
+    cdef int32_t *placed = <int32_t *>data_of(placed_array, True)
+    memset(placed, 0xff, 4 * n)
+    for i in range(m):
+        if not 0 <= blocks[i] < n:
+            raise ValueError(f"block {blocks[i]} of {n}")
+        if all_of_them or chosen[i]:
+            placed[blocks[i]] = slots[i]
+    return placed_array
+
+
 cdef class RadixTree(EvictableNodes):
     """Radix tree of at most ``max_blocks`` blocks on ``num_tiers`` tiers (tier 0 is the fastest).
 
@@ -96,14 +118,13 @@ cdef class RadixTree(EvictableNodes):
             raise ValueError(f"group {group}: there are {self.num_groups}")
         cdef Py_ssize_t n = keys.shape[0], ready = 0
         cdef uint32_t reason
-        slots_array = np.empty(n, dtype=np.int32)
-        tiers_array = np.empty(n, dtype=np.int8)
-        cdef int32_t[::1] slots = slots_array
-        cdef int8_t[::1] tiers = tiers_array
+        slots_array, tiers_array = np.empty(n, INT32), np.empty(n, INT8)
+        cdef int32_t *slots = <int32_t *>data_of(slots_array, True)
+        cdef int8_t *tiers = <int8_t *>data_of(tiers_array, True)
         if n == 0:
             return Match(0, 0, FULL_HIT, slots_array, tiers_array)
         with nogil:
-            reason = self.match_ready(&keys[0, 0], n, now, group, &slots[0], &tiers[0], &ready)
+            reason = self.match_ready(&keys[0, 0], n, now, group, slots, tiers, &ready)
         since = self.began + (reason >> 4) if reason & 15 > MISSING else NAN
         return Match(n, ready, reason & 15, slots_array[:ready], tiers_array[:ready], since)
 
@@ -152,8 +173,8 @@ cdef class RadixTree(EvictableNodes):
         cdef int32_t node = ROOT
         cdef Node *p
         cdef int t
-        out_array = np.empty(n, dtype=np.int32)
-        cdef int32_t[::1] out = out_array
+        out_array = np.empty(n, INT32)
+        cdef int32_t *out = <int32_t *>data_of(out_array, True)
         with nogil:
             while pos < n:
                 m = self.advance(&keys[0, 0], n, pos, &node)

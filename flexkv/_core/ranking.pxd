@@ -47,15 +47,16 @@ cdef class Ranking:
     cdef int num_queues
     cdef int num_heaps
     cdef Heap *heaps
+    cdef int *num_active              # of each group: queues that have something that may go
     cdef Arena changed_arena
     cdef int32_t *changed
     cdef int32_t num_changed
+    cdef object few_events            # array that ``drain`` gives out again and again
     cdef uint32_t order
     cdef double latest                # rank of what was spared last
 
     cdef void bind(self, Node *nodes, int tier, int32_t max_nodes)
     cdef int configure(self, int num_groups, int num_queues) except -1
-    cdef int num_active(self, int group) noexcept nogil
     cdef Heap *heap_of(self, Node *p) noexcept nogil
     cdef void count(self, Node *p, int64_t blocks) noexcept nogil
     cdef void change(self, int32_t node, bint is_new) noexcept nogil

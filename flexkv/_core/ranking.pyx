@@ -7,11 +7,13 @@ an eviction costs does not depend on how much is cached.
 """
 import numpy as np
 
+from libc.math cimport INFINITY
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
 from flexkv._core.arena cimport Arena
+from flexkv._core.buffers cimport data_of
 from flexkv._core.ghosts cimport Ghost, Ghosts
 from flexkv.errors import InvariantError
 
@@ -31,6 +33,11 @@ RETURN_DTYPE = np.dtype([("value", "f8"), ("event", "u4"), ("mark", "u4"), ("blo
 
 assert RETURN_DTYPE.itemsize == sizeof(Return)
 
+cdef enum:
+    FEW = 1024                         # events that one array is kept for: making one takes as long as filling it
+
+INT64, FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
+
 
 cdef class Ranking:
     """Heaps of one tier. What is ``cdef`` is called by the tree; the caller locks.
@@ -43,6 +50,7 @@ cdef class Ranking:
         for i in range(self.num_heaps):
             free(self.heaps[i].entries)
         free(self.heaps)
+        free(self.num_active)
 
     cdef void bind(self, Node *nodes, int tier, int32_t max_nodes):
         self.nodes = nodes
@@ -59,11 +67,18 @@ cdef class Ranking:
             raise InvariantError("the queues of a tier cannot be changed while it holds blocks")
         if num_heaps < self.num_heaps:
             raise InvariantError(f"{num_groups} groups: they can only become more")
+        cdef int old_groups = self.num_heaps // max(self.num_queues, 1)
+        cdef int *num_active = <int *>realloc(self.num_active, sizeof(int) * num_groups)
+        if num_active != NULL:
+            self.num_active = num_active
         cdef Heap *heaps = <Heap *>realloc(self.heaps, sizeof(Heap) * num_heaps)
-        if heaps == NULL:
+        if heaps != NULL:
+            self.heaps = heaps
+        if heaps == NULL or num_active == NULL:
             raise MemoryError("no memory for the index")
         memset(heaps + self.num_heaps, 0, sizeof(Heap) * (num_heaps - self.num_heaps))
-        self.heaps, self.num_heaps, self.num_queues = heaps, num_heaps, num_queues
+        memset(num_active + old_groups, 0, sizeof(int) * (num_groups - old_groups))
+        self.num_heaps, self.num_queues = num_heaps, num_queues
         return 0
 
     # ---- called by the tree -----------------------------------------------------------------------------------
@@ -74,13 +89,6 @@ cdef class Ranking:
     cdef inline void count(self, Node *p, int64_t blocks) noexcept nogil:
         """So many blocks of a node have come to the tier (or, if negative, have gone)."""
         self.heap_of(p).blocks += blocks
-
-    cdef int num_active(self, int group) noexcept nogil:
-        """How many queues of a group have something that may go."""
-        cdef int i, active = 0
-        for i in range(group * self.num_queues, (group + 1) * self.num_queues):
-            active += self.heaps[i].size > 0
-        return active
 
     cdef void change(self, int32_t node, bint is_new) noexcept nogil:
         """The policy has to be told of a node."""
@@ -126,6 +134,7 @@ cdef class Ranking:
                 heap.capacity = 2 * heap.capacity + 64
             at = heap.size
             heap.size += 1
+            self.num_active[p.group] += heap.size == 1
             entry.rank = p.rank[t]
             entry.node = node
         entry.order = self.order
@@ -142,6 +151,7 @@ cdef class Ranking:
         heap = self.heap_of(p)
         p.heap_at[self.tier] = 0
         heap.size -= 1
+        self.num_active[p.group] -= heap.size == 0
         if at < heap.size:
             self.up(heap, at, heap.entries[heap.size])
 
@@ -214,10 +224,11 @@ cdef class Ranking:
         """Nodes that were used, or came to the tier, since the last call; (n,) of ``EVENT_DTYPE``. The policy ranks
         them, and gives them back to ``place``. The rank of new ones is when they came, in seconds, and
         their key that of the first block that came with them, though they may have been split since. ``has_copy``: what
-        the tier holds of it is ready on the tier below as well."""
-        events_array = np.zeros(self.num_changed, dtype=EVENT_DTYPE)
-        cdef uint8_t[::1] raw = events_array.view(np.uint8)
-        cdef Event *events = <Event *>&raw[0] if self.num_changed else NULL
+        the tier holds of it is ready on the tier below as well. The array is good until the next call."""
+        if self.few_events is None:
+            self.few_events = np.empty(FEW, EVENT_DTYPE)
+        events_array = self.few_events if self.num_changed <= FEW else np.empty(self.num_changed, EVENT_DTYPE)
+        cdef Event *events = <Event *>data_of(events_array, True)
         cdef int32_t i, n = 0
         cdef int t = self.tier
         cdef Node *p
@@ -244,17 +255,16 @@ cdef class Ranking:
         """Which pieces of ``ghosts`` are back in new nodes of ``events``, as ``drain`` gave them; they are no ghosts
         any more. (n,) of ``RETURN_DTYPE``: number of the event, and of the piece ``value``, ``mark`` and the
         blocks that are back."""
-        cdef uint8_t[::1] raw = events.view(np.uint8)
-        cdef const Event *told = <Event *>&raw[0] if len(events) else NULL
-        cdef Py_ssize_t i, n = len(events), count = 0, limit
+        cdef const Event *told = <const Event *>data_of(events)
+        cdef Py_ssize_t i, n = len(events), count = 0, limit = 0
         cdef uint32_t block, step
         cdef uint64_t at
         cdef Ghost *ghost
         cdef Node *p
-        limit = min(int(events["length"][events["is_new"]].sum()), ghosts.last - ghosts.first)
-        returns_array = np.empty(limit + 1, dtype=RETURN_DTYPE)
-        cdef uint8_t[::1] raw_returns = returns_array.view(np.uint8)
-        cdef Return *returns = <Return *>&raw_returns[0]
+        for i in range(n):
+            limit += told[i].length if told[i].is_new else 0
+        returns_array = np.empty(min(limit, <Py_ssize_t>(ghosts.last - ghosts.first)), RETURN_DTYPE)
+        cdef Return *returns = <Return *>data_of(returns_array, True)
         with nogil:
             for i in range(n):
                 if not told[i].is_new:
@@ -276,14 +286,14 @@ cdef class Ranking:
 
     def place(self, events):
         """Take over ``rank``, ``queue``, ``mark`` and ``lives`` of what ``drain`` gave."""
-        cdef uint8_t[::1] raw = events.view(np.uint8)
-        cdef Event *placed = <Event *>&raw[0] if len(events) else NULL
+        cdef const Event *placed = <const Event *>data_of(events)
         cdef Py_ssize_t i, n = len(events)
         cdef int t = self.tier
-        cdef Event *e
+        cdef const Event *e
         cdef Node *p
-        if len(events) and events["queue"].max() >= self.num_queues:
-            raise InvariantError(f"queue {events['queue'].max()}: there are {self.num_queues}")
+        for i in range(n):
+            if placed[i].queue >= self.num_queues:
+                raise InvariantError(f"queue {placed[i].queue}: there are {self.num_queues}")
         with nogil:
             for i in range(n):
                 e = &placed[i]
@@ -295,25 +305,35 @@ cdef class Ranking:
 
     def blocks(self):
         """(groups, queues) int64: blocks that each queue has on the tier."""
-        return np.array([self.heaps[i].blocks for i in range(self.num_heaps)]).reshape(-1, self.num_queues)
+        out = np.empty((self.num_heaps // self.num_queues, self.num_queues), INT64)
+        cdef int64_t *counts = <int64_t *>data_of(out, True)
+        cdef int i
+        for i in range(self.num_heaps):
+            counts[i] = self.heaps[i].blocks
+        return out
 
-    def heads(self, int group):
-        """(queues,) float64: the lowest rank in each queue of a group; infinite where nothing may go."""
-        cdef Heap *heap
-        out = np.full(self.num_queues, np.inf)
-        cdef double[::1] ranks = out
+    def any_may_go(self, int group):
+        """Whether any node of a group may go."""
+        return self.num_active[group] > 0
+
+    def queues(self, int group):
+        """Of each queue of a group: its blocks ((queues,) int64), as ``blocks`` has them, and the lowest rank
+        ((queues,) float64), infinite where nothing may go."""
+        cdef const Heap *heaps = &self.heaps[group * self.num_queues]
+        blocks, heads = np.empty(self.num_queues, INT64), np.empty(self.num_queues, FLOAT64)
+        cdef int64_t *counts = <int64_t *>data_of(blocks, True)
+        cdef double *ranks = <double *>data_of(heads, True)
         cdef int i
         for i in range(self.num_queues):
-            heap = &self.heaps[group * self.num_queues + i]
-            if heap.size:
-                ranks[i] = heap.entries[0].rank
-        return out
+            counts[i] = heaps[i].blocks
+            ranks[i] = heaps[i].entries[0].rank if heaps[i].size else INFINITY
+        return blocks, heads
 
     def check_integrity(self, Py_ssize_t num_nodes):
         """Raise InvariantError unless the heaps hold what they should, in order."""
         cdef int32_t node, at
         cdef Py_ssize_t i, in_heaps = 0
-        cdef int t = self.tier
+        cdef int t = self.tier, active
         cdef Heap *heap
         cdef Node *p
         counted = np.zeros(self.num_heaps, dtype=np.int64)
@@ -342,6 +362,10 @@ cdef class Ranking:
                     raise InvariantError(f"queue {i}: place {at} is wrong")
         if in_heaps:
             raise InvariantError("a heap holds what it should not")
+        for i in range(self.num_heaps // self.num_queues):
+            active = sum(self.heaps[i * self.num_queues + queue].size > 0 for queue in range(self.num_queues))
+            if active != self.num_active[i]:
+                raise InvariantError(f"group {i}: {active} queues may go, {self.num_active[i]} counted")
 
 
 cdef inline bint goes_first(const Entry *a, const Entry *b) noexcept nogil:

@@ -8,6 +8,7 @@ import numpy as np
 from libc.stdint cimport int32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
+from flexkv._core.buffers cimport data_of
 from flexkv.errors import InvariantError
 
 cdef extern from *:
@@ -23,6 +24,8 @@ cdef extern from *:
     #endif
     """
     enum: FLEXKV_CHECKS
+
+INT32 = np.dtype(np.int32)
 
 cdef enum:
     SEARCH_RUNS = 256          # free runs looked at for one that is long enough
@@ -120,12 +123,12 @@ cdef class SlotAllocator:
             raise ValueError(f"allocate {count} slots")
         if count > self.num_free:
             return None
-        out_array = np.empty(count, dtype=np.int32)
+        out_array = np.empty(count, INT32)
         if count == 0:
             return out_array
-        cdef int32_t[::1] out = out_array
+        cdef int32_t *out = <int32_t *>data_of(out_array, True)
         with nogil:
-            self.take(&out[0], count)
+            self.take(out, count)
         if FLEXKV_CHECKS:
             self.check_integrity()
         return out_array

@@ -65,6 +65,6 @@ class FilledTree:
         events = ranking.drain()
         self._policy.place(events)
         ranking.place(events)
-        freed, _ = self.tree.evict(0, 0, 0, count, self.now)
+        freed = self.tree.evict(0, 0, 0, count, self.now)
         if len(freed) != count:
             raise AssertionError(f"{len(freed)} slots were freed, not {count}")

@@ -186,12 +186,12 @@ class GlobalCacheEngine:
         with self._lock:
             keys, now = keys[:stop], self._tick()
             absent = absent_blocks(self._tree, self._ssd, keys)
-            num_known = max(0, (int(absent[0]) if len(absent) else len(keys)) - start)
-            room = len(absent)
+            first = int(absent[0]) if len(absent) else len(keys)
+            num_known, room = max(0, first - start), len(absent)
             if room and not self._host.has_room(self._tree, room, group):
-                # not at the cost of the prefix that the new blocks are to follow
-                room = self._host.make_room(self._tree, room, group, now, keep=keys[: absent[0]])
-                absent = absent_blocks(self._tree, self._ssd, keys)
+                room = self._host.make_room(self._tree, room, group, now, keep=keys[:first])   # what they follow stays
+                if len(absent) < len(keys) - first:      # some behind it were there
+                    absent = absent_blocks(self._tree, self._ssd, keys)
             if len(absent) and absent[0] < start:
                 absent = absent[:0]
             slots = self._host.slots.allocate(min(len(absent), room, self._host.slots.num_free))

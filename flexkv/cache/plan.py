@@ -1,4 +1,7 @@
-"""What one get, put, fetch or write-back will move: made by ``GlobalCacheEngine``, carried out by the data plane."""
+"""What one get, put, fetch or write-back will move: made by ``GlobalCacheEngine``, carried out by the data plane.
+
+Plans are not to be changed. They are not frozen, since each request makes some, and that takes four times as long.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import RadixTree
+from flexkv._core.radix import RadixTree, by_position
 from flexkv.cache.reasons import StopReason
 
 IN_PLACE = -2
@@ -35,7 +38,7 @@ NOTHING = MatchResult(0, StopReason.NEVER_SEEN)
 """Of an index that is not there yet."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class BlocksOfSequence:
     """Some blocks of a sequence.
 
@@ -67,15 +70,10 @@ class BlocksOfSequence:
         self, slots: NDArray[np.int32], chosen: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int32]:
         """(n,) int32: the slot ((m,) int32) at each chosen block's position, -1 elsewhere, as the index wants it."""
-        placed = np.full(len(self.keys), -1, dtype=np.int32)
-        if chosen is None:
-            placed[self.blocks] = slots
-        else:
-            placed[self.blocks[chosen]] = slots[chosen]
-        return placed
+        return by_position(len(self.keys), self.blocks, slots, chosen)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class DirectPlan(BlocksOfSequence):
     """Blocks that go straight between SSD and the GPU, and have no host slot. Of a get they are ready on SSD and
     pinned with it, of a put in state writing there; until ``end_direct_get`` or ``end_put``.
@@ -88,7 +86,7 @@ class DirectPlan(BlocksOfSequence):
     ssd_slots: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PutPlan(BlocksOfSequence):
     """Blocks that have a host slot each, in state writing, until ``end_put``. If there are none, ``keys`` are those of
     the blocks that were there already.
@@ -128,7 +126,7 @@ class PutPlan(BlocksOfSequence):
         return np.append(self.slots, np.full(len(self.direct), IN_PLACE, dtype=np.int32))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class FetchPlan(BlocksOfSequence):
     """Blocks that are ready on SSD and on their way to host slots, in state writing there, until ``end_fetch``. The
     SSD slots are pinned.
@@ -144,7 +142,7 @@ class FetchPlan(BlocksOfSequence):
     fetch_id: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class WritePlan(BlocksOfSequence):
     """Blocks that are ready in host slots and on their way to SSD slots, in state writing there, until ``end_write``.
     The host slots are pinned.
@@ -176,7 +174,7 @@ class Join:
     theirs: NDArray[np.intp]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class GetPlan:
     """Blocks ``[start, stop)`` of a sequence, pinned until ``end_get``.
 

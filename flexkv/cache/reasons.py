@@ -43,3 +43,7 @@ class StopReason(enum.IntEnum):
     """It is on SSD, and computing it is sooner done than loading it, or loading is switched off."""
     OUT_OF_SERVICE = 10
     """It is on SSD, and that disk takes no reads or writes for now."""
+
+
+STOP_REASONS = tuple(StopReason)
+"""By number; sooner than ``StopReason(number)``."""

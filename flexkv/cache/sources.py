@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from flexkv._core.radix import Match, RadixTree
 from flexkv.cache.fetches import FetchTable
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import STOP_REASONS, StopReason
 from flexkv.cache.tier import HOST, SSD, SsdTier
 
 _NOWHERE = np.zeros(0, dtype=np.intp)
@@ -48,9 +48,8 @@ def find_sources(
     choose: bool, host_only: bool = False,
 ) -> Sources:
     """Sources of what ``match`` found for ``keys``; ``choose`` and ``host_only`` as in ``begin_get``."""
-    found = Sources(match.num_ready, StopReason(match.reason), match.slots, _NOWHERE, match.since)
-    is_slow = match.tiers[start:] != HOST
-    if ssd is None or not is_slow.any():
+    found = Sources(match.num_ready, STOP_REASONS[match.reason], match.slots, _NOWHERE, match.since)
+    if ssd is None or not (is_slow := match.tiers[start:] != HOST).any():
         return found
     found.slots = slots = tree.slots(keys[: found.stop], HOST)
     taken = is_slow & (slots[start:] >= 0)

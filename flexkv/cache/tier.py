@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv._core.evictable import Pieces
 from flexkv._core.radix import RadixTree
 from flexkv._core.ranking import Ranking
 from flexkv._core.slots import SlotAllocator
@@ -52,6 +53,8 @@ class Slots(Protocol):
 
 MakePolicy = Callable[[int], EvictionPolicy]
 """A policy for so many blocks."""
+
+_THE_ONLY_QUEUE = Choice()
 
 _NO_KEYS = np.zeros((0, 2), dtype=np.uint64)
 
@@ -149,9 +152,10 @@ class Tier:
     ) -> None:
         """Blocks of a plan that are ``ok`` become ready in their ``slots``, the others absent."""
         # After a reset too: its tree offers nothing, and lets go of a slot when nobody reads it any more.
-        if ok.any():
+        num_written = np.count_nonzero(ok)
+        if num_written:
             plan.tree.set_ready(plan.keys, plan.by_position(slots, ok), self.number)
-        if not ok.all():
+        if num_written < len(ok):
             plan.tree.drop(plan.keys, plan.by_position(slots, ~ok), self.number, failed=True)
             self.slots.free(slots[~ok])
 
@@ -212,6 +216,8 @@ class Tier:
 
     def _tell(self, tree: RadixTree) -> None:
         ranking = tree.ranking(self.number)
+        if ranking.num_waiting == 0:
+            return
         events = ranking.drain()
         try:
             if len(self._policies) == 1:
@@ -246,30 +252,26 @@ class Tier:
 
     def _evict_from(self, tree: RadixTree, group: int, want: int, now: float, why: Fate) -> int:
         policy, ranking, freed = self._policies[group], tree.ranking(self.number), 0
-        gone: list[NDArray[np.void]] = []
-        choice = Choice()
-        while freed < want:
+        gone, choice = Pieces() if policy.wants_pieces else None, _THE_ONLY_QUEUE
+        while freed < want and ranking.any_may_go(group):
             if policy.num_queues > 1:
-                blocks, heads = ranking.blocks()[group], ranking.heads(group)
-                if not np.isfinite(heads).any():
-                    break
+                blocks, heads = ranking.queues(group)
                 choice = policy.choose(blocks, heads)
-            slots, pieces = tree.evict(
+            slots = tree.evict(
                 self.number, group, choice.queue, want - freed, now, choice.leave, choice.spare_to, why,
-                choice.below,
+                choice.below, gone,
             )
             self.slots.free(slots)
             freed += len(slots)
-            gone.append(pieces)
             if len(slots):
                 continue
             if policy.num_queues == 1:
                 break
-            if (ranking.heads(group) == heads).all() and (ranking.blocks()[group] == blocks).all():
+            if all(map(np.array_equal, ranking.queues(group), (blocks, heads))):
                 raise InvariantError(f"{type(policy).__name__} chooses {choice}, from where nothing can go")
         self._evicted += freed
-        if policy.wants_pieces and freed:
-            policy.evicted(_merged(np.concatenate(gone)))
+        if gone is not None and freed:
+            policy.evicted(gone.array())
         return freed
 
     def sweep(self, tree: RadixTree) -> None:
@@ -297,14 +299,6 @@ class Tier:
             )
         if any(self.slots.is_free(int(slot)) for slot in held):
             raise InvariantError(f"tier {self.number}: a block holds a slot that is free")
-
-
-def _merged(pieces: NDArray[np.void]) -> NDArray[np.void]:
-    """Those of one node, which follow one another, as one."""
-    first = np.flatnonzero(np.append(True, pieces["node"][1:] != pieces["node"][:-1]))
-    merged: NDArray[np.void] = pieces[np.append(first[1:], len(pieces)) - 1]
-    merged["blocks"] = np.add.reduceat(pieces["blocks"], first)
-    return merged
 
 
 def no_slots() -> Slots:

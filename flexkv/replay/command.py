@@ -1,26 +1,28 @@
 """The command ``flexkv replay``."""
 
 import argparse
-from collections.abc import Iterator
+import os
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from flexkv.cache.eviction import POLICIES
 from flexkv.config import CacheConfig
 from flexkv.errors import ConfigError
-from flexkv.replay.bounds import optimal_hits, unbounded_hits
+from flexkv.replay.bounds import unbounded_hits
 from flexkv.replay.curves import plot, plotting_library
 from flexkv.replay.model import Model, find_model
-from flexkv.replay.progress import progress
 from flexkv.replay.reader import read_trace
 from flexkv.replay.report import Line, show_json, show_table
-from flexkv.replay.simulation import Outcome, Simulation
+from flexkv.replay.simulation import Outcome
 from flexkv.replay.trace import Trace
+from flexkv.replay.workers import OPT, Task, outcomes
 
 _SWEEP = 8
 """Capacities that are tried if none is given: each half the next, up to all that the trace has."""
 
-_ALWAYS = ("opt", "unbounded")
+_ALWAYS = (OPT, "unbounded")
 """Are printed whether they are asked for or not."""
 
 _PAGE_BYTES = 4096
@@ -44,25 +46,31 @@ def main(argv: list[str]) -> int:
         plotting_library()           # before the work, not after it
     lines: list[Line] = []
 
-    def results() -> Iterator[Line]:
+    def results() -> Generator[Line]:
         for path in args.trace:
             trace = read_trace(path, args.block_tokens)
-            for line in replay(trace, policies, _capacities(args, trace, model), model, args.ssd_admission == "all"):
-                lines.append(line)
-                yield line
+            capacities = _capacities(args, trace, model)
+            with closing(
+                replay(trace, policies, capacities, model, args.ssd_admission == "all", args.jobs)
+            ) as of_trace:
+                for line in of_trace:
+                    lines.append(line)
+                    yield line
 
-    if args.json:
-        show_json(results())
-    else:
-        show_table(results(), _optional_columns(args, model))
+    with closing(results()) as shown:
+        if args.json:
+            show_json(shown)
+        else:
+            show_table(shown, _optional_columns(args, model))
     if args.plot:
         plot(lines, args.plot)
     return 0
 
 
 def replay(
-    trace: Trace, policies: list[str], capacities: list[Capacity], model: Model | None = None, write_all: bool = False
-) -> Iterator[Line]:
+    trace: Trace, policies: list[str], capacities: list[Capacity], model: Model | None = None, write_all: bool = False,
+    jobs: int = 1,
+) -> Generator[Line]:
     """Replay a trace with each policy at each capacity, and beside them what none can do better.
 
     Parameters
@@ -71,17 +79,18 @@ def replay(
         Needed for SSD tiers, and to tell what was saved.
     write_all : bool
         What is written to SSD, as ``SsdWriter``.
+    jobs : int
+        Processes that share the work.
     """
     size = trace.block_tokens
+    work = []
     for capacity in capacities:
-        for policy in policies:
-            # more slots than different blocks make no difference
-            host, ssd = (min(tokens // size, trace.num_distinct) for tokens in (capacity.host, capacity.ssd))
-            with progress(trace.num_requests, f"{trace.name} {policy}") as bar:
-                outcome = Simulation(policy, max(1, host), ssd, write_all).run(trace, bar)
-            yield _line(trace, policy, capacity, outcome, model)
-        hits = optimal_hits(trace, capacity.host // size + capacity.ssd // size)
-        yield _line(trace, "opt", capacity, Outcome(hits), model)
+        # more slots than different blocks make no difference
+        host, ssd = (min(tokens // size, trace.num_distinct) for tokens in (capacity.host, capacity.ssd))
+        work += [(capacity, Task(policy, max(1, host), ssd, write_all)) for policy in [*policies, OPT]]
+    with closing(outcomes(trace, [task for _, task in work], jobs)) as results:
+        for (capacity, task), outcome in zip(work, results, strict=True):
+            yield _line(trace, task.policy, capacity, outcome, model)
     yield _line(trace, "unbounded", Capacity(trace.num_distinct * size), Outcome(unbounded_hits(trace)), model)
 
 
@@ -130,6 +139,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model", metavar="NAME", help="tells bytes of KV and speed of prefill, as in docs/sizing.md")
     parser.add_argument("--kv-bytes-per-token", type=_whole, metavar="N", help="instead of the model's")
     parser.add_argument("--prefill-tokens-per-s", type=_positive, metavar="N", help="instead of the model's")
+    parser.add_argument("--jobs", type=_whole, metavar="N", default=len(os.sched_getaffinity(0)),
+                        help="processes that replay side by side (default: processors, %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw hit rate over capacity")
     args = parser.parse_args(argv)

@@ -27,6 +27,8 @@ class Trace:
         The blocks of request ``i`` are ``[starts[i], starts[i + 1])``.
     keys : (n, 2) uint64
         Key of each block, chained over its prefix. A request never has a key twice.
+    next_use : (n,) int64
+        Where in ``keys`` each block comes next; -1: never again.
     is_timed : bool
         The trace has times; else its requests are a second apart.
     """
@@ -36,6 +38,7 @@ class Trace:
     seconds: NDArray[np.float64]
     starts: NDArray[np.int64]
     keys: NDArray[np.uint64]
+    next_use: NDArray[np.int64]
     is_timed: bool = True
 
     @property
@@ -47,16 +50,6 @@ class Trace:
     def num_blocks(self) -> int:
         """Blocks of all requests."""
         return len(self.keys)
-
-    @cached_property
-    def next_use(self) -> NDArray[np.int64]:
-        """(n,) int64: where in ``keys`` each block comes next; -1: never again."""
-        order = np.argsort(self.keys[:, 0], kind="stable")
-        in_order = self.keys[order, 0]
-        again = in_order[1:] == in_order[:-1]
-        uses = np.full(len(order), -1, dtype=np.int64)
-        uses[order[:-1][again]] = order[1:][again]
-        return uses
 
     @cached_property
     def num_distinct(self) -> int:
@@ -97,7 +90,17 @@ def make_trace(
     np.cumsum([len(sequence) for sequence in chosen], out=starts[1:])
     ids = np.concatenate([*chosen, np.zeros(0, dtype=np.uint64)])
     low = ids if are_keys else _chained(ids, starts)
-    return Trace(name, block_tokens, times, starts, np.stack([low, _mix(low)], axis=1), seconds is not None)
+    keys = np.stack([low, _mix(low)], axis=1)
+    return Trace(name, block_tokens, times, starts, keys, _next_use(low), seconds is not None)
+
+
+def _next_use(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    order = np.argsort(keys, kind="stable")
+    in_order = keys[order]
+    again = in_order[1:] == in_order[:-1]
+    uses = np.full(len(order), -1, dtype=np.int64)
+    uses[order[:-1][again]] = order[1:][again]
+    return uses
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexkv._core.evictable import Pieces
 from flexkv._core.radix import RadixTree
 from flexkv.errors import InvariantError
 
@@ -77,8 +78,9 @@ class Pair:
         events["rank"] = events["last_access"] * (1 if seed % 2 else -1)
         ranking.place(events)
         self.now += 1
-        slots, pieces = self.tree.evict(0, 0, 0, seed, self.now)
-        assert pieces["blocks"].sum() == len(slots)
+        gone = Pieces()
+        slots = self.tree.evict(0, 0, 0, seed, self.now, pieces=gone)
+        assert gone.array()["blocks"].sum() == len(slots)
         for slot in slots:
             self.model.evict(int(slot))
 

@@ -23,13 +23,14 @@ class ARC(EvictionPolicy):
         self._ghosts = (Ghosts(capacity), Ghosts(capacity))
 
     def place(self, events: NDArray[np.void]) -> None:
-        new = events["is_new"]
-        for queue in (RECENT, FREQUENT):
-            back = new.copy()
-            back[new] = np.isfinite(self._ghosts[queue].take(events["first_key"][new]))
-            if back.any():
-                self._came_back(queue, int(events["length"][back].sum()))
-                events["queue"][back] = FREQUENT
+        new = events["is_new"].nonzero()[0]
+        if len(new):
+            keys = events["first_key"][new]
+            for queue in (RECENT, FREQUENT):
+                back = new[np.isfinite(self._ghosts[queue].take(keys))]
+                if len(back):
+                    self._came_back(queue, int(events["length"][back].sum()))
+                    events["queue"][back] = FREQUENT
         events["queue"][events["new_hits"] > 0] = FREQUENT
         events["rank"] = events["last_access"] + self.hit_reward_seconds * events["hits"]
 

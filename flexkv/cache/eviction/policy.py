@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flexkv._core.ghosts import Ghosts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
     """What goes next.
 
@@ -77,8 +77,9 @@ class EvictionPolicy(ABC):
         Parameters
         ----------
         events : (n,) of ``flexkv._core.ranking.EVENT_DTYPE``
-            Times are in seconds on the engine's clock. To be changed in place: ``rank`` (of new ones: when they came
-            to the tier); ``queue``, ``lives`` (how often it is spared), ``mark`` (the policy's own, 0 at first).
+            Times are in seconds on the engine's clock. Not to be kept. To be changed in place: ``rank`` (of new ones:
+            when they came to the tier); ``queue``, ``lives`` (how often it is spared), ``mark`` (the policy's own, 0 at
+            first).
         """
 
     def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:  # noqa: B027

@@ -30,7 +30,7 @@ class S3FIFO(EvictionPolicy):
         self._ghosts = Ghosts(capacity)
 
     def place(self, events: NDArray[np.void]) -> None:
-        new = events["is_new"]
+        new = events["is_new"].nonzero()[0]
         known = np.isfinite(self._ghosts.take(events["first_key"][new]))
         events["queue"][new] = np.where(known, MAIN, SMALL)
         events["lives"] = np.minimum(events["lives"] + events["new_hits"], _MAX_LIVES)

@@ -4,8 +4,9 @@ import gc
 import weakref
 
 import numpy as np
+import pytest
 
-from flexkv._core.radix import RadixTree
+from flexkv._core.radix import RadixTree, by_position
 
 
 class Owner:
@@ -25,3 +26,16 @@ def test_a_tree_in_a_cycle_is_collected() -> None:
     del owner
     gc.collect()
     assert gone() is None
+
+
+def test_slots_by_position() -> None:
+    blocks, slots = np.array([1, 3], dtype=np.int32), np.array([7, 8], dtype=np.int32)
+    assert by_position(5, blocks, slots).tolist() == [-1, 7, -1, 8, -1]
+    assert by_position(4, blocks, slots, np.array([False, True])).tolist() == [-1, -1, -1, 8]
+    assert by_position(0, blocks[:0], slots[:0]).tolist() == []
+    with pytest.raises(ValueError, match="block 3 of 3"):
+        by_position(3, blocks, slots)
+    with pytest.raises(ValueError, match="1 slots for 2 blocks"):
+        by_position(5, blocks, slots[:1])
+    with pytest.raises(ValueError, match="not as many to choose from"):
+        by_position(5, blocks, slots, np.ones(3, dtype=np.bool_))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from flexkv._core.evictable import Pieces
 from flexkv._core.radix import RadixTree
 from flexkv._core.ranking import Ranking
 from flexkv.errors import InvariantError
@@ -39,8 +40,9 @@ def test_any_ranks_come_out_in_order() -> None:
     tree.check_integrity()
     rank_of = dict(zip(events["node"].tolist(), events["rank"].tolist(), strict=True))
     rank_of.update(zip(moved["node"].tolist(), moved["rank"].tolist(), strict=True))
-    _, pieces = tree.evict(0, 0, 0, 1000, 300.0)
-    gone = [rank_of[node] for node in pieces["node"].tolist()]
+    pieces = Pieces()
+    tree.evict(0, 0, 0, 1000, 300.0, pieces=pieces)
+    gone = [rank_of[node] for node in pieces.array()["node"].tolist()]
     assert gone == sorted(rank_of.values())
     assert tree.num_blocks == 0
 
@@ -68,19 +70,47 @@ def test_queues_leave_and_spare() -> None:
         put(tree, (i, i), i)
     ranking = tree.ranking(0)
     place(ranking, lives=[1, 0, 0, 0])
-    slots, _ = tree.evict(0, 0, 0, 10, 7.0, leave=3, spare_to=1)
+    slots = tree.evict(0, 0, 0, 10, 7.0, leave=3, spare_to=1)
     assert slots.tolist() == []                             # 0 was spared; now the other queue could be chosen
-    slots, _ = tree.evict(0, 0, 0, 10, 7.0, leave=3, spare_to=1)
+    slots = tree.evict(0, 0, 0, 10, 7.0, leave=3, spare_to=1)
     assert slots.tolist() == [101, 100, 201]
     assert ranking.blocks().tolist() == [[3, 2]]
-    slots, pieces = tree.evict(0, 0, 1, 10, 8.0, spare_to=1)
+    slots = tree.evict(0, 0, 1, 10, 8.0, spare_to=1)
     assert slots.tolist() == [1, 0]
-    assert pieces["blocks"].tolist() == [2]
     put(tree, (9,), 9.0)
     with pytest.raises(InvariantError, match="queue 9"):
         place(ranking, queue=9)
     with pytest.raises(ValueError, match="queue 5"):
         tree.evict(0, 0, 5, 1, 9.0)
+
+
+def test_a_node_that_goes_bit_by_bit_is_one_piece() -> None:
+    tree, pieces = RadixTree(100), Pieces()
+    put(tree, (1, 1, 1), 1.0)
+    put(tree, (2, 2), 2.0)
+    place(tree.ranking(0))
+    for want in (2, 2, 0):
+        tree.evict(0, 0, 0, want, 3.0, pieces=pieces)
+    first_keys = [keys_of((1,))[0, 0], keys_of((2, 2))[1, 0]]
+    assert pieces.array()[["first_key", "blocks"]].tolist() == [(first_keys[0], 3), (first_keys[1], 1)]
+    tree.evict(0, 0, 0, 10, 3.0)                            # nobody asked
+    assert len(pieces) == 2
+    assert len(Pieces().array()) == 0
+
+
+def test_the_queues_of_a_group() -> None:
+    tree = RadixTree(100)
+    tree.configure([2])
+    ranking = tree.ranking(0)
+    assert not ranking.any_may_go(0)
+    put(tree, (1, 1, 1), 1.0)
+    put(tree, (2, 2), 2.0)
+    place(ranking, queue=[1, 1])
+    blocks, heads = ranking.queues(0)
+    assert (blocks.tolist(), heads.tolist()) == ([0, 5], [np.inf, 1.0])
+    assert ranking.any_may_go(0)
+    tree.evict(0, 0, 1, 5, 3.0)
+    assert not ranking.any_may_go(0)
 
 
 def test_what_is_pinned_is_passed_over_and_goes_later() -> None:
@@ -89,10 +119,10 @@ def test_what_is_pinned_is_passed_over_and_goes_later() -> None:
     put(tree, (2,), 2.0)
     place(tree.ranking(0))
     tree.pin(keys_of((1,)), 0, 1)
-    assert tree.evict(0, 0, 0, 5, 3.0)[0].tolist() == [200]
-    assert tree.evict(0, 0, 0, 5, 3.0)[0].tolist() == []
+    assert tree.evict(0, 0, 0, 5, 3.0).tolist() == [200]
+    assert tree.evict(0, 0, 0, 5, 3.0).tolist() == []
     tree.unpin(keys_of((1,)), 0, 1)
-    assert tree.evict(0, 0, 0, 5, 3.0)[0].tolist() == [100]
+    assert tree.evict(0, 0, 0, 5, 3.0).tolist() == [100]
 
 
 def test_groups_have_their_own_order_and_age() -> None:

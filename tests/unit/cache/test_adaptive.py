@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexkv._core.evictable import Pieces
 from flexkv._core.ghosts import Ghosts
 from flexkv._core.radix import RadixTree
 from flexkv._core.ranking import EVENT_DTYPE, RETURN_DTYPE
@@ -153,9 +154,10 @@ def test_only_what_ranks_below_goes() -> None:
         tree.set_ready(keys, slots, 0)
     ranking = tree.ranking(0)
     ranking.place(ranking.drain())
-    slots, pieces = tree.evict(0, 0, 0, 100, 9.0, below=2.0)
+    pieces = Pieces()
+    slots = tree.evict(0, 0, 0, 100, 9.0, below=2.0, pieces=pieces)
     assert sorted(slots.tolist()) == list(range(10))
-    assert pieces["rank"].tolist() == [0.0, 1.0]
+    assert pieces.array()["rank"].tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("parts", [[20], [2, 20], [2, 9, 20]])

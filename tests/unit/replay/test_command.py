@@ -24,7 +24,7 @@ def trace(tmp_path: Path) -> str:
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> list[dict[str, Any]]:
-    assert main(["replay", *args, "--json"]) == 0
+    assert main(["replay", "--jobs", "1", *args, "--json"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     return [json.loads(line) for line in out.splitlines()]
@@ -40,6 +40,11 @@ def test_one_line_for_each_policy_and_capacity(trace: str, capsys: pytest.Captur
         {**same, "policy": "opt", "capacity_tokens": 48, "hit_rate": 0.5},
         {**same, "policy": "unbounded", "capacity_tokens": 48, "hit_rate": 0.5},
     ]
+
+
+def test_lines_are_the_same_with_more_jobs(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = trace, trace, "--policy", "all", "--capacity-tokens", "32,48"
+    assert run(capsys, *args, "--jobs", "3") == run(capsys, *args)
 
 
 def test_the_references_alone(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,11 +76,11 @@ def test_sizes_of_both_tiers_from_a_model(trace: str, capsys: pytest.CaptureFixt
 
 
 def test_the_table_has_the_columns_that_apply(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["replay", trace, "--capacity-tokens", "32,48"]) == 0
+    assert main(["replay", trace, "--capacity-tokens", "32,48", "--jobs", "1"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split() == ["trace", "policy", "tokens", "hit", "rate"]
     assert ["small.jsonl", "opt", "32", "0.5000"] in [row.split() for row in rows]
-    assert main(["replay", trace, "--host-gb", "0.1", "--ssd-gb", "1", "--model", "qwen3-8b"]) == 0
+    assert main(["replay", trace, "--host-gb", "0.1", "--ssd-gb", "1", "--model", "qwen3-8b", "--jobs", "1"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert "drive writes/day" in head
     assert len({len(row) for row in rows[:1]} | {len(head)}) == 1
@@ -86,7 +91,7 @@ def test_the_curves(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     capacities = [line["capacity_tokens"] for line in lines if line["policy"] == "lru"]
     assert capacities == [BLOCK, 3 * BLOCK, 6 * BLOCK, 12 * BLOCK]      # eight, where there are so many
-    assert main(["replay", trace, "--plot", str(tmp_path / "no" / "curve.png")]) == 1
+    assert main(["replay", trace, "--jobs", "1", "--plot", str(tmp_path / "no" / "curve.png")]) == 1
     assert "cannot be written" in capsys.readouterr().err
 
 
@@ -106,6 +111,7 @@ WRONG = {
     "--host-gb 1e-9 --model qwen3-8b": "a block of this trace takes",
     "--model nothing": "is not one of",
     "--capacity-tokens 0": "usage",
+    "--jobs 0": "usage",
     "--capacity-tokens 1,x": "invalid list of whole numbers",
     "--host-gb -1 --model qwen3-8b": "usage",
     "--host-gb 1": "needs --model",

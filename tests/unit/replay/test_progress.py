@@ -15,16 +15,19 @@ class Terminal(io.StringIO):
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with progress(3, "trace lru") as done:
+    with progress(3, "trace") as bar:
         for _ in range(3):
-            done(1)
-    assert "trace lru" in sys.stderr.getvalue()
+            bar.update(1)
+        bar.clear()
+        assert sys.stderr.getvalue().endswith("\r")         # nothing is left on the line
+    assert "trace" in sys.stderr.getvalue()
 
 
 def test_silence_elsewhere_and_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream in (io.StringIO(), Terminal()):
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setitem(sys.modules, "tqdm", None)
-        with progress(3, "trace lru") as done:
-            done(1)
+        with progress(3, "trace") as bar:
+            bar.update(1)
+            bar.clear()
         assert stream.getvalue() == ""
