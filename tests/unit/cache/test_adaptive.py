@@ -1,5 +1,6 @@
 """The policy that learns what is used again."""
 
+import heapq
 from dataclasses import fields
 
 import numpy as np
@@ -122,6 +123,21 @@ def test_the_same_requests_have_the_same_hits() -> None:
         return [cache.request(talk(int(rng.zipf(1.3)) % 200, int(rng.integers(1, 40))), 0.7 * i) for i in range(2000)]
 
     assert hits() == hits()
+
+
+def test_at_another_pace_the_hits_are_the_same() -> None:
+    """Agents that are answered after 1 to 4 paces, beside people who take 30 on average."""
+    hits = {}
+    for pace_s in (0.05, 1.6, 51.2):
+        rng, cache, hits[pace_s] = np.random.default_rng(4), Cache(400), 0
+        due = [(float(name), name, 20) for name in range(40)]
+        for _ in range(6000):
+            now, name, length = heapq.heappop(due)
+            hits[pace_s] += cache.request(talk(name, length), now * pace_s)
+            gap = float(rng.uniform(1, 4)) if name % 2 else float(rng.exponential(30))
+            goes_on = length < 40
+            heapq.heappush(due, (now + gap, name, length + 2) if goes_on else (now + gap, name + 40, 20))
+    assert max(hits.values()) < 1.02 * min(hits.values()), hits
 
 
 def test_what_came_back_is_found_piece_by_piece() -> None:
