@@ -23,3 +23,4 @@ cdef class Ghosts:
     cdef uint64_t find(self, uint64_t key) noexcept nogil
     cdef void remove(self, uint64_t hole) noexcept nogil
     cdef void drop_first(self) noexcept nogil
+    cdef void add_one(self, uint64_t key, uint32_t blocks, double value, uint32_t mark) noexcept nogil

@@ -55,30 +55,29 @@ cdef class Ghosts:
             self.remove(self.find(ghost.key))
         self.first += 1
 
-    def add(self, const uint64_t[:] keys not None, const uint32_t[:] blocks not None, const double[:] values not None,
-            const uint32_t[:] marks=None):
+    def add(self, const uint64_t[:] keys not None, const uint32_t[:] blocks not None, const double[:] values not None):
         """Pieces ((n,) each) have gone; ``blocks`` of at least one."""
         cdef Py_ssize_t i, n = keys.shape[0]
-        cdef uint64_t at
-        cdef Ghost *ghost
-        cdef bint marked = marks is not None
-        if blocks.shape[0] != n or values.shape[0] != n or (marked and marks.shape[0] != n):
-            raise ValueError(f"{n} keys, {blocks.shape[0]} counts, {values.shape[0]} values, or not as many marks")
+        if blocks.shape[0] != n or values.shape[0] != n:
+            raise ValueError(f"{n} keys, {blocks.shape[0]} counts, {values.shape[0]} values")
         with nogil:
             for i in range(n):
-                at = self.find(keys[i])
-                if self.table[at]:
-                    self.remove(at)
-                    at = self.find(keys[i])
-                if self.last - self.first == self.size:
-                    self.drop_first()
-                    at = self.find(keys[i])
-                ghost = &self.ring[self.last & (self.size - 1)]
-                ghost.key, ghost.value, ghost.blocks = keys[i], values[i], max(1, blocks[i])
-                ghost.mark = marks[i] if marked else 0
-                self.table[at] = <int32_t>((self.last & (self.size - 1)) + 1)
-                self.last += 1
-                self.num_blocks += ghost.blocks
+                self.add_one(keys[i], blocks[i], values[i], 0)
+
+    cdef void add_one(self, uint64_t key, uint32_t blocks, double value, uint32_t mark) noexcept nogil:
+        cdef uint64_t at = self.find(key)
+        cdef Ghost *ghost
+        if self.table[at]:
+            self.remove(at)
+            at = self.find(key)
+        if self.last - self.first == self.size:
+            self.drop_first()
+            at = self.find(key)
+        ghost = &self.ring[self.last & (self.size - 1)]
+        ghost.key, ghost.value, ghost.blocks, ghost.mark = key, value, max(1, blocks), mark
+        self.table[at] = <int32_t>((self.last & (self.size - 1)) + 1)
+        self.last += 1
+        self.num_blocks += ghost.blocks
 
     def take(self, const uint64_t[:] keys not None):
         """(n,) float64: the value of each key, which is no longer here then; nan where it was not."""

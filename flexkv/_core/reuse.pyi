@@ -1,7 +1,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv._core.ghosts import Ghosts
+
 NUM_QUEUES: int
+
+def remember(pieces: NDArray[np.void], ghosts: Ghosts) -> None: ...
 
 class ReuseStatistics:
     has_learned: bool

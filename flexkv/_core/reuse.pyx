@@ -20,7 +20,12 @@ from libc.math cimport INFINITY, fabs, fmax, fmin, log2, nextafter, sqrt
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.string cimport memset
 
+from flexkv._core.buffers cimport data_of
+from flexkv._core.evictable cimport Piece
+from flexkv._core.ghosts cimport Ghosts
 from flexkv._core.ranking cimport Event, Return
+
+INT64 = np.dtype(np.int64)
 
 cdef enum:
     SHARES = 3                         # how much of the request was never seen before
@@ -92,6 +97,27 @@ cdef inline double price_of(const Event *e) noexcept nogil:
     return LOAD_PRICE if e.has_copy else 1
 
 
+cdef void sort_by_time(const Event *events, Py_ssize_t n, int64_t *order) noexcept nogil:
+    """The numbers of events by their last use; they come nearly in that order."""
+    cdef Py_ssize_t i, at
+    for i in range(n):
+        at = i
+        while at > 0 and events[order[at - 1]].last_access > events[i].last_access:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = i
+
+
+def remember(pieces, Ghosts ghosts not None):
+    """``pieces`` ((n,) of ``PIECE_DTYPE``) have gone: ``ghosts`` keep their last use and mark, for
+    ``ReuseStatistics.place`` to count if they come back."""
+    cdef const Piece *gone = <const Piece *>data_of(pieces)
+    cdef Py_ssize_t i, n = len(pieces)
+    with nogil:
+        for i in range(n):
+            ghosts.add_one(gone[i].first_key, gone[i].blocks, fabs(gone[i].rank), gone[i].mark)
+
+
 cdef class ReuseStatistics:
     """Of one tier and quota group: 100 KB, however much is cached. The caller locks."""
     cdef double[CLASSES][AGES] again      # blocks that were used again at an age, by what that was worth
@@ -123,21 +149,26 @@ cdef class ReuseStatistics:
         ----------
         events : (n,) of ``EVENT_DTYPE``
         returns : (m,) of ``RETURN_DTYPE``
-            What of new nodes was evicted before, with its last use as value, and its mark.
+            What of new nodes was evicted before, in the order of events, with its last use as value, and its mark.
         """
-        cdef Py_ssize_t i, first = 0, n = len(events)
+        cdef Py_ssize_t i, first = 0, n = len(events), num_returns = len(returns)
         if n == 0:
             return
-        cdef int64_t[::1] order = np.argsort(events["last_access"], kind="stable")
-        cdef int64_t[::1] firsts = np.searchsorted(returns["event"], np.arange(n + 1, dtype=np.uint32))
-        cdef uint8_t[::1] raw = events.view(np.uint8)
-        cdef uint8_t[::1] raw_returns = returns.view(np.uint8)
-        cdef Event *all_events = <Event *>&raw[0]
-        cdef const Return *all_returns = <const Return *>&raw_returns[0] if len(returns) else NULL
+        scratch = np.empty(2 * n + 1, INT64)
+        cdef int64_t *order = <int64_t *>data_of(scratch, True)
+        cdef int64_t *firsts = order + n                # of each event: its first return
+        cdef Event *all_events = <Event *>data_of(events, True)
+        cdef const Return *all_returns = <const Return *>data_of(returns)
         with nogil:
+            sort_by_time(all_events, n, order)
+            firsts[0] = 0
+            for i in range(n):
+                firsts[i + 1] = firsts[i]
+                while firsts[i + 1] < num_returns and all_returns[firsts[i + 1]].event == <uint32_t>i:
+                    firsts[i + 1] += 1
             for i in range(1, n + 1):
                 if i == n or all_events[order[i]].last_access > all_events[order[first]].last_access:
-                    self.operation(all_events, &order[first], i - first, all_returns, &firsts[0])
+                    self.operation(all_events, &order[first], i - first, all_returns, firsts)
                     first = i
             if self.operations >= self.due:
                 self.due = self.operations + PERIOD

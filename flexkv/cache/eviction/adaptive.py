@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from flexkv._core.ghosts import Ghosts
 from flexkv._core.ranking import RETURN_DTYPE
-from flexkv._core.reuse import NUM_QUEUES, ReuseStatistics
+from flexkv._core.reuse import NUM_QUEUES, ReuseStatistics, remember
 from flexkv.cache.eviction.policy import Choice, EvictionPolicy
 
 _GHOST_SHARE = 8
@@ -44,4 +44,4 @@ class Adaptive(EvictionPolicy):
         return Choice(queue, below=below)
 
     def evicted(self, pieces: NDArray[np.void]) -> None:
-        self.ghosts.add(pieces["first_key"], pieces["blocks"], np.abs(pieces["rank"]), pieces["mark"])
+        remember(pieces, self.ghosts)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexkv._core.evictable import Pieces
+from flexkv._core.evictable import PIECE_DTYPE, Pieces
 from flexkv._core.ghosts import Ghosts
 from flexkv._core.radix import RadixTree
 from flexkv._core.ranking import EVENT_DTYPE, RETURN_DTYPE
-from flexkv._core.reuse import NUM_QUEUES, ReuseStatistics
+from flexkv._core.reuse import NUM_QUEUES, ReuseStatistics, remember
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU, POLICIES, Adaptive, EvictionPolicy
 from flexkv.config import CacheConfig
@@ -143,8 +143,9 @@ def test_at_another_pace_the_hits_are_the_same() -> None:
 def test_what_came_back_is_found_piece_by_piece() -> None:
     tree, ghosts, keys = RadixTree(100), Ghosts(64), keys_of(talk(1, 10))
     tree.insert(keys, np.arange(10, dtype=np.int32), 0, 1.0)
-    firsts = np.ascontiguousarray(keys[[0, 3, 8], 0])
-    ghosts.add(firsts, np.array([3, 4, 5], dtype=np.uint32), np.array([1.0, 2.0, 3.0]), np.array([7, 8, 9], np.uint32))
+    gone = np.zeros(3, dtype=PIECE_DTYPE)
+    gone["first_key"], gone["blocks"], gone["rank"], gone["mark"] = keys[[0, 3, 8], 0], [3, 4, 5], [1, -2, 3], [7, 8, 9]
+    remember(gone, ghosts)
     ranking = tree.ranking(0)
     returns = ranking.returned(ranking.drain(), ghosts)
     assert returns[["mark", "blocks", "value"]].tolist() == [(7, 3, 1.0), (8, 4, 2.0)]     # from 7 on it is new
