@@ -59,7 +59,8 @@ def serve(engine: Engine, seeds: range) -> None:
 @pytest.mark.parametrize("how", ["errors", "broken", "short", "hangs", "comes and goes"])
 def test_what_host_memory_has_is_served(tmp_path: Path, how: str) -> None:
     trouble = Trouble()
-    with Engine(tmp_path, 8 << 20, make_store=trouble.make_store) as engine:
+    # LRU: what adaptive keeps depends on times, and so on how busy the machine is
+    with Engine(tmp_path, 8 << 20, make_store=trouble.make_store, eviction_policy="lru") as engine:
         try:
             serve_in_trouble(engine, trouble, how)
         finally:
@@ -88,4 +89,4 @@ def serve_in_trouble(engine: Engine, trouble: Trouble, how: str) -> None:
             engine.load(100, max(1, engine.offered(100)), must=False)
     trouble.share, trouble.short_share = 0.0, 0.0
     trouble.go_on.set()
-    engine.manager.wait(prefetches, completely=True)
+    engine.manager.wait([task for task in prefetches if task is not None], completely=True)
