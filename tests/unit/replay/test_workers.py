@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def command(tmp_path: Path) -> "Iterator[subprocess.Popen[str]]":
     with subprocess.Popen(
         [sys.executable, "-m", "flexkv.cli", "replay", str(path), "--policy", "all", "--jobs", "2", "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),    # a test run in the background ignores it
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("{")
