@@ -199,9 +199,12 @@ class KVBlocks:
     def prefetch_blocks(self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0) -> int | None:
         """Bring blocks of a sequence from there on into host memory; the task ends when they are there. None: too much
         is being brought there already."""
-        if self._tiering is not None and self._tiering.fetches_enough:
+        if self._fetches_enough():
             return None
         return self._tasks.prefetch(self._cache, keys, 0, start_block, group)
+
+    def _fetches_enough(self) -> bool:
+        return self._tiering is not None and self._tiering.fetches_enough
 
     def put_blocks(
         self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0, group: int = 0

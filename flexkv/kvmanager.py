@@ -167,7 +167,8 @@ class KVManager(KVBlocks):
         self._refuse_swa(swa_aware)
         tokens = np.asarray(token_ids)
         return self._tasks.prefetch(
-            self._cache, self._keys(tokens, namespace, None), len(tokens), group=self.group(namespace)
+            self._cache, self._keys(tokens, namespace, None), len(tokens), group=self.group(namespace),
+            host_only=self._fetches_enough(),
         )
 
     def _refuse_swa(self, swa_aware: bool) -> None:

@@ -303,12 +303,11 @@ class TaskTable:
 
     def prefetch(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int, start: int = 0,
-        group: int = 0,
+        group: int = 0, host_only: bool = False,
     ) -> int:
-        """A task that ends when all blocks that can be had are in host memory, however long that takes to load. Those
-        on SSD stay there where they need not come to host memory, or too much does already."""
-        tiering = self._tiering
-        host_only = tiering is not None and (tiering.loads_directly or tiering.fetches_enough)
+        """A task that ends when all blocks that can be had are in host memory, however long that takes to load;
+        ``host_only``: those that are there now."""
+        host_only = host_only or (self._tiering is not None and self._tiering.loads_directly)   # need not come there
         task = self.new_get(cache, keys, start, None, num_tokens, choose=False, host_only=host_only, group=group)
         self._await_arrival(task)
         return task.task_id

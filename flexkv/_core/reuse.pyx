@@ -62,7 +62,7 @@ cdef double MIN_LEFT = 0.005           # of a class are thought never to be used
 cdef double DECAY = 0.99               # each period; half of it is 7,000 operations ago
 cdef double RISE = 1.1                 # of the density from first use to eviction, for the newest to go first
 cdef double NEAR_PRICE = 1.05          # times what goes now: a new one of that density would be among the next anyway
-cdef double LOAD_PRICE = 0.02           # of a hit that the tier below would have given too: a load, not a computation
+cdef double LOAD_PRICE = 0.02          # of a hit that the tier below would have given too: a load, not a computation
 cdef double PRICE_WEIGHT = 0.05        # of the latest eviction
 
 
