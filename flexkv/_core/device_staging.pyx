@@ -108,27 +108,22 @@ cdef class DeviceStaging:
         finally:
             self.device.leave()
 
-    def gather(self, const int32_t[::1] pages not None):
-        """Copy ``pages`` ((n,) int32) to slots 0 to n - 1. Returns the XXH3-64 of each slot, (n,) uint64; CudaError."""
-        cdef int n = pages.shape[0]
-        self.check_range("page", pages, self.num_pages)
-        self.check_count(n)
-        self.run(NULL, &pages[0] if n else NULL, n, True)
-        return self.checksums(n)
+    def gather(self, const int32_t[::1] slots not None, const int32_t[::1] pages not None):
+        """Copy pages ((n,) int32) to slots ((n,) int32); CudaError."""
+        self.copy(slots, pages, True)
 
     def scatter(self, const int32_t[::1] slots not None, const int32_t[::1] pages not None):
         """Copy slots ((n,) int32) to pages ((n,) int32); CudaError."""
+        self.copy(slots, pages, False)
+
+    cdef copy(self, const int32_t[::1] slots, const int32_t[::1] pages, bint gather):
         cdef int n = pages.shape[0]
-        if slots.shape[0] != n:
-            raise ValueError(f"{slots.shape[0]} slots for {n} pages")
+        if slots.shape[0] != n or n > self.num_slots:
+            raise ValueError(f"{slots.shape[0]} slots of {self.num_slots} for {n} pages")
         self.check_range("slot", slots, self.num_slots)
         self.check_range("page", pages, self.num_pages)
-        self.check_count(n)
-        self.run(&slots[0] if n else NULL, &pages[0] if n else NULL, n, False)
-
-    cdef check_count(self, int count):
-        if count > self.num_slots:
-            raise ValueError(f"{count} blocks: there are {self.num_slots} slots")
+        if n:
+            self.run(&slots[0], &pages[0], n, gather)
 
     cdef check_range(self, str name, const int32_t[::1] numbers, uint64_t limit):
         cdef Py_ssize_t i
@@ -140,8 +135,6 @@ cdef class DeviceStaging:
         cdef flexkv_cuda *api = &self.device.driver.table
         cdef cu_stream stream = self.stream
         cdef int launched = 0, ended = 0
-        if count == 0:
-            return
         self.move.far, self.move.gather = self.address, gather
         self.move.slots, self.move.pages, self.move.count = slots, pages, count
         self.device.enter()
@@ -154,17 +147,20 @@ cdef class DeviceStaging:
         finally:
             self.device.leave()
 
-    def checksums(self, unsigned int count):
-        """XXH3-64 of the first ``count`` slots, whole: (count,) uint64; CudaError."""
+    def checksums(self, int first, int count):
+        """XXH3-64 of ``count`` slots, whole: (count,) uint64; CudaError."""
         cdef flexkv_cuda *api = &self.device.driver.table
         cdef cu_stream stream = self.stream
         cdef uint64_t[::1] sums = self.sums
         cdef void *parameters[3]
+        cdef uint64_t start
         cdef int launched = 0, copied = 0, ended = 0
-        self.check_count(count)
+        if not 0 <= first <= first + count <= self.num_slots:
+            raise ValueError(f"slots {first} to {first + count}: there are {self.num_slots}")
         if count == 0:
             return np.empty(0, dtype=np.uint64)
-        parameters[0], parameters[1], parameters[2] = &self.address, &self.slot_bytes, &self.checksums_at
+        start = self.address + first * self.slot_bytes
+        parameters[0], parameters[1], parameters[2] = &start, &self.slot_bytes, &self.checksums_at
         self.device.enter()
         try:
             with nogil:

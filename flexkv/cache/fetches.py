@@ -57,14 +57,18 @@ class FetchTable:
         self.num_blocks -= len(plan)
 
     def filling(self, host_slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Which of these slots (-1: none) a fetch fills."""
-        return (host_slots >= 0) & (self._fetch_of[host_slots] > 0)
+        """Which of these slots (negative: none) a fetch fills."""
+        return self._fetches_of(host_slots) > 0
 
     def joins(self, host_slots: NDArray[np.int32]) -> tuple[Join, ...]:
         """Whom those who read these slots (negative: none) have to wait for."""
-        fetches = np.where(host_slots >= 0, self._fetch_of[host_slots], 0)
+        fetches = self._fetches_of(host_slots)
         joins = []
         for fetch_id in np.unique(fetches[fetches > 0]).tolist():
             mine = np.flatnonzero(fetches == fetch_id)
             joins.append(Join(fetch_id, mine, self._index_of[host_slots[mine]].astype(np.intp)))
         return tuple(joins)
+
+    def _fetches_of(self, host_slots: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Ids; 0 where there is none."""
+        return np.where(host_slots >= 0, self._fetch_of[np.maximum(host_slots, 0)], 0)

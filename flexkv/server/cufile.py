@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,12 @@ from numpy.typing import NDArray
 
 from flexkv.errors import GdsUnavailableError
 
-MAX_BATCH = 128
-"""Reads and writes that cuFile takes at once."""
+NUM_BATCHES = 2
+"""Under way at a time: while one is dealt with, the disk has the other."""
+
+MAX_BATCH = 24
+"""Pieces of one. Where GPU and disk have no direct path, cuFile has 64 bounce buffers for all that a process has under
+way, and waits for ever for one more."""
 
 _driver_is_open = False
 
@@ -57,10 +62,12 @@ class CuFile:
         from cuda.bindings import cufile
 
         self._cufile = cufile
-        self._address, self._registered, self._batch = address, False, 0
+        self._address, self._registered = address, False
         self._fds: list[int] = []
         self._handles: list[int] = []
-        self._params = np.zeros(MAX_BATCH, dtype=cufile.io_params_dtype)
+        self._batches: list[int] = []
+        self._params = np.zeros((NUM_BATCHES, MAX_BATCH), dtype=cufile.io_params_dtype)
+        self._under_way = [0] * NUM_BATCHES
         self._events = np.zeros(MAX_BATCH, dtype=cufile.io_events_dtype)
         try:
             for fd in fds:
@@ -69,7 +76,8 @@ class CuFile:
                 self._handles.append(cufile.handle_register(descriptor.ptr))
             cufile.buf_register(address, num_bytes, 0)
             self._registered = True
-            self._batch = cufile.batch_io_set_up(MAX_BATCH)
+            for _ in range(NUM_BATCHES):
+                self._batches.append(cufile.batch_io_set_up(MAX_BATCH))
         except cufile.cuFileError as error:
             self.close()
             raise GdsUnavailableError(
@@ -77,20 +85,45 @@ class CuFile:
                 "container the host's /run/udev"
             ) from error
 
-    def move(
-        self, write: bool, files: NDArray[np.int32], file_offsets: NDArray[np.uint64],
+    def submit(
+        self, batch: int, write: bool, files: NDArray[np.int32], file_offsets: NDArray[np.uint64],
         memory_offsets: NDArray[np.uint64], size: int,
-    ) -> NDArray[np.int32]:
-        """Read or write so many pieces of ``size`` bytes, and wait for all of them.
+    ) -> None:
+        """Start to read or write so many pieces of ``size`` bytes.
 
         Parameters
         ----------
+        batch : int
+            Less than NUM_BATCHES; one of which nothing is under way.
         write : bool
             From memory to the files.
         files : (n,) int32
             Indices into ``fds``; n at most MAX_BATCH.
         file_offsets, memory_offsets : (n,) uint64
             Bytes; the latter from ``address``.
+
+        Raises
+        ------
+        GdsUnavailableError
+            cuFile takes nothing more.
+        """
+        cufile, count = self._cufile, len(files)
+        params = self._params[batch, :count]
+        params["mode"] = cufile.BatchMode.BATCH
+        params["opcode"] = cufile.Opcode.WRITE if write else cufile.Opcode.READ
+        params["fh"] = np.array(self._handles, dtype=np.int64)[files]
+        params["cookie"] = np.arange(count)
+        where = params["u"]["batch"]
+        where["dev_ptr_base"], where["dev_ptr_offset"] = self._address, memory_offsets
+        where["file_offset"], where["size_"] = file_offsets, size
+        try:
+            cufile.batch_io_submit(self._batches[batch], count, params.ctypes.data, 0)
+        except cufile.cuFileError as error:
+            raise GdsUnavailableError(f"cuFile has failed ({error})") from error
+        self._under_way[batch] = count
+
+    def wait(self, batch: int) -> NDArray[np.int32]:
+        """Wait for all pieces of the batch.
 
         Returns
         -------
@@ -102,40 +135,36 @@ class CuFile:
         GdsUnavailableError
             cuFile takes nothing more; what became of these pieces is not known.
         """
-        cufile, count = self._cufile, len(files)
-        params = self._params[:count]
-        params["mode"] = cufile.BatchMode.BATCH
-        params["opcode"] = cufile.Opcode.WRITE if write else cufile.Opcode.READ
-        params["fh"] = np.array(self._handles, dtype=np.int64)[files]
-        params["cookie"] = np.arange(count)
-        where = params["u"]["batch"]
-        where["dev_ptr_base"], where["dev_ptr_offset"] = self._address, memory_offsets
-        where["file_offset"], where["size_"] = file_offsets, size
+        cufile, count = self._cufile, self._under_way[batch]
+        self._under_way[batch] = 0
         results = np.full(count, -errno.EIO, dtype=np.int32)
+        sizes = self._params[batch]["u"]["batch"]["size_"]
         try:
-            cufile.batch_io_submit(self._batch, count, params.ctypes.data, 0)
             while count:
                 got = ctypes.c_uint(count)
-                cufile.batch_io_get_status(self._batch, 1, ctypes.addressof(got), self._events.ctypes.data, 0)
+                cufile.batch_io_get_status(self._batches[batch], 1, ctypes.addressof(got), self._events.ctypes.data, 0)
                 events = self._events[: got.value]
-                good = (events["status"] == cufile.Status.COMPLETE) & (events["ret"] == size)
-                results[events["cookie"][good].astype(np.intp)] = 0
+                pieces = events["cookie"].astype(np.intp)
+                good = (events["status"] == cufile.Status.COMPLETE) & (events["ret"] == sizes[pieces])
+                results[pieces[good]] = 0
                 count -= got.value
         except cufile.cuFileError as error:
             raise GdsUnavailableError(f"cuFile has failed ({error})") from error
         return results
 
     def close(self) -> None:
-        """Let go of files and buffer. Can be called again."""
-        if self._batch:
-            self._cufile.batch_io_destroy(self._batch)
+        """Let go of files and buffer, when nothing is under way any more. Can be called again."""
+        for number, batch in enumerate(self._batches):
+            with suppress(GdsUnavailableError):
+                self.wait(number)
+            self._cufile.batch_io_destroy(batch)
         if self._registered:
             self._cufile.buf_deregister(self._address)
         for handle in self._handles:
             self._cufile.handle_deregister(handle)
         for fd in self._fds:
             os.close(fd)
-        self._batch, self._registered, self._handles, self._fds = 0, False, [], []
+        self._batches, self._registered, self._handles, self._fds = [], False, [], []
 
 
 def _reopened(fd: int) -> int:

@@ -6,8 +6,10 @@ import os
 import select
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from flexkv._core.cuda_driver import Device
 from flexkv._core.device_staging import DeviceStaging
 from flexkv._core.io_queue import READ, WRITE
 from flexkv.errors import FlexKVError, GdsUnavailableError
-from flexkv.server.cufile import MAX_BATCH, CuFile
+from flexkv.server.cufile import MAX_BATCH, NUM_BATCHES, CuFile
 from flexkv.transfer.cuda_kernel import checksum_function, move_function
 from flexkv.transfer.gds import (
     CANCEL,
@@ -43,11 +45,22 @@ class _Over(Exception):
     """The other side has hung up, or ``close`` was called."""
 
 
+@dataclass
+class _Flight:
+    """Moves that cuFile has: all of one kind."""
+
+    batch: int
+    moves: NDArray[np.void]
+    slots: NDArray[np.int32]                         # of the staging buffer, one after the other
+    checksums: NDArray[np.uint64] | None             # of what is written
+
+
 class GdsWorker:
     """A thread that moves blocks between files and the pages of this rank, until the controller hangs up.
 
     A block is read into a staging buffer on the device, where its checksum is taken; then a kernel copies it to its
-    page. A write is the same backwards. Whether a checksum is right is for the controller to say.
+    page. A write is the same backwards. Whether a checksum is right is for the controller to say. Two batches take
+    turns, so that the disk has work while a batch is dealt with.
 
     Parameters
     ----------
@@ -139,7 +152,7 @@ class GdsWorker:
     def _serve(self, files: list[int]) -> None:
         if self._device is None:
             raise GdsUnavailableError("the rank's tensors are not on a GPU")
-        num_slots = max(1, min(MAX_BATCH, _STAGING_BYTES // self._slot_bytes))
+        num_slots = NUM_BATCHES * max(1, min(MAX_BATCH, _STAGING_BYTES // (NUM_BATCHES * self._slot_bytes)))
         staging = DeviceStaging(
             self._device, self._regions, self._num_pages, self._slot_bytes, num_slots, move_function(self._device),
             checksum_function(self._device), self._num_ctas,
@@ -163,11 +176,16 @@ class GdsWorker:
             self._streams.clear()
             self._staging = staging
         self._say(STATUS)
+        free = list(range(NUM_BATCHES))
+        flights: deque[_Flight] = deque()
         while True:
             self._receive()
-            moves = self._next_batch(staging.num_slots)
-            if len(moves):
-                self._report(moves["tag"], *self._move(staging, cufile, moves))
+            while free and len(moves := self._next_batch(staging.num_slots // NUM_BATCHES)):
+                flights.append(self._start(staging, cufile, free.pop(), moves))
+            if flights:
+                flight = flights.popleft()
+                self._report(flight.moves["tag"], *self._finish(staging, cufile, flight))
+                free.append(flight.batch)
             else:
                 self._wait_for(self._connection.fileno(), self._wake_fd)
 
@@ -190,13 +208,17 @@ class GdsWorker:
                 return
             if message[:1] == MOVE:
                 self._pending = np.concatenate([self._pending, np.frombuffer(message, MOVE_DTYPE, offset=1)])
+                self._refuse((self._pending["page"] < 0) | (self._pending["page"] >= self._num_pages))
             elif message[:1] == CANCEL:
-                mine = np.isin(self._pending["tag"], np.frombuffer(message, np.uint64, offset=1))
-                tags, self._pending = self._pending["tag"][mine], self._pending[~mine]
-                self._report(tags, np.full(len(tags), -errno.ECANCELED), np.zeros(len(tags), dtype=np.uint64))
+                self._refuse(np.isin(self._pending["tag"], np.frombuffer(message, np.uint64, offset=1)))
             else:
                 break                                # it has hung up
         raise _Over
+
+    def _refuse(self, which: NDArray[np.bool_]) -> None:
+        """Of no disk's doing."""
+        tags, self._pending = self._pending["tag"][which], self._pending[~which]
+        self._report(tags, np.full(len(tags), -errno.ECANCELED), np.zeros(len(tags), dtype=np.uint64))
 
     def _next_batch(self, limit: int) -> NDArray[np.void]:
         """What can be moved now and is of one kind: reads first, someone waits for them."""
@@ -207,31 +229,32 @@ class GdsWorker:
         self._pending = np.delete(self._pending, chosen)
         return moves
 
-    def _move(
-        self, staging: DeviceStaging, cufile: CuFile, moves: NDArray[np.void]
-    ) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
-        """Results and checksums."""
-        write = moves["kind"][0] == WRITE
-        pages = np.ascontiguousarray(moves["page"])
-        there = (pages >= 0) & (pages < self._num_pages)
-        if not there.all():                          # of no disk's doing
-            results, sums = np.full(len(moves), -errno.ECANCELED, dtype=np.int32), np.zeros(len(moves), np.uint64)
-            if there.any():
-                results[there], sums[there] = self._move(staging, cufile, moves[there])
-            return results, sums
+    def _start(self, staging: DeviceStaging, cufile: CuFile, batch: int, moves: NDArray[np.void]) -> _Flight:
+        write = bool(moves["kind"][0] == WRITE)
+        first = batch * (staging.num_slots // NUM_BATCHES)
+        slots = np.arange(first, first + len(moves), dtype=np.int32)
         checksums = None
         if write:
             with self._use_of_pages():
-                checksums = staging.gather(pages)
-        slots = np.arange(len(moves), dtype=np.int32)
-        results = cufile.move(
-            write, moves["file"], moves["offset"], slots.astype(np.uint64) * np.uint64(self._slot_bytes),
+                staging.gather(slots, np.ascontiguousarray(moves["page"]))
+            checksums = staging.checksums(first, len(moves))
+        cufile.submit(
+            batch, write, moves["file"], moves["offset"], slots.astype(np.uint64) * np.uint64(self._slot_bytes),
             self._slot_bytes,
         )
-        if checksums is None:
-            checksums = staging.checksums(len(moves))
-            with self._use_of_pages():
-                staging.scatter(slots[results == 0], pages[results == 0])
+        return _Flight(batch, moves, slots, checksums)
+
+    def _finish(
+        self, staging: DeviceStaging, cufile: CuFile, flight: _Flight
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
+        """Results and checksums."""
+        results = cufile.wait(flight.batch)
+        if flight.checksums is not None:
+            return results, flight.checksums
+        checksums = staging.checksums(int(flight.slots[0]), len(flight.slots))
+        good = results == 0
+        with self._use_of_pages():
+            staging.scatter(flight.slots[good], flight.moves["page"][good])
         return results, checksums
 
     @contextmanager

@@ -3,6 +3,8 @@
 Where /run/udev is not the host's, as in most containers, cuFile does not take the files: these tests fail there.
 """
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,69 @@ def test_the_bytes_are_those_of_the_way_through_host_memory(tmp_path: Path) -> N
     assert direct.stat("blocks_being_fetched") == 0
     assert direct.stat("ssd_store_blocks_read") == 4 * PAGES
     direct.close()
+
+
+def set_pages(stage: Stage, value: float) -> None:
+    for tensor in stage.tensors:
+        tensor.fill_(value)
+    torch.cuda.synchronize()
+
+
+def save(stage: Stage, seed: int, content: list[torch.Tensor], pages: np.ndarray, cancel_after: float | None) -> None:
+    for tensor, there in zip(stage.tensors, content, strict=True):
+        tensor[torch.as_tensor(pages, device="cuda")] = there
+    torch.cuda.synchronize()
+    task = stage.manager.put_async(tokens_of(PAGES, seed), mapping(pages))
+    if cancel_after is not None:
+        time.sleep(cancel_after)
+        stage.manager.cancel(task)
+        set_pages(stage, -1.0)                          # they may be another's from now on
+    stage.manager.wait(task, completely=True)
+
+
+def load(stage: Stage, seed: int, content: list[torch.Tensor], pages: np.ndarray, cancel_after: float | None) -> int:
+    """Returns how many blocks came and were compared."""
+    set_pages(stage, 0.0)
+    task = stage.manager.get_async(tokens_of(PAGES, seed), mapping(pages))
+    if cancel_after is not None:
+        time.sleep(cancel_after)
+        stage.manager.cancel(task)
+    response = stage.manager.wait(task, completely=True)[task]
+    if response.status is Status.CANCELLED:
+        return 0
+    assert response.return_mask is not None
+    good = response.return_mask[::TOKENS].nonzero()[0]
+    index = torch.as_tensor(pages[good], device="cuda")
+    for tensor, there in zip(stage.tensors, content, strict=True):
+        assert torch.equal(tensor[index], there[torch.as_tensor(good, device="cuda")])
+    return len(good)
+
+
+def test_what_comes_back_is_what_was_saved(tmp_path: Path) -> None:
+    """Also where saves and loads are cancelled, and after a restart; SOAK_SECONDS tells for how long."""
+    end = time.monotonic() + float(os.environ.get("SOAK_SECONDS", "15"))
+    rng = np.random.default_rng(1)
+    stage = Stage(tmp_path, HOST_SLOTS, enable_gds=True)
+    contents = [stage.fill(seed) for seed in range(16)]         # more than the SSD tier holds
+    steps = compared = 0
+    while time.monotonic() < end:
+        seed, pages = int(rng.integers(len(contents))), rng.permutation(PAGES)
+        cancel_after = rng.uniform(0.0, 0.05) if rng.random() < 0.4 else None
+        if rng.random() < 0.4:
+            save(stage, seed, contents[seed], pages, cancel_after)
+        else:
+            compared += load(stage, seed, contents[seed], pages, cancel_after)
+        steps += 1
+    read, written = stage.stat("ssd_store_blocks_read"), stage.stat("ssd_store_blocks_written")
+    assert stage.stat("ssd_store_checksum_mismatches") == stage.stat("ssd_store_read_errors") == 0
+    assert stage.stat("ssd_store_device_is_ready") == 1
+    stage.close()
+    stage = Stage(tmp_path, HOST_SLOTS, enable_gds=True)
+    after = sum(load(stage, seed, content, np.arange(PAGES), None) for seed, content in enumerate(contents))
+    assert stage.stat("ssd_store_checksum_mismatches") == 0
+    stage.close()
+    print(f"\n{steps} steps, {compared} blocks compared, {after} after a restart, {read} read, {written} written")
+    assert compared > 100 and after > 100
 
 
 def test_a_save_waits_for_compute(tmp_path: Path) -> None:

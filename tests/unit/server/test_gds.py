@@ -81,8 +81,12 @@ def start_get(made: Engine, **options: Any) -> tuple[int, NDArray[np.int32]]:
     return made.manager.get_blocks(keys, 0, pages, **options), pages
 
 
-def test_blocks_go_straight_between_ssd_and_gpu(tmp_path: Path, cufile: FakeCuFile) -> None:
+@pytest.mark.parametrize("staging", [64 << 20, 6 * 12288, 1])
+def test_blocks_go_straight_between_ssd_and_gpu(
+    tmp_path: Path, cufile: FakeCuFile, monkeypatch: pytest.MonkeyPatch, staging: int
+) -> None:
     """Sequences are longer than the host tier: what gets no host slot is written directly, and all is read back."""
+    monkeypatch.setattr(gds, "_STAGING_BYTES", staging)     # all in one batch, by three, or each by itself
     with engine(tmp_path) as made:
         wait_ready(made)
         for seed in SEEDS:
@@ -112,6 +116,14 @@ def test_what_was_written_directly_is_there_after_a_restart(tmp_path: Path, cufi
         for seed in SEEDS:
             made.load(seed, length_of(seed))
         assert cufile.num_moves > before
+
+
+def test_a_host_tier_of_one_block(tmp_path: Path, cufile: FakeCuFile) -> None:
+    with engine(tmp_path, host_slots=1) as made:
+        wait_ready(made)
+        for seed in SEEDS:
+            put(made, seed)
+            made.load(seed, length_of(seed))
 
 
 def test_nothing_is_prefetched_into_host_memory(tmp_path: Path, cufile: FakeCuFile) -> None:
@@ -273,15 +285,19 @@ def test_staging_gathers_and_scatters_and_takes_checksums(cuda: FakeCuda) -> Non
     functions = move_function(device), checksum_function(device)
     staging = DeviceStaging(device, regions, num_pages, slot_bytes, 16, *functions, 4)
     try:
-        sums = staging.gather(pages)
+        staging.gather(np.arange(16, dtype=np.int32), pages)
+        sums = staging.checksums(0, 16)
         held = np.ctypeslib.as_array((ctypes.c_uint8 * (16 * slot_bytes)).from_address(staging.address))
         slots = held.reshape(16, slot_bytes)
         assert sums.tolist() == [xxh3_64(slot.tobytes()) for slot in slots]
+        assert staging.checksums(5, 7).tolist() == sums[5:12].tolist()
         assert not slots[:, segment_bytes:].any()
         with pytest.raises(ValueError, match="page 64"):
             staging.scatter(np.array([0], np.int32), np.array([num_pages], np.int32))
-        with pytest.raises(ValueError, match="17 blocks"):
-            staging.gather(np.zeros(17, dtype=np.int32))
+        with pytest.raises(ValueError, match="for 17 pages"):
+            staging.gather(np.zeros(17, dtype=np.int32), np.zeros(17, dtype=np.int32))
+        with pytest.raises(ValueError, match="slots 5 to 17"):
+            staging.checksums(5, 12)
         before = tensors.read(pages)
         tensors.zero()
         staging.scatter(np.arange(16, dtype=np.int32)[::-1].copy(), pages[::-1].copy())
