@@ -391,7 +391,7 @@ class TaskTable:
             if task.stage is TaskStage.SETTLED:
                 del self._tasks[task_id]
                 del self._unclaimed[task_id]
-            mask = task.token_mask(task.ok) if task.num_tokens and len(task.ok) else None
+            mask = task.token_mask(task.ok) if task.num_tokens and len(task.ok) == len(task.blocks) else None
             return KVResponse(task.result or KVResponseStatus.TIMEOUT, task_id, mask)
 
     def __len__(self) -> int:

@@ -31,7 +31,8 @@ class KVResponse:
     status : KVResponseStatus
     task_id : int
     return_mask : (num_tokens,) bool ndarray or None
-        Tokens whose KV was moved; None for a task that is not known, or made from keys instead of tokens.
+        Tokens whose KV was moved; None for a task that is not known, has not ended, or was made from keys instead of
+        tokens.
     """
 
     status: KVResponseStatus

@@ -228,6 +228,15 @@ def test_a_full_pool_evicts_and_a_pinned_one_misses(tmp_path: Path) -> None:
         manager.cancel([task, *(task for task, _ in pinned)])
 
 
+def test_a_get_that_finds_nothing_ends_with_an_empty_mask(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, _client, _tensors):
+        task = manager.get_async(tokens_of(4, 1), mapping(range(4)))
+        response = manager.wait(task)[task]
+        assert response.status is Status.SUCCESS
+        assert response.return_mask is not None
+        assert response.return_mask.tolist() == [False] * 4 * TOKENS
+
+
 def test_reset_forgets_what_is_in_flight(tmp_path: Path) -> None:
     with local(tmp_path) as (manager, client, _tensors):
         hasher = manager.hasher()
