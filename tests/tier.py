@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from flexkv._core.io_queue import FaultyIoQueue
@@ -131,9 +132,12 @@ def one_thread(files: FaultyFiles) -> dict[str, Any]:
     return {"files": files, "make_queue": partial(ThreadQueue, layer=files, threads=1)}
 
 
-def hanging_queue(made: list[FaultyIoQueue], *args: Any, **options: Any) -> FaultyIoQueue:
+METHODS = pytest.mark.parametrize("method", ["uring", "threads"])
+
+
+def hanging_queue(made: list[FaultyIoQueue], method: str, *args: Any, **options: Any) -> FaultyIoQueue:
     """Make a queue whose accesses can fail or hang; it is appended to ``made``."""
-    made.append(FaultyIoQueue(*args, method="threads", **options))
+    made.append(FaultyIoQueue(*args, method=method, **options))
     return made[-1]
 
 

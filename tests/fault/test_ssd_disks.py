@@ -20,7 +20,7 @@ import pytest
 
 from flexkv._core.io_queue import FAILS, READ, SHORT, WRITE, FaultyIoQueue
 from tests.faulty_files import FaultyFiles, wait_until
-from tests.tier import SLOT_BYTES, Tier, check_what_is_offered, content_of, hanging_queue, keys_of, one_thread
+from tests.tier import METHODS, SLOT_BYTES, Tier, check_what_is_offered, content_of, hanging_queue, keys_of, one_thread
 
 SLOTS = 12
 
@@ -147,12 +147,13 @@ def test_a_disk_that_returns_something_else_is_taken_out(tmp_path: Path) -> None
 # ---- errors that nobody foresees ------------------------------------------------------------------------------
 
 
+@METHODS
 @pytest.mark.parametrize("broken", ["erase", "write", "submit", "_finish_read", "_finish_write"])
 def test_whatever_is_raised_no_job_waits_for_ever(
-    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, broken: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[FaultyIoQueue] = []
-    tier = Tier([tmp_path / "a"], SLOTS, make_queue=partial(hanging_queue, made))
+    tier = Tier([tmp_path / "a"], SLOTS, make_queue=partial(hanging_queue, made, method))
     slots = tier.allocate(4)
     assert tier.write(range(4), slots).all()
 
@@ -245,10 +246,11 @@ def worker(tier: Tier, ended: dict[int, list[tuple[np.ndarray, np.ndarray]]], fi
         tier.store.slots.free(slots)
 
 
+@METHODS
 @pytest.mark.parametrize("fails", [False, True])
-def test_threads_that_share_a_store_on_disks_that_fail(tmp_path: Path, fails: bool) -> None:
+def test_threads_that_share_a_store_on_disks_that_fail(tmp_path: Path, fails: bool, method: str) -> None:
     made: list[FaultyIoQueue] = []
-    tier = Tier([tmp_path / "a", tmp_path / "b"], 8, probe_s=0.001, make_queue=partial(hanging_queue, made))
+    tier = Tier([tmp_path / "a", tmp_path / "b"], 8, probe_s=0.001, make_queue=partial(hanging_queue, made, method))
     ended: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     wrong: list[str] = []
     threads = [threading.Thread(target=worker, args=(tier, ended, 100 * i, wrong)) for i in range(4)]

@@ -9,7 +9,7 @@ import pytest
 from flexkv._core.io_queue import HANGS, READ, WRITE, FaultyIoQueue, IoQueue
 from flexkv.errors import StorageError
 from tests.faulty_files import FaultyFiles, wait_until
-from tests.tier import Tier, check_what_is_offered, hanging_queue
+from tests.tier import METHODS, Tier, check_what_is_offered, hanging_queue
 
 SLOTS = 12
 
@@ -68,10 +68,11 @@ def test_what_is_cleared_before_its_record_is_there_is_forgotten(tmp_path: Path)
     assert check_what_is_offered([tmp_path / "a"], num_slots=SLOTS) == set()
 
 
-def test_a_read_that_hangs_has_its_result_when_the_kernel_lets_go(tmp_path: Path) -> None:
+@METHODS
+def test_a_read_that_hangs_has_its_result_when_the_kernel_lets_go(tmp_path: Path, method: str) -> None:
     """Until then it may write to its host slot, which nobody else must get."""
     made: list[FaultyIoQueue] = []
-    tier = Tier([tmp_path / "a"], SLOTS, deadline_s=0.05, make_queue=partial(hanging_queue, made))
+    tier = Tier([tmp_path / "a"], SLOTS, deadline_s=0.05, make_queue=partial(hanging_queue, made, method))
     slots = tier.allocate(2)
     assert tier.write([0, 1], slots).all()
     made[0].plan(READ, HANGS)
@@ -87,9 +88,12 @@ def test_a_read_that_hangs_has_its_result_when_the_kernel_lets_go(tmp_path: Path
     tier.close()
 
 
-def test_a_write_that_hangs_fails_and_its_slot_is_not_used_before_the_kernel_lets_go(tmp_path: Path) -> None:
+@METHODS
+def test_a_write_that_hangs_fails_and_its_slot_is_not_used_before_the_kernel_lets_go(
+    tmp_path: Path, method: str
+) -> None:
     made: list[FaultyIoQueue] = []
-    tier = Tier([tmp_path / "a"], SLOTS, deadline_s=0.05, make_queue=partial(hanging_queue, made))
+    tier = Tier([tmp_path / "a"], SLOTS, deadline_s=0.05, make_queue=partial(hanging_queue, made, method))
     slots = tier.allocate(2)
     made[0].plan(WRITE, HANGS)
     assert not tier.write([0, 1], slots).any()
@@ -108,11 +112,13 @@ def test_a_write_that_hangs_fails_and_its_slot_is_not_used_before_the_kernel_let
     tier.close()
 
 
+@METHODS
 @pytest.mark.parametrize("kind", [READ, WRITE])
-def test_what_waits_behind_those_that_hang_loses_no_slot(tmp_path: Path, kind: int) -> None:
+def test_what_waits_behind_those_that_hang_loses_no_slot(tmp_path: Path, kind: int, method: str) -> None:
     """The queue refuses it, again and again; only slots that the kernel has are out of use, and only until then."""
     made: list[FaultyIoQueue] = []
-    tier = Tier([tmp_path / "a"], 100, deadline_s=0.05, probe_s=1000, depth=4, make_queue=partial(hanging_queue, made))
+    make_queue = partial(hanging_queue, made, method)
+    tier = Tier([tmp_path / "a"], 100, deadline_s=0.05, probe_s=1000, depth=4, make_queue=make_queue)
     directory = tier.store._directories[0]
     slots = tier.allocate(64)
     apart = slots[::2].copy()                                    # no neighbours: an I/O each
