@@ -268,8 +268,8 @@ class Tiering:
 
     @property
     def saves_directly(self) -> bool:
-        """Puts write what they get no host slot for straight from the pages of the GPU. Not where SSD is choosy: of
-        what is written so, nothing is known yet."""
+        """Puts for which there are too few host slots write straight from the pages of the GPU. Not where SSD is
+        choosy: of what is written so, nothing is known yet."""
         return self.loads_directly and self._config.ssd_admission == "all"
 
     def end_direct_get(self, cache: GlobalCacheEngine, plan: DirectPlan, ok: NDArray[np.bool_] | None) -> None:

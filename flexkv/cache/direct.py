@@ -19,22 +19,23 @@ def direct_get(tree: RadixTree, keys: NDArray[np.uint64], match: Match, found: S
 
 
 def direct_put(
-    tree: RadixTree, below: Tier, keys: NDArray[np.uint64], blocks: NDArray[np.int32], group: int, now: float
-) -> DirectPlan | None:
-    """Give SSD slots to absent blocks, as far as there are any; what is before them in the sequence stays.
+    tree: RadixTree, below: Tier, keys: NDArray[np.uint64], absent: NDArray[np.int32], group: int, now: float
+) -> tuple[DirectPlan | None, NDArray[np.int32]]:
+    """Give SSD slots to the first of these blocks, as far as there are any; also returns those that got none.
 
-    Not to blocks that have one on a disk that is out of service.
+    The first ones, not the last: what follows on blocks in host memory would be lost if those went before they are
+    written. What is before them in the sequence stays. Blocks that have a slot on a disk out of service get none.
     """
-    blocks = blocks[np.asarray(tree.slots(keys, SSD))[blocks] < 0]
+    blocks = absent[np.asarray(tree.slots(keys, SSD))[absent] < 0]
     if len(blocks) == 0:
-        return None
+        return None, absent
     taken = below.take(tree, len(blocks), group, now, keep=keys[: blocks[0]])
     if len(taken) == 0:
-        return None
+        return None, absent
     blocks = blocks[: len(taken)]
     plan = DirectPlan(keys[: blocks[-1] + 1], blocks, tree, taken)
     tree.insert(plan.keys, plan.by_position(taken), SSD, now, group)
-    return plan
+    return plan, np.setdiff1d(absent, blocks, assume_unique=True)
 
 
 def lose(below: Tier, plan: DirectPlan | FetchPlan, lost: NDArray[np.bool_]) -> None:

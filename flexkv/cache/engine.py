@@ -4,7 +4,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -180,8 +179,8 @@ class GlobalCacheEngine:
         """Give host slots to the blocks of ``[start, stop)`` that are absent; evicts where none is free.
 
         Blocks that are ready on any tier, or that another request is writing, are left out. Where slots run out, or a
-        block before ``start`` is absent, the plan is shorter, or empty. ``direct``: where host slots run out, SSD slots
-        are given. Every plan must be given back to ``end_put`` once.
+        block before ``start`` is absent, the plan is shorter, or empty. ``direct``: where there are too few host slots,
+        the first blocks get SSD slots, as far as those go. Every plan must be given back to ``end_put`` once.
         """
         with self._lock:
             keys, now = keys[:stop], self._tick()
@@ -194,19 +193,17 @@ class GlobalCacheEngine:
                     absent = absent_blocks(self._tree, self._ssd, keys)
             if len(absent) and absent[0] < start:
                 absent = absent[:0]
-            slots = self._host.slots.allocate(min(len(absent), room, self._host.slots.num_free))
+            came_back = len(absent) > 0 and self._tree.fate(keys, int(absent[0])) in CAME_BACK
+            count, now, straight = min(room, self._host.slots.num_free), self._tick(), None     # later than evictions
+            if direct and count < len(absent):
+                straight, absent = direct_put(self._tree, self._below, keys, absent, group, now)
+            slots = self._host.slots.allocate(min(len(absent), count))
             assert slots is not None  # narrowing: as many as are free
-            now = self._tick()                   # later than that of what was evicted
             blocks = absent[: len(slots)]
             last = int(blocks[-1]) + 1 if len(blocks) else start + num_known if num_known else 0
-            fate = self._tree.fate(keys, int(blocks[0])) if len(blocks) else 0
-            plan = PutPlan(keys[:last], blocks, self._tree, slots, num_known, fate in CAME_BACK)
+            plan = PutPlan(keys[:last], blocks, self._tree, slots, num_known, came_back, straight)
             if len(plan):
                 self._tree.insert(plan.keys, plan.by_position(slots), HOST, now, group)
-            if direct:
-                plan = replace(
-                    plan, direct=direct_put(self._tree, self._below, keys, absent[len(slots) :], group, now)
-                )
             if len(plan.all_blocks) or (last and math.isfinite(self._quotas.ttl_s[group])):     # no longer out of date
                 self._use(plan.all_keys, now, group, hit=False)
             if room < len(absent):
@@ -219,12 +216,12 @@ class GlobalCacheEngine:
             tier.used(self._tree)
 
     def end_put(self, plan: PutPlan, written: NDArray[np.bool_]) -> None:
-        """Blocks that are ``written`` ((m,) bool; then those of ``direct``) become ready, the others absent; nothing
-        writes their slots now."""
+        """Blocks that are ``written`` ((m,) bool, of ``all_blocks``) become ready, the others absent; nothing writes
+        their slots now."""
         with self._lock:
-            self._host.end_writing(plan, plan.slots, written[: len(plan)])
+            self._host.end_writing(plan, plan.slots, written[plan.where(plan)])
             if plan.direct is not None:
-                self._below.end_writing(plan.direct, plan.direct.ssd_slots, written[len(plan) :])
+                self._below.end_writing(plan.direct, plan.direct.ssd_slots, written[plan.where(plan.direct)])
             self._sweep_retired()
 
     # ---- write-back -------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ class PutPlan(BlocksOfSequence):
     came_back : bool
         The first of the blocks was there before, and had to go.
     direct : DirectPlan or None
-        Blocks after those, which no host slot was to be had for.
+        Other blocks, since there were not enough host slots for all.
     """
 
     slots: NDArray[np.int32]
@@ -111,19 +111,25 @@ class PutPlan(BlocksOfSequence):
     @property
     def all_keys(self) -> NDArray[np.uint64]:
         """The sequence up to the last of ``all_blocks``."""
-        return self.keys if self.direct is None else self.direct.keys
+        return self.keys if self.direct is None else max(self.keys, self.direct.keys, key=len)
 
     @property
     def all_blocks(self) -> NDArray[np.int32]:
-        """Positions of the blocks, and of those of ``direct``."""
-        return self.blocks if self.direct is None else np.append(self.blocks, self.direct.blocks)
+        """Positions of the blocks, and of those of ``direct``, ascending."""
+        return self.blocks if self.direct is None else np.union1d(self.blocks, self.direct.blocks)
+
+    def where(self, part: BlocksOfSequence) -> NDArray[np.intp] | slice:
+        """Which of ``all_blocks`` are this plan's own, or those of its ``direct``."""
+        return slice(None) if self.direct is None else np.searchsorted(self.all_blocks, part.blocks)
 
     @property
     def all_slots(self) -> NDArray[np.int32]:
         """Host slot of each of ``all_blocks``; IN_PLACE for those of ``direct``."""
         if self.direct is None:
             return self.slots
-        return np.append(self.slots, np.full(len(self.direct), IN_PLACE, dtype=np.int32))
+        slots = np.full(len(self.all_blocks), IN_PLACE, dtype=np.int32)
+        slots[self.where(self)] = self.slots
+        return slots
 
 
 @dataclass(slots=True, eq=False)

@@ -84,7 +84,7 @@ def test_the_bytes_are_those_of_the_way_through_host_memory(tmp_path: Path) -> N
         contents[seed] = direct.fill(seed)
         direct.put(seed)
     written = direct.stat("ssd_store_blocks_written")
-    assert written == 3 * PAGES                         # what got no host slot was written from the GPU
+    assert written == 3 * PAGES
     for seed in (0, 2, 1, 0):
         direct.get(seed, contents[seed])
     assert direct.stat("ssd_store_checksum_mismatches") == 0

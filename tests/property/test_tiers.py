@@ -135,7 +135,7 @@ class Checked:
     # ---- puts -------------------------------------------------------------------------------------------------
 
     def direct_put(self, sequence: Prefix, seed: int) -> None:
-        """Where host slots run out, as they do while gets hold them, the blocks go straight to SSD."""
+        """Where there are too few host slots, as while gets hold them, the first blocks go straight to SSD."""
         self.begin_put(sequence, seed, direct=True)
 
     def begin_put(self, sequence: Prefix, seed: int, direct: bool = False) -> None:
@@ -157,10 +157,10 @@ class Checked:
         if self.puts:
             plan, _ = self.puts.pop(seed % len(self.puts))
             written = np.array([seed >> (i % 6) & 1 == 0 for i in range(len(plan.all_blocks))], dtype=np.bool_)
-            for slot in plan.slots[~written[: len(plan)]].tolist():
+            for slot in plan.slots[~written[plan.where(plan)]].tolist():
                 self.host[slot] = GARBAGE
             if plan.direct is not None:
-                for slot in plan.direct.ssd_slots[~written[len(plan) :]].tolist():
+                for slot in plan.direct.ssd_slots[~written[plan.where(plan.direct)]].tolist():
                     self.ssd[slot] = GARBAGE
             self.engine.end_put(plan, written)
 

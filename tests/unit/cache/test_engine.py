@@ -11,6 +11,7 @@ from flexkv._core.radix import RadixTree
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU, policy_class
+from flexkv.cache.plan import IN_PLACE
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.reasons import StopReason
 from flexkv.cache.tier import SsdTier
@@ -249,3 +250,39 @@ def test_a_tier_that_is_out_of_service_loses_nothing_to_eviction_ahead_of_need()
     disk.is_usable = True
     assert disk.ready(*range(10)) == 10
     assert disk.cache.evict_ahead() == 2
+
+
+@pytest.mark.parametrize("length", [9, 10, 12])
+def test_a_put_larger_than_the_host_tier_has_its_first_blocks_on_ssd(length: int) -> None:
+    """Nothing of it hangs on blocks in host memory, which may go before they are written."""
+    disk = Disk()
+    disk.slots.free(np.arange(10, dtype=np.int32))
+    assert disk.cache.attach_ssd(disk.tier)
+    sequence = tuple(range(100, 100 + length))
+    plan = disk.cache.begin_put(keys_of(sequence), 0, length, direct=True)
+    assert plan.direct is not None
+    assert plan.direct.blocks.tolist() == list(range(min(10, length)))
+    assert plan.blocks.tolist() == list(range(10, length))
+    assert plan.all_blocks.tolist() == list(range(length))
+    assert (plan.all_slots[:10] == IN_PLACE).all()
+    assert plan.all_slots[10:].tolist() == plan.slots.tolist()
+    disk.cache.end_put(plan, np.ones(length, dtype=np.bool_))
+    assert disk.ready(*sequence) == length
+    for other in range(8):
+        put(disk.cache, other)
+    assert disk.ready(*sequence) == min(10, length)
+    disk.cache.check_integrity()
+
+
+def test_of_a_put_what_was_not_written_is_not_there() -> None:
+    disk = Disk()
+    disk.slots.free(np.arange(10, dtype=np.int32))
+    assert disk.cache.attach_ssd(disk.tier)
+    sequence = tuple(range(100, 112))
+    for lost in range(12):
+        plan = disk.cache.begin_put(keys_of(sequence), 0, 12, direct=True)
+        assert len(plan.all_blocks) == 12
+        disk.cache.end_put(plan, np.arange(12) != lost)
+        assert disk.ready(*sequence) == lost
+        disk.cache.reset()
+        disk.cache.check_integrity()

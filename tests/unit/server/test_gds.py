@@ -62,7 +62,7 @@ def wait_ready(made: Engine) -> None:
 
 @contextmanager
 def with_long(place: Path) -> Iterator[Engine]:
-    """An engine that has a long sequence: its first blocks in host memory and on SSD, the others on SSD alone."""
+    """An engine that has a long sequence, on SSD alone."""
     with engine(place) as made:
         wait_ready(made)
         put(made, LONG)
@@ -85,7 +85,7 @@ def start_get(made: Engine, **options: Any) -> tuple[int, NDArray[np.int32]]:
 def test_blocks_go_straight_between_ssd_and_gpu(
     tmp_path: Path, cufile: FakeCuFile, monkeypatch: pytest.MonkeyPatch, staging: int
 ) -> None:
-    """Sequences are longer than the host tier: what gets no host slot is written directly, and all is read back."""
+    """Some sequences are longer than the host tier, and written directly; all are read back."""
     monkeypatch.setattr(gds, "_STAGING_BYTES", staging)     # all in one batch, by three, or each by itself
     with engine(tmp_path) as made:
         wait_ready(made)
