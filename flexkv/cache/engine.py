@@ -186,16 +186,18 @@ class GlobalCacheEngine:
             keys, now = keys[:stop], self._tick()
             absent = absent_blocks(self._tree, self._ssd, keys)
             first = int(absent[0]) if len(absent) else len(keys)
-            num_known, room = max(0, first - start), len(absent)
+            num_known, straight = max(0, first - start), None
+            came_back = first < len(keys) and self._tree.fate(keys, first) in CAME_BACK
+            absent = absent[: 0 if first < start else None]
+            if direct and len(absent) > self._host.limit(group):         # nothing has to go for what has never room
+                straight, absent = direct_put(self._tree, self._below, keys, absent, group, now)
+            room = len(absent)
             if room and not self._host.has_room(self._tree, room, group):
                 room = self._host.make_room(self._tree, room, group, now, keep=keys[:first])   # what they follow stays
                 if len(absent) < len(keys) - first:      # some behind it were there
                     absent = absent_blocks(self._tree, self._ssd, keys)
-            if len(absent) and absent[0] < start:
-                absent = absent[:0]
-            came_back = len(absent) > 0 and self._tree.fate(keys, int(absent[0])) in CAME_BACK
-            count, now, straight = min(room, self._host.slots.num_free), self._tick(), None     # later than evictions
-            if direct and count < len(absent):
+            count, now = min(room, self._host.slots.num_free), self._tick()      # later than that of what was evicted
+            if direct and straight is None and count < len(absent):
                 straight, absent = direct_put(self._tree, self._below, keys, absent, group, now)
             slots = self._host.slots.allocate(min(len(absent), count))
             assert slots is not None  # narrowing: as many as are free

@@ -138,7 +138,7 @@ class Tier:
             tree.unpin(keep, 0, len(keep))
 
     def _make_room(self, tree: RadixTree, count: int, group: int, now: float) -> int:
-        limit = self._quotas.limit(group, self.slots.capacity)
+        limit = self.limit(group)
         if limit < self.slots.capacity:
             count = min(count, limit)
             self._trim(tree, group, limit - count, now)
@@ -159,9 +159,13 @@ class Tier:
             plan.tree.drop(plan.keys, plan.by_position(slots, ~ok), self.number, failed=True)
             self.slots.free(slots[~ok])
 
+    def limit(self, group: int) -> int:
+        """How many slots a group can have at most."""
+        return self._quotas.limit(group, self.slots.capacity)
+
     def has_room(self, tree: RadixTree, count: int, group: int) -> bool:
         """Whether a group can take so many slots, and nothing has to go for it."""
-        limit, capacity = self._quotas.limit(group, self.slots.capacity), self.slots.capacity
+        limit, capacity = self.limit(group), self.slots.capacity
         return count <= self.slots.num_free and (limit == capacity or self._used(tree, group) + count <= limit)
 
     def room(self, tree: RadixTree, group: int) -> int:
@@ -169,7 +173,7 @@ class Tier:
 
         What a batch of evictions has just freed does not count: taking it would only bring the next batch on.
         """
-        limit, capacity = self._quotas.limit(group, self.slots.capacity), self.slots.capacity
+        limit, capacity = self.limit(group), self.slots.capacity
         kept_free = capacity - int(self._start_threshold * capacity) + self._batch()
         room = self.slots.num_free - kept_free
         return max(0, room if limit == capacity else min(room, limit - self._used(tree, group)))
@@ -190,7 +194,7 @@ class Tier:
         free; returns how many."""
         freed, capacity = self._sweep_expired(tree, now), self.slots.capacity
         for group in range(len(self._quotas)):       # what was found on disk counts as others' until it is used
-            if (limit := self._quotas.limit(group, capacity)) < capacity:
+            if (limit := self.limit(group)) < capacity:
                 freed += self._trim(tree, group, limit, now, _MOST_AT_ONCE)
         if capacity - self.slots.num_free <= self._start_threshold * capacity:
             return freed

@@ -258,6 +258,8 @@ def test_a_put_larger_than_the_host_tier_has_its_first_blocks_on_ssd(length: int
     disk = Disk()
     disk.slots.free(np.arange(10, dtype=np.int32))
     assert disk.cache.attach_ssd(disk.tier)
+    for other in range(8):
+        put(disk.cache, other)
     sequence = tuple(range(100, 100 + length))
     plan = disk.cache.begin_put(keys_of(sequence), 0, length, direct=True)
     assert plan.direct is not None
@@ -268,6 +270,7 @@ def test_a_put_larger_than_the_host_tier_has_its_first_blocks_on_ssd(length: int
     assert plan.all_slots[10:].tolist() == plan.slots.tolist()
     disk.cache.end_put(plan, np.ones(length, dtype=np.bool_))
     assert disk.ready(*sequence) == length
+    assert sum(disk.ready(other) for other in range(8)) == 8 - max(0, length - 10)      # no more went than had to
     for other in range(8):
         put(disk.cache, other)
     assert disk.ready(*sequence) == min(10, length)
