@@ -206,7 +206,7 @@ class Soak:
 
     def _usable_again(self) -> None:
         store = self._tier.store
-        wait_until(lambda: self._tier.take() or store.stats()["directories_usable"] == len(self._directories))
+        self._back_in_service()
         store.slots.check_integrity()
         retired = int(store.slots._retired.sum())
         assert store.slots.capacity + int((store.slots._retired & ~store.slots._in_use).sum()) == store.num_slots
@@ -214,9 +214,20 @@ class Soak:
         assert store.slots.num_free == store.num_slots - retired       # none is lost
         slots = self._tier.allocate(min(48, store.slots.num_free))
         numbers = [self._rng.randrange(NUMBERS) for _ in slots]
-        assert self._tier.write(numbers, slots).all()
-        assert self._tier.read(numbers, slots).all()
+        for _ in range(10):
+            before = Counter(store.stats())
+            good = self._tier.write(numbers, slots) & self._tier.read(numbers, slots)
+            if good.all():
+                break
+            news = Counter(store.stats()) - before
+            assert news["timeouts"], news                       # the disk was busy with something else, which can be
+            self._back_in_service()
+        assert good.all()
         self.counts["good"] += len(slots)
+
+    def _back_in_service(self) -> None:
+        stats = self._tier.store.stats
+        wait_until(lambda: self._tier.take() or stats()["directories_usable"] == len(self._directories))
 
 
 def test_reads_while_everything_goes_wrong(tmp_path: Path) -> None:
