@@ -162,8 +162,8 @@ class KVManager(KVBlocks):
     def prefetch_async(
         self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, swa_aware: bool = False
     ) -> int:
-        """Bring blocks of slower tiers into host memory; the task ends when they are there, its mask tells which. None
-        while a quarter of host memory is being filled so."""
+        """Bring blocks of slower tiers into host memory; the task ends when they are there, its mask tells which. No
+        block is brought while a quarter of host memory is being filled so."""
         self._refuse_swa(swa_aware)
         tokens = np.asarray(token_ids)
         return self._tasks.prefetch(

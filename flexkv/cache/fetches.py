@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.radix import Match, RadixTree
-from flexkv.cache.plan import FetchPlan, Join
+from flexkv.cache.plan import IN_PLACE, FetchPlan, Join
 from flexkv.cache.tier import HOST, SsdTier, Tier
 
 
@@ -20,7 +20,7 @@ class FetchTable:
     """
 
     def __init__(self, num_slots: int) -> None:
-        self._fetch_of = np.zeros(num_slots, dtype=np.int64)       # 0: none
+        self._fetch_of = np.zeros(num_slots - IN_PLACE, dtype=np.int64)    # 0: none; at the end for what has no slot
         self._index_of = np.zeros(num_slots, dtype=np.int32)
         self._ids = itertools.count(1)
         self.num_blocks = 0
@@ -57,18 +57,14 @@ class FetchTable:
         self.num_blocks -= len(plan)
 
     def filling(self, host_slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Which of these slots (negative: none) a fetch fills."""
-        return self._fetches_of(host_slots) > 0
+        """Which of these slots (-1, IN_PLACE: none) a fetch fills."""
+        return np.asarray(self._fetch_of[host_slots] > 0)
 
     def joins(self, host_slots: NDArray[np.int32]) -> tuple[Join, ...]:
-        """Whom those who read these slots (negative: none) have to wait for."""
-        fetches = self._fetches_of(host_slots)
+        """Whom those who read these slots (-1, IN_PLACE: none) have to wait for."""
+        fetches = self._fetch_of[host_slots]
         joins = []
         for fetch_id in np.unique(fetches[fetches > 0]).tolist():
             mine = np.flatnonzero(fetches == fetch_id)
             joins.append(Join(fetch_id, mine, self._index_of[host_slots[mine]].astype(np.intp)))
         return tuple(joins)
-
-    def _fetches_of(self, host_slots: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Ids; 0 where there is none."""
-        return np.where(host_slots >= 0, self._fetch_of[np.maximum(host_slots, 0)], 0)

@@ -18,7 +18,7 @@ NUM_BATCHES = 2
 
 MAX_BATCH = 24
 """Pieces of one. Where GPU and disk have no direct path, cuFile has 64 bounce buffers for all that a process has under
-way, and waits for ever for one more."""
+way, and waits for ever for one more (docs/design/0011-gpudirect-storage.md)."""
 
 _driver_is_open = False
 
