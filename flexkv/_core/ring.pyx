@@ -28,6 +28,7 @@ from flexkv._core._csrc cimport (
     flexkv_ring_set_waiting,
 )
 from flexkv._core.mapping cimport SharedMapping
+from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import RingCorruptedError
 
 RING_HEADER_BYTES = FLEXKV_RING_HEADER
@@ -64,19 +65,28 @@ cdef class ControllerRings:
 
     def __cinit__(self, Py_ssize_t data_bytes):
         self.fd = self.submission_event_fd = self.completion_event_fd = -1
+        self.buffer = NULL
+        if data_bytes < 4096 or data_bytes & (data_bytes - 1):
+            raise ValueError(f"a ring of {data_bytes} bytes; give a power of two, at least 4096")
         self.ring_bytes = FLEXKV_RING_HEADER + data_bytes
         self.buffer = <uint8_t *>malloc(self.ring_bytes)
         if self.buffer == NULL:
-            raise MemoryError("no memory for a ring")
-        self.fd = os.memfd_create("flexkv-rings", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, 2 * self.ring_bytes)
+            raise MemoryError(f"no memory for a ring of {data_bytes} bytes")
+        try:
+            self.open()
+        except BaseException:
+            self.close()
+            raise
+
+    cdef open(self):
+        self.fd = sealed_memfd("flexkv-rings", 2 * self.ring_bytes)
         self.memory = SharedMapping(self.fd, 2 * self.ring_bytes)
         cdef uint8_t *first = self.memory.data
         cdef uint8_t *second = first + self.ring_bytes
         self.submission_event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.completion_event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        if flexkv_ring_create(first, self.ring_bytes) or flexkv_ring_create(second, self.ring_bytes):
-            raise ValueError(f"a ring of {data_bytes} bytes; give a power of two, at least 4096")
+        flexkv_ring_create(first, self.ring_bytes)
+        flexkv_ring_create(second, self.ring_bytes)
         flexkv_ring_attach(&self.submissions, first, self.ring_bytes, self.submission_event_fd)
         flexkv_ring_attach(&self.completions, second, self.ring_bytes, self.completion_event_fd)
         self.max_blocks = (flexkv_ring_max_record(&self.submissions) - sizeof(flexkv_msg_op)) // 8

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 
+from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import CapacityError
 
 logger = logging.getLogger("flexkv.storage")
@@ -14,8 +15,14 @@ logger = logging.getLogger("flexkv.storage")
 _CHUNK_BYTES = 64 << 20
 """Memory taken at a time while the pool grows: small enough to stop soon, large enough to be quick."""
 
-_HUGETLB_SHIFT = 26
-"""MFD_HUGE_SHIFT of <linux/memfd.h>."""
+
+def _remedy(error: OSError | OverflowError, hugepage_bytes: int) -> str:
+    """The setting or limit that helps against an error of the kernel."""
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    if hugepage_bytes:
+        return "set vm.nr_hugepages, or turn hugepages off"
+    return "set cpu_cache_gb (or num_cpu_blocks, where that is set) lower"
 
 
 class HostPool:
@@ -44,19 +51,17 @@ class HostPool:
         self.num_bytes = -(-slot_bytes * num_slots // page) * page
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        flags = os.MFD_CLOEXEC
-        if hugepage_bytes:
-            flags |= os.MFD_HUGETLB | (hugepage_bytes.bit_length() - 1) << _HUGETLB_SHIFT
         self.fd = -1
         try:
-            self.fd = os.memfd_create("flexkv-host-pool", flags)
-            os.ftruncate(self.fd, self.num_bytes)
+            self.fd = sealed_memfd("flexkv-host-pool", self.num_bytes, hugepage_bytes)
             self._memory = mmap.mmap(self.fd, self.num_bytes)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             if self.fd >= 0:
                 os.close(self.fd)
-            hint = "set vm.nr_hugepages, or turn hugepages off" if hugepage_bytes else "set cpu_cache_gb lower"
-            raise CapacityError(f"no host pool of {self.num_bytes} bytes: {error.strerror}; {hint}") from error
+            raise CapacityError(
+                f"no host pool of {self.num_bytes} bytes ({num_slots} slots of {slot_bytes}): {error}; "
+                f"{_remedy(error, hugepage_bytes)}"
+            ) from error
 
     @property
     def memory(self) -> memoryview:

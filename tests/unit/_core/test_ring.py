@@ -2,11 +2,13 @@
 
 import os
 import random
+import resource
 
 import numpy as np
 import pytest
 
 from flexkv._core.ring import RING_HEADER_BYTES, ControllerRings
+from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import RingCorruptedError
 
 IDS = np.arange(8, dtype=np.int32)
@@ -42,6 +44,27 @@ def test_what_never_fits_is_refused(rings: ControllerRings) -> None:
 def test_sizes_must_be_powers_of_two(size: int) -> None:
     with pytest.raises(ValueError, match="power of two"):
         ControllerRings(size)
+
+
+def test_rings_that_cannot_be_made_leave_no_descriptor() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = os.listdir("/proc/self/fd")
+    free = os.open("/dev/null", os.O_RDONLY)                       # the lowest number that is free
+    os.close(free)
+    for room in range(3):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + room, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                ControllerRings(4096)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_nobody_can_resize_the_rings(rings: ControllerRings) -> None:
+    check_sealed(rings.fd, 2 * rings.ring_bytes, "the rings")
+    with pytest.raises(PermissionError):
+        os.ftruncate(rings.fd, 0)
 
 
 def test_garbage_is_reported_and_never_followed() -> None:

@@ -1,11 +1,15 @@
 """The host pool and the layouts of slots."""
 
+import fcntl
 import mmap
+import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from flexkv._core.io_queue import IoQueue
+from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import CapacityError, RegistrationError
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import KVCacheLayout, KVCacheLayoutType, SlotLayout
@@ -26,6 +30,34 @@ def test_pool_grows_in_the_background_and_is_shared() -> None:
         pool.slot(50)
     pool.close()
     pool.close()
+
+
+def test_nobody_can_resize_the_pool() -> None:
+    """A process that shrank it would kill the controller and all ranks (SIGBUS)."""
+    pool = HostPool(4096, 16)
+    for size in (0, 4096, 17 * 4096):
+        with pytest.raises(PermissionError):
+            os.ftruncate(pool.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(pool.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    check_sealed(pool.fd, pool.num_bytes, "the pool")
+    pool.close()
+
+
+def test_memory_that_is_not_sealed_is_refused() -> None:
+    fd = os.memfd_create("open", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 4096)
+    with pytest.raises(RegistrationError, match="sealed against resizing"):
+        check_sealed(fd, 4096, "the pool")
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    with pytest.raises(RegistrationError, match="must have 8192 bytes"):
+        check_sealed(fd, 8192, "the pool")
+    os.close(fd)
+    read, write = os.pipe()
+    with pytest.raises(RegistrationError, match="not a memfd"):
+        check_sealed(read, 4096, "the pool")
+    os.close(read)
+    os.close(write)
 
 
 def test_memory_is_slots_and_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -58,6 +90,13 @@ def test_memory_that_cannot_be_had_is_an_error() -> None:
     for slots in (0, -1, 1 << 50):
         with pytest.raises(CapacityError):
             HostPool(4096, slots)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(CapacityError, match="ulimit -n"):
+            HostPool(4096, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     if Path("/proc/sys/vm/nr_hugepages").read_text().strip() == "0":
         with pytest.raises(CapacityError, match="nr_hugepages"):
             HostPool(4096, 16, hugepage_bytes=2 << 20)
