@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.io_queue import IoQueue
+from flexkv.cache.early_traffic import EarlyTraffic
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
@@ -83,6 +84,7 @@ class Tiering:
         self._store: Store | None = None
         self._gds: socket.socket | None = None     # of a rank, until the store is open
         self._writer: SsdWriter | None = None
+        self._early: EarlyTraffic | None = EarlyTraffic()     # None: the store cannot be opened
         self._thread: threading.Thread | None = None
 
     # ---- life -------------------------------------------------------------------------------------------------
@@ -108,6 +110,8 @@ class Tiering:
         except Exception as error:
             expected = isinstance(error, (FlexKVError, OSError))
             logger.error("the SSD tier is not in service: %s", error, exc_info=not expected)
+            with self._lock:
+                self._early = None
 
     def attach_gds(self, connection: socket.socket) -> None:
         """A rank can be told to move blocks between SSD and its GPU, over this socket, which belongs to this now."""
@@ -140,7 +144,7 @@ class Tiering:
         count = self._index(cache, store, found)
         logger.info("SSD tier: %d slots, %d blocks found, %.2f s", store.num_slots, count, time.monotonic() - start)
         blocks = max(1, _BATCH_BYTES // pool.slot_bytes)
-        self._writer = SsdWriter(
+        writer = SsdWriter(
             cache,
             write_all=self._config.ssd_admission == "all",
             batch_blocks=blocks,
@@ -151,6 +155,9 @@ class Tiering:
             blocks_per_s=self._config.ssd_write_mb_per_s * (1 << 20) / pool.slot_bytes,
             clock=time.monotonic,
         )
+        with self._lock:
+            self._writer = writer
+        self._wake()
 
     def _index(self, cache: GlobalCacheEngine, store: Store, found: Recovered) -> int:
         """Put what is on the disks into the index, parents before children; give back the rest of its slots."""
@@ -191,6 +198,8 @@ class Tiering:
             with self._lock:
                 self._uncleared = True
                 store, writes = self._store, list(self._writes)
+                if self._early is not None:
+                    self._early.clear()
             if self._writer is not None:
                 self._writer.clear()
             if store is not None and self._transfer is not None:
@@ -222,7 +231,7 @@ class Tiering:
         if writer is not None:
             self._hurry = True
             self._transfer.wake()
-            if not self._transfer.wait(lambda: writer.idle, _DRAIN_S):
+            if not self._transfer.wait(lambda: writer.idle and self._num_early() == 0, _DRAIN_S):
                 logger.warning("not all was written to SSD within %g s: %s", _DRAIN_S, writer.stats())
 
     def set_prefill_rate(self, tokens_per_s: float) -> None:
@@ -251,7 +260,7 @@ class Tiering:
                 graph = TransferGraph(next(self._transfer.task_ids), [self._fetch_ops[plan.fetch.fetch_id]])
         if graph is not None and plan.fetch is not None and self._transfer is not None:
             self._transfer.submit(graph, partial(self._fetched, cache, plan.fetch), background=True)
-        if self._writer is not None and plan.stop > 0 and self._writer.hit(plan.keys):
+        if plan.stop > 0 and self._news(plan.keys):
             self._wake()
         return plan, needs
 
@@ -291,9 +300,21 @@ class Tiering:
     # ---- write-back -------------------------------------------------------------------------------------------
 
     def put_ended(self, plan: PutPlan) -> None:
-        """A put's blocks are ready: they may be worth writing."""
-        if self._writer is not None and self._writer.put(plan):
+        """The blocks of a put are ready, and may be written to SSD."""
+        if self._news(plan):
             self._wake()
+
+    def _news(self, event: PutPlan | NDArray[np.uint64]) -> bool:
+        """A put has ended, or a sequence ((n, 2) uint64) is loaded; True if some of it is to be written now."""
+        writer = self._writer
+        if writer is None:
+            with self._lock:
+                writer = self._writer
+                if writer is None:
+                    if self._early is not None:
+                        self._early.add(event)
+                    return False
+        return writer.put(event) if isinstance(event, PutPlan) else writer.hit(event)
 
     def _wake(self) -> None:
         if self._transfer is not None:
@@ -308,6 +329,8 @@ class Tiering:
         if not self._write_lock.acquire(blocking=False):     # a reset waits for the disks, and wakes this thread then
             return _IDLE_S
         try:
+            if self._early is not None:
+                self._early.replay(writer)
             while (plan := writer.next(self._hurry)) is not None:
                 op = TransferOp(
                     OpKind.H2DISK, plan.host_slots, plan.ssd_slots, keys=plan.keys[plan.blocks], parents=plan.parents
@@ -329,10 +352,15 @@ class Tiering:
                 self._wake()
 
     def stats(self) -> dict[str, int]:
-        """Counts of the writer and of the store; none before it is open."""
+        """Counts of the writer and of the store; before it is open, directories of which none is usable."""
         if self._writer is None or self._store is None:
-            return {}
-        return {**self._writer.stats(), **{f"ssd_store_{name}": n for name, n in self._store.stats().items()}}
+            return {"ssd_store_directories": len(self._config.ssd_directories), "ssd_store_directories_usable": 0}
+        stats = self._writer.stats()
+        stats["ssd_queued_blocks"] += self._num_early()
+        return {**stats, **{f"ssd_store_{name}": n for name, n in self._store.stats().items()}}
+
+    def _num_early(self) -> int:
+        return self._early.num_blocks if self._early is not None else 0
 
 
 def _fetch_op(plan: FetchPlan) -> TransferOp:

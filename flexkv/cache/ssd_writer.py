@@ -56,6 +56,7 @@ class SsdWriter:
         self._rate = blocks_per_s
         self._clock = clock
         self._lock = threading.Lock()
+        self._max_queued = max_queued_blocks
         self._queue = WriteQueue(max_queued_blocks)
         self._in_flight = self._dropped = self._written = 0
         self._not_before = 0.0
@@ -130,6 +131,11 @@ class SsdWriter:
             if self._queue.num_blocks == 0 or self._room() <= 0:
                 return math.inf
             return max(0.0, self._not_before - self._clock())
+
+    def has_room(self, num_blocks: int) -> bool:
+        """Whether the queue can take so many blocks; an empty queue takes as many of them as it has room for."""
+        with self._lock:
+            return self._queue.num_blocks == 0 or self._queue.num_blocks + num_blocks <= self._max_queued
 
     @property
     def idle(self) -> bool:

@@ -172,6 +172,90 @@ def test_a_shutdown_does_not_wait_for_ever_for_a_store_that_opens(
     assert not thread.is_alive()
 
 
+@contextmanager
+def stage_whose_store_waits(tmp_path: Path, **settings: Any) -> Iterator[tuple[Stage, threading.Event]]:
+    """The store opens when the event is set."""
+    go_on, stores = threading.Event(), list[MemoryStore]()
+
+    def make_late(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> MemoryStore:
+        assert go_on.wait(20.0)
+        stores.append(MemoryStore(config.ssd_bytes // slot_bytes, slot_bytes, memory))
+        return stores[0]
+
+    try:
+        with stage(tmp_path, make_store=make_late, **settings) as made:
+            made.stores = stores
+            yield made, go_on
+    finally:
+        go_on.set()
+
+
+@pytest.mark.parametrize("admission", ["all", "second_touch"])
+def test_all_that_was_put_before_the_store_is_open_is_written_to_it(tmp_path: Path, admission: str) -> None:
+    with stage_whose_store_waits(tmp_path, ssd_admission=admission) as (made, go_on):
+        made.put(3, 1)
+        made.put(7, 1)                                      # goes on from the first
+        for seed in range(2, 6):
+            made.put(2, seed)                               # 15 of 16 host slots: more than the queue takes at a time
+        assert made.manager.stats()["ssd_store_directories_usable"] == 0
+        go_on.set()
+        until(lambda: len(made.stores) == 1 and len(made.store.disk.records) == 15)
+        made.settle()
+        assert made.manager.stats()["ssd_dropped_writes"] == 0
+        made.flood()
+        for seed, count in ((1, 7), (2, 2), (5, 2)):
+            made.get(count, seed)
+
+
+def test_what_was_evicted_before_the_store_is_open_is_not_written(tmp_path: Path) -> None:
+    with stage_whose_store_waits(tmp_path) as (made, go_on):
+        for seed in range(1, 5):
+            made.put(8, seed)
+        go_on.set()
+        until(lambda: "ssd_written_blocks" in made.manager.stats())
+        made.settle()
+        assert made.ready(8, 4) == 8
+        assert len(made.store.disk.records) <= 16
+        made.flood()
+        made.get(8, 4)
+
+
+def test_nothing_of_before_a_reset_is_written_when_the_store_opens_after_it(tmp_path: Path) -> None:
+    with stage_whose_store_waits(tmp_path) as (made, go_on):
+        made.put(5, 1)
+        made.get(5, 1)
+        made.manager.reset()
+        made.put(3, 2)
+        go_on.set()
+        until(lambda: "ssd_written_blocks" in made.manager.stats())
+        made.settle()
+        assert made.store.num_writes == 3
+
+
+def test_a_shutdown_writes_what_was_put_before_the_store_was_open(tmp_path: Path) -> None:
+    with stage_whose_store_waits(tmp_path) as (made, go_on):
+        for seed in range(1, 4):
+            made.put(5, seed)
+        go_on.set()
+    assert len(made.store.disk.records) == 15
+
+
+def test_a_store_that_cannot_be_opened_is_counted_as_out_of_service(tmp_path: Path) -> None:
+    def broken(*args: Any) -> MemoryStore:
+        raise StorageError("no room")
+
+    directories = f"{tmp_path}/a;{tmp_path}/b"
+    with stage(tmp_path, make_store=broken, ssd_cache_dir=directories) as made:
+        made.put(5, 1)
+        made.get(5, 1)
+        tier = made.manager._tiering
+        assert tier is not None
+        until(lambda: tier._early is None)                  # nothing more is kept for it
+        made.put(5, 2)
+        stats = made.manager.stats()
+        assert (stats["ssd_store_directories"], stats["ssd_store_directories_usable"]) == (2, 0)
+
+
 def test_a_store_that_loses_its_results_is_given_up_and_nothing_waits_for_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
