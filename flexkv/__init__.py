@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from flexkv.response import KVResponse as KVResponse
     from flexkv.response import KVResponseStatus as KVResponseStatus
     from flexkv.server.client import KVTPClient as KVTPClient
+    from flexkv.server.tensors import tensor_spec as tensor_spec
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ _PUBLIC = {
     "KVResponseStatus": "flexkv.response",
     "KVTPClient": "flexkv.server.client",
     "ModelConfig": "flexkv.config",
+    "tensor_spec": "flexkv.server.tensors",
 }
 
 __all__ = [*_PUBLIC]

@@ -29,6 +29,10 @@ class RegistrationError(FlexKVError, ValueError):
     """Tensors, or the layout said to describe them, cannot be registered."""
 
 
+class NotReadyError(FlexKVError, TimeoutError):
+    """KV cannot be loaded or saved yet: a rank has not registered its tensors."""
+
+
 class PinError(FlexKVError, ValueError):
     """A prefix cannot be pinned or unpinned; nothing has changed."""
 

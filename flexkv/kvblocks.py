@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flexkv._core.hashing import SequenceHasher, chain_seed, hash_blocks
+from flexkv.at_exit import close_at_exit
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import policy_class
 from flexkv.cache.match_counts import MatchCounts
@@ -15,7 +18,7 @@ from flexkv.cache.plan import NOTHING, MatchResult
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.trace import make_recorder
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
-from flexkv.errors import ConfigError, PinError
+from flexkv.errors import ConfigError, NotReadyError, PinError
 from flexkv.kvtask import TaskTable
 from flexkv.metrics.exporter import Metrics
 from flexkv.response import KVResponse
@@ -109,12 +112,39 @@ class KVBlocks:
     def start(self) -> None:
         """Listen for the ranks; returns at once. The host pool is made when all of them have registered."""
         self._transfer.start()
+        close_at_exit(self, type(self).shutdown)
         if self.metrics is not None:
             self.metrics.start()
 
     def is_ready(self) -> bool:
         """Whether every rank has registered, so that KV can be loaded and saved."""
         return self._transfer.is_ready and self._cache is not None
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Wait until every rank has registered, so that KV can be loaded and saved.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds.
+
+        Raises
+        ------
+        NotReadyError
+            A rank has not registered by then, or the manager was not started or was shut down.
+        """
+        if not self._transfer.wait(self.is_ready, timeout if self._transfer.describe_ranks() else 0.0):
+            ranks = self._transfer.describe_ranks()
+            raise NotReadyError(f"{ranks} after {timeout:g} s" if ranks else "the manager is not running: call start()")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
 
     def shutdown(self) -> None:
         """Write what is queued for SSD, cancel what is under way, give all that it holds back. May be repeated."""
@@ -149,6 +179,7 @@ class KVBlocks:
                 max_pinned_share=config.max_pinned_share,
             )
         self._cache.grow(num_slots)
+        self._transfer.notify()
         if self._tiering is not None:
             self._tiering.grow(self._cache, self._transfer, num_slots)
 

@@ -219,7 +219,7 @@ cdef class ImportedMemory:
         self.close()
 
     def __del__(self):
-        if self.address == 0 or sys.is_finalizing():
+        if self.address == 0 or sys is None or sys.is_finalizing():
             return
         try:
             warnings.warn(f"another process's memory at {self.address:#x} was not closed", ResourceWarning, source=self)

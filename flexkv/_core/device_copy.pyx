@@ -296,6 +296,8 @@ cdef class DeviceAgent:
             flexkv_agent_stop(self.agent)
 
     def __del__(self):
-        if self.agent != NULL and not sys.is_finalizing():
+        if sys is None or sys.is_finalizing():         # modules are empty: the process's end releases the descriptors
+            return
+        if self.agent != NULL:
             warnings.warn("a DeviceAgent was not closed", ResourceWarning, stacklevel=2)
         self.close()

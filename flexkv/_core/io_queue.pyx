@@ -291,7 +291,9 @@ cdef class IoQueue:
             flexkv_io_queue_close(self.queue)
 
     def __del__(self):
-        if self.queue != NULL and not sys.is_finalizing():
+        if sys is None or sys.is_finalizing():         # modules are empty; __dealloc__ closes the queue
+            return
+        if self.queue != NULL:
             warnings.warn("an IoQueue was not closed", ResourceWarning, stacklevel=2)
         self.close()
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +17,12 @@ from numpy.typing import NDArray
 from flexkv._core.block_table import TensorSpec, layer_spans, regions_from_tensors
 from flexkv._core.cuda_driver import Device, load_driver
 from flexkv._core.device_copy import DeviceAgent
+from flexkv.at_exit import close_at_exit
 from flexkv.config import TransferConfig, load_config
 from flexkv.errors import CudaError, RegistrationError
 from flexkv.server.gds import GdsWorker
 from flexkv.server.handshake import join_controller
-from flexkv.server.tensors import content_digest
+from flexkv.server.tensors import KVTensor, content_digest, tensor_spec
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
 from flexkv.transfer.protocol import NUM_FDS, Hello, Welcome, socket_path
@@ -110,17 +113,20 @@ class RankClient:
     # ---- registration -----------------------------------------------------------------------------------------
 
     def register_tensors(
-        self, specs: Sequence[TensorSpec], connect_timeout_s: float = CONNECT_TIMEOUT_S, keep_alive: object = None,
-        *, layers: Sequence[int] | None = None, opened: ExitStack | None = None,
+        self, tensors: "Sequence[TensorSpec | KVTensor]", connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        keep_alive: object = None, *, layers: Sequence[int] | None = None, opened: ExitStack | None = None,
     ) -> None:
-        """Register tensors, and return: a thread connects as soon as the controller is there.
+        """Register the tensors that hold KV, and return; a thread connects as soon as the controller is there.
 
         Parameters
         ----------
-        specs : sequence of TensorSpec
-            The memory must stay valid until ``close``; ``keep_alive`` is held until then.
+        tensors : sequence of ndarray, torch.Tensor or TensorSpec
+            One for each layer. The first dimension of an array or tensor counts pages; ``tensor_spec`` describes
+            others. The memory of a TensorSpec must stay valid until ``close``; arrays and tensors are kept until then.
         connect_timeout_s : float
-            When to give up, in seconds.
+            Time in seconds after which connecting fails.
+        keep_alive : object
+            A reference that is kept until ``close``: the owner of the memory of TensorSpecs.
         layers : sequence of int, optional
             The layer of each tensor, from 0 and ascending; default: each is one.
         opened : ExitStack, optional
@@ -131,8 +137,9 @@ class RankClient:
         RegistrationError
             The tensors cannot be described by pages, or are on several devices.
         CudaUnavailableError, CudaError
-            They are on a GPU, and it cannot be used.
+            The tensors are on a GPU, and it cannot be used.
         """
+        specs = [tensor if isinstance(tensor, TensorSpec) else tensor_spec(tensor) for tensor in tensors]
         regions, num_pages, segment_bytes = regions_from_tensors(specs)
         if self._thread is not None:
             raise RegistrationError("this rank has registered its tensors already")
@@ -141,8 +148,9 @@ class RankClient:
             raise RegistrationError(f"tensors on devices {devices}: a rank's tensors must be on one")
         ordinal = devices.pop()
         self._device = None if ordinal is None else load_driver().device(ordinal)
-        self._keep_alive = keep_alive
+        self._keep_alive = keep_alive, list(tensors)
         self._num_tensors = len(specs)
+        close_at_exit(self, type(self).close)
         if self._suspended:
             self._suspended, self.error = False, None
             self._connected, self._closing = threading.Event(), threading.Event()
@@ -336,8 +344,16 @@ class RankClient:
             return self._connected.wait(timeout_s)
         return agent.wait(timeout_s)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Stop the agent and let the tensors go. Can be called again."""
+        """Stop the agent and release the tensors. Can be called again."""
         self._closing.set()
         self._stop()
         self._keep_alive = None

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
 
 from flexkv._core.block_table import TensorSpec
 from flexkv.errors import RegistrationError
@@ -13,15 +15,54 @@ if TYPE_CHECKING:
     import torch
 
 
-def tensor_spec(tensor: "torch.Tensor", page_dim: int = 0, tokens_per_page: int | None = None) -> TensorSpec:
-    """Describe a tensor, in this process's memory or on a GPU, by its own address and strides."""
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise RegistrationError(f"a tensor on {tensor.device}: KV can be on the CPU or on an NVIDIA GPU")
-    device = None if tensor.device.type == "cpu" else tensor.device.index
-    return TensorSpec(
-        tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size(), page_dim,
-        tokens_per_page, device,
-    )
+KVTensor = Union["np.ndarray[Any, Any]", "torch.Tensor"]
+"""Memory that holds KV: a NumPy array, or a torch tensor on the CPU or on an NVIDIA GPU."""
+
+
+def tensor_spec(tensor: KVTensor, page_dim: int = 0, tokens_per_page: int | None = None) -> TensorSpec:
+    """Describe the memory of a tensor by its address and strides. The tensor must outlive the registration.
+
+    Parameters
+    ----------
+    tensor : ndarray or torch.Tensor
+        KV of one layer, of any shape and dtype of fixed size. Pages, or token slots, are counted by one dimension.
+    page_dim : int
+        The dimension that counts pages; negative values count from the last dimension.
+    tokens_per_page : int, optional
+        ``page_dim`` counts token slots instead of pages; a page is this many of them.
+
+    Returns
+    -------
+    TensorSpec
+
+    Raises
+    ------
+    RegistrationError
+        The tensor is neither of these, is read-only, is on another device, or has no dimension ``page_dim``.
+    """
+    if isinstance(tensor, np.ndarray):
+        if tensor.dtype.hasobject or not tensor.flags.writeable:
+            raise RegistrationError(
+                f"an array of {tensor.dtype}, writeable = {tensor.flags.writeable}: KV needs a dtype of fixed size and "
+                "memory that loads may write; register a copy (numpy.array)"
+            )
+        shape, steps, itemsize = tensor.shape, tensor.strides, tensor.itemsize
+        if any(step % itemsize for step in steps):
+            raise RegistrationError(
+                f"an array with strides of {steps} bytes and elements of {itemsize}: register a contiguous array"
+            )
+        address, strides, device = tensor.ctypes.data, tuple(step // itemsize for step in steps), None
+    elif hasattr(tensor, "data_ptr"):
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise RegistrationError(f"a tensor on {tensor.device}: KV can be on the CPU or on an NVIDIA GPU")
+        device = None if tensor.device.type == "cpu" else tensor.device.index
+        address, shape, strides = tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+        itemsize = tensor.element_size()
+    else:
+        raise RegistrationError(f"a {type(tensor).__name__} cannot hold KV: register NumPy arrays or torch tensors")
+    if not -len(shape) <= page_dim < len(shape):
+        raise RegistrationError(f"page_dim = {page_dim} of a tensor of shape {shape}: it has {len(shape)} dimensions")
+    return TensorSpec(address, shape, strides, itemsize, page_dim % len(shape), tokens_per_page, device)
 
 
 def content_digest(specs: Sequence[TensorSpec]) -> bytes:

@@ -150,6 +150,10 @@ class TransferEngine:
         registry = self._registry
         return registry is not None and not self._closing and registry.complete and self._pool is not None
 
+    def describe_ranks(self) -> str:
+        """How many ranks are connected, in words; empty before ``start`` and after ``shutdown``."""
+        return "" if self._registry is None or self._closing else self._registry.describe()
+
     @property
     def host_pool(self) -> HostPool:
         """The host tier, once the first client's ranks have registered."""
@@ -203,6 +207,11 @@ class TransferEngine:
             if not self._closing and self._epoll is not None:
                 os.eventfd_write(self._wake_fd, 1)
 
+    def notify(self) -> None:
+        """Let ``wait`` look at its predicate again."""
+        with self._lock:
+            self._news.notify_all()
+
     def _make_pool(self, layout: SlotLayout) -> HostPool:
         slot_bytes, self.content = layout.slot_bytes, layout.content
         num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
@@ -217,6 +226,7 @@ class TransferEngine:
             self._device.add(link)
             for fd in (link.connection.fileno(), link.rings.completion_event_fd):
                 self._links[fd] = link
+            self._news.notify_all()
         self._epoll.modify(link.connection.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
         self._epoll.register(link.rings.completion_event_fd, select.EPOLLIN)
 

@@ -78,6 +78,7 @@ class Registry:
         self._index: dict[RankId, int] = {}                             # fixed with the layout
         self._layout: SlotLayout | None = None
         self._pool: HostPool | None = None
+        self._last_refusal = ""
         self.listener = listen(port)
 
     def next_deadline(self) -> float | None:
@@ -152,6 +153,7 @@ class Registry:
 
     def _refuse(self, connection: socket.socket, reason: str) -> None:
         logger.error("refused a rank: %s", reason)
+        self._last_refusal = reason
         try:
             connection.send(pack_refusal(reason))
         except OSError as error:
@@ -233,6 +235,14 @@ class Registry:
     def complete(self) -> bool:
         """Every rank of every client is connected."""
         return len(self._connected) == self._ranks * len(self._clients)
+
+    def describe(self) -> str:
+        """How many ranks are connected and how many are missing, in words."""
+        refusal = f" (refused: {self._last_refusal})" if self._last_refusal else ""
+        return (
+            f"{len(self._connected)} of {self._ranks * len(self._clients)} ranks have registered their tensors at "
+            f"{self._path}{refusal}"
+        )
 
     def close(self) -> None:
         """Stop listening, and hang up on those who wait."""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "flexkv"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "at_exit"},
     {"config", "metrics"},
     {"_core"},
     {"cache", "storage", "response"},
