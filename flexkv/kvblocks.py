@@ -1,5 +1,6 @@
 """KV by blocks: wires index, data plane and tasks together. ``KVManager`` adds what upstream's adapters call."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -27,6 +28,8 @@ from flexkv.transfer.control import Control
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.ssd import MakeStore
 
+logger = logging.getLogger("flexkv.manager")
+
 
 class KVBlocks:
     """Loads and saves the KV of token sequences for one engine (one data-parallel client).
@@ -49,6 +52,8 @@ class KVBlocks:
         Default: from ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
     make_store : callable
         Makes the store of the SSD tier; for tests.
+    note : str
+        End of the line that the log gets when the manager is ready, such as the engine's role.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class KVBlocks:
         *,
         transfer_config: TransferConfig | None = None,
         make_store: MakeStore = make_ssd_store,
+        note: str = "",
     ) -> None:
         if event_collector is not None:
             raise NotImplementedError("event_collector: KV events are not available in this version; pass None")
@@ -78,7 +84,11 @@ class KVBlocks:
         self._counts = MatchCounts()
         self.metrics = self._make_metrics(model_config, cache_config, dp_client_id)
         self._cache: GlobalCacheEngine | None = None
-        self._tiering = Tiering(cache_config, self._domain, make_store) if cache_config.ssd_bytes else None
+        self._note = note
+        self._ranks = ranks
+        self._tiering = None
+        if cache_config.ssd_bytes:
+            self._tiering = Tiering(cache_config, self._domain, make_store, self._log_ready)
         transfer_config = transfer_config or load_config().transfer
         self._host_only = transfer_config.enable_layerwise_transfer
         default_port = f"ipc://{runtime_directory()}/register-{dp_client_id}.sock"
@@ -169,7 +179,22 @@ class KVBlocks:
         self.cancel(unsettled)
         self._tasks.wait(unsettled, timeout, self._tasks.is_settled)
 
+    def _log_ready(self) -> None:
+        """One line with all that is in effect: when every rank has registered, and the SSD tier has been opened."""
+        config, pool = self._cache_config, self._transfer.host_pool
+        metrics = self.metrics.port if self.metrics is not None else None
+        logger.info("ready: %s", "; ".join(part for part in (
+            f"host {pool.num_bytes / (1 << 30):.3g} GiB ({pool.num_slots} blocks of {self._tokens_per_block} tokens, "
+            f"{pool.slot_bytes / (1 << 20):.3g} MiB each)",
+            self._tiering.description if self._tiering is not None else "no SSD",
+            "1 rank" if self._ranks == 1 else f"{self._ranks} ranks",
+            f"eviction {config.eviction_policy}",
+            f"metrics at http://{config.metrics_host}:{metrics}/metrics" if metrics else "no metrics",
+            self._note,
+        ) if part))
+
     def _on_capacity(self, num_slots: int) -> None:
+        is_first = self._cache is None
         if self._cache is None:
             pool = self._transfer.host_pool
             config = self._cache_config
@@ -182,6 +207,8 @@ class KVBlocks:
         self._transfer.notify()
         if self._tiering is not None:
             self._tiering.grow(self._cache, self._transfer, num_slots)
+        elif is_first:
+            self._log_ready()
 
     # ---- blocks: the API that this package's adapters use ------------------------------------------------------
 

@@ -5,7 +5,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -65,9 +65,20 @@ class Tiering:
         What makes KV comparable; blocks of other domains on the same disks are not seen.
     make_store : callable
         ``make_store(config, slot_bytes, domain, memory) -> Store``.
+    on_opened : callable
+        Called once, when the store is open or cannot be opened.
+
+    Attributes
+    ----------
+    description : str
+        The tier in the words of the log, when ``on_opened`` is called.
     """
 
-    def __init__(self, config: CacheConfig, domain: bytes, make_store: MakeStore) -> None:
+    def __init__(
+        self, config: CacheConfig, domain: bytes, make_store: MakeStore, on_opened: Callable[[], None] = lambda: None
+    ) -> None:
+        self.description = "SSD not in service"
+        self._on_opened = on_opened
         self._config = config
         self._domain = domain
         self._make_store = make_store
@@ -112,6 +123,7 @@ class Tiering:
             logger.error("the SSD tier is not in service: %s", error, exc_info=not expected)
             with self._lock:
                 self._early = None
+        self._on_opened()
 
     def attach_gds(self, connection: socket.socket) -> None:
         """A rank can be told to move blocks between SSD and its GPU, over this socket, which belongs to this now."""
@@ -143,6 +155,7 @@ class Tiering:
             return
         count = self._index(cache, store, found)
         logger.info("SSD tier: %d slots, %d blocks found, %.2f s", store.num_slots, count, time.monotonic() - start)
+        self.description = f"SSD {self._config.ssd_cache_gb:g} GiB ({store.num_slots} blocks, {count} found)"
         blocks = max(1, _BATCH_BYTES // pool.slot_bytes)
         writer = SsdWriter(
             cache,

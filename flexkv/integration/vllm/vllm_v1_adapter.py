@@ -11,8 +11,10 @@ from vllm.platforms import current_platform
 
 from flexkv.config import CacheConfig, FlexKVConfig, ModelConfig, load_config, runtime_directory
 from flexkv.errors import FlexKVError
+from flexkv.integration.vllm.log import follow_vllm_log
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata
 from flexkv.integration.vllm.scheduler import SchedulerSide
+from flexkv.integration.vllm.stop import warn_of_short_stop
 from flexkv.integration.vllm.worker import WorkerSide, find_metadata
 from flexkv.kvmanager import KVManager
 from flexkv.server.client import KVTPClient
@@ -37,7 +39,7 @@ _Half = TypeVar("_Half", SchedulerSide, WorkerSide)
 def _settings(vllm_config: "VllmConfig") -> FlexKVConfig:
     """Settings of this engine: ``kv_connector_extra_config`` wins over file and environment."""
     config = load_config(**(vllm_config.kv_transfer_config.kv_connector_extra_config or {}))
-    logging.getLogger("flexkv").setLevel(config.connector.log_level)
+    follow_vllm_log(config.connector.log_level)
     return config
 
 
@@ -96,7 +98,9 @@ class FlexKVConnectorV1Impl:
             block_size = vllm_config.cache_config.block_size
             cache: CacheConfig = config.cache.replace(tokens_per_block=block_size)
             manager = KVManager(_model_config(vllm_config), cache, gpu_register_port=port,
-                                transfer_config=config.transfer)
+                                transfer_config=config.transfer,
+                                note=f"{vllm_config.kv_transfer_config.kv_role}, saves {config.connector.save_mode}")
+            warn_of_short_stop(vllm_config, config.cache)
             manager.start()
             layerwise = config.connector.layerwise_loads
             if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
