@@ -8,6 +8,7 @@ import numpy as np
 from flexkv.config import ConnectorConfig
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob, SavedBlocks
 from flexkv.integration.vllm.prefill_rate import PrefillRate
+from flexkv.integration.vllm.request_log import RequestLog
 from flexkv.integration.vllm.tracked_request import TrackedRequest, is_cacheable
 from flexkv.kvmanager import KVManager
 
@@ -50,7 +51,8 @@ class SchedulerSide:
         self._prefetches: set[int] = set()
         self._prefill = PrefillRate()
         self._running: set[str] = set()                     # computing, as of the last step
-        self._num_requests = self._num_prompt_tokens = self._num_hit_tokens = self._num_layerwise = 0
+        self._num_layerwise = 0
+        self._log = RequestLog(config.num_log_interval_requests, block_size, lambda: self._manager.stats())
 
     # ---- what can be loaded -----------------------------------------------------------------------------------
 
@@ -63,6 +65,9 @@ class SchedulerSide:
         match = self._manager.lookup(
             tracked.keys(), num_computed_tokens // self._block_size, tracked.group, count=not tracked.counted
         )
+        if not tracked.counted:
+            wanted = len(tracked.keys())
+            self._log.matched(request.request_id, wanted, num_computed_tokens // self._block_size, match)
         tracked.counted = True
         num_new = match.num_ready * self._block_size - num_computed_tokens
         if num_new <= 0:
@@ -131,7 +136,7 @@ class SchedulerSide:
         if tracked.layerwise:
             self._num_layerwise += 1
             self._running.add(request.request_id)
-        self._num_hit_tokens += num_external_tokens
+        self._log.loading(request.request_id, task_id, num_external_tokens)
 
     # ---- steps ------------------------------------------------------------------------------------------------
 
@@ -203,6 +208,7 @@ class SchedulerSide:
         """Take the results of tasks that have ended."""
         ended = self._manager.try_wait(self._outstanding)
         self._outstanding.difference_update(ended)
+        self._log.tasks_ended(ended.values())
         if self._prefetches:
             self._prefetches.difference_update(self._manager.try_wait(self._prefetches))
 
@@ -225,7 +231,7 @@ class SchedulerSide:
         """Whether saves still read the request's blocks; the workers report it when they are done."""
         tracked = self._requests.pop(request.request_id, None)
         self._running.discard(request.request_id)
-        self._count(request)
+        self._log.request_ended(request.request_id, request.num_prompt_tokens)
         if tracked is None:
             return False, None
         if block_ids and self._worth_saving(request):
@@ -242,17 +248,6 @@ class SchedulerSide:
 
         return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
-    def _count(self, request: "Request") -> None:
-        self._num_requests += 1
-        self._num_prompt_tokens += request.num_prompt_tokens
-        every = self._config.num_log_interval_requests
-        if every and self._num_requests % every == 0:
-            logger.info(
-                "%d requests, %d prompt tokens, %d loaded; %s",
-                self._num_requests, self._num_prompt_tokens, self._num_hit_tokens,
-                {name: count for name, count in self._manager.stats().items() if count},
-            )
-
     def reset_cache(self) -> bool:
         """Forget all KV (after a change of weights)."""
         self._manager.reset()
@@ -263,7 +258,7 @@ class SchedulerSide:
     def stats(self) -> dict[str, int]:
         """Counts since the start, and of the manager now."""
         return {
-            "requests": self._num_requests, "hit_tokens": self._num_hit_tokens,
+            "requests": self._log.num_requests, "hit_tokens": self._log.num_hit_tokens,
             "layerwise_loads": self._num_layerwise, **self._manager.stats(),
         }
 

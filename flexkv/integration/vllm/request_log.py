@@ -1,0 +1,104 @@
+"""What the log says of requests: a line for each at DEBUG, a line for every so many at INFO."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from flexkv.cache.plan import MatchResult
+from flexkv.cache.reasons import StopReason
+from flexkv.response import KVResponse, KVResponseStatus
+
+logger = logging.getLogger("flexkv.vllm")
+
+_SINCE = {StopReason.EVICTED, StopReason.FAILED, StopReason.EXPIRED, StopReason.OVER_QUOTA, StopReason.NOT_ADMITTED}
+"""Reasons of which a match may know the time."""
+
+
+@dataclass(slots=True)
+class _Told:
+    """Blocks of one request: wanted in all, in vLLM's own cache, found, on SSD alone, loaded."""
+
+    wanted: int
+    computed: int
+    match: MatchResult
+    loading: int = 0
+    loaded: int = 0
+    failed: bool = False
+
+
+class RequestLog:
+    """Counts the requests of an engine, and writes lines about them.
+
+    Parameters
+    ----------
+    every : int
+        Requests between two lines at INFO; 0: none.
+    block_size : int
+        Tokens of a block.
+    stats : callable
+        Counts for the line at INFO; called when it is written.
+
+    Attributes
+    ----------
+    num_requests, num_hit_tokens : int
+        Requests that have ended, and tokens that were to be loaded, since the start.
+    """
+
+    def __init__(self, every: int, block_size: int, stats: Callable[[], Mapping[str, int]]) -> None:
+        self._every = every
+        self._block_size = block_size
+        self._stats = stats
+        self.num_requests = self.num_hit_tokens = self._num_prompt_tokens = 0
+        self._told: dict[str, _Told] = {}
+        self._loads: dict[int, str] = {}
+
+    def matched(self, request_id: str, wanted: int, computed: int, match: MatchResult) -> None:
+        """``match`` was found for a request of ``wanted`` whole blocks, ``computed`` of which vLLM has itself."""
+        if logger.isEnabledFor(logging.DEBUG):
+            self._told[request_id] = _Told(wanted, computed, match)
+
+    def loading(self, request_id: str, task_id: int, num_tokens: int) -> None:
+        """A task loads ``num_tokens`` tokens of a request."""
+        self.num_hit_tokens += num_tokens
+        if (told := self._told.get(request_id)) is not None:
+            told.loading = -(-num_tokens // self._block_size)
+            self._loads[task_id] = request_id
+
+    def tasks_ended(self, responses: Iterable[KVResponse]) -> None:
+        """Tasks have ended, those of ``loading`` among them."""
+        for response in responses:
+            told = self._told.get(self._loads.pop(response.task_id, ""))
+            if told is not None and response.status is KVResponseStatus.SUCCESS:
+                told.loaded, told.loading = told.loading, 0
+            elif told is not None:
+                told.failed = True
+
+    def request_ended(self, request_id: str, num_prompt_tokens: int) -> None:
+        """A request has ended: its line, and the line that is due."""
+        self.num_requests += 1
+        self._num_prompt_tokens += num_prompt_tokens
+        if (told := self._told.pop(request_id, None)) is not None:
+            logger.debug("request %s: %s", request_id, _line(told))
+        if self._every and self.num_requests % self._every == 0:
+            logger.info(
+                "%d requests, %d prompt tokens, %d loaded; %s", self.num_requests, self._num_prompt_tokens,
+                self.num_hit_tokens, {name: count for name, count in self._stats().items() if count},
+            )
+
+
+def _line(told: _Told) -> str:
+    match = told.match
+    found = max(0, match.num_ready - told.computed)
+    text = f"{told.wanted} blocks wanted, {told.computed} in vLLM's cache, {found} found"
+    if match.num_to_fetch:
+        text += f" ({match.num_to_fetch} on SSD)"
+    text += f", {told.loaded} loaded"
+    if told.failed:
+        text += ", load failed"
+    if match.reason is not StopReason.FULL_HIT:
+        text += f"; block {match.num_ready}: {match.reason.name.lower()}"
+        if match.reason in _SINCE and not math.isnan(match.since):
+            text += f" {time.monotonic() - match.since:.0f} s ago"
+    return text
