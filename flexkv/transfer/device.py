@@ -170,6 +170,7 @@ class AgentLink:
         self._cancels.clear()
         for part in parts:
             rest = part.indices[part.answered :]
+            part.flight.op.is_lost = True
             part.flight.answer(rest, np.zeros(len(rest), dtype=np.bool_))
 
     @property
@@ -225,7 +226,8 @@ class DeviceExecutor(Executor):
         if flight is None:
             flight = Flight(op, progress, np.zeros(len(op), np.int16), np.ones(len(op), np.bool_))
             self._flights[op] = flight
-        doomed = doomed or len(links) < self._ranks
+        if len(links) < self._ranks:
+            doomed = op.is_lost = True
         if doomed:
             flight.ok[indices] = False
         flight.missing[indices] = len(links)

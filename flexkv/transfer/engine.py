@@ -242,10 +242,14 @@ class TransferEngine:
             self._scheduler.submit(graph, on_done, deadline, OpStatus.CANCELLED if self._closing else None)
         self._fire()
 
-    def cancel(self, task_id: int) -> None:
-        """Start nothing more of a graph; what is being copied is finished. Unknown or ended graphs are left alone."""
+    def cancel(self, task: int | TransferGraph) -> None:
+        """Start nothing more of a graph, given by its id or itself; blocks that are being copied are finished. Unknown
+        or ended graphs are left alone. A graph that is submitted later, by another thread, starts nothing."""
         with self._lock:
-            self._scheduler.stop(task_id, OpStatus.CANCELLED)
+            if isinstance(task, TransferGraph):
+                self._scheduler.stop_graph(task, OpStatus.CANCELLED)
+            else:
+                self._scheduler.stop(task, OpStatus.CANCELLED)
             self._news.notify_all()
         self._fire()
 

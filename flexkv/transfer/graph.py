@@ -95,6 +95,8 @@ class TransferOp:
     counter : int
         Of a layerwise load: whose eventfds tell of its layers, from 1; 0: none.
     depends_on : sequence of Dependency
+    after : sequence of TransferOp
+        Ops of other graphs that must succeed as a whole before any block starts; if one does not, every block fails.
     keys, parents : (n, 2) uint64, optional
         Names under which a tier that outlives the process records what it is given.
 
@@ -106,6 +108,14 @@ class TransferOp:
         How many blocks that it depends on have not arrived, once the op was begun.
     dependents : list of (TransferOp, Dependency)
         Running ops that wait for this one, and how; kept by the engine.
+    followers : list of TransferOp
+        Running ops that have this one in ``after``.
+    unmet : int
+        Ops of ``after`` that have not ended.
+    is_refused : bool
+        An op of ``after`` did not succeed.
+    is_lost : bool
+        A process that moved blocks of it ended meanwhile; set by its executor.
     """
 
     def __init__(
@@ -118,6 +128,7 @@ class TransferOp:
         layerwise: bool = False,
         counter: int = 0,
         depends_on: Sequence[Dependency] = (),
+        after: Sequence["TransferOp"] = (),
         keys: NDArray[np.uint64] | None = None,
         parents: NDArray[np.uint64] | None = None,
     ) -> None:
@@ -131,9 +142,13 @@ class TransferOp:
         self.layerwise = layerwise
         self.counter = counter
         self.depends_on = tuple(depends_on)
+        self.after = tuple(after)
         self.keys = keys
         self.parents = parents
         self.dependents: list[tuple[TransferOp, Dependency]] = []
+        self.followers: list[TransferOp] = []
+        self.unmet = 0
+        self.is_refused = self.is_lost = False
         self.task_id = 0          # set by its graph
         self.status = OpStatus.PENDING
         self.ok = np.zeros(len(src), dtype=np.bool_)
@@ -170,21 +185,35 @@ class TransferOp:
         self.num_resolved += len(self.resolved[indices])
 
     def begin(self) -> None:
-        """From now on be told of what it depends on (``heard``)."""
+        """Register with the ops that this one waits for: see ``heard`` and ``ended``."""
         for dependency in self.depends_on:
             self.missing[dependency.mine] += ~dependency.op.ok[dependency.theirs]
             if not dependency.op.done:
                 dependency.op.dependents.append((self, dependency))
+        for op in self.after:
+            if not op.done:
+                self.unmet += 1
+                op.followers.append(self)
+            elif op.status is not OpStatus.DONE:
+                self.is_refused = True
+
+    def ended(self, op: "TransferOp") -> None:
+        """An op of ``after`` has ended: ``startable`` may have changed."""
+        self.unmet -= 1
+        self.is_refused |= op.status is not OpStatus.DONE
 
     def startable(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Blocks not started that can start now, and blocks not started that never can."""
+        if self.is_refused:
+            return _NONE, np.flatnonzero(~self.started)
         if not self.depends_on:
-            return np.flatnonzero(~self.started), _NONE
+            return _NONE if self.unmet else np.flatnonzero(~self.started), _NONE
         doomed = np.zeros(len(self), dtype=np.bool_)
         for dependency in self.depends_on:
             arrived, ended = dependency.op.ok[dependency.theirs], dependency.op.resolved[dependency.theirs]
             doomed[dependency.mine] |= ended & ~arrived
-        return np.flatnonzero((self.missing == 0) & ~self.started), np.flatnonzero(doomed & ~self.started)
+        able = _NONE if self.unmet else np.flatnonzero((self.missing == 0) & ~self.started)
+        return able, np.flatnonzero(doomed & ~self.started)
 
     def heard(
         self, dependency: Dependency, indices: NDArray[np.intp]
@@ -194,7 +223,8 @@ class TransferOp:
         mine, arrived = dependency.mine[pairs], dependency.op.ok[dependency.theirs[pairs]]
         self.missing[mine] -= arrived
         new = ~self.started[mine]
-        return mine[new & (self.missing[mine] == 0)], mine[new & ~arrived]
+        able = _NONE if self.unmet else mine[new & (self.missing[mine] == 0)]
+        return able, mine[new & ~arrived]
 
 
 class TransferGraph:
@@ -204,6 +234,9 @@ class TransferGraph:
     ----------
     status : OpStatus
         Final as soon as the result is known; TIMEOUT and CANCELLED can be, before ``quiesced``.
+    verdict : OpStatus or None
+        The graph was stopped, and this is its result, whatever its blocks did. Set before the graph is submitted, it
+        keeps every block from starting.
     quiesced : bool
         Nothing touches the slots or pages of any op any more.
     """
@@ -212,6 +245,7 @@ class TransferGraph:
         self.task_id = task_id
         self.ops = tuple(ops)
         self.status = OpStatus.PENDING
+        self.verdict: OpStatus | None = None
         self.quiesced = False
         for op in self.ops:
             op.task_id = task_id

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.errors import InvariantError
 from flexkv.transfer.executor import Executor
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
 
@@ -25,7 +26,6 @@ class _Active:
     submitted: float
     deadline: float
     ops_left: int
-    verdict: OpStatus | None = None     # CANCELLED or TIMEOUT, whichever came first
 
 
 class Scheduler:
@@ -60,14 +60,23 @@ class Scheduler:
 
     def late(self, now: float) -> list[int]:
         """Ids of the graphs whose deadline has passed, and that were not stopped."""
-        return [i for i, active in self._active.items() if active.deadline <= now and active.verdict is None]
+        return [i for i, active in self._active.items() if active.deadline <= now and active.graph.verdict is None]
 
     def submit(
         self, graph: TransferGraph, on_done: OnDone, deadline: float, verdict: OpStatus | None = None
     ) -> None:
-        """Run a graph, until ``deadline`` (``time.monotonic``) at most: see ``late``. With a ``verdict`` it is stopped
-        before it starts anything."""
-        active = _Active(graph, on_done, time.monotonic(), deadline, len(graph.ops), verdict)
+        """Run a graph, until ``deadline`` (``time.monotonic``) at most: see ``late``. With a ``verdict``, this one or
+        its own, it starts nothing.
+
+        Raises
+        ------
+        InvariantError
+            A graph of that id runs.
+        """
+        if graph.task_id in self._active:
+            raise InvariantError(f"task {graph.task_id} is submitted twice")
+        graph.verdict = graph.verdict or verdict
+        active = _Active(graph, on_done, time.monotonic(), deadline, len(graph.ops))
         self._active[graph.task_id] = active
         graph.status = OpStatus.RUNNING
         for op in graph.ops:
@@ -79,18 +88,27 @@ class Scheduler:
     def stop(self, task_id: int, verdict: OpStatus) -> None:
         """Start nothing more of a graph; what is under way is finished. Unknown or ended graphs are left alone."""
         active = self._active.get(task_id)
-        if active is not None and active.verdict is None:
-            active.verdict = verdict
-            active.graph.status = verdict
-            for op in active.graph.ops:
-                if not op.done:
-                    self._executors[op.kind].cancel(op)
-                    self._start_blocks(active, op, *op.startable())
+        if active is not None:
+            self.stop_graph(active.graph, verdict)
+
+    def stop_graph(self, graph: TransferGraph, verdict: OpStatus) -> None:
+        """As ``stop``; a graph that has not been submitted yet will start nothing."""
+        if graph.verdict is not None or graph.quiesced:
+            return
+        graph.verdict = verdict
+        active = self._active.get(graph.task_id)
+        if active is None or active.graph is not graph:
+            return
+        graph.status = verdict
+        for op in graph.ops:
+            if not op.done:
+                self._executors[op.kind].cancel(op)
+                self._start_blocks(active, op, *op.startable())
 
     def _start_blocks(
         self, active: _Active, op: TransferOp, startable: NDArray[np.intp], doomed: NDArray[np.intp]
     ) -> None:
-        if active.verdict is not None:
+        if active.graph.verdict is not None:
             startable, doomed = startable[:0], np.flatnonzero(~op.started)
         for indices, is_doomed in ((startable, False), (doomed, True)):
             if len(indices):
@@ -106,20 +124,23 @@ class Scheduler:
             self._end_op(self._active[op.task_id], op)
 
     def _end_op(self, active: _Active, op: TransferOp) -> None:
-        op.status = OpStatus.DONE if op.ok.all() else active.verdict or OpStatus.FAILED
+        op.status = active.graph.verdict or (OpStatus.DONE if op.ok.all() else OpStatus.FAILED)
         self._executors[op.kind].forget(op)
         if self._observe is not None:
             self._observe(op.kind.name, op.status.value, int(op.ok.sum()), time.monotonic() - active.submitted)
         op.dependents.clear()
+        followers, op.followers = op.followers, []
+        for later in followers:
+            if not later.done:
+                later.ended(op)
+                self._start_blocks(self._active[later.task_id], later, *later.startable())
         for callback in op.callbacks:
             self.ended.append(partial(callback, op))
         active.ops_left -= 1
         if active.ops_left == 0:
             graph = active.graph
             del self._active[graph.task_id]
-            if all(op.status is OpStatus.DONE for op in graph.ops):
-                graph.status = OpStatus.DONE
-            else:
-                graph.status = active.verdict or OpStatus.FAILED
+            succeeded = all(op.status is OpStatus.DONE for op in graph.ops)
+            graph.status = graph.verdict or (OpStatus.DONE if succeeded else OpStatus.FAILED)
             graph.quiesced = True
             self.ended.append(partial(active.on_done, graph))
