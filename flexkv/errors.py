@@ -41,6 +41,16 @@ class SlotMappingError(FlexKVError, ValueError):
     """A slot mapping does not name whole, aligned pages."""
 
 
+class ArgumentError(FlexKVError, ValueError):
+    """An argument of a call is of a wrong type, shape or range; the call has changed nothing."""
+
+
+class TaskError(FlexKVError, KeyError):
+    """A task is not known, or was launched or ended already; the call has changed nothing."""
+
+    __str__ = Exception.__str__            # KeyError shows its message in quotes
+
+
 class CapacityError(FlexKVError, MemoryError):
     """A fixed size is used up, or memory could not be had."""
 

@@ -1,6 +1,7 @@
 """KV by blocks: wires index, data plane and tasks together. ``KVManager`` adds what upstream's adapters call."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -20,9 +21,10 @@ from flexkv.cache.quotas import Quotas
 from flexkv.cache.trace import make_recorder
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
 from flexkv.errors import ConfigError, NotReadyError, PinError
-from flexkv.kvtask import TaskTable
 from flexkv.metrics.exporter import Metrics
 from flexkv.response import KVResponse
+from flexkv.tasks.arguments import block_of, task_ids_of
+from flexkv.tasks.table import TaskTable
 from flexkv.tiering import Tiering, make_ssd_store
 from flexkv.transfer.control import Control
 from flexkv.transfer.engine import TransferEngine
@@ -103,11 +105,13 @@ class KVBlocks:
             hugepage_bytes=cache_config.hugepage_bytes,
             on_capacity=self._on_capacity,
             on_control=Control(self.pin, self.unpin, self.pins).answer,
-            housekeeping=self._tiering.keep_house if self._tiering is not None else None,
+            housekeeping=self._keep_house,
             on_gds=self._tiering.attach_gds if self._tiering is not None and cache_config.enable_gds else None,
             observe=self.metrics.transfer_ended if self.metrics is not None else None,
         )
-        self._tasks = TaskTable(self._transfer, dp_client_id, self._tokens_per_block, self._tiering)
+        self._tasks = TaskTable(
+            self._transfer, dp_client_id, self._tokens_per_block, self._tiering, transfer_config.op_timeout_s
+        )
         self.recorder = make_recorder(cache_config)      # adapters that match by keys tell it of each request
 
     def _make_metrics(self, model_config: ModelConfig, config: CacheConfig, dp_client_id: int) -> Metrics | None:
@@ -175,9 +179,11 @@ class KVBlocks:
             self._cache.reset()
         if self._tiering is not None:
             self._tiering.reset()
-        unsettled = self._tasks.unsettled()
-        self.cancel(unsettled)
-        self._tasks.wait(unsettled, timeout, self._tasks.is_settled)
+        self._tasks.wait(self._tasks.reset(), timeout, self._tasks.is_settled)
+
+    def _keep_house(self) -> float:
+        pause = self._tasks.keep_house()
+        return min(pause, self._tiering.keep_house()) if self._tiering is not None else pause
 
     def _log_ready(self) -> None:
         """One line with all that is in effect: when every rank has registered, and the SSD tier has been opened."""
@@ -265,15 +271,53 @@ class KVBlocks:
         return self._tiering is not None and self._tiering.fetches_enough
 
     def put_blocks(
-        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0, group: int = 0
+        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0, group: int = 0,
+        *, provisional: bool = False, after: Iterable[int] = (),
     ) -> int | None:
-        """Save those of the blocks ``[start_block, start_block + len(pages))`` that are absent; None if none is."""
-        task = self._tasks.new_put(self._cache, keys, start_block, start_block + len(pages), 0, group)
+        """Save the absent blocks of ``[start_block, start_block + len(pages))``; None if none is absent.
+
+        A put with the status TIMEOUT or CANCELLED, and a put whose rank was lost, saves nothing.
+
+        Parameters
+        ----------
+        keys : (n, 2) uint64
+            The sequence from its first block.
+        start_block : int
+        pages : (m,) int32
+            Page of each block from ``start_block`` on.
+        fence : int
+            Step of the ranks before which the pages must not be read; 0: none.
+        group : int
+            As ``group`` returns it.
+        provisional : bool
+            The blocks stay invisible, and are not written to SSD, until ``accept_put``. If that does not come within
+            ``op_timeout_s`` after the copies are at rest, they are dropped.
+        after : iterable of int
+            Ids of loads of which every block must have succeeded; otherwise all blocks of this put fail.
+        """
+        task = self._tasks.new_put(
+            self._cache, keys, start_block, start_block + len(pages), 0, group, provisional
+        )
         if len(task.blocks) == 0:
-            self._tasks.cancel(task.task_id)
+            self._tasks.discard(task)
             return None
-        self._tasks.run(task, pages[task.blocks - start_block], fence)
+        self._tasks.run(task, pages[task.blocks - start_block], fence, after=task_ids_of(after))
         return task.task_id
+
+    def accept_put(self, task_id: int, stop_block: int | None = None) -> None:
+        """The engine accepted the step that computed the blocks of a provisional put, so they may be offered.
+
+        May be called before and after the copies are at rest, and after the result was taken. The first call decides;
+        an unknown id is ignored.
+
+        Parameters
+        ----------
+        task_id : int
+        stop_block : int, optional
+            Blocks at this position of the sequence and behind it are dropped. None: no block; 0: all.
+        """
+        [task] = task_ids_of(task_id)
+        self._tasks.accept(task, math.inf if stop_block is None else block_of(stop_block, "stop_block"))
 
     def task_blocks(self, task_id: int) -> NDArray[np.int32]:
         """Positions in its sequence of the blocks that a running task moves."""
@@ -324,19 +368,19 @@ class KVBlocks:
 
         ``completely`` waits, after a transfer was reported late or cancelled, until nothing touches its pages.
         """
-        ids = [task_ids] if isinstance(task_ids, int) else list(task_ids)
+        ids = task_ids_of(task_ids)
         self._tasks.wait(ids, timeout, self._tasks.is_settled if completely else self._tasks.has_result)
         return {task_id: self._tasks.take(task_id) for task_id in ids}
 
     def try_wait(self, task_ids: int | Iterable[int]) -> dict[int, KVResponse]:
         """Results of those of the tasks that have ended, without waiting; a result is given once."""
+        ids = task_ids_of(task_ids)
         self._transfer.poll()
-        ids = [task_ids] if isinstance(task_ids, int) else list(task_ids)
         return {task_id: self._tasks.take(task_id) for task_id in ids if self._tasks.is_settled(task_id)}
 
     def cancel(self, task_ids: int | Iterable[int]) -> None:
         """Stop tasks: what has not started never will; what is being copied now is finished first (see ``wait``)."""
-        for task_id in [task_ids] if isinstance(task_ids, int) else list(task_ids):
+        for task_id in task_ids_of(task_ids):
             self._tasks.cancel(task_id)
 
     def stats(self) -> dict[str, int]:

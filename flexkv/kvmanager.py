@@ -1,14 +1,14 @@
 """KVManager: what an engine calls to load and save KV."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flexkv.errors import SlotMappingError
 from flexkv.kvblocks import KVBlocks
-from flexkv.kvtask import part_of_mapping, tokens_and_start
 from flexkv.response import KVResponse, KVResponseStatus
+from flexkv.tasks.arguments import part_of_mapping, task_ids_of, tokens_and_start
 from flexkv.transfer.layerwise import MAX_COUNTERS
 
 
@@ -61,6 +61,7 @@ class KVManager(KVBlocks):
             self._cache, keys, start, None, len(tokens), host_only=cpu_only or self._host_only,
             group=self.group(namespace),
         )
+        self._tasks.hold(task)
         self._counts.count(task.match, start, len(keys))
         return task.task_id, task.token_mask()
 
@@ -83,6 +84,7 @@ class KVManager(KVBlocks):
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
         task = self._tasks.new_put(self._cache, keys, start, len(keys), len(tokens), self.group(namespace))
+        self._tasks.hold(task)
         return task.task_id, task.token_mask()
 
     def launch(
@@ -120,21 +122,22 @@ class KVManager(KVBlocks):
         ------
         SlotMappingError
             A mapping does not fit its task; no task of the call was launched.
-        KeyError
-            A task is not known, or was launched already; no task of the call was launched.
+        TaskError
+            A task is not known, was launched or ended already, or is given twice; no task of the call was launched.
         """
         if swa_slot_mappings is not None:
             raise NotImplementedError("sliding-window transfers are not available in this version")
-        ids = [task_ids] if isinstance(task_ids, int) else list(task_ids)
-        mappings = [slot_mappings] if isinstance(task_ids, int) else list(slot_mappings)  # type: ignore[arg-type]
+        ids = task_ids_of(task_ids)
+        mappings = list(slot_mappings) if isinstance(task_ids, Iterable) else [slot_mappings]  # type: ignore[arg-type]
         if layerwise_transfer and not (len(ids) == 1 and 0 <= counter_id < MAX_COUNTERS):
             raise ValueError(f"layerwise: launch one task at a time, with a counter_id of 0 to {MAX_COUNTERS - 1}")
         if len(ids) != len(mappings):
             raise SlotMappingError(f"{len(mappings)} slot mappings for {len(ids)} tasks: give one for each")
         tasks = [self._tasks.matched(task_id) for task_id in ids]
         pages = [task.pages(mapping) for task, mapping in zip(tasks, mappings, strict=True)]
-        for task, task_pages in zip(tasks, pages, strict=True):
-            self._tasks.run(task, task_pages, fence, layerwise_transfer, counter_id + 1 if layerwise_transfer else 0)
+        self._tasks.launch(
+            list(zip(tasks, pages, strict=True)), fence, layerwise_transfer, counter_id + 1 if layerwise_transfer else 0
+        )
         return ids
 
     def get_async(

@@ -1,4 +1,4 @@
-"""What a caller of ``KVManager`` learns about a task."""
+"""Results of tasks, as ``KVManager`` returns them."""
 
 import enum
 from dataclasses import dataclass
@@ -33,8 +33,11 @@ class KVResponse:
     return_mask : (num_tokens,) bool ndarray or None
         Tokens whose KV was moved; None for a task that is not known, has not ended, or was made from keys instead of
         tokens.
+    reason : str
+        Why the status is FAILED, TIMEOUT, CANCELLED or NOTFOUND; empty otherwise.
     """
 
     status: KVResponseStatus
     task_id: int
     return_mask: NDArray[np.bool_] | None = None
+    reason: str = ""

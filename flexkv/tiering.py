@@ -380,16 +380,6 @@ def _fetch_op(plan: FetchPlan) -> TransferOp:
     return TransferOp(OpKind.DISK2H, plan.ssd_slots, plan.host_slots, keys=plan.keys[plan.blocks])
 
 
-def direct_op(plan: GetPlan | PutPlan, pages: NDArray[np.int32], fence: int) -> TransferOp:
-    """Moves the blocks of the ``direct`` of a plan, which has one, between SSD and ``pages`` ((m,) int32)."""
-    direct = plan.direct
-    assert direct is not None                    # narrowing
-    keys = direct.keys[direct.blocks]
-    if isinstance(plan, GetPlan):
-        return TransferOp(OpKind.DISK2D, direct.ssd_slots, pages, fence=fence, keys=keys)
-    return TransferOp(OpKind.D2DISK, pages, direct.ssd_slots, fence=fence, keys=keys, parents=direct.parents)
-
-
 def make_ssd_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> Store:
     """Open the store in the directories of the configuration."""
     return SsdStore(

@@ -75,7 +75,7 @@ class GlobalCacheEngine:
         self._pins = Pins(self._quotas, max_pinned_share)
         self._tree = self._new_tree()
         self._retired: list[RadixTree] = []
-        self._was_reset = False
+        self.epoch = 0                  # resets so far: a plan is good in the epoch in which it was made
 
     def _new_tree(self) -> RadixTree:
         # Twice the slots: a block that lost its slot stays in the index while a block below it is in use.
@@ -300,7 +300,7 @@ class GlobalCacheEngine:
             self._host.fate = Fate.NOT_ADMITTED
         for keys, slots in chains:
             with self._lock:
-                if self._was_reset:
+                if self.epoch:
                     return False
                 absent = self._tree.absent(keys)
                 if (slots[absent] < 0).any():
@@ -356,7 +356,7 @@ class GlobalCacheEngine:
             for tier in self._tiers:
                 tier.start_over()
             self._tree = self._new_tree()
-            self._was_reset = True
+            self.epoch += 1
             self._sweep_retired()
 
     def _sweep_retired(self) -> None:

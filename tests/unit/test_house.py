@@ -18,7 +18,7 @@ LAYERS = [
     {"cache", "storage", "response"},
     {"transfer"},
     {"tiering"},
-    {"kvtask"},
+    {"tasks"},
     {"kvblocks"},
     {"kvmanager"},
     {"server"},

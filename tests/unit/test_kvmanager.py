@@ -13,6 +13,7 @@ from flexkv.cache.trace import read_recorded
 from flexkv.config import CacheConfig
 from flexkv.errors import SlotMappingError
 from flexkv.response import KVResponseStatus as Status
+from flexkv.tasks.task import KVTask
 from flexkv.transfer.graph import TransferGraph
 from tests.harness import PAGES, TOKENS, local, mapping, remote, result_of, tokens_of
 
@@ -79,10 +80,10 @@ def test_who_has_a_result_finds_what_was_put(tmp_path: Path, monkeypatch: pytest
     with local(tmp_path) as (manager, _, _tensors):
         on_done, taken = manager._tasks._on_done, threading.Event()
 
-        def late(graph: TransferGraph) -> None:                             # the data plane's thread is held up
+        def late(task: KVTask, graph: TransferGraph) -> None:               # the data plane's thread is held up
             taken.set()
             time.sleep(0.1)
-            on_done(graph)
+            on_done(task, graph)
 
         monkeypatch.setattr(manager._tasks, "_on_done", late)
         task = manager.put_async(tokens_of(3), mapping([0, 1, 2]))

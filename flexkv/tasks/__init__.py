@@ -1,0 +1,1 @@
+"""Tasks of ``KVManager``: one get or put each, from match to result."""

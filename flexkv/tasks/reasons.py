@@ -1,0 +1,10 @@
+"""Why tasks end without success, in the words of ``KVResponse.reason``."""
+
+WAS_RESET = "the cache was reset after this task was matched; match again"
+LATE = "the transfer took longer than op_timeout_s"
+STILL_RUNS = "the transfer still runs: wait again before its pages are used for anything else"
+INTERNAL = "an internal error; see the log"
+CANCELLED = "the task was cancelled"
+LOAD_FAILED = "a load that the saved pages depend on did not succeed, so their KV is not known to be right"
+RANK_LOST = "a rank ended or left before the copies were complete"
+NOT_MOVED = "some blocks are not cached any more, name a page that does not exist, or could not be copied"
