@@ -1,5 +1,6 @@
 """The command ``flexkv``."""
 
+import difflib
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ usage: flexkv COMMAND [OPTIONS]
   demo     a real vLLM that loads its KV from memory and SSD instead of computing it
   bench    measure the control plane, a disk (ssd) or a GPU (gpu)
   replay   hit rate of a trace of requests, by capacity and eviction policy
-  config   print the configuration reference
+  config   print the configuration reference, check settings, show them
   inspect  what a directory of the SSD tier holds
   pin      keep a prefix in the cache of a running engine
   unpin    let it go
@@ -46,7 +47,7 @@ def _replay(argv: list[str]) -> int:
 
 
 def _config(argv: list[str]) -> int:
-    from flexkv.config.reference import main
+    from flexkv.config.command import main
 
     return main(argv)
 
@@ -81,6 +82,19 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+def _usage(args: Sequence[str]) -> int:
+    """Print the usage, because it was asked for, or because there is no such command."""
+    if args and args[0] in ("--help", "-h", "help"):
+        print(_USAGE)
+        return 0
+    print(_USAGE, file=sys.stderr)
+    if args:
+        close = difflib.get_close_matches(args[0].lower(), _COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        print(f"\nflexkv: unknown command {args[0]!r}{hint}", file=sys.stderr)
+    return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -88,9 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"flexkv {flexkv.__version__}")
         return 0
     if not args or args[0] not in _COMMANDS:
-        asked = bool(args) and args[0] in ("--help", "-h", "help")
-        print(_USAGE, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+        return _usage(args)
     try:
         status = _COMMANDS[args[0]](args[1:])
         sys.stdout.flush()

@@ -1,5 +1,23 @@
 """Everything that FlexKV raises on purpose. Each message says what is wrong and what to do."""
 
+import reprlib
+
+
+class _Short(reprlib.Repr):
+    """Representations of bounded length, of any value: a message must not fail, nor fill the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 300
+        self.maxlist = self.maxtuple = self.maxdict = 8
+        self.maxlevel = 4
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if value.bit_length() <= 512 else f"<whole number of {value.bit_length()} bits>"
+
+
+_short = _Short().repr
+
 
 class FlexKVError(Exception):
     """Base of all errors of this package."""
@@ -19,10 +37,23 @@ class ConfigError(FlexKVError, ValueError):
     """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key} = {value!r}: {allowed}")
+        super().__init__(f"{key} = {_short(value)}: {allowed}")
         self.key = key
         self.value = value
         self.allowed = allowed
+
+    @classmethod
+    def about(cls, key: str, text: str) -> "ConfigError":
+        """An error about a setting or a place that has no single value: ``KEY: TEXT``."""
+        error = cls(key, None, text)
+        error.args = (f"{key}: {text}",)
+        return error
+
+    def given_by(self, source: str) -> "ConfigError":
+        """The same error, with the place where the value was given."""
+        error = type(self)(self.key, self.value, self.allowed)
+        error.args = (f"{self} ({source})",)
+        return error
 
 
 class RegistrationError(FlexKVError, ValueError):

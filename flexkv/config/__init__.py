@@ -1,8 +1,11 @@
 """Every setting of the package. Parsed once, checked, frozen, passed down; nothing else reads the environment."""
 
+from flexkv.config.directories import cache_directory, runtime_directory
 from flexkv.config.domain import domain
+from flexkv.config.effects import warn_overruled
+from flexkv.config.paths import register_port
 from flexkv.config.settings import CacheConfig, ConnectorConfig, FlexKVConfig, ModelConfig, TransferConfig
-from flexkv.config.sources import cache_directory, load_config, process_environment, runtime_directory
+from flexkv.config.sources import engine_config, load_config, process_environment
 
 __all__ = [
     "CacheConfig",
@@ -12,7 +15,10 @@ __all__ = [
     "TransferConfig",
     "cache_directory",
     "domain",
+    "engine_config",
     "load_config",
     "process_environment",
+    "register_port",
     "runtime_directory",
+    "warn_overruled",
 ]

@@ -3,12 +3,12 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
 
+from flexkv.config.values import read_value
 from flexkv.errors import ConfigError
-
-T = TypeVar("T")
 
 
 def setting(
@@ -20,9 +20,16 @@ def setting(
     high: float | None = None,
     choices: Iterable[str] = (),
     secret: bool = False,
+    read: Callable[[str, object], object] | None = None,
 ) -> Any:
-    """A dataclass field that carries its documentation and its limits (both inclusive)."""
-    metadata = {"help": help, "unit": unit, "low": low, "high": high, "choices": tuple(choices), "secret": secret}
+    """A dataclass field that carries its documentation and its limits (both inclusive).
+
+    ``read`` takes the field's name and the value as given, and returns the value that it stands for (see
+    ``flexkv.config.paths``).
+    """
+    metadata = {
+        "help": help, "unit": unit, "low": low, "high": high, "choices": tuple(choices), "secret": secret, "read": read,
+    }
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -39,58 +46,65 @@ def allowed(field: dataclasses.Field[Any], kind: type) -> str:
     return words + (f" ({meta['unit']})" if meta["unit"] else "")
 
 
-def kind_of(owner: type, field: dataclasses.Field[Any]) -> tuple[type, bool]:
-    """The plain type of a field, and whether None is allowed too."""
-    hint = get_type_hints(owner)[field.name]
-    members = [member for member in get_args(hint) if member is not type(None)]
-    return (get_origin(members[0]) or members[0], True) if members else (hint, False)
+@cache
+def kinds(owner: type) -> Mapping[str, tuple[type, bool]]:
+    """Of each field of a dataclass of settings: its plain type, and whether None is allowed too."""
+    found = {}
+    for name, hint in get_type_hints(owner).items():
+        members = [member for member in get_args(hint) if member is not type(None)]
+        found[name] = (get_origin(members[0]) or members[0], True) if members else (hint, False)
+    return found
 
 
-def check(config: Any) -> None:
-    """Check every field of a dataclass of settings.
-
-    Raises
-    ------
-    ConfigError
-        For the first that is of a wrong type or out of range.
-    """
-    for field in dataclasses.fields(config):
-        kind, optional = kind_of(type(config), field)
-        value = getattr(config, field.name)
-        if optional and value is None:
-            continue
-        meta = field.metadata
-        shown = "***" if meta["secret"] else value
-        right_type = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        if not right_type or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(field.name, shown, f"must be {allowed(field, kind)}")
-        if kind in (int, float):
-            too_low = meta["low"] is not None and value < meta["low"]
-            too_high = meta["high"] is not None and value > meta["high"]
-            if too_low or too_high or not math.isfinite(value):
-                raise ConfigError(field.name, shown, f"must be {allowed(field, kind)}")
-        if meta["choices"] and value not in meta["choices"]:
-            raise ConfigError(field.name, shown, f"must be {allowed(field, kind)}")
-
-
-def parse(key: str, text: str, field: dataclasses.Field[Any], kind: type) -> Any:
-    """Read a value from an environment variable.
+def read_field(owner: type, field: dataclasses.Field[Any], value: object) -> Any:
+    """The value of a field, from what its user gave: text is read as ``flexkv.config.values`` says.
 
     Raises
     ------
     ConfigError
-        The text is no value of that type.
+        It is of a wrong type or out of range.
     """
+    kind, optional = kinds(owner)[field.name]
+    value = read_value(field.name, value, field, kind, optional)
+    if not (optional and value is None) and not _is_allowed(value, field, kind):
+        shown = "***" if field.metadata["secret"] else value
+        raise ConfigError(field.name, shown, f"must be {allowed(field, kind)}")
+    return value
+
+
+def _is_allowed(value: Any, field: dataclasses.Field[Any], kind: type) -> bool:
+    meta = field.metadata
+    right_type = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not right_type or (isinstance(value, bool) and kind is not bool):
+        return False
+    if kind in (int, float):
+        try:
+            if not math.isfinite(value):
+                return False
+        except OverflowError:                   # a whole number beyond all floating-point numbers
+            return False
+        too_low = meta["low"] is not None and value < meta["low"]
+        too_high = value > (meta["high"] if meta["high"] is not None else _MAX_WHOLE)
+        return not too_low and not too_high
+    if kind is str and meta["read"] is None and not is_plain_text(value):
+        return False
+    return not meta["choices"] or value in meta["choices"]
+
+
+_MAX_WHOLE = (1 << 63) - 1
+"""No setting is larger: the native code counts in 64 bits."""
+
+
+def is_plain_text(text: str) -> bool:
+    """Whether a text can be encoded as UTF-8, and has no NUL."""
     try:
-        if kind is bool:
-            return {"1": True, "true": True, "yes": True, "on": True,
-                    "0": False, "false": False, "no": False, "off": False, "": False}[text.strip().lower()]
-        return kind(text)
-    except (KeyError, ValueError):
-        raise ConfigError(key, text, f"must be {allowed(field, kind)}") from None
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """``; did you mean X?`` where something similar is known."""
+def nearest(key: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
+    """``; did you mean X?`` where something similar is known, in the spelling of the place where the key was given."""
     close = difflib.get_close_matches(key, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {spell(close[0])}?" if close else ""

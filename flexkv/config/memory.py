@@ -5,8 +5,10 @@ from pathlib import Path
 _LIMIT_FILES = ("memory.max", "memory/memory.limit_in_bytes", "memory.limit_in_bytes")
 
 
-def memory_limit(root: Path = Path("/")) -> int:
+def memory_limit(root: Path = Path("/")) -> int | None:
     """Bytes: the smallest of the machine's memory and the limits of this process's control groups (v1 and v2).
+
+    None where the system reports neither.
 
     Parameters
     ----------
@@ -14,25 +16,29 @@ def memory_limit(root: Path = Path("/")) -> int:
         Where ``proc`` and ``sys`` are; for tests.
     """
     limits = []
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            limits.append(int(line.split()[1]) * 1024)
+    for line in _lines(root / "proc/meminfo"):
+        words = line.split()
+        if words[:1] == ["MemTotal:"] and words[1:2] and words[1].isdecimal():
+            limits.append(int(words[1]) * 1024)
     cgroups = root / "sys/fs/cgroup"
     places = {cgroups}
-    try:
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            controllers, path = line.split(":", 2)[1:]
-            base = cgroups / "memory" if "memory" in controllers.split(",") else cgroups
-            group = base / path.lstrip("/")
-            places.update([group, *(parent for parent in group.parents if cgroups in parent.parents)])
-    except FileNotFoundError:
-        pass                      # no control groups
+    for line in _lines(root / "proc/self/cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        base = cgroups / "memory" if "memory" in controllers.split(",") else cgroups
+        group = base / path.lstrip("/")
+        places.update([group, *(parent for parent in group.parents if cgroups in parent.parents)])
     for place in places:
         for name in _LIMIT_FILES:
-            try:
-                text = (place / name).read_text().strip()
-            except OSError:
-                continue
-            if text.isdigit():
+            text = "".join(_lines(place / name)).strip()
+            if text.isdecimal():
                 limits.append(int(text))
-    return min(limits)
+    return min(limits, default=None)
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a file of the system; none if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return []

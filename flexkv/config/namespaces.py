@@ -1,16 +1,16 @@
 """The setting ``namespaces``: what each namespace may have."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexkv.config.field import nearest
+from flexkv.config.field import is_plain_text, nearest
+from flexkv.config.values import read_number
 from flexkv.errors import ConfigError
 
 DEFAULT = ""
-"""The namespace of those who have no quota of their own: they share one. In settings ``default`` means it too."""
+"""The namespace of all requests without a quota of their own: they share one. In settings ``default`` means it too."""
 
 _ALIAS = "default"
 
@@ -37,7 +37,9 @@ class Quota:
     ttl_s: float = math.inf
 
 
-_NAMES = [field.name for field in dataclasses.fields(Quota)]
+_KINDS: dict[str, type] = {"guaranteed": float, "limit": float, "priority": int, "ttl_s": float}
+_UNITS = {"ttl_s": "s"}
+_MAX_PRIORITY = 1_000_000_000
 
 
 def read_quotas(given: Mapping[str, Any]) -> dict[str, Quota]:
@@ -50,23 +52,31 @@ def read_quotas(given: Mapping[str, Any]) -> dict[str, Quota]:
     """
     quotas: dict[str, Quota] = {}
     for name, values in given.items():
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not is_plain_text(name):
             raise ConfigError("namespaces", name, "a name must be text; put it in quotes")
         key, name = f"namespaces: {name}", DEFAULT if name == _ALIAS else name
         if name in quotas:
             raise ConfigError(key, values, f"the same as {DEFAULT!r}: give one of them")
         if not isinstance(values, Mapping):
-            raise ConfigError(key, values, f"must be a mapping with some of {', '.join(_NAMES)}")
-        for field, value in values.items():
-            if field not in _NAMES:
-                hint = nearest(str(field), _NAMES)
-                raise ConfigError(f"{key}: {field}", value, f"is none of {', '.join(_NAMES)}{hint}")
-            kinds = (int,) if field == "priority" else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds):
-                raise ConfigError(f"{key}: {field}", value, f"must be a {'whole ' if len(kinds) == 1 else ''}number")
-        quotas[name] = Quota(**values)
+            raise ConfigError(key, values, f"must be a mapping with some of {', '.join(_KINDS)}")
+        quotas[name] = Quota(**{field: _read_number(key, field, value) for field, value in values.items()})
     check_quotas(quotas)
     return quotas
+
+
+def _read_number(key: str, field: Any, value: Any) -> Any:
+    if not isinstance(field, str) or field not in _KINDS:
+        raise ConfigError(f"{key}: {field}", value, f"is none of {', '.join(_KINDS)}{nearest(str(field), _KINDS)}")
+    kind = _KINDS[field]
+    number = read_number(value, kind, _UNITS.get(field, "")) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, (int,) if kind is int else (int, float)):
+        raise ConfigError(f"{key}: {field}", value, f"must be a {'whole ' if kind is int else ''}number")
+    if kind is int and abs(number) > _MAX_PRIORITY:
+        raise ConfigError(f"{key}: {field}", value, f"must be from -{_MAX_PRIORITY} to {_MAX_PRIORITY}")
+    try:
+        return kind(number)
+    except OverflowError:
+        raise ConfigError(f"{key}: {field}", value, "is too large") from None
 
 
 def check_quotas(quotas: Mapping[str, Quota]) -> None:
@@ -77,4 +87,4 @@ def check_quotas(quotas: Mapping[str, Quota]) -> None:
                 f"namespaces: {name or _ALIAS}", quota, "must be 0 <= guaranteed <= limit <= 1, and limit and ttl_s > 0"
             )
     if (total := sum(quota.guaranteed for quota in quotas.values())) > 1 + 1e-9:
-        raise ConfigError("namespaces", f"{total:g} guaranteed in all", "at most 1: nobody can have more than all")
+        raise ConfigError.about("namespaces", f"{total:g} guaranteed in all: the shares may be 1 together at most")

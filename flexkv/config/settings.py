@@ -1,14 +1,16 @@
 """The settings, grouped by what they are about."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from flexkv.config.field import check, setting
+from flexkv.config.field import read_field, setting
 from flexkv.config.memory import memory_limit
 from flexkv.config.namespaces import Quota, read_quotas
+from flexkv.config.paths import SEPARATOR, expand, expand_directories, register_port
 from flexkv.errors import ConfigError
 
 DTYPE_BYTES = {
@@ -20,7 +22,22 @@ DTYPE_BYTES = {
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
     def __post_init__(self) -> None:
-        check(self)
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, read_field(type(self), field, getattr(self, field.name)))
+        for problem in self.conflicts():
+            raise problem
+
+    def conflicts(self) -> Iterator[ConfigError]:
+        """Settings that are impossible together, where each is possible alone."""
+        return iter(())
+
+    @classmethod
+    def conflicts_of(cls, values: Mapping[str, Any]) -> list[ConfigError]:
+        """All conflicts that settings would have; each value must be possible alone."""
+        settings = object.__new__(cls)
+        for field in dataclasses.fields(cls):
+            object.__setattr__(settings, field.name, values.get(field.name, field.default))
+        return list(settings.conflicts())
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, checked again."""
@@ -83,7 +100,9 @@ class CacheConfig(_Settings):
         unit="GiB", low=0.0,
     )
     ssd_cache_dir: str = setting(
-        "./flexkv_ssd", "Directories of the SSD tier, with `;` between them; best one for each device."
+        "./flexkv_ssd", "Directories of the SSD tier, with `;` between them (or a list); best one for each device. "
+        "Needs `ssd_cache_gb`.",
+        read=expand_directories,
     )
     ssd_admission: str = setting(
         "second_touch",
@@ -124,7 +143,8 @@ class CacheConfig(_Settings):
         0.5, "Share of the host tier that can be pinned (`flexkv pin`).", low=0.0, high=0.9
     )
     trace_path: str = setting(
-        "", "Record what requests ask for, without their tokens, in this file, for `flexkv replay`; empty: do not."
+        "", "Record what requests ask for, without their tokens, in this file, for `flexkv replay`; empty: do not.",
+        read=expand,
     )
     trace_max_mb: int = setting(256, "The file is never larger; recording ends there.", unit="MiB", low=1)
     enable_metrics: bool = setting(False, "Serve metrics to Prometheus. See [monitoring](monitoring.md).")
@@ -137,27 +157,36 @@ class CacheConfig(_Settings):
     )
     key_secret: str = setting("", "Secret of the deployment: block keys cannot be computed without it.", secret=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def conflicts(self) -> Iterator[ConfigError]:
+        """See ``_Settings``."""
         size = self.hugepage_size_bytes
         if size & (size - 1):
-            raise ConfigError("hugepage_size_bytes", size, "must be a power of two, such as 2097152")
-        if self.num_cpu_blocks is None and self.host_bytes > (limit := memory_limit()):
-            raise ConfigError(
+            yield ConfigError("hugepage_size_bytes", size, "must be a power of two, such as 2097152")
+        if self.num_cpu_blocks is None:
+            yield from self._host_conflicts()
+        if self.ssd_cache_gb and not self.ssd_directories:
+            yield ConfigError("ssd_cache_dir", self.ssd_cache_dir, "must name at least one directory")
+        if self.enable_gds and not self.ssd_cache_gb:
+            yield ConfigError("enable_gds", True, "needs an SSD tier: set ssd_cache_gb, or turn it off")
+        try:
+            read_quotas(self.namespaces or {})                # wrong ones are named at the start
+        except ConfigError as error:
+            yield error
+
+    def _host_conflicts(self) -> Iterator[ConfigError]:
+        limit = memory_limit()
+        if self.cpu_cache_gb <= 0:
+            yield ConfigError("cpu_cache_gb", self.cpu_cache_gb, "must be more than 0 (GiB)")
+        elif limit is not None and self.host_bytes > limit:
+            yield ConfigError(
                 "cpu_cache_gb", self.cpu_cache_gb,
-                f"must leave room in the {limit / (1 << 30):.1f} GiB that this machine or its control group allows",
+                f"must leave room in the {limit / (1 << 30):.1f} GiB that this machine or its control group allows: "
+                f"at most {math.floor(limit / (1 << 30) * 100) / 100:g} (GiB), less what the engine needs itself",
             )
-        if self.num_cpu_blocks is None and self.cpu_cache_gb <= 0:
-            raise ConfigError("cpu_cache_gb", self.cpu_cache_gb, "must be more than 0 (GiB)")
-        if self.ssd_cache_gb and self.num_cpu_blocks is None and self.ssd_cache_gb <= self.cpu_cache_gb:
-            raise ConfigError(
+        if self.ssd_cache_gb and self.ssd_cache_gb <= self.cpu_cache_gb:
+            yield ConfigError(
                 "ssd_cache_gb", self.ssd_cache_gb, f"must be more than cpu_cache_gb ({self.cpu_cache_gb:g}), or 0"
             )
-        if self.enable_gds and not self.ssd_cache_gb:
-            raise ConfigError("enable_gds", True, "needs an SSD tier: set ssd_cache_gb, or turn it off")
-        read_quotas(self.namespaces or {})                # wrong ones are named at the start
-        if self.ssd_cache_gb and not self.ssd_directories:
-            raise ConfigError("ssd_cache_dir", self.ssd_cache_dir, "must name at least one directory")
 
     @property
     def host_bytes(self) -> int:
@@ -177,7 +206,7 @@ class CacheConfig(_Settings):
     @property
     def ssd_directories(self) -> list[Path]:
         """Where it is."""
-        return [Path(part.strip()) for part in self.ssd_cache_dir.split(";") if part.strip()]
+        return [Path(part.strip()) for part in self.ssd_cache_dir.split(SEPARATOR) if part.strip()]
 
     @property
     def hugepage_bytes(self) -> int:
@@ -195,7 +224,8 @@ class TransferConfig(_Settings):
     """How controller and ranks meet, and how long anything may take."""
 
     gpu_register_port: str = setting(
-        "", "Unix socket where ranks register, as a path or an ipc:// address; empty: chosen by the adapter."
+        "", "Unix socket where ranks register, as a path or `ipc://PATH`; empty: chosen by the adapter.",
+        read=register_port,
     )
     handshake_timeout_s: float = setting(
         5.0, "A connection that says nothing is dropped after this.", unit="s", low=0.01
@@ -217,10 +247,10 @@ class TransferConfig(_Settings):
     )
     ring_bytes: int = setting(1 << 20, "Size of each shared-memory ring; a power of two.", unit="bytes", low=4096)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def conflicts(self) -> Iterator[ConfigError]:
+        """See ``_Settings``."""
         if self.ring_bytes & (self.ring_bytes - 1):
-            raise ConfigError("ring_bytes", self.ring_bytes, "must be a power of two, such as 1048576")
+            yield ConfigError("ring_bytes", self.ring_bytes, "must be a power of two, such as 1048576")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +272,8 @@ class ConnectorConfig(_Settings):
         False, "Compare the bytes of every block that is loaded with those that were saved; for tests, slow."
     )
     audit_path: str = setting(
-        "", "With `audit`: where its checksums are kept between starts, a file for each rank; empty: they are not."
+        "", "With `audit`: where its checksums are kept between starts, a file for each rank; empty: they are not.",
+        read=expand,
     )
     num_log_interval_requests: int = setting(200, "Requests between two log lines on hits; 0: none.", low=0)
     log_level: str = setting("INFO", "Level of the package's log.", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
@@ -250,8 +281,15 @@ class ConnectorConfig(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class FlexKVConfig:
-    """All settings that a user gives."""
+    """All settings that a user gives.
+
+    Attributes
+    ----------
+    given : mapping of str to str
+        Of each setting that is not left to its default: the place where it was given.
+    """
 
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
     connector: ConnectorConfig = dataclasses.field(default_factory=ConnectorConfig)
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)

@@ -1,100 +1,183 @@
 """Where settings come from: keyword arguments, a file, the environment, defaults, in that order."""
 
 import dataclasses
-import json
 import logging
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from flexkv.config.field import kind_of, nearest, parse
+from flexkv.config import environment
+from flexkv.config.effects import lost_directory, without_effect
+from flexkv.config.environment import FILE_VARIABLE
+from flexkv.config.field import kinds, nearest, read_field
+from flexkv.config.files import read_file
+from flexkv.config.paths import expand, is_service_link
 from flexkv.config.settings import CacheConfig, ConnectorConfig, FlexKVConfig, TransferConfig
 from flexkv.config.upstream import MEANINGLESS, UNAVAILABLE
 from flexkv.errors import ConfigError
 
 logger = logging.getLogger("flexkv.config")
 
-PREFIX = "FLEXKV_"
-FILE_VARIABLE = "FLEXKV_CONFIG_PATH"
-_BUILD_PREFIX = "FLEXKV_BUILD_"
-GROUPS: dict[str, type] = {"cache": CacheConfig, "transfer": TransferConfig, "connector": ConnectorConfig}
+GROUPS: dict[str, Any] = {"cache": CacheConfig, "transfer": TransferConfig, "connector": ConnectorConfig}
 FIELDS = {field.name: (group, owner, field) for group, owner in GROUPS.items() for field in dataclasses.fields(owner)}
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error, not the last one's win."""
+@dataclass
+class Findings:
+    """What the sources say, and what is wrong with it.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(str(key), "given twice", "must be there once")
-        return super().construct_mapping(node, deep=deep)
+    Attributes
+    ----------
+    values : dict
+        Settings that were given, by name, as values that are possible each alone.
+    given : dict of str to str
+        Place of each.
+    problems : list of ConfigError
+        Empty: ``config`` can be made.
+    warnings, notes : list of str
+        Lines for the log.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, str] = field(default_factory=dict)
+    problems: list[ConfigError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, group: str) -> dict[str, Any]:
+        """Settings of a group."""
+        return {name: value for name, value in self.values.items() if FIELDS[name][0] == group}
+
+    def in_effect(self) -> dict[str, Any]:
+        """All settings, with defaults where none was given."""
+        return {name: self.values.get(name, spec.default) for name, (_, _, spec) in FIELDS.items()}
+
+    def config(self) -> FlexKVConfig:
+        """The settings; ConfigError for the first problem."""
+        for problem in self.problems:
+            raise problem
+        groups = {group: owner(**self.of(group)) for group, owner in GROUPS.items()}
+        return FlexKVConfig(**groups, given=dict(self.given))
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    if path.suffix not in (".yml", ".yaml", ".json"):
-        raise ConfigError(FILE_VARIABLE, str(path), "must be a .yml, .yaml or .json file")
+@dataclass(frozen=True)
+class _Source:
+    """A place that gives settings; ``key`` is the name that its user gave, ``name`` that of the setting."""
+
+    place: str
+    is_variable: bool = False
+
+    def problem(self, key: str, error: ConfigError) -> ConfigError:
+        """The error as the user of this place has to read it."""
+        if self.is_variable:
+            hint = ""
+            if isinstance(error.value, str) and is_service_link(error.value):
+                hint = "; it looks like a Kubernetes service link (enableServiceLinks: false)"
+            return ConfigError(key, error.value, error.allowed + hint)
+        return error.given_by(self.place) if self.place else error
+
+
+def gather(
+    path: str | os.PathLike[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Findings:
+    """Read all sources; arguments as ``load_config``. Raises nothing: problems are among the findings."""
+    env = os.environ if env is None else env
+    found = Findings()
+    _gather_environment(found, env)
+    named = "configuration file" if path else FILE_VARIABLE
+    path = path or env.get(FILE_VARIABLE, "").strip() or None
+    if path:
+        try:
+            path = str(expand(named, os.fspath(path)))
+            content = read_file(named, Path(path))
+        except ConfigError as error:
+            found.problems.insert(0, error)
+        else:
+            _gather_mapping(found, content, _Source(f"in {path}"))
+    _gather_mapping(found, overrides or {}, _Source(""))
+    _gather_conflicts(found)
+    return found
+
+
+def _gather_environment(found: Findings, env: Mapping[str, str]) -> None:
+    services = []
+    for variable, name, text in environment.variables(env):
+        try:
+            if _skip(found, variable, name, text):
+                continue
+            if name not in FIELDS:
+                if environment.is_of_service(variable, text):
+                    services.append(variable)
+                    continue
+                raise environment.unknown(variable, text, FIELDS)
+            if not text.strip():
+                continue                              # as if it were not set
+            _, owner, _ = FIELDS[name]
+            is_mapping = kinds(owner)[name][0] is Mapping
+            value = environment.parse_mapping(variable, text) if is_mapping else text
+        except ConfigError as error:
+            found.problems.append(error)
+        else:
+            _add(found, variable, name, value, _Source(variable, is_variable=True))
+    if services:
+        found.notes.append(f"variables of Kubernetes services are no settings and are ignored: {', '.join(services)}")
+
+
+def _gather_mapping(found: Findings, content: Mapping[str, Any], source: _Source) -> None:
+    for key, value in content.items():
+        try:
+            if not isinstance(key, str):
+                raise ConfigError("name of a setting", key, "must be text")
+            if _skip(found, key, key, value):
+                continue
+            if key not in FIELDS:
+                raise ConfigError(key, value, f"is no setting of FlexKV{nearest(key, FIELDS)}")
+        except ConfigError as error:
+            found.problems.append(source.problem(key, error))
+        else:
+            _add(found, key, key, value, source)
+
+
+def _add(found: Findings, key: str, name: str, value: Any, source: _Source) -> None:
+    """Take a value, which wins over the one that a source before gave."""
+    _, owner, spec = FIELDS[name]
+    found.values.pop(name, None)
+    found.given[name] = source.place or "argument"
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(FILE_VARIABLE, str(path), f"cannot be read: {error.strerror}") from error
-    try:
-        # JSON is YAML, but for tabs
-        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(FILE_VARIABLE, str(path), f"cannot be parsed: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(FILE_VARIABLE, str(path), "must hold a mapping from names to values")
-    return content
+        found.values[name] = read_field(owner, spec, value)
+    except ConfigError as error:
+        found.problems.append(source.problem(key, error))
 
 
-def _parse_mapping(key: str, text: str) -> Any:
-    try:
-        return yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ConfigError(key, text, f"must be a mapping, as JSON or YAML: {error}") from None
-
-
-def _is_on(value: object) -> bool:
-    return str(value).strip().lower() not in ("0", "0.0", "false", "no", "off", "none", "")
-
-
-def _skip(key: str, name: str, value: object) -> bool:
-    """Whether ``name`` is a key of upstream's that is accepted and has no effect."""
+def _skip(found: Findings, key: str, name: str, value: object) -> bool:
+    """Whether ``name`` is a name of upstream's that is accepted and has no effect."""
     if name in UNAVAILABLE:
-        if _is_on(value):
+        if str(value).strip().lower() not in ("0", "0.0", "false", "no", "off", "none", ""):
             raise ConfigError(key, value, UNAVAILABLE[name])
         return True
     if name in MEANINGLESS:
-        logger.info("%s has no effect: %s", key, MEANINGLESS[name])
+        found.notes.append(f"{key} has no effect: {MEANINGLESS[name]}")
         return True
     return False
 
 
-def _from_environment(env: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, text in env.items():
-        if not key.startswith(PREFIX) or key == FILE_VARIABLE or key.startswith(_BUILD_PREFIX):
-            continue
-        name = key.removeprefix(PREFIX).lower()
-        if _skip(key, name, text):
-            continue
-        if name not in FIELDS:
-            known = [PREFIX + field.upper() for field in FIELDS]
-            raise ConfigError(key, text, f"is no variable of FlexKV{nearest(key, known)}")
-        _, owner, field = FIELDS[name]
-        kind, _ = kind_of(owner, field)
-        values[name] = _parse_mapping(key, text) if kind is Mapping else parse(key, text, field, kind)
-    return values
+def _gather_conflicts(found: Findings) -> None:
+    if found.problems:
+        return
+    values = found.in_effect()
+    lost = lost_directory(values, found.given)
+    conflicts = [lost] if lost is not None else []
+    for group, owner in GROUPS.items():
+        conflicts += owner.conflicts_of(found.of(group))
+    for error in conflicts:
+        place = found.given.get(error.key.split(":")[0], "argument")
+        found.problems.append(error if place == "argument" else error.given_by(place))
+    defaults = {name: spec.default for name, (_, _, spec) in FIELDS.items()}
+    found.warnings += without_effect(values, defaults, found.given)
 
 
 def load_config(
@@ -105,7 +188,7 @@ def load_config(
     Parameters
     ----------
     path : path, optional
-        YAML or JSON file; default: what ``FLEXKV_CONFIG_PATH`` names, if it is set.
+        YAML or JSON file, in UTF-8; default: the file that ``FLEXKV_CONFIG_PATH`` names, if it is set.
     env : mapping, optional
         Default: this process's environment.
     **overrides
@@ -114,40 +197,41 @@ def load_config(
     Raises
     ------
     ConfigError
-        A key is unknown, given twice, of a wrong type, or out of range; or the file cannot be read.
+        A key is unknown, given twice, of a wrong type, or out of range; settings contradict each other; or the file
+        cannot be read. Nothing else is raised.
     """
-    env = os.environ if env is None else env
-    path = path or env.get(FILE_VARIABLE) or None
-    from_file = _read_file(Path(path)) if path else {}
-    values = _from_environment(env)
-    for source in (from_file, overrides):
-        for key, value in source.items():
-            if _skip(key, key, value):
-                continue
-            if key not in FIELDS:
-                raise ConfigError(key, value, f"is no setting of FlexKV{nearest(key, FIELDS)}")
-            values[key] = value
-    grouped: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
-    for name, value in values.items():
-        grouped[FIELDS[name][0]][name] = value
-    return FlexKVConfig(**{group: owner(**grouped[group]) for group, owner in GROUPS.items()})
+    return _logged(gather(path, env, overrides))
 
 
-def runtime_directory() -> Path:
-    """Where this user's sockets go: ``XDG_RUNTIME_DIR``, or a private directory among the temporary files."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    directory = Path(base) / "flexkv" if base else Path(tempfile.gettempdir()) / f"flexkv-{os.getuid()}"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ConfigError("runtime directory", str(directory), "must belong to this user alone (mode 0700)")
-    return directory
+def engine_config(
+    settings: Mapping[str, Any] | None, set_up_log: Callable[[str], None] | None = None
+) -> FlexKVConfig:
+    """The settings of an engine that has a mapping of its own for them, which wins over file and environment.
+
+    Parameters
+    ----------
+    set_up_log : callable, optional
+        Called with ``log_level`` before anything is logged.
+
+    Raises
+    ------
+    ConfigError
+        As ``load_config``.
+    """
+    if not isinstance(settings, Mapping | None):
+        raise ConfigError("settings of the engine", settings, "must be a mapping from names to values")
+    return _logged(gather(overrides=settings), set_up_log)
 
 
-def cache_directory() -> Path:
-    """Where files go that can be made again: ``XDG_CACHE_HOME``, or ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flexkv"
+def _logged(found: Findings, set_up_log: Callable[[str], None] | None = None) -> FlexKVConfig:
+    config = found.config()
+    if set_up_log is not None:
+        set_up_log(config.connector.log_level)
+    for line in found.notes:
+        logger.info("%s", line)
+    for line in found.warnings:
+        logger.warning("%s", line)
+    return config
 
 
 def process_environment(**changes: str) -> dict[str, str]:

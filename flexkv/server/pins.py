@@ -68,6 +68,9 @@ def unpin(argv: list[str]) -> int:
 def pins(argv: list[str]) -> int:
     """List what is pinned."""
     args = _parser("pins", "List what is pinned.").parse_args(argv)
-    for pinned in ask(args.socket, {"command": "pins"}):
+    found = list(ask(args.socket, {"command": "pins"}))
+    for pinned in found:
         print(f"{pinned.name}: {pinned.num_blocks} blocks")
+    if not found:
+        print("nothing is pinned")
     return 0

@@ -10,6 +10,7 @@ import struct
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
+from flexkv.config import register_port
 from flexkv.errors import RegistrationError
 
 _MAGIC = b"FLEXKV02"
@@ -77,8 +78,8 @@ def pack_refusal(reason: str) -> bytes:
 
 
 def socket_path(port: str) -> Path:
-    """File of a port, given as a path or as upstream's ``ipc://`` address."""
-    return Path(port.removeprefix("ipc://"))
+    """File of a port, given as a path or as upstream's ``ipc://`` address; ConfigError for another address."""
+    return Path(str(register_port("gpu_register_port", port)).removeprefix("ipc://"))
 
 
 def listen(port: str) -> socket.socket:

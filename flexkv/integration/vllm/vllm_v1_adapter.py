@@ -9,7 +9,7 @@ from vllm import __version__ as vllm_version
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.platforms import current_platform
 
-from flexkv.config import CacheConfig, FlexKVConfig, ModelConfig, load_config, runtime_directory
+from flexkv.config import CacheConfig, FlexKVConfig, ModelConfig, engine_config, runtime_directory, warn_overruled
 from flexkv.errors import FlexKVError
 from flexkv.integration.vllm.log import follow_vllm_log
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata
@@ -38,9 +38,7 @@ _Half = TypeVar("_Half", SchedulerSide, WorkerSide)
 
 def _settings(vllm_config: "VllmConfig") -> FlexKVConfig:
     """Settings of this engine: ``kv_connector_extra_config`` wins over file and environment."""
-    config = load_config(**(vllm_config.kv_transfer_config.kv_connector_extra_config or {}))
-    follow_vllm_log(config.connector.log_level)
-    return config
+    return engine_config(vllm_config.kv_transfer_config.kv_connector_extra_config, follow_vllm_log)
 
 
 def _register_port(vllm_config: "VllmConfig", config: FlexKVConfig) -> str:
@@ -96,6 +94,9 @@ class FlexKVConnectorV1Impl:
         port = _register_port(vllm_config, config)
         if role == KVConnectorRole.SCHEDULER:
             block_size = vllm_config.cache_config.block_size
+            warn_overruled(
+                config.given, "tokens_per_block", config.cache.tokens_per_block, block_size, "the block size of vLLM"
+            )
             cache: CacheConfig = config.cache.replace(tokens_per_block=block_size)
             manager = KVManager(_model_config(vllm_config), cache, gpu_register_port=port,
                                 transfer_config=config.transfer,

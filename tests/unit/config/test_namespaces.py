@@ -56,7 +56,8 @@ def test_wrong_quotas_are_named(namespaces: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{a: ", "FLEXKV_NAMESPACES = .*JSON or YAML"), ("gold", "must be a mapping"),
-     ('{"a": {}, "a": {}}', "a = 'given twice'"), ("{a: {limit: 1, limit: 2}}", "limit = 'given twice'")],
+     ('{"a": {}, "a": {}}', "FLEXKV_NAMESPACES: a: is given twice"),
+     ("{a: {limit: 1, limit: 2}}", "limit: is given twice, again in line 1")],
 )
 def test_wrong_text_is_named(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
