@@ -46,8 +46,8 @@ def test_each_is_named_once(caplog: pytest.LogCaptureFixture, settings: dict[str
 def test_settings_with_an_effect_are_not_named(caplog: pytest.LogCaptureFixture) -> None:
     assert warnings(
         caplog, ssd_cache_gb=1, ssd_admission="all", enable_metrics=True, py_metrics_port=0, trace_path="t",
-        trace_max_mb=1, audit=True, audit_path="/a", eviction_policy="lru", hit_reward_seconds=1, use_hugepage_cpu_buffer=True,
-        hugepage_size_bytes=1 << 30, **SMALL,
+        trace_max_mb=1, audit=True, audit_path="/a", eviction_policy="lru", hit_reward_seconds=1,
+        use_hugepage_cpu_buffer=True, hugepage_size_bytes=1 << 30, **SMALL,
     ) == []
     assert warnings(caplog, ssd_cache_gb=0, ssd_admission="all", **SMALL) == []        # a tier that is off for a while
     assert warnings(caplog, py_metrics_port=8080, **SMALL) == []                       # the default
@@ -81,7 +81,8 @@ def test_settings_of_an_engine() -> None:
     assert engine_config({"num_cpu_blocks": 3}).cache.num_cpu_blocks == 3
     for settings, message in (
         ({"path": "/etc/x.yml"}, "path = .*no setting"), ({"env": {}}, "env = .*no setting"),
-        ([1], "must be a mapping"), ({5: 1}, "name of a setting = 5: must be text"), ({"overrides": {}}, "overrides = .*no setting"),
+        ([1], "must be a mapping"), ({5: 1}, "name of a setting = 5: must be text"),
+        ({"overrides": {}}, "overrides = .*no setting"),
     ):
         with pytest.raises(ConfigError, match=message):
             engine_config(settings)  # type: ignore[arg-type]
