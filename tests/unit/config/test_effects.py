@@ -65,7 +65,7 @@ def test_a_setting_that_the_engine_overrules(caplog: pytest.LogCaptureFixture) -
 
 
 def test_the_log_is_set_up_before_the_first_line(caplog: pytest.LogCaptureFixture) -> None:
-    order: list[str] = []
+    order: list[object] = []
     logging.getLogger("flexkv.config").addFilter(order.append)
     try:
         settings = {"trace_max_mb": 1, "log_level": "warning", **SMALL}
