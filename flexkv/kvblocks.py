@@ -221,13 +221,13 @@ class KVBlocks:
     def hasher(self, namespace: Sequence[str] | None = None) -> SequenceHasher:
         """A hasher of growing sequences whose keys this manager understands."""
         seed = chain_seed(self._domain, tuple(namespace or ()), self._cache_config.secret)
-        return SequenceHasher(seed, self._tokens_per_block, self._cache_config.secret)
+        return SequenceHasher(seed, self._tokens_per_block)
 
     def _keys(
         self, tokens: NDArray[np.integer], namespace: Sequence[str] | None, extras: Mapping[int, bytes] | None
     ) -> NDArray[np.uint64]:
         seed = chain_seed(self._domain, tuple(namespace or ()), self._cache_config.secret)
-        return hash_blocks(tokens, self._tokens_per_block, seed, extras=extras, secret=self._cache_config.secret)
+        return hash_blocks(tokens, self._tokens_per_block, seed, extras=extras)
 
     def group(self, namespace: Sequence[str] | None) -> int:
         """Which quota blocks of this namespace count against: a number that the methods below take as ``group``."""

@@ -4,8 +4,8 @@ import json
 
 from flexkv.config.settings import CacheConfig, ModelConfig
 
-LAYOUT_VERSION = 2
-"""Of the bytes in a slot; raised whenever the same KV would be laid out differently."""
+LAYOUT_VERSION = 3
+"""Version of the bytes in a slot and of the keys; raised whenever the same KV gets another layout or another key."""
 
 
 def domain(model: ModelConfig, cache: CacheConfig) -> bytes:

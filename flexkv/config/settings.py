@@ -155,7 +155,10 @@ class CacheConfig(_Settings):
         8080, "Port to serve them at; each data-parallel rank adds its number. 0: any that is free; the log tells it.",
         low=0, high=65000,
     )
-    key_secret: str = setting("", "Secret of the deployment: block keys cannot be computed without it.", secret=True)
+    key_secret: str = setting(
+        "", "Secret of the deployment, which enters every block key: at least 32 random characters. Empty: keys resist "
+        "chosen prompts up to 2^64 hashes; see [namespaces](namespaces.md#keys).", secret=True,
+    )
 
     def conflicts(self) -> Iterator[ConfigError]:
         """See ``_Settings``."""

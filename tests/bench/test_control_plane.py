@@ -47,8 +47,8 @@ def test_insert(benchmark, filled: FilledTree) -> None:
 
 @pytest.mark.parametrize(
     "lines",
-    [lambda: hash.run(5), lambda: match.run(20_000, 5), lambda: insert.run(20_000, 5), lambda: memory.run(20_000),
-     lambda: evict.run(20_000, 20), lambda: recover.run(20_000, 2), lambda: api.run(20)],
+    [lambda: hash.run(5, with_vllm=False), lambda: match.run(20_000, 5), lambda: insert.run(20_000, 5),
+     lambda: memory.run(20_000), lambda: evict.run(20_000, 20), lambda: recover.run(20_000, 2), lambda: api.run(20)],
     ids=["hash", "match", "insert", "memory", "evict", "recover", "api"],
 )
 def test_the_command_measures(lines) -> None:
