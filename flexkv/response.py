@@ -22,7 +22,7 @@ class KVResponseStatus(enum.Enum):
     """At least one block was not moved; ``return_mask`` tells which tokens were."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class KVResponse:
     """Result of one task.
 
@@ -41,3 +41,9 @@ class KVResponse:
     task_id: int
     return_mask: NDArray[np.bool_] | None = None
     reason: str = ""
+
+    def __repr__(self) -> str:
+        mask = self.return_mask
+        tokens = f", {int(mask.sum())} of {len(mask)} tokens" if mask is not None else ""
+        reason = f", reason={self.reason!r}" if self.reason else ""
+        return f"KVResponse({self.status.name}, task_id={self.task_id}{tokens}{reason})"

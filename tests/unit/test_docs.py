@@ -7,8 +7,8 @@ Before a block may stand, as a comment of Markdown:
 - ``<!-- with manager -->``: Python that uses ``manager``, a KVManager, and ``token_ids``, a prompt that is cached.
 
 A shell block finds ``flexkv`` and a ``vllm`` that only checks its arguments and settings, and in its directory the
-files TRACE, flexkv.trace, prompt.json and flexkv.yaml. A ``text`` block after a block is its output, where ``...`` stands
-for any text. Blocks of ``yaml`` are files of settings; those of ``promql`` name metrics that exist.
+files TRACE, flexkv.trace, prompt.json and flexkv.yaml. A ``text`` block after a block is its output, where ``...`` is
+any text. Blocks of ``yaml`` are files of settings; those of ``promql`` name metrics that exist.
 """
 
 import os
