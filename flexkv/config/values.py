@@ -79,7 +79,7 @@ def read_value(key: str, value: object, field: dataclasses.Field[Any], kind: typ
     Raises
     ------
     ConfigError
-        A path cannot be meant. Everything else is left to ``flexkv.config.field.check_value``.
+        A path cannot be meant. Everything else is left to ``flexkv.config.field.read_field``.
     """
     meta = field.metadata
     if meta["read"] is not None:
