@@ -51,7 +51,7 @@ class ModelConfig(_Settings):
     num_layers: int = setting(1, "Layers that have KV, over all pipeline stages.", low=1)
     num_kv_heads: int = setting(1, "KV heads of the whole model.", low=1)
     head_size: int = setting(1, "Elements of a head; with MLA, of the latent vector.", low=1)
-    dtype: str = setting("bfloat16", "Element type of the KV cache, by torch's name.", choices=DTYPE_BYTES)
+    dtype: str = setting("bfloat16", "Element type of the KV cache, by torch's name; of packed types, by the engine's.")
     use_mla: bool = setting(False, "One latent vector a token instead of K and V.")
     tp_size: int = setting(1, "Tensor-parallel ranks.", low=1)
     pp_size: int = setting(1, "Pipeline-parallel ranks.", low=1)
@@ -67,7 +67,10 @@ class ModelConfig(_Settings):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of KV of one token, over all ranks."""
+        """Bytes of KV of one token, over all ranks; ConfigError for a packed dtype, whose elements have no size."""
+        if self.dtype not in DTYPE_BYTES:
+            known = ", ".join(DTYPE_BYTES)
+            raise ConfigError("dtype", self.dtype, f"has no fixed element size; sizes are known for {known}")
         heads = 1 if self.use_mla else self.num_kv_heads
         return self.num_layers * self.kv_dim * heads * self.head_size * DTYPE_BYTES[self.dtype]
 

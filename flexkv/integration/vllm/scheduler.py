@@ -36,9 +36,15 @@ class SchedulerSide:
     block_size : int
         Tokens of a vLLM block.
     config : ConnectorConfig
+    may_load, may_save : bool
+        Whether KV is loaded, and saved (vLLM's ``kv_role``).
     """
 
-    def __init__(self, manager: KVManager, block_size: int, config: ConnectorConfig) -> None:
+    def __init__(
+        self, manager: KVManager, block_size: int, config: ConnectorConfig, *, may_load: bool = True,
+        may_save: bool = True,
+    ) -> None:
+        self._may_load, self._may_save = may_load, may_save
         self._manager = manager
         self._block_size = block_size
         self._config = config
@@ -58,7 +64,7 @@ class SchedulerSide:
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens beyond ``num_computed_tokens`` that can be loaded. Holds nothing; may be asked any number of times."""
-        if not self._manager.is_ready() or not is_cacheable(request):
+        if not self._may_load or not self._manager.is_ready() or not is_cacheable(request):
             return 0, False
         tracked = self._track(request)
         tracked.num_computed = num_computed_tokens
@@ -82,7 +88,7 @@ class SchedulerSide:
 
     def on_new_request(self, request: "Request") -> None:
         """A request was queued: bring what is on SSD into host memory while it waits."""
-        if self._manager.is_ready() and is_cacheable(request):
+        if self._may_load and self._manager.is_ready() and is_cacheable(request):
             tracked = self._track(request)
             match = self._manager.lookup(tracked.keys(), group=tracked.group)
             if match.num_to_fetch:
@@ -189,7 +195,7 @@ class SchedulerSide:
         """Save the blocks that are full once the first ``num_tokens`` tokens are computed."""
         keys = tracked.keys()
         last = min(num_tokens // self._block_size, len(keys), len(tracked.pages))
-        if last <= tracked.num_offered or not self._manager.is_ready():
+        if last <= tracked.num_offered or not self._may_save or not self._manager.is_ready():
             return
         first, tracked.num_offered = tracked.num_offered, last
         task_id = self._manager.put_blocks(keys[:last], first, tracked.pages[first:last], self._step, tracked.group)

@@ -3,18 +3,26 @@
 import hashlib
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as vllm_version
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.platforms import current_platform
 
-from flexkv.config import CacheConfig, FlexKVConfig, ModelConfig, engine_config, runtime_directory, warn_overruled
-from flexkv.errors import FlexKVError
+from flexkv.config import FlexKVConfig, ModelConfig, engine_config, runtime_directory, warn_overruled
+from flexkv.errors import FlexKVError, RegistrationError
+from flexkv.integration.vllm.data_parallel import data_parallel_rank, settings_of_rank
 from flexkv.integration.vllm.log import follow_vllm_log
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata
+from flexkv.integration.vllm.off import OffScheduler, OffWorker
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.stop import warn_of_short_stop
+from flexkv.integration.vllm.support import (
+    find_kv_cache_config,
+    unsupported,
+    unsupported_layers,
+    unsupported_tensors,
+)
 from flexkv.integration.vllm.worker import WorkerSide, find_metadata
 from flexkv.kvmanager import KVManager
 from flexkv.server.client import KVTPClient
@@ -33,12 +41,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("flexkv.vllm")
 
-_Half = TypeVar("_Half", SchedulerSide, WorkerSide)
 
-
-def _settings(vllm_config: "VllmConfig") -> FlexKVConfig:
+def _settings(vllm_config: "VllmConfig", rank: int) -> FlexKVConfig:
     """Settings of this engine: ``kv_connector_extra_config`` wins over file and environment."""
-    return engine_config(vllm_config.kv_transfer_config.kv_connector_extra_config, follow_vllm_log)
+    config = engine_config(vllm_config.kv_transfer_config.kv_connector_extra_config, follow_vllm_log)
+    return settings_of_rank(config, rank)
 
 
 def _register_port(vllm_config: "VllmConfig", config: FlexKVConfig) -> str:
@@ -69,62 +76,88 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
     )
 
 
-def _half(half: _Half | None, role: str) -> _Half:
-    if half is None:
-        raise FlexKVError(f"a {role}'s method was called on a connector of the other role")
-    return half
-
-
 class FlexKVConnectorV1Impl:
     """What ``FlexKVConnectorV1`` forwards to.
+
+    Where FlexKV does not support the engine (``support.py``), caching is off: one line of the log says why, and the
+    engine runs without it.
 
     Parameters
     ----------
     vllm_config : VllmConfig
     role : KVConnectorRole
         SCHEDULER: owns the KVManager. WORKER: owns the rank's device agent.
+
+    Raises
+    ------
+    ConfigError
+        A setting is wrong.
     """
 
     def __init__(self, vllm_config: "VllmConfig", role: KVConnectorRole) -> None:
-        config = _settings(vllm_config)
+        rank = data_parallel_rank(vllm_config)
+        config = _settings(vllm_config, rank)
         self._config = config
         self._vllm_config = vllm_config
-        self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
-        port = _register_port(vllm_config, config)
+        self._scheduler: SchedulerSide | OffScheduler | None = None
+        self._worker: WorkerSide | OffWorker | None = None
+        reason = unsupported(vllm_config)
         if role == KVConnectorRole.SCHEDULER:
-            block_size = vllm_config.cache_config.block_size
-            warn_overruled(
-                config.given, "tokens_per_block", config.cache.tokens_per_block, block_size, "the block size of vLLM"
-            )
-            cache: CacheConfig = config.cache.replace(tokens_per_block=block_size)
-            manager = KVManager(_model_config(vllm_config), cache, gpu_register_port=port,
-                                transfer_config=config.transfer,
-                                note=f"{vllm_config.kv_transfer_config.kv_role}, saves {config.connector.save_mode}")
-            warn_of_short_stop(vllm_config, config.cache)
-            manager.start()
-            layerwise = config.connector.layerwise_loads
-            if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
-                layerwise = "never"                    # a full graph does not call wait_for_layer_load
-            self._scheduler = SchedulerSide(manager, block_size, config.connector.replace(layerwise_loads=layerwise))
+            self._scheduler = self._make_scheduler(rank) if reason is None else self._off(reason)
         else:
-            from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+            self._worker = self._make_worker(rank) if reason is None else OffWorker()
 
-            client = KVTPClient(
-                port, pp_rank=get_pp_group().rank_in_group, intra_client_id=get_tensor_model_parallel_rank(),
-                transfer_config=config.transfer,
-            )
-            self._worker = WorkerSide(client, config.connector)
+    def _make_scheduler(self, rank: int) -> SchedulerSide | OffScheduler:
+        vllm_config, config = self._vllm_config, self._config
+        try:
+            model = _model_config(vllm_config)
+        except Exception as error:      # vLLM's properties may raise anything  # noqa: BLE001
+            return self._off(f"the model cannot be described ({type(error).__name__}: {error})")
+        block_size = vllm_config.cache_config.block_size
+        given = config.cache.tokens_per_block
+        warn_overruled(config.given, "tokens_per_block", given, block_size, "the block size of vLLM")
+        manager = KVManager(
+            model, config.cache.replace(tokens_per_block=block_size), rank,
+            gpu_register_port=_register_port(vllm_config, config), transfer_config=config.transfer,
+            note=f"{vllm_config.kv_transfer_config.kv_role}, saves {config.connector.save_mode}",
+        )
+        warn_of_short_stop(vllm_config, config.cache)
+        manager.start()
+        layerwise = config.connector.layerwise_loads
+        if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
+            layerwise = "never"                    # a full graph does not call wait_for_layer_load
+        transfer = vllm_config.kv_transfer_config
+        return SchedulerSide(
+            manager, block_size, config.connector.replace(layerwise_loads=layerwise),
+            may_load=getattr(transfer, "is_kv_consumer", True), may_save=getattr(transfer, "is_kv_producer", True),
+        )
+
+    def _make_worker(self, rank: int) -> WorkerSide:
+        from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+
+        client = KVTPClient(
+            _register_port(self._vllm_config, self._config), dp_client_id=rank, pp_rank=get_pp_group().rank_in_group,
+            intra_client_id=get_tensor_model_parallel_rank(), transfer_config=self._config.transfer,
+        )
+        return WorkerSide(client, self._config.connector)
+
+    def _off(self, reason: str) -> OffScheduler:
+        logger.warning("KV caching is off: %s. The engine runs without FlexKV", reason)
+        return OffScheduler()
 
     @property
-    def scheduler(self) -> SchedulerSide:
+    def scheduler(self) -> SchedulerSide | OffScheduler:
         """The scheduler's half; FlexKVError on a worker."""
-        return _half(self._scheduler, "scheduler")
+        if self._scheduler is None:
+            raise FlexKVError("a scheduler's method was called on a worker's connector")
+        return self._scheduler
 
     @property
-    def worker(self) -> WorkerSide:
+    def worker(self) -> WorkerSide | OffWorker:
         """The worker's half; FlexKVError on the scheduler."""
-        return _half(self._worker, "worker")
+        if self._worker is None:
+            raise FlexKVError("a worker's method was called on a scheduler's connector")
+        return self._worker
 
     def shutdown(self) -> None:
         """Stop threads, give memory back."""
@@ -135,9 +168,26 @@ class FlexKVConnectorV1Impl:
     # ---- worker -----------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
-        """The KV cache of each layer."""
-        self.worker.register_kv_caches(
-            kv_caches, self._vllm_config.cache_config.num_gpu_blocks, self._config.transfer.connect_timeout_s
+        """The KV cache of each layer. If FlexKV does not support it, the rank does not register: nothing is cached."""
+        try:
+            reason = self._unsupported_caches(kv_caches)
+            if reason is None:
+                self.worker.register_kv_caches(
+                    kv_caches, self._vllm_config.cache_config.num_gpu_blocks, self._config.transfer.connect_timeout_s
+                )
+        except RegistrationError as error:
+            reason = str(error)
+        if reason is not None:
+            logger.warning("KV caching is off: %s. The engine runs without FlexKV", reason)
+            self.worker.shutdown()
+            self._worker = OffWorker()
+
+    def _unsupported_caches(self, kv_caches: "dict[str, torch.Tensor]") -> str | None:
+        config = find_kv_cache_config(self)
+        if config is None:
+            return None
+        return unsupported_layers(config, self._vllm_config.cache_config.block_size) or unsupported_tensors(
+            kv_caches, config
         )
 
     def start_load_kv(self, forward_context: "ForwardContext | None", **kwargs: Any) -> None:

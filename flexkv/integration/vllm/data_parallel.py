@@ -1,0 +1,31 @@
+"""What tells the data-parallel ranks of one vLLM apart: each is a cache of its own."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from flexkv.config import FlexKVConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def data_parallel_rank(vllm_config: "VllmConfig") -> int:
+    """Number of this engine among the data-parallel ranks.
+
+    vLLM describes independent ranks as single ones (size 1, rank 0), and leaves the index as it is.
+    """
+    return int(getattr(vllm_config.parallel_config, "data_parallel_index", 0) or 0)
+
+
+def settings_of_rank(config: FlexKVConfig, rank: int) -> FlexKVConfig:
+    """The settings, with paths of its own for every rank but the first."""
+    if rank == 0:
+        return config
+    cache, transfer, connector = config.cache, config.transfer, config.connector
+    directories = ";".join(str(path / f"dp{rank}") for path in cache.ssd_directories)
+    cache = cache.replace(ssd_cache_dir=directories, trace_path=cache.trace_path and f"{cache.trace_path}.dp{rank}")
+    if transfer.gpu_register_port:
+        transfer = transfer.replace(gpu_register_port=f"{transfer.gpu_register_port}.dp{rank}")
+    if connector.audit_path:
+        connector = connector.replace(audit_path=f"{connector.audit_path}.dp{rank}")
+    return dataclasses.replace(config, cache=cache, transfer=transfer, connector=connector)
