@@ -16,7 +16,12 @@ class _Short(reprlib.Repr):
         return repr(value) if value.bit_length() <= 512 else f"<whole number of {value.bit_length()} bits>"
 
 
-_short = _Short().repr
+def short(value: object) -> str:
+    """A representation of a value for a message: of bounded length, for any value."""
+    return _SHORT.repr(value)
+
+
+_SHORT = _Short()
 
 
 class FlexKVError(Exception):
@@ -37,7 +42,7 @@ class ConfigError(FlexKVError, ValueError):
     """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key} = {_short(value)}: {allowed}")
+        super().__init__(f"{key} = {short(value)}: {allowed}")
         self.key = key
         self.value = value
         self.allowed = allowed

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flexkv.bench import api, evict, gds, gpu, hash, insert, match, memory, recover, ssd
 from flexkv.bench.report import Line, show
+from flexkv.errors import FlexKVError
 
 _BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "hash": lambda args: hash.run(),
@@ -30,8 +31,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the index (default 1,000,000)")
     parser.add_argument("--dir", type=Path, help="of ssd, gds: a folder on the disk; takes 1 GiB for a while")
     args = parser.parse_args(argv)
+    if args.dir is not None and not args.dir.is_dir():
+        parser.error(f"--dir {args.dir}: is not a folder")
     if not 10_000 <= args.blocks <= 500_000_000:
         parser.error("--blocks must be between 10,000 and 500,000,000")
     chosen = _EVERYWHERE if args.bench == "all" else [args.bench]
-    show((line for name in chosen for line in _BENCHES[name](args)), args.json)
+    try:
+        show((line for name in chosen for line in _BENCHES[name](args)), args.json)
+    except BrokenPipeError:
+        raise
+    except OSError as error:                         # of the disk that is measured: full, read-only, not there
+        raise FlexKVError(
+            f"{args.bench}: {error.filename or args.dir or 'a file'}: {error.strerror or error}; choose a folder that "
+            f"can be written to with --dir"
+        ) from error
     return 0

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from flexkv.cache.eviction import POLICIES
 from flexkv.config import CacheConfig
-from flexkv.errors import ConfigError
+from flexkv.config.values import COUNTS, read_number
+from flexkv.errors import ConfigError, TraceError
 from flexkv.replay.bounds import unbounded_hits
-from flexkv.replay.curves import plot, plotting_library
+from flexkv.replay.curves import check_plot, plot
 from flexkv.replay.model import Model, find_model
-from flexkv.replay.reader import read_trace
+from flexkv.replay.reader import MAX_BLOCK_TOKENS, read_trace
 from flexkv.replay.report import Line, show_json, show_table
 from flexkv.replay.simulation import Outcome
 from flexkv.replay.trace import Trace
@@ -43,7 +44,10 @@ def main(argv: list[str]) -> int:
     policies = _policies(args.policy)
     model = _model(args)
     if args.plot:
-        plotting_library()           # before the work, not after it
+        check_plot(args.plot)           # before the work, not after it
+    for path in args.trace[1:]:
+        if not path.exists():
+            raise TraceError(str(path), 0, "cannot be read: No such file or directory")
     lines: list[Line] = []
 
     def results() -> Generator[Line]:
@@ -127,11 +131,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "policies stand opt, which knows the future, and unbounded, which keeps everything.",
     )
     parser.add_argument("trace", nargs="+", type=Path, help="recorded by FlexKV, or JSON lines; may be .gz or .xz")
-    parser.add_argument("--block-tokens", type=_whole, metavar="N", help="of a block of the trace, if it does not tell")
+    parser.add_argument("--block-tokens", type=_block_tokens, metavar="N",
+                        help="of a block of the trace; wins over the trace's own value (but not in traces of FlexKV)")
     parser.add_argument("--policy", default=",".join({CacheConfig.eviction_policy: 0, "lru": 0}), metavar="NAME[,NAME]",
                         help=f"all, or of: {', '.join(POLICIES)} (default %(default)s)")
     parser.add_argument("--capacity-tokens", type=_list_of_whole, metavar="N[,N]",
-                        help="of host memory; default: 8 sizes up to all that the trace has")
+                        help="of host memory, such as 500k,1M; default: 8 sizes up to all that the trace has")
     parser.add_argument("--host-gb", type=_positive, metavar="G", help="instead: GiB of host memory, with --model")
     parser.add_argument("--ssd-gb", type=_positive, metavar="G", help="GiB of SSD below it")
     parser.add_argument("--ssd-admission", choices=("second_touch", "all"), default=CacheConfig.ssd_admission,
@@ -156,8 +161,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _whole(text: str) -> int:
-    number = int(text.replace("_", ""))
-    if number < 1:
+    number = read_number(text, int, COUNTS)
+    if number is None or not 1 <= number < 1 << 62:
+        raise ValueError
+    return int(number)
+
+
+def _block_tokens(text: str) -> int:
+    number = _whole(text)
+    if number > MAX_BLOCK_TOKENS:
         raise ValueError
     return number
 
@@ -168,12 +180,13 @@ def _list_of_whole(text: str) -> list[int]:
 
 def _positive(text: str) -> float:
     number = float(text)
-    if not 0 < number < float("inf"):
+    if not 0 < number < 1e15:
         raise ValueError
     return number
 
 
-_whole.__name__ = "whole number, at least 1"                    # argparse names what it wanted by it
+_whole.__name__ = "whole number, at least 1"                    # argparse names the expected value by it
+_block_tokens.__name__ = f"whole number from 1 to {MAX_BLOCK_TOKENS}"
 _list_of_whole.__name__ = "list of whole numbers"
 _positive.__name__ = "number above 0"
 

@@ -1,5 +1,6 @@
 """Hit rate over capacity, as a picture."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,25 @@ class PlotError(FlexKVError, RuntimeError):
     """A picture cannot be made."""
 
 
-def plotting_library() -> None:
-    """Raise PlotError unless pictures can be made."""
+def check_plot(path: Path) -> None:
+    """Raise PlotError unless a picture can be made and written to ``path``, as far as this can be known before."""
     try:
         import matplotlib
     except ImportError as error:
         raise PlotError(f"--plot needs matplotlib ({error}): pip install 'flexkv[replay]'") from error
     matplotlib.use("Agg")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in ("", *known):
+        raise PlotError(f"{path} cannot be written: its ending must be one of {', '.join(sorted(known))}")
+    try:
+        if path.exists():
+            path.open("r+b").close()
+        else:
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise PlotError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
@@ -28,7 +41,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     PlotError
         The file cannot be written.
     """
-    plotting_library()
+    check_plot(path)
     from matplotlib import pyplot
 
     traces = list(dict.fromkeys(line.trace for line in lines))

@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 
 from flexkv._core.hashing import chain_seed, hash_blocks
 from flexkv.cache.trace import MAGIC, read_recorded
-from flexkv.errors import TraceError
+from flexkv.errors import TraceError, short
 from flexkv.replay.trace import Trace, make_trace
 
 SUPPORTED = (
@@ -28,7 +30,22 @@ BAILIAN_BLOCK_TOKENS = 16
 """Of Alibaba's Qwen-Bailian traces, whose times are in seconds: https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon"""
 
 TOKENS_BLOCK_TOKENS = 16
-"""Where a trace has tokens, and nobody says in which blocks to cut them: the default of ``tokens_per_block``."""
+"""Block size for a trace of tokens that does not give one: the default of ``tokens_per_block``."""
+
+MAX_BLOCK_TOKENS = 1 << 24
+"""Largest block size that is taken from a trace or its user."""
+
+_MAX_LENGTH = 1 << 40
+"""Largest ``input_length``, tokens."""
+
+_MAX_TIME = 1e19
+"""Largest distance of a timestamp from 0, in the trace's unit: nanoseconds since 1970 are below it."""
+
+_MAX_LINE_BYTES = 256 << 20
+"""Longest line: a prompt of 20 million tokens."""
+
+_MARK = b"\xef\xbb\xbf"
+"""Byte order mark of UTF-8, which editors and spreadsheets write."""
 
 _BLOCK_SIZES = [512, *(1 << i for i in range(14) if i != 9), *range(48, 4096, 16)]
 """Tokens of a block that lengths are compared with; the first that fits best is taken."""
@@ -49,10 +66,10 @@ def read_trace(path: Path, block_tokens: int | None = None) -> Trace:
     """
     try:
         with _opened(path) as file:
-            if file.read(len(MAGIC)) == MAGIC:
-                file.seek(0)
-                return _recorded(path, file.read())
+            head = file.read(len(MAGIC))
             file.seek(0)
+            if head == MAGIC:
+                return _recorded(path, file.read(), block_tokens)
             return _json_lines(path, file, block_tokens)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise TraceError(str(path), 0, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -60,6 +77,9 @@ def read_trace(path: Path, block_tokens: int | None = None) -> Trace:
 
 def _opened(path: Path) -> BinaryIO:
     """The content, unpacked."""
+    kind = os.stat(path).st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):        # a directory cannot be opened, which says enough
+        raise TraceError(str(path), 0, "is not an ordinary file, and it is read twice: write it to a file first")
     with path.open("rb") as file:
         head = file.read(6)
     if head.startswith(b"\x1f\x8b"):
@@ -67,10 +87,15 @@ def _opened(path: Path) -> BinaryIO:
     return cast(BinaryIO, lzma.open(path)) if head == b"\xfd7zXZ\0" else path.open("rb")
 
 
-def _recorded(path: Path, content: bytes) -> Trace:
+def _recorded(path: Path, content: bytes, block_tokens: int | None) -> Trace:
     recorded = read_recorded(content)
-    if recorded is None:
+    if recorded is None or not 1 <= recorded.block_tokens <= MAX_BLOCK_TOKENS:
         raise TraceError(str(path), 0, "was recorded by another version of FlexKV, or its header is damaged")
+    if block_tokens not in (None, recorded.block_tokens):
+        raise TraceError(
+            str(path), 0, f"was recorded in blocks of {recorded.block_tokens} tokens, and cannot be cut into blocks of "
+            f"{block_tokens}: leave --block-tokens out",
+        )
     return make_trace(path.name, recorded.block_tokens, recorded.seconds, recorded.sequences, are_keys=True)
 
 
@@ -108,16 +133,21 @@ def _json_lines(path: Path, file: BinaryIO, block_tokens: int | None) -> Trace:
 
 def _objects(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers from 1, and what is on them."""
-    for number, text in enumerate(file, 1):
-        if text.isspace():
+    for number, text in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), 1):
+        if len(text) > _MAX_LINE_BYTES:
+            raise TraceError(str(path), number, f"is longer than {_MAX_LINE_BYTES >> 20} MiB")
+        if number == 1:
+            text = text.removeprefix(_MARK)
+        if not text or text.isspace():
             continue
         if number == 1 and text.lstrip()[:1] != b"{":
             raise TraceError(str(path), 1, f"is not a JSON object; {SUPPORTED}")
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else error
             cut = "" if text.endswith(b"\n") else " (the file ends here: it may have been cut off)"
-            raise TraceError(str(path), number, f"is not JSON: {error}{cut}") from error
+            raise TraceError(str(path), number, f"is not JSON: {why}{cut}") from error
         if not isinstance(line, dict):
             raise TraceError(str(path), number, "is not a JSON object")
         yield number, line
@@ -138,9 +168,11 @@ def _kind(path: Path, number: int, line: dict[str, Any]) -> str:
 
 def _block_size(path: Path, number: int, line: dict[str, Any]) -> int | None:
     size = line.get("block_size")
-    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0):
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= MAX_BLOCK_TOKENS):
         return size
-    raise TraceError(str(path), number, f"block_size is {size!r}; must be a whole number, at least 1")
+    raise TraceError(
+        str(path), number, f"block_size is {short(size)}; must be a whole number from 1 to {MAX_BLOCK_TOKENS}"
+    )
 
 
 def _time(path: Path, number: int, line: dict[str, Any], tick: float) -> float | None:
@@ -148,22 +180,25 @@ def _time(path: Path, number: int, line: dict[str, Any], tick: float) -> float |
     time = line.get("timestamp")
     if time is None:
         return None
-    if isinstance(time, bool) or not isinstance(time, int | float) or not np.isfinite(time):
-        raise TraceError(str(path), number, f"timestamp is {time!r}; must be a number")
+    # the comparison is false for NaN, and exact for whole numbers of any size
+    if isinstance(time, bool) or not isinstance(time, int | float) or not -_MAX_TIME <= time <= _MAX_TIME:
+        text = f"timestamp is {short(time)}; must be a number from {-_MAX_TIME:g} to {_MAX_TIME:g}"
+        raise TraceError(str(path), number, text)
     return time * tick
 
 
 def _length(path: Path, number: int, line: dict[str, Any]) -> int:
     """Tokens of the prompt; 0: it does not say."""
     length = line.get("input_length", 0)
-    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-        raise TraceError(str(path), number, f"input_length is {length!r}; must be a whole number, at least 0")
+    if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= _MAX_LENGTH:
+        text = f"input_length is {short(length)}; must be a whole number from 0 to {_MAX_LENGTH}"
+        raise TraceError(str(path), number, text)
     return length
 
 
 def _whole_numbers(path: Path, number: int, line: dict[str, Any], kind: str) -> NDArray[np.int64]:
     values = line.get(kind)
-    if isinstance(values, list):
+    if isinstance(values, list) and not any(isinstance(value, bool) for value in values):
         try:
             array = np.array(values) if values else np.zeros(0, dtype=np.int64)
         except (ValueError, OverflowError):

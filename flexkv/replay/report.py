@@ -62,8 +62,10 @@ def show_table(lines: Iterable[Line], columns: set[str]) -> None:
     optional = {key for key, default in Line.__dataclass_fields__.items() if default.default is None}
     chosen = [(key, *spec) for key, spec in _COLUMNS.items() if key not in optional or key in columns]
     widths = [spec.split(",")[0].split(".")[0].strip("{:}") for _, _, spec in chosen]
-    print("".join(f"{title:{width}} " for (_, title, _), width in zip(chosen, widths, strict=True)).rstrip())
-    for line in lines:
+    head = "".join(f"{title:{width}} " for (_, title, _), width in zip(chosen, widths, strict=True)).rstrip()
+    for number, line in enumerate(lines):
+        if number == 0:                  # not earlier: an error of the trace must not stand below a table
+            print(head)
         cells = []
         for (key, _, spec), width in zip(chosen, widths, strict=True):
             value = getattr(line, key)

@@ -30,7 +30,8 @@ def describe(directory: Path) -> dict[str, Any]:
     try:
         fd = os.open(directory / TABLE_NAME, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise StorageError(f"{directory / TABLE_NAME} cannot be read: {error.strerror}") from error
+        where = f"{directory} is not a directory of the SSD tier: " if isinstance(error, FileNotFoundError) else ""
+        raise StorageError(f"{where}{directory / TABLE_NAME} cannot be read: {error.strerror}") from error
     try:
         table = SlotTable(fd, os)
         header = table.load()
@@ -68,15 +69,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     for directory in args.directory:
-        told = describe(directory)
+        found = describe(directory)
         if args.json:
-            print(json.dumps(told))
-            continue
-        slots = ", ".join(f"{count} {state}" for state, count in told["slots"].items() if count)
-        print(f"{directory}: {told['num_slots']} slots of {told['slot_bytes']} bytes: {slots}")
-        print(f"  {'used by ' + told['used_by'] if told['used_by'] else 'not in use'}; "
-              f"{'closed cleanly' if told['closed_cleanly'] else 'open, or not closed cleanly'}; "
-              f"last cleared: {told['last_cleared'] or 'never'}")
-        for digest, count in told["domains"].items():
-            print(f"  domain {digest}: {count} blocks, {count * told['slot_bytes'] / (1 << 30):.3f} GiB")
+            print(json.dumps(found))
+        else:
+            _show(directory, found)
     return 0
+
+
+def _show(directory: Path, found: dict[str, Any]) -> None:
+    slots = ", ".join(f"{count} {state}" for state, count in found["slots"].items() if count)
+    print(f"{directory}: {found['num_slots']} slots of {found['slot_bytes']} bytes: {slots}")
+    if found["used_by"]:
+        state = f"used by {found['used_by']}"
+    else:
+        state = f"not in use; {'closed cleanly' if found['closed_cleanly'] else 'not closed cleanly'}"
+    print(f"  {state}; last cleared: {found['last_cleared'] or 'never'}")
+    missing = found["num_slots"] * found["slot_bytes"] - (found["data_bytes"] or 0)
+    if found["data_bytes"] is None:
+        print(f"  {DATA_NAME} is missing: no block can be read, the next start removes them")
+    elif missing > 0:
+        print(f"  {DATA_NAME} is too short by {missing} bytes: blocks at its end cannot be read")
+    for digest, count in found["domains"].items():
+        print(f"  domain {digest}: {count} blocks, {count * found['slot_bytes'] / (1 << 30):.3f} GiB")

@@ -145,3 +145,34 @@ def test_a_trace_that_was_recorded(tmp_path: Path, capsys: pytest.CaptureFixture
     lines = run(capsys, str(tmp_path / "recorded"), "--policy", "lru", "--capacity-tokens", "48")
     assert [line["hit_rate"] for line in lines] == [0.5] * 3
     assert (lines[0]["requests"], lines[0]["blocks"]) == (6, 24)
+
+
+def test_an_error_comes_before_the_table(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad").write_text('{"hash_ids": [1]}\n{')
+    for arguments in (
+        [str(tmp_path / "bad")], ["/nope"], [trace, "/nope"], [trace, "--capacity-tokens", "1"],
+        [trace, "--plot", "/nope/x.png"], [trace, "--plot", str(tmp_path)], [trace, "--plot", "/proc/x.png"],
+        [trace, "--plot", str(tmp_path / "x.tokens")],
+    ):
+        assert main(["replay", "--jobs", "1", *arguments]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+
+
+def test_sizes_may_have_a_unit(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(capsys, trace, "--capacity-tokens", "1k,1Ki,1_024,2M", "--policy", "lru")
+    assert [line["capacity_tokens"] for line in lines if line["policy"] == "lru"] == [1000, 1024, 1024, 2_000_000]
+    for text in ("1G5", "0", "k", "1 M B", "9" * 5000):
+        with pytest.raises(SystemExit):
+            main(["replay", trace, "--capacity-tokens", text])
+        assert "invalid list of whole numbers value" in capsys.readouterr().err
+
+
+def test_a_recorded_trace_keeps_its_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = TraceRecorder(tmp_path / "t", 16, 1 << 20)
+    recorder.record(keys_of((1, 2, 3)))
+    recorder.close()
+    assert run(capsys, str(tmp_path / "t"), "--block-tokens", "16")[-1]["blocks"] == 3
+    assert main(["replay", str(tmp_path / "t"), "--block-tokens", "32"]) == 1
+    assert "was recorded in blocks of 16 tokens" in capsys.readouterr().err

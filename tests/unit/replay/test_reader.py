@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,69 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_trace(tmp_path / "nothing")
     with pytest.raises(TraceError, match="directory"):
         read_trace(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, lzma.compress])
+@pytest.mark.parametrize("head", [b"", b"\n", b"\r\n"])
+def test_a_byte_order_mark_is_no_content(tmp_path: Path, packed: Any, head: bytes) -> None:
+    plain = write(tmp_path / "plain", mooncake(SEQUENCES)).read_bytes()
+    (tmp_path / "t").write_bytes(packed(b"\xef\xbb\xbf" + head + plain))
+    assert (read_trace(tmp_path / "t").keys == read_trace(tmp_path / "plain").keys).all()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"timestamp": ' + "9" * 400 + ', "hash_ids": [1]}', "timestamp is <whole number of 1329 bits>"),
+        ('{"timestamp": -' + "9" * 30 + ', "hash_ids": [1]}', "timestamp is -9"),
+        ('{"timestamp": 1e999, "hash_ids": [1]}', "timestamp is inf"),
+        ('{"timestamp": NaN, "hash_ids": [1]}', "timestamp is nan"),
+        ('{"timestamp": 1e308, "hash_ids": [1]}', r"timestamp is 1e\+308"),
+        ('{"timestamp": ' + "9" * 5000 + ', "hash_ids": [1]}', "is not JSON: Exceeds the limit"),
+        ('{"timestamp": 0, "hash_ids": ' + "[" * 100_000, "is not JSON: it is nested too deeply"),
+        ('{"timestamp": 0, "x": ' + '{"x":' * 100_000, "is not JSON: it is nested too deeply"),
+        ('{"timestamp": 0, "input_length": ' + "9" * 400 + ', "hash_ids": [1]}', "input_length is <whole number"),
+        ('{"timestamp": 0, "input_length": 1.5, "hash_ids": [1]}', "input_length is 1.5"),
+        ('{"timestamp": 0, "hash_ids": [' + "9" * 30 + "]}", "no hash_ids that are a list of whole numbers"),
+        ('{"timestamp": 0, "hash_ids": [1, -1, 18446744073709551615]}', "no hash_ids that are a list"),
+        ('{"timestamp": 0, "hash_ids": [1, true]}', "no hash_ids that are a list"),
+        ('{"timestamp": 0, "hash_ids": [[1], [2, 3]]}', "no hash_ids that are a list"),
+        ('{"timestamp": 0, "hash_ids": [1, null]}', "no hash_ids that are a list"),
+        ('{"timestamp": 0, "hash_ids": [1]}\xff', "is not JSON"),
+    ],
+)
+def test_odd_json_names_the_line(tmp_path: Path, line: str, message: str) -> None:
+    first = '{"timestamp": 0, "input_length": 1024, "hash_ids": [1, 2]}\n'
+    (tmp_path / "t").write_bytes((first + line + "\n").encode("latin-1"))
+    with pytest.raises(TraceError, match=f"t, line 2 .*{message}") as caught:
+        read_trace(tmp_path / "t")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "9" * 400, "16777217", '"16"', "1.0"])
+def test_odd_sizes_of_blocks_are_named(tmp_path: Path, size: str) -> None:
+    (tmp_path / "t").write_text('{"block_size": ' + size + ', "hash_ids": [1, 2]}\n')
+    with pytest.raises(TraceError, match="line 1 block_size is "):
+        read_trace(tmp_path / "t")
+
+
+@pytest.mark.parametrize("packed", [gzip.compress, lzma.compress])
+def test_packed_traces_that_are_damaged(tmp_path: Path, packed: Any) -> None:
+    whole = packed(write(tmp_path / "plain", mooncake(SEQUENCES * 50)).read_bytes())
+    for content in (whole[:-1], whole[: len(whole) // 2], whole[:7], whole[:20] + bytes(8) + whole[28:]):
+        (tmp_path / "t").write_bytes(content)
+        with pytest.raises(TraceError, match="t cannot be read: "):
+            read_trace(tmp_path / "t")
+
+
+def test_a_pipe_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t")                                # would wait for a writer
+    with pytest.raises(TraceError, match="is not an ordinary file"):
+        read_trace(tmp_path / "t")
+
+
+def test_a_long_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexkv.replay.reader._MAX_LINE_BYTES", 100)
+    (tmp_path / "t").write_text('{"hash_ids": [1, 2]}\n{"hash_ids": [' + "1," * 100 + "1]}\n")
+    with pytest.raises(TraceError, match="line 2 is longer than"):
+        read_trace(tmp_path / "t")

@@ -26,4 +26,26 @@ def test_inspect_tells_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "5 void, 11 empty" in text
     assert "not in use; closed cleanly; last cleared: 20" in text
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "cannot be read" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{tmp_path} is not a directory of the SSD tier" in error
+    assert "cannot be read" in error
+
+
+def test_inspect_of_a_directory_that_is_not_closed_or_has_no_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opened([tmp_path / "a"]) as tier:
+        assert tier.write(range(5)).all()
+        assert main(["inspect", str(tmp_path / "a")]) == 0
+        text = capsys.readouterr().out
+        assert f"used by process {os.getpid()} " in text
+        assert "closed" not in text                                 # it cannot be, while it is in use
+        (tmp_path / "killed").mkdir()
+        (tmp_path / "killed" / "flexkv.table").write_bytes((tmp_path / "a" / "flexkv.table").read_bytes())
+    assert main(["inspect", str(tmp_path / "killed")]) == 0
+    text = capsys.readouterr().out
+    assert "not in use; not closed cleanly; last cleared: never" in text
+    assert "flexkv.data is missing: no block can be read" in text
+    (tmp_path / "killed" / "flexkv.data").write_bytes(bytes(SLOT_BYTES))
+    assert main(["inspect", str(tmp_path / "killed")]) == 0
+    assert f"flexkv.data is too short by {15 * SLOT_BYTES} bytes" in capsys.readouterr().out
