@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flexkv.errors import SlotMappingError
+from flexkv.errors import ArgumentError, FlexKVError, SlotMappingError
 from flexkv.kvblocks import KVBlocks
 from flexkv.response import KVResponse, KVResponseStatus
-from flexkv.tasks.arguments import part_of_mapping, task_ids_of, tokens_and_start
+from flexkv.tasks.arguments import fence_of, integer_of, part_of_mapping, task_ids_of, tokens_and_start, tokens_of
 from flexkv.transfer.layerwise import MAX_COUNTERS
 
 
@@ -56,10 +56,11 @@ class KVManager(KVBlocks):
         self._refuse_swa(swa_aware)
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
+        group = self.group(namespace)
         self.recorder.record(keys)
         task = self._tasks.new_get(
-            self._cache, keys, start, None, len(tokens), host_only=cpu_only or self._host_only,
-            group=self.group(namespace),
+            self._index, keys, start, None, len(tokens), host_only=bool(cpu_only) or self._host_only,
+            group=group,
         )
         self._tasks.hold(task)
         self._counts.count(task.match, start, len(keys))
@@ -83,7 +84,7 @@ class KVManager(KVBlocks):
         """
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         keys = self._keys(tokens, namespace, block_extras)
-        task = self._tasks.new_put(self._cache, keys, start, len(keys), len(tokens), self.group(namespace))
+        task = self._tasks.new_put(self._index, keys, start, len(keys), len(tokens), self.group(namespace))
         self._tasks.hold(task)
         return task.task_id, task.token_mask()
 
@@ -127,16 +128,19 @@ class KVManager(KVBlocks):
         """
         if swa_slot_mappings is not None:
             raise NotImplementedError("sliding-window transfers are not available in this version")
-        ids = task_ids_of(task_ids)
-        mappings = list(slot_mappings) if isinstance(task_ids, Iterable) else [slot_mappings]  # type: ignore[arg-type]
-        if layerwise_transfer and not (len(ids) == 1 and 0 <= counter_id < MAX_COUNTERS):
-            raise ValueError(f"layerwise: launch one task at a time, with a counter_id of 0 to {MAX_COUNTERS - 1}")
+        ids, fence = task_ids_of(task_ids), fence_of(fence)
+        counter = integer_of(counter_id, "counter_id", 0, MAX_COUNTERS - 1) + 1 if layerwise_transfer else 0
+        if layerwise_transfer and len(ids) != 1:
+            raise ArgumentError(f"layerwise_transfer with {len(ids)} tasks: launch one task at a time")
+        if not isinstance(slot_mappings, Iterable):
+            raise SlotMappingError(f"slot_mappings is {slot_mappings!r}: give a sequence of arrays, one for each task")
+        mappings = list(slot_mappings) if isinstance(task_ids, Iterable) else [slot_mappings]
         if len(ids) != len(mappings):
             raise SlotMappingError(f"{len(mappings)} slot mappings for {len(ids)} tasks: give one for each")
         tasks = [self._tasks.matched(task_id) for task_id in ids]
         pages = [task.pages(mapping) for task, mapping in zip(tasks, mappings, strict=True)]
         self._tasks.launch(
-            list(zip(tasks, pages, strict=True)), fence, layerwise_transfer, counter_id + 1 if layerwise_transfer else 0
+            list(zip(tasks, pages, strict=True)), fence, bool(layerwise_transfer), counter
         )
         return ids
 
@@ -168,9 +172,9 @@ class KVManager(KVBlocks):
         """Bring blocks of slower tiers into host memory; the task ends when they are there, its mask tells which. No
         block is brought while a quarter of host memory is being filled so."""
         self._refuse_swa(swa_aware)
-        tokens = np.asarray(token_ids)
+        tokens = tokens_of(token_ids)
         return self._tasks.prefetch(
-            self._cache, self._keys(tokens, namespace, None), len(tokens), group=self.group(namespace),
+            self._index, self._keys(tokens, namespace), len(tokens), group=self.group(namespace),
             host_only=self._fetches_enough(),
         )
 
@@ -183,7 +187,7 @@ class KVManager(KVBlocks):
     ) -> int:
         try:
             self.launch([task_id], [part_of_mapping(slot_mapping, mask, token_mask)])
-        except SlotMappingError:
+        except FlexKVError:
             self.cancel(task_id)
             raise
         return task_id

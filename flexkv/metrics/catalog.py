@@ -50,6 +50,8 @@ _PLAIN = {
     "index_bytes": Metric("index_bytes", "Memory of the index"),
     "pinned_blocks": Metric("pinned_blocks", "Blocks that flexkv pin keeps"),
     "tasks": Metric("tasks", "Tasks that were not collected yet"),
+    "provisional_puts": Metric("provisional_puts", "Saves that wait for the engine to accept the step they are of"),
+    "in_service": Metric("in_service", "Whether KV can be moved: 0 once the data plane has failed repeatedly"),
     "blocks_being_fetched": Metric("blocks_being_fetched", "Blocks on their way from SSD to host memory"),
     "ssd_written_blocks": Metric("ssd_written_blocks", "Blocks copied from host memory to SSD", True),
     "ssd_dropped_writes": Metric("ssd_dropped_writes", "Blocks not copied to SSD: too much was queued", True),

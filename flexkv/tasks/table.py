@@ -15,6 +15,7 @@ from flexkv.errors import TaskError
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.tasks import reasons
 from flexkv.tasks.graphs import arrival_of, graph_of
+from flexkv.tasks.loads import GoodLoads
 from flexkv.tasks.provisional import ProvisionalPuts
 from flexkv.tasks.task import EndedTask, KVTask, TaskStage
 from flexkv.tiering import Tiering
@@ -33,10 +34,6 @@ time, and each holds slots."""
 _LAUNCH_WITHIN_S = 60.0
 """A matched task expires after this time: its engine has forgotten it. An engine launches within a few scheduling
 steps, and those take seconds at most."""
-
-_MAX_GOOD_LOADS = 16384
-"""Loads that are known to have succeeded, for puts that come later and depend on them: of many more requests than have
-saves ahead of them at a time."""
 
 _NOT_LAUNCHED = f"the task was not launched within {_LAUNCH_WITHIN_S:g} s; match again"
 
@@ -75,7 +72,7 @@ class TaskTable:
         self._tasks: dict[int, KVTask | EndedTask] = {}
         self._matched: dict[int, float] = {}             # when each was matched, in that order
         self._unclaimed: dict[int, None] = {}            # settled, in that order
-        self._good_loads: dict[int, int] = {}            # the epoch of loads that succeeded, in that order
+        self._good_loads = GoodLoads()
         self._provisional = ProvisionalPuts(accept_within_s)
 
     # ---- matching ---------------------------------------------------------------------------------------------
@@ -220,7 +217,7 @@ class TaskTable:
             load = self._tasks.get(task_id)
             if isinstance(load, KVTask) and load.loading and load.graph is not None and load.epoch == task.epoch:
                 ops.append(load.graph.ops[-1])
-            elif self._good_loads.get(task_id) != task.epoch:
+            elif not self._good_loads.has(task_id, task.epoch):
                 are_good = False
         return ops, are_good
 
@@ -337,9 +334,7 @@ class TaskTable:
             status, reason = KVResponseStatus.FAILED, reasons.INTERNAL
             ok = np.zeros(len(task.blocks), dtype=np.bool_)
         if task.loading and status is KVResponseStatus.SUCCESS:
-            self._good_loads[task.task_id] = task.epoch
-            while len(self._good_loads) > _MAX_GOOD_LOADS:
-                del self._good_loads[next(iter(self._good_loads))]
+            self._good_loads.add(task.task_id, task.epoch)
         if status is KVResponseStatus.FAILED:
             logger.warning("task %d (%s) failed: %s", task.task_id, "load" if task.loading else "save", reason)
         task.stage, task.graph, task.needs = TaskStage.SETTLED, None, ()
@@ -394,3 +389,8 @@ class TaskTable:
 
     def __len__(self) -> int:
         return len(self._tasks)
+
+    @property
+    def num_provisional(self) -> int:
+        """Provisional puts whose blocks are neither ready nor dropped."""
+        return len(self._provisional)

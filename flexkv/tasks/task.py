@@ -19,6 +19,7 @@ from flexkv.cache.plan import NOTHING, GetPlan, MatchResult, PutPlan
 from flexkv.errors import SlotMappingError
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.tasks import reasons
+from flexkv.tasks.arguments import mapping_of
 from flexkv.tiering import Tiering
 from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph
 
@@ -100,7 +101,7 @@ class KVTask:
 
     def pages(self, slot_mapping: object) -> NDArray[np.int32]:
         """The pages of a mapping that has one slot for each token of the task's blocks; else SlotMappingError."""
-        pages = pages_from_slot_mapping(np.asarray(slot_mapping), self.tokens_per_block)
+        pages = pages_from_slot_mapping(mapping_of(slot_mapping), self.tokens_per_block)
         if len(pages) != len(self.blocks):
             raise SlotMappingError(
                 f"task {self.task_id} moves {len(self.blocks)} blocks of {self.tokens_per_block} tokens; "

@@ -134,6 +134,8 @@ class TransferOp:
     ) -> None:
         if len(src) != len(dst) or len(src) == 0:
             raise ValueError(f"{len(src)} sources, {len(dst)} destinations: they must match, and not be none")
+        if not 0 <= fence < 1 << 63:
+            raise ValueError(f"fence is {fence}: must be from 0 to 2**63 - 1")
         self.kind = kind
         self.src = np.ascontiguousarray(src, dtype=np.int32)
         self.dst = np.ascontiguousarray(dst, dtype=np.int32)

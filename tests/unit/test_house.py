@@ -19,6 +19,7 @@ LAYERS = [
     {"transfer"},
     {"tiering"},
     {"tasks"},
+    {"controller"},
     {"kvblocks"},
     {"kvmanager"},
     {"server"},

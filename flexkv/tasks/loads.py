@@ -1,0 +1,25 @@
+"""Loads that have succeeded, for puts that depend on them and come later."""
+
+_MAX_LOADS = 16384
+"""The oldest loads are forgotten beyond this number: that of many more requests than have saves ahead of them."""
+
+
+class GoodLoads:
+    """Ids of loads of which every block has arrived, each with the epoch in which it was planned. The caller locks."""
+
+    def __init__(self) -> None:
+        self._epochs: dict[int, int] = {}         # in the order in which they ended
+
+    def add(self, task_id: int, epoch: int) -> None:
+        """A load has succeeded."""
+        self._epochs[task_id] = epoch
+        if len(self._epochs) > _MAX_LOADS:
+            del self._epochs[next(iter(self._epochs))]
+
+    def has(self, task_id: int, epoch: int) -> bool:
+        """Whether a load is known to have succeeded, in an epoch."""
+        return self._epochs.get(task_id) == epoch
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._epochs.clear()
