@@ -14,7 +14,7 @@ class KVResponseStatus(enum.Enum):
     NOTFOUND = "notfound"
     """No such task: never made, or its result was taken already."""
     UNREADY = "unready"
-    """Not launched yet."""
+    """Not launched yet; or launched before every rank had registered, so that nothing was moved."""
     TIMEOUT = "timeout"
     """The wait, or the transfer itself, took too long."""
     CANCELLED = "cancelled"
@@ -34,7 +34,7 @@ class KVResponse:
         Tokens whose KV was moved; None for a task that is not known, has not ended, or was made from keys instead of
         tokens.
     reason : str
-        Why the status is FAILED, TIMEOUT, CANCELLED or NOTFOUND; empty otherwise.
+        Why the task has not succeeded; empty if it has, or was not launched.
     """
 
     status: KVResponseStatus

@@ -8,3 +8,12 @@ CANCELLED = "the task was cancelled"
 LOAD_FAILED = "a load that the saved pages depend on did not succeed, so their KV is not known to be right"
 RANK_LOST = "a rank ended or left before the copies were complete"
 NOT_MOVED = "some blocks are not cached any more, name a page that does not exist, or could not be copied"
+NOT_READY = "it was launched before every rank had registered its tensors: KVManager.wait_ready waits for them"
+
+
+def no_such_page(page: int, num_pages: int) -> str:
+    """A slot mapping names a page that the tensors do not have."""
+    return (
+        f"page {page} of a cache with {num_pages} pages: is the first dimension of the tensors the pages? See page_dim "
+        "of tensor_spec"
+    )

@@ -199,7 +199,7 @@ class TaskTable:
         self._matched.pop(task.task_id, None)
         task.stage = TaskStage.RUNNING
         if len(task.blocks) == 0:
-            self._settle(task, KVResponseStatus.SUCCESS, np.zeros(0, dtype=np.bool_), "")
+            self._settle(task, *task.empty_outcome())
             return None
         loads, are_good = self._loads(task, after)
         task.graph = graph_of(task, pages, self._dp_client_id, fence, layerwise, counter, loads)
@@ -245,6 +245,9 @@ class TaskTable:
         with self._lock:
             self._tasks[task.task_id] = task
             task.stage = TaskStage.RUNNING
+            if len(task.blocks) == 0:
+                self._settle(task, *task.empty_outcome())
+                return task.task_id
             if not task.needs:
                 self._settle(task, KVResponseStatus.SUCCESS, np.ones(len(task.blocks), dtype=np.bool_), "")
                 return task.task_id
@@ -314,7 +317,7 @@ class TaskTable:
         with self._lock:
             if task.stage is TaskStage.SETTLED:
                 return
-            status, ok, reason = task.outcome()
+            status, ok, reason = task.outcome(lambda: self._transfer.num_pages)
             if graph.ops[-1].counter and status is not KVResponseStatus.SUCCESS:
                 logger.critical(
                     "task %d failed, and the engine can only be notified of layers that arrived: it waits for the "

@@ -8,6 +8,7 @@
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.tasks import reasons
 from flexkv.tasks.arguments import mapping_of
 from flexkv.tiering import Tiering
-from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph
+from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
 
 STATUS = {
     OpStatus.DONE: KVResponseStatus.SUCCESS,
@@ -120,8 +121,17 @@ class KVTask:
         stopped = self.graph.verdict if self.graph is not None else None
         return STATUS[stopped] if stopped in (OpStatus.TIMEOUT, OpStatus.CANCELLED) else self.verdict
 
-    def outcome(self) -> tuple[KVResponseStatus, NDArray[np.bool_], str]:
+    def empty_outcome(self) -> tuple[KVResponseStatus, NDArray[np.bool_], str]:
+        """Status, no blocks, and reason, of a task that has nothing to move."""
+        none = np.zeros(0, dtype=np.bool_)
+        if self.cache is None:
+            return KVResponseStatus.UNREADY, none, reasons.NOT_READY
+        return KVResponseStatus.SUCCESS, none, ""
+
+    def outcome(self, num_pages: Callable[[], int | None]) -> tuple[KVResponseStatus, NDArray[np.bool_], str]:
         """Status, blocks that were moved ((m,) bool), and reason, of a graph that is quiesced.
+
+        ``num_pages`` returns the pages of the rank that has the fewest; None if that is unknown.
 
         A graph that was stopped has moved nothing: its caller may have been told so before the last copy, and have
         given the pages away. Blocks of a put do not outlive a rank that was lost, nor those of any task a reset.
@@ -141,8 +151,14 @@ class KVTask:
             return KVResponseStatus.SUCCESS, ok, ""
         if not reason:
             refused = any(op.is_refused for op in graph.ops)
-            reason = reasons.LOAD_FAILED if refused else reasons.RANK_LOST if is_lost else reasons.NOT_MOVED
+            reason = reasons.LOAD_FAILED if refused else reasons.RANK_LOST if is_lost else (
+                self._why_not_moved(graph.ops[-1], num_pages())
+            )
         return KVResponseStatus.FAILED, ok, f"{int((~ok).sum())} of {len(ok)} blocks were not moved: {reason}"
+
+    def _why_not_moved(self, op: TransferOp, num_pages: int | None) -> str:
+        page = -1 if op.kind is OpKind.ARRIVAL else int((op.dst if self.loading else op.src).max())
+        return reasons.NOT_MOVED if num_pages is None or page < num_pages else reasons.no_such_page(page, num_pages)
 
     def response(self) -> KVResponse:
         """As it stands now."""

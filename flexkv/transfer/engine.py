@@ -155,6 +155,11 @@ class TransferEngine:
         return "" if self._registry is None or self._closing else self._registry.describe()
 
     @property
+    def num_pages(self) -> int | None:
+        """Pages of the rank that has the fewest; None: no rank is connected."""
+        return min((link.hello.num_pages for link in list(self._device.links)), default=None)
+
+    @property
     def host_pool(self) -> HostPool:
         """The host tier, once the first client's ranks have registered."""
         if self._pool is None:
