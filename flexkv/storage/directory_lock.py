@@ -47,8 +47,10 @@ class DirectoryLock:
             raise DirectoryInUseError(str(directory), name or "another process") from None
         except OSError as error:
             self.release()
+            is_file = isinstance(error, (FileExistsError, NotADirectoryError))
+            reason = "it, or a directory above it, is a file" if is_file else error.strerror
             raise StorageError(
-                f"{directory} cannot be used for the SSD tier: {error.strerror}; set ssd_cache_dir to a directory that "
+                f"{directory} cannot be used for the SSD tier: {reason}; set ssd_cache_dir to a directory that "
                 f"this user can write to, on a disk with room"
             ) from error
         _held.add(self)

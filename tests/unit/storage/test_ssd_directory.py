@@ -81,8 +81,9 @@ def test_other_errors_at_start_name_the_directory(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=str(tmp_path)):
             Tier([tmp_path / "a"], files=files)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file"):
-        Tier([tmp_path / "file"])
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match=rf"{wrong} .* a directory above it, is a file; set ssd_cache_dir"):
+            Tier([wrong])
     with opened([tmp_path / "a"]):                                              # nothing has kept the lock
         pass
 
