@@ -207,6 +207,20 @@ def test_all_that_was_put_before_the_store_is_open_is_written_to_it(tmp_path: Pa
             made.get(count, seed)
 
 
+@pytest.mark.parametrize("opened_after", range(0, 14, 2))
+def test_puts_that_end_while_the_store_opens_are_written_too(tmp_path: Path, opened_after: int) -> None:
+    with stage_whose_store_waits(tmp_path) as (made, go_on):
+        for seed in range(14):
+            if seed == opened_after:
+                go_on.set()
+            made.put(1, seed)
+        until(lambda: len(made.stores) == 1 and len(made.store.disk.records) == 14)
+        made.settle()
+        made.flood()
+        for seed in range(14):
+            made.get(1, seed)
+
+
 def test_what_was_evicted_before_the_store_is_open_is_not_written(tmp_path: Path) -> None:
     with stage_whose_store_waits(tmp_path) as (made, go_on):
         for seed in range(1, 5):
