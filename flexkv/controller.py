@@ -165,7 +165,10 @@ class Controller:
         timeout = seconds_of(timeout, "timeout")
         if not self._transfer.wait(self.is_ready, timeout if self._transfer.describe_ranks() else 0.0):
             ranks = self._transfer.describe_ranks()
-            raise NotReadyError(f"{ranks} after {timeout:g} s" if ranks else "the manager is not running: call start()")
+            raise NotReadyError(
+                "the data plane is out of service: see the log" if not self._in_service else
+                f"{ranks} after {timeout:g} s" if ranks else "the manager is not running: call start()"
+            )
 
     def __enter__(self) -> Self:
         self.start()

@@ -8,7 +8,10 @@ CANCELLED = "the task was cancelled"
 LOAD_FAILED = "a load that the saved pages depend on did not succeed, so their KV is not known to be right"
 RANK_LOST = "a rank ended or left before the copies were complete"
 NOT_MOVED = "some blocks are not cached any more, name a page that does not exist, or could not be copied"
-NOT_READY = "it was launched before every rank had registered its tensors: KVManager.wait_ready waits for them"
+NOT_READY = (
+    "nothing can be moved: not every rank has registered its tensors yet (KVManager.wait_ready waits for them), or the "
+    "manager was shut down or is out of service"
+)
 
 
 def no_such_page(page: int, num_pages: int) -> str:

@@ -25,6 +25,17 @@ def test_what_is_launched_before_a_rank_has_registered_is_not_a_success(tmp_path
             assert not response.return_mask.any()
 
 
+def test_what_is_put_after_a_shutdown_is_not_a_success(tmp_path: Path) -> None:
+    with local(tmp_path) as (manager, _, _):
+        pass
+    task, mask = manager.put_match(tokens_of(2))
+    assert not mask.any()
+    manager.launch(task, [])
+    response = manager.wait(task)[task]
+    assert response.status is Status.UNREADY
+    assert "was shut down" in response.reason
+
+
 def test_what_has_nothing_to_move_is_a_success_once_ranks_have_registered(tmp_path: Path) -> None:
     with local(tmp_path) as (manager, _, _):
         tokens = tokens_of(2)
