@@ -17,6 +17,7 @@
 #define SPIN_NS 100000            /* a window of such an op that ends so soon is noticed at once */
 #define POLL_NS 20000             /* between two looks at them, later on */
 #define BULK_POLL_NS 100000       /* and at windows of larger ops: each look takes a lock that the engine's launches need */
+#define FENCE_NS 100000000        /* between two looks at fences of compute that runs: deadlines are seconds */
 #define FULL_RING_WAIT_MS 1       /* the controller reads its ring without being asked; it is only late */
 
 struct op {
@@ -52,6 +53,9 @@ struct flexkv_agent {
     struct op *ops;               /* given and not finished, oldest first; of the thread alone */
     struct window *windows[FLEXKV_H2D + 1];  /* under way of each kind, oldest first */
     uint64_t last_news_ns;        /* when something started or ended */
+    uint64_t reached[FLEXKV_H2D + 1];        /* fences of compute that is done, as reported */
+    uint64_t fences_read_ns;
+    int fences_behind;            /* compute of a fence is not known to be done */
     int layers_lost;              /* a load with a counter is not whole: no layer is told of any more */
     uint8_t *buffer;              /* for a record */
     uint64_t buffer_size;
@@ -97,7 +101,7 @@ static int arrived(void *context, enum flexkv_kind kind)
     return 1;
 }
 
-const struct flexkv_backend flexkv_host_backend = { NULL, copy_with_cpu, NULL, arrived, NULL };
+const struct flexkv_backend flexkv_host_backend = { NULL, copy_with_cpu, NULL, arrived, NULL, NULL };
 
 static uint64_t now_ns(void)
 {
@@ -470,10 +474,32 @@ static int urgent(const struct flexkv_agent *agent)
     return 0;
 }
 
+/* Report the fences of compute that is done, at a low rate where the device must be asked. */
+static void report_fences(struct flexkv_agent *agent)
+{
+    const struct flexkv_backend *backend = &agent->options.backend;
+    uint64_t now = backend->reached ? now_ns() : 0;
+    int early = backend->reached && now - agent->fences_read_ns < FENCE_NS;
+
+    agent->fences_behind = 0;
+    agent->fences_read_ns = early ? agent->fences_read_ns : now;
+    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++) {
+        uint64_t advanced = atomic_load(kind == FLEXKV_H2D ? &agent->load_fence : &agent->save_fence);
+
+        if (agent->reached[kind] == advanced)
+            continue;
+        if (!early)
+            agent->reached[kind] = backend->reached ? backend->reached(backend->context, kind, advanced) : advanced;
+        agent->fences_behind |= agent->reached[kind] < advanced;
+        flexkv_ring_note(&agent->completions, kind == FLEXKV_H2D ? FLEXKV_NOTE_LOAD_FENCE : FLEXKV_NOTE_SAVE_FENCE,
+                         agent->reached[kind]);
+    }
+}
+
 static int sleep_until_news(struct flexkv_agent *agent)
 {
     int busy = agent->windows[FLEXKV_D2H] || agent->windows[FLEXKV_H2D], soon = busy && urgent(agent);
-    struct timespec pause = { 0, soon ? POLL_NS : BULK_POLL_NS };
+    struct timespec pause = { 0, soon ? POLL_NS : busy ? BULK_POLL_NS : FENCE_NS };
     struct pollfd fds[] = { { agent->options.submission_event_fd, POLLIN, 0 }, { agent->wake_fd, POLLIN, 0 },
                             { agent->options.socket_fd, POLLIN | POLLRDHUP, 0 } };
     eventfd_t count;
@@ -482,7 +508,7 @@ static int sleep_until_news(struct flexkv_agent *agent)
         return 0;
     if (flexkv_ring_set_waiting(&agent->submissions, 1))
         return 0;
-    if (ppoll(fds, 3, busy ? &pause : NULL, NULL) < 0 && errno != EINTR)
+    if (ppoll(fds, 3, busy || agent->fences_behind ? &pause : NULL, NULL) < 0 && errno != EINTR)
         return -errno;
     if (fds[0].revents)
         eventfd_read(agent->options.submission_event_fd, &count);
@@ -501,6 +527,7 @@ static void *run(void *argument)
     int rc = backend->attach ? backend->attach(backend->context) : 0;
 
     while (!rc) {
+        report_fences(agent);
         if ((rc = hung_up(agent)) || (rc = drain_submissions(agent)) || (rc = work(agent)) < 0)
             break;
         if (rc)
@@ -593,6 +620,21 @@ void flexkv_agent_advance(struct flexkv_agent *agent, uint64_t load_fence, uint6
     raise_to(&agent->load_fence, load_fence);
     raise_to(&agent->save_fence, save_fence);
     eventfd_write(agent->wake_fd, 1);
+}
+
+uint64_t flexkv_agent_populated(const struct flexkv_agent *agent, int *all)
+{
+    uint64_t slots;
+
+    *all = flexkv_ring_read_note(&agent->submissions, FLEXKV_NOTE_ALL_POPULATED) != 0;   /* first: the last slots are in */
+    slots = flexkv_ring_read_note(&agent->submissions, FLEXKV_NOTE_POPULATED);
+    return slots < agent->options.at.num_slots ? slots : agent->options.at.num_slots;
+}
+
+void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots)
+{
+    flexkv_ring_note(&agent->completions, FLEXKV_NOTE_USABLE, slots);
+    eventfd_write(agent->options.completion_event_fd, 1);
 }
 
 struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent)

@@ -13,6 +13,11 @@ enum flexkv_kind { FLEXKV_D2H = 1, FLEXKV_H2D = 2 };
 /* Records of the rings. */
 enum { FLEXKV_MSG_OP = 1, FLEXKV_MSG_CANCEL = 2, FLEXKV_MSG_RESULT = 3 };
 
+/* Numbers beside the records. The controller's: slots that are populated, and whether there will be no more. The agent's:
+ * slots that it can copy from and to, and the fences of the steps that the device has done. */
+enum { FLEXKV_NOTE_POPULATED, FLEXKV_NOTE_ALL_POPULATED };
+enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE };
+
 enum flexkv_op_flag {
     FLEXKV_OP_CANCELLED = 1,      /* do not copy, only report */
     FLEXKV_OP_LAYERWISE = 2,      /* a load, span after span */
@@ -88,6 +93,9 @@ struct flexkv_backend {
     /* The oldest window of the kind: 1 when it has arrived, 0 when under way, negative errno when it has failed; it is
      * over when not 0, and nothing of it touches slots or pages any more. */
     int (*poll)(void *context, enum flexkv_kind kind);
+    /* The highest fence of the kind whose compute the device has done, given that it was advanced to `advanced`. NULL:
+     * compute is done before its fence is advanced. */
+    uint64_t (*reached)(void *context, enum flexkv_kind kind, uint64_t advanced);
     void *context;
 };
 
@@ -129,6 +137,12 @@ int flexkv_agent_start(struct flexkv_agent **agent, const struct flexkv_agent_op
 
 /* Ops whose fence is at most this may start, from now on. Never goes back. */
 void flexkv_agent_advance(struct flexkv_agent *agent, uint64_t load_fence, uint64_t save_fence);
+
+/* Slots that the controller has populated, at most those of the pool; *all: it will populate no more. Any thread. */
+uint64_t flexkv_agent_populated(const struct flexkv_agent *agent, int *all);
+
+/* Report to the controller that copies from and to the first `slots` slots may be asked for. Any thread. */
+void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots);
 
 /* The oldest outcome that was not taken, or NULL. */
 struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent);

@@ -13,7 +13,8 @@
 #define MAX_BATCH 1024            /* copies of one call */
 #define FIRST_WINDOW_SHARE 4      /* the first window of a burst is smaller: the bus starts earlier */
 #define NUM_FENCES 64             /* steps back that an op finds its own fence; older ones wait for a later step */
-#define REGISTER_BYTES (256u << 20)
+#define REGISTER_BYTES (16u << 20) /* pinned at a time. The driver holds a lock meanwhile that kernel launches need: 16 MiB
+                                    * of small pages take about 5 ms (docs/design/0016-pool-start.md) */
 #define MOST_FOR_A_BLOCK (64u << 20)        /* a staging buffer grows so far that one block fits */
 
 struct lane {                     /* one direction */
@@ -37,8 +38,8 @@ struct flexkv_cuda_copy {
     struct lane lanes[3];         /* by kind; [0] is not used */
     cu_ptr regions;
     uint64_t chunk_slots;         /* slots that are registered at a time; no copy crosses such a part */
-    _Atomic uint64_t registered;  /* slots */
-    _Atomic int registering;
+    _Atomic uint64_t registered;  /* slots; a multiple of chunk_slots until the last part */
+    _Atomic int registering;      /* more will be */
     _Atomic int error;            /* the first; later calls may only repeat it */
     const char *_Atomic failed;
 };
@@ -218,7 +219,8 @@ static int attach(void *context)
     return TRY(cuCtxPushCurrent, copy->options.context) ? -EIO : 0;
 }
 
-/* How many of the blocks lie in memory that is registered, or never will be: these copies are slow, but right. */
+/* How many of the blocks lie in memory that is registered, or never will be: those copies are slow, but right. The
+ * controller asks for no others (flexkv_agent_report_usable); a block of memory that will be registered waits for that. */
 static uint32_t usable(struct flexkv_cuda_copy *copy, const int32_t *slots, uint32_t count, int *pinned)
 {
     int registering = atomic_load(&copy->registering);
@@ -318,6 +320,24 @@ static int mark(void *context, uint32_t span)
            TRY(cuEventRecord, lane->marks[span + 1], lane->kernel) ? -EIO : 0;
 }
 
+/* Fences only grow, and `advanced` was read before the newest event: if that has happened, so has all of `advanced`. */
+static uint64_t reached(void *context, enum flexkv_kind kind, uint64_t advanced)
+{
+    struct flexkv_cuda_copy *copy = context;
+    struct lane *lane = &copy->lanes[kind];
+    uint64_t number = atomic_load(&lane->num_fences);
+
+    if (!number)
+        return advanced;
+    for (uint64_t back = 1; back <= number && back < NUM_FENCES; back++) {
+        uint64_t fence = atomic_load(&lane->fence_of[(number - back) % NUM_FENCES]);
+
+        if (copy->api->cuEventQuery(lane->fences[(number - back) % NUM_FENCES]) == CU_SUCCESS)
+            return back == 1 || fence > advanced ? advanced : fence;
+    }
+    return 0;
+}
+
 cu_result flexkv_cuda_copy_follow(struct flexkv_cuda_copy *copy, uint32_t span, cu_stream stream)
 {
     cu_result result = copy->api->cuCtxPushCurrent(copy->options.context);
@@ -402,7 +422,7 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
             free(copy);
             return -ENOMEM;
         }
-    copy->chunk_slots = REGISTER_BYTES / at->slot_bytes + 1;
+    copy->chunk_slots = REGISTER_BYTES > at->slot_bytes ? REGISTER_BYTES / at->slot_bytes : 1;
     copy->registering = 1;
     *error = api->cuCtxPushCurrent(options->context);
     if (!*error) {
@@ -419,18 +439,21 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
     return 0;
 }
 
-int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, cu_result *error)
+int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated, int all, cu_result *error)
 {
     const struct flexkv_pages *at = copy->at;
-    uint64_t first = atomic_load(&copy->registered), slots = at->num_slots - first;
+    uint64_t first = atomic_load(&copy->registered);
+    uint64_t slots = populated > first && atomic_load(&copy->registering) ? populated - first : 0;
     cu_context popped;
 
     *error = CU_SUCCESS;
+    slots = slots < copy->chunk_slots ? slots : copy->chunk_slots;
+    if (slots < copy->chunk_slots && !all)
+        return 0;
     if (!slots) {
         atomic_store(&copy->registering, 0);
         return 0;
     }
-    slots = slots < copy->chunk_slots ? slots : copy->chunk_slots;
     *error = copy->api->cuCtxPushCurrent(copy->options.context);
     if (!*error) {
         *error = copy->api->cuMemHostRegister(at->pool + first * at->slot_bytes, slots * at->slot_bytes,
@@ -443,6 +466,12 @@ int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, cu_result *error)
     }
     atomic_store(&copy->registered, first + slots);
     return 1;
+}
+
+uint64_t flexkv_cuda_copy_registered(const struct flexkv_cuda_copy *copy, int *more)
+{
+    *more = atomic_load(&copy->registering);
+    return atomic_load(&copy->registered);
 }
 
 cu_result flexkv_cuda_copy_fence(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t fence, cu_stream stream)
@@ -510,5 +539,5 @@ void flexkv_cuda_copy_destroy(struct flexkv_cuda_copy *copy)
 
 struct flexkv_backend flexkv_cuda_backend(struct flexkv_cuda_copy *copy)
 {
-    return (struct flexkv_backend){ attach, start, mark, poll_window, copy };
+    return (struct flexkv_backend){ attach, start, mark, poll_window, reached, copy };
 }

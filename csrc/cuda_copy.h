@@ -22,8 +22,13 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
                             const struct flexkv_cuda_options *options, const struct flexkv_pages *at,
                             cu_result *error);
 
-/* Pin the next part of the pool: 1, or 0 when all of it is. -EIO with *error: copies of the rest are slow, not wrong. */
-int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, cu_result *error);
+/* Pin the next part of the first `populated` slots of the pool, whole parts only unless those are `all` that there will
+ * be: 1, or 0 when there is nothing to pin now. -EIO with *error: no more is pinned, and copies of the rest are slow, not
+ * wrong. One thread at a time. */
+int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated, int all, cu_result *error);
+
+/* Slots that are pinned, the first of the pool; *more: others will be. */
+uint64_t flexkv_cuda_copy_registered(const struct flexkv_cuda_copy *copy, int *more);
 
 /* Ops of `kind` with a fence of at most `fence` wait for what `stream` was given until now. Before the agent is told
  * that it has advanced so far; fences only grow. */

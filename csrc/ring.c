@@ -126,6 +126,16 @@ int64_t flexkv_ring_pop(struct flexkv_ring *ring, uint32_t *type, void *buffer, 
     return record.size;
 }
 
+void flexkv_ring_note(struct flexkv_ring *ring, uint32_t index, uint64_t value)
+{
+    atomic_store_explicit(&ring->shared->notes[index], value, memory_order_release);
+}
+
+uint64_t flexkv_ring_read_note(const struct flexkv_ring *ring, uint32_t index)
+{
+    return atomic_load_explicit(&ring->shared->notes[index], memory_order_acquire);
+}
+
 int flexkv_ring_set_waiting(struct flexkv_ring *ring, int waiting)
 {
     atomic_store(&ring->shared->waiting, (uint32_t)waiting);

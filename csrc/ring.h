@@ -11,6 +11,7 @@
 
 #define FLEXKV_RING_MAGIC 0x676e6972564b5846ull /* "FXKVring" */
 #define FLEXKV_RING_HEADER 256                  /* bytes before the data */
+#define FLEXKV_RING_NOTES 8
 
 struct flexkv_ring_shared {
     uint64_t magic;
@@ -20,7 +21,8 @@ struct flexkv_ring_shared {
     _Atomic uint32_t waiting;     /* the consumer sleeps, or will: write its eventfd */
     uint8_t pad1[52];
     _Atomic uint64_t tail;        /* bytes produced; written by the producer */
-    uint8_t pad2[120];
+    uint8_t pad2[56];
+    _Atomic uint64_t notes[FLEXKV_RING_NOTES]; /* the producer's latest numbers, apart from the records */
 };
 
 struct flexkv_ring {
@@ -53,6 +55,12 @@ int64_t flexkv_ring_pop(struct flexkv_ring *ring, uint32_t *type, void *buffer, 
 
 /* Consumer. Ask for (or waive) a write to the eventfd at the next push; 1 if there is something to read already. */
 int flexkv_ring_set_waiting(struct flexkv_ring *ring, int waiting);
+
+/* Producer. Publish a number; it replaces the one before it, and the consumer reads it when it wants to. */
+void flexkv_ring_note(struct flexkv_ring *ring, uint32_t index, uint64_t value);
+
+/* Consumer. The producer's number; it can be any number, since the producer is not trusted. */
+uint64_t flexkv_ring_read_note(const struct flexkv_ring *ring, uint32_t index);
 
 /* Consumer. 1 if there is something to read. */
 int flexkv_ring_readable(const struct flexkv_ring *ring);

@@ -19,6 +19,8 @@ cdef extern from "ring.h" nogil:
     int64_t flexkv_ring_pop(flexkv_ring *ring, uint32_t *type, void *buffer, uint64_t size)
     int flexkv_ring_set_waiting(flexkv_ring *ring, int waiting)
     int flexkv_ring_readable(const flexkv_ring *ring)
+    void flexkv_ring_note(flexkv_ring *ring, uint32_t index, uint64_t value)
+    uint64_t flexkv_ring_read_note(const flexkv_ring *ring, uint32_t index)
 
 
 cdef extern from "cuda_api.h" nogil:
@@ -120,6 +122,11 @@ cdef extern from "agent.h" nogil:
         FLEXKV_MSG_OP
         FLEXKV_MSG_CANCEL
         FLEXKV_MSG_RESULT
+        FLEXKV_NOTE_POPULATED
+        FLEXKV_NOTE_ALL_POPULATED
+        FLEXKV_NOTE_USABLE
+        FLEXKV_NOTE_LOAD_FENCE
+        FLEXKV_NOTE_SAVE_FENCE
 
     struct flexkv_msg_op:
         uint64_t op_id
@@ -193,6 +200,8 @@ cdef extern from "agent.h" nogil:
 
     int flexkv_agent_start(flexkv_agent **agent, const flexkv_agent_options *options)
     void flexkv_agent_advance(flexkv_agent *agent, uint64_t load_fence, uint64_t save_fence)
+    uint64_t flexkv_agent_populated(const flexkv_agent *agent, int *all)
+    void flexkv_agent_report_usable(flexkv_agent *agent, uint64_t slots)
     flexkv_outcome *flexkv_agent_take(flexkv_agent *agent)
     int flexkv_agent_wait(flexkv_agent *agent, int timeout_ms)
     int flexkv_agent_wait_span(flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms)
@@ -234,7 +243,8 @@ cdef extern from "cuda_copy.h" nogil:
 
     int flexkv_cuda_copy_create(flexkv_cuda_copy **result, const flexkv_cuda *api, const flexkv_cuda_options *options,
                                 const flexkv_pages *at, int *error)
-    int flexkv_cuda_copy_register(flexkv_cuda_copy *copy, int *error)
+    int flexkv_cuda_copy_register(flexkv_cuda_copy *copy, uint64_t populated, int all, int *error)
+    uint64_t flexkv_cuda_copy_registered(const flexkv_cuda_copy *copy, int *more)
     int flexkv_cuda_copy_fence(flexkv_cuda_copy *copy, flexkv_kind kind, uint64_t fence, cu_stream stream)
     int flexkv_cuda_copy_follow(flexkv_cuda_copy *copy, uint32_t span, cu_stream stream)
     int flexkv_cuda_copy_error(flexkv_cuda_copy *copy, const char **function)

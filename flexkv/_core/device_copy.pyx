@@ -13,6 +13,8 @@ from flexkv._core._csrc cimport (
     flexkv_agent,
     flexkv_agent_advance,
     flexkv_agent_options,
+    flexkv_agent_populated,
+    flexkv_agent_report_usable,
     flexkv_agent_set_signals,
     flexkv_agent_start,
     flexkv_agent_status,
@@ -28,6 +30,7 @@ from flexkv._core._csrc cimport (
     flexkv_cuda_copy_fence,
     flexkv_cuda_copy_follow,
     flexkv_cuda_copy_register,
+    flexkv_cuda_copy_registered,
     flexkv_cuda_options,
     flexkv_host_backend,
     flexkv_kind,
@@ -141,6 +144,8 @@ cdef class DeviceAgent:
             self.agent = NULL
             self.close()
             raise TransferError(f"the device agent did not start: {os.strerror(-rc)}")
+        if self.cuda == NULL:
+            flexkv_agent_report_usable(self.agent, self.at.num_slots)
 
     cdef open_device(self, Device device, uint64_t move_function, str strategy, uint64_t window_bytes,
                      uint32_t num_ctas):
@@ -157,24 +162,49 @@ cdef class DeviceAgent:
         if rc:
             raise MemoryError
 
-    def register_some(self):
-        """Pin the next part of the pool; True until all of it is. Meant for a thread of its own.
+    def pin_next(self):
+        """Pin the next part of the memory that the controller has populated, and report the slots to the controller.
+
+        Meant for a thread of its own: the driver holds a lock for milliseconds. Without a GPU nothing is pinned.
+
+        Returns
+        -------
+        bool
+            False: nothing can be pinned now; ``pinning`` is whether that changes.
 
         Raises
         ------
         CudaError
-            The rest stays as it is: copies from and to it are slow, not wrong.
+            Nothing more is pinned. All slots are reported: copies from and to the rest are slow, not wrong.
         """
         cdef flexkv_cuda_copy *cuda = self.cuda
-        cdef int rc, error = 0
-        if cuda == NULL:
+        cdef uint64_t slots
+        cdef int rc, all_populated = 0, more = 0, error = 0
+        if cuda == NULL or self.agent == NULL:
             return False
         with nogil:
-            rc = flexkv_cuda_copy_register(cuda, &error)
-            if self.agent != NULL:
-                flexkv_agent_advance(self.agent, 0, 0)     # wakes it: ops may have waited for this part
+            slots = flexkv_agent_populated(self.agent, &all_populated)
+            rc = flexkv_cuda_copy_register(cuda, slots, all_populated, &error)
+            if rc:
+                slots = flexkv_cuda_copy_registered(cuda, &more) if rc > 0 else self.at.num_slots
+                flexkv_agent_report_usable(self.agent, slots)
+                flexkv_agent_advance(self.agent, 0, 0)     # wakes it
         self.driver.check(error, "cuMemHostRegister")
         return rc == 1
+
+    @property
+    def pinned_slots(self):
+        """Slots that are pinned, the first of the pool."""
+        cdef int more = 0
+        return flexkv_cuda_copy_registered(self.cuda, &more) if self.cuda != NULL else 0
+
+    @property
+    def pinning(self):
+        """Whether ``pin_next`` has more to do, now or when the controller has populated more."""
+        cdef int more = 0
+        if self.cuda != NULL and self.status == 0:
+            flexkv_cuda_copy_registered(self.cuda, &more)
+        return bool(more)
 
     def fence(self, uint64_t stream, bint load, uint64_t fence):
         """Loads (else saves) with at most this fence wait for what the compute stream was given until now.

@@ -13,6 +13,11 @@ from flexkv._core._csrc cimport (
     FLEXKV_MSG_CANCEL,
     FLEXKV_MSG_OP,
     FLEXKV_MSG_RESULT,
+    FLEXKV_NOTE_ALL_POPULATED,
+    FLEXKV_NOTE_LOAD_FENCE,
+    FLEXKV_NOTE_POPULATED,
+    FLEXKV_NOTE_SAVE_FENCE,
+    FLEXKV_NOTE_USABLE,
     FLEXKV_RING_HEADER,
     flexkv_msg_cancel,
     flexkv_msg_op,
@@ -22,8 +27,10 @@ from flexkv._core._csrc cimport (
     flexkv_ring_attach,
     flexkv_ring_create,
     flexkv_ring_max_record,
+    flexkv_ring_note,
     flexkv_ring_pop,
     flexkv_ring_push,
+    flexkv_ring_read_note,
     flexkv_ring_readable,
     flexkv_ring_set_waiting,
 )
@@ -165,6 +172,21 @@ cdef class ControllerRings:
                     memcpy(<char *><size_t>ok.ctypes.data, self.buffer + sizeof(msg), msg.count)
                 return msg.op_id, msg.first, ok, bool(msg.last)
         raise RingCorruptedError("the ring of results holds what is no result")
+
+    def note_populated(self, uint64_t num_slots, bint last):
+        """Publish the number of populated slots of the pool; ``last``: there will be no more."""
+        flexkv_ring_note(&self.submissions, FLEXKV_NOTE_POPULATED, num_slots)
+        if last:
+            flexkv_ring_note(&self.submissions, FLEXKV_NOTE_ALL_POPULATED, 1)
+
+    @property
+    def usable_slots(self):
+        """Slots that the agent can copy from and to, as it says: any 64-bit number."""
+        return flexkv_ring_read_note(&self.completions, FLEXKV_NOTE_USABLE)
+
+    def reached(self, bint load):
+        """The highest fence of loads (else of saves) whose compute is done, as the agent says: any 64-bit number."""
+        return flexkv_ring_read_note(&self.completions, FLEXKV_NOTE_LOAD_FENCE if load else FLEXKV_NOTE_SAVE_FENCE)
 
     def set_waiting(self, bint waiting):
         """Ask for a write to ``completion_event_fd`` at the next result, or waive it; True if one is there now."""

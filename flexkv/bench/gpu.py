@@ -75,7 +75,11 @@ class Session:
         layout = SlotLayout.of([segment_bytes])
         num_slots = (2 if case.scattered_slots else 1) * case.num_blocks
         self.pool = HostPool(layout.slot_bytes, num_slots)
+        populated = threading.Event()
+        self.pool.populate(lambda slots, last: populated.set() if last else None)
+        populated.wait()
         self.rings = ControllerRings(config.ring_bytes)
+        self.rings.note_populated(num_slots, True)
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         device = load_driver().device(torch.cuda.current_device())
         self.agent = DeviceAgent(
@@ -86,7 +90,7 @@ class Session:
             move_function=move_function(device), strategy=config.gpu_strategy,
             window_bytes=config.gpu_window_mb << 20, num_ctas=config.gpu_num_ctas,
         )
-        while self.agent.register_some():
+        while self.agent.pin_next():
             pass
         torch.cuda.synchronize()
         self._ids = 0

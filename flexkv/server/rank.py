@@ -19,9 +19,10 @@ from flexkv._core.cuda_driver import Device, load_driver
 from flexkv._core.device_copy import DeviceAgent
 from flexkv.at_exit import close_at_exit
 from flexkv.config import TransferConfig, load_config
-from flexkv.errors import CudaError, RegistrationError
+from flexkv.errors import RegistrationError
 from flexkv.server.gds import GdsWorker
 from flexkv.server.handshake import join_controller
+from flexkv.server.pool_pinning import PoolPinner
 from flexkv.server.tensors import KVTensor, content_digest, tensor_spec
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
@@ -235,15 +236,7 @@ class RankClient:
             if gds is not None:
                 gds.advance(*self._fences, None)
         self._connected.set()
-        self._pin_pool(agent)
-
-    def _pin_pool(self, agent: DeviceAgent) -> None:
-        """Part by part, so that the first blocks can move at once and the engine is never held up for long."""
-        try:
-            while not self._closing.is_set() and agent.register_some():
-                pass
-        except CudaError as error:
-            logger.warning("part of the host pool cannot be pinned, its blocks move slowly: %s", error)
+        PoolPinner(agent, self._closing.wait).run()
 
     def wait_connected(self, timeout_s: float) -> None:
         """Wait until the agent runs.

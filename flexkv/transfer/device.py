@@ -90,6 +90,7 @@ class AgentLink:
         """Give a part to the agent, now or as soon as the ring has room."""
         self._backlog.append(part)
         self.flush()
+        self.caught_up = False      # it has pinned what others use already: see PoolGrowth
 
     def flush(self) -> None:
         """Write what waits for room in the ring."""
@@ -226,7 +227,7 @@ class DeviceExecutor(Executor):
         if flight is None:
             flight = Flight(op, progress, np.zeros(len(op), np.int16), np.ones(len(op), np.bool_))
             self._flights[op] = flight
-        if len(links) < self._ranks:
+        if sum(link.caught_up for link in links) < self._ranks:
             doomed = op.is_lost = True
         if doomed:
             flight.ok[indices] = False

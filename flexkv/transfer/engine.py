@@ -17,6 +17,7 @@ from flexkv.storage.layout import SlotLayout
 from flexkv.transfer.device import AgentLink, DeviceExecutor
 from flexkv.transfer.executor import ArrivalExecutor, Executor
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph
+from flexkv.transfer.pool_growth import PoolGrowth
 from flexkv.transfer.registry import Registry
 from flexkv.transfer.scheduler import Observe, OnDone, Scheduler
 
@@ -91,7 +92,7 @@ class TransferEngine:
         self._ranks = ranks
         self._clients = dp_client_ids
         self._hugepage_bytes = hugepage_bytes
-        self._on_capacity = on_capacity
+        self._growth = PoolGrowth(on_capacity, self.wake)
         self._housekeeping = housekeeping
         self._on_control = on_control
         self._on_gds = on_gds
@@ -148,7 +149,7 @@ class TransferEngine:
     def is_ready(self) -> bool:
         """Every rank is registered, and the host pool exists."""
         registry = self._registry
-        return registry is not None and not self._closing and registry.complete and self._pool is not None
+        return registry is not None and not self._closing and registry.complete and self._growth.complete
 
     def describe_ranks(self) -> str:
         """How many ranks are connected, in words; empty before ``start`` and after ``shutdown``."""
@@ -222,13 +223,14 @@ class TransferEngine:
         num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
         pool = HostPool(slot_bytes, num_slots, self._hugepage_bytes)
         self._pool = pool
-        pool.populate(self._on_capacity)
+        pool.populate(self._growth.populated)
         return pool
 
     def _add_link(self, link: AgentLink) -> None:
         assert self._epoll is not None  # narrowing: only the background thread comes here
         with self._lock:
             self._device.add(link)
+            self._growth.joined()
             for fd in (link.connection.fileno(), link.rings.completion_event_fd):
                 self._links[fd] = link
             self._news.notify_all()
@@ -341,6 +343,8 @@ class TransferEngine:
                 self._drain_executors()
                 self._enforce_deadlines()
             self._fire()
+            if self._growth.update(links):
+                self.notify()
             pause = self._keep_house()
             if self._stopped:
                 return

@@ -46,8 +46,24 @@ class FakeCuda:
         """Pinning a part of the pool takes so long."""
         self._library.fake_cuda_delay_registering(ctypes.c_long(microseconds))
 
+    def allow_registering(self, number: int) -> None:
+        """So many more parts can be pinned, and the next one waits; -1: all."""
+        self._library.fake_cuda_allow_registering(ctypes.c_long(number))
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Address and size of each pinned part, in the order in which they were pinned."""
+        self._library.fake_cuda_part.restype = size = ctypes.c_size_t
+        found, num_bytes = [], ctypes.c_size_t()
+        for number in range(256):
+            address = int(size(self._library.fake_cuda_part(number, ctypes.byref(num_bytes))).value)
+            if address:
+                found.append((address, num_bytes.value))
+        return found
+
     def reset(self) -> None:
         self.fail("", 0, 0)
+        self.allow_registering(-1)
         self.delay(0)
         self.delay_registering(0)
 

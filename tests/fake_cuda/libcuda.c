@@ -47,6 +47,7 @@ static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static char failing[64];
 static int fail_after, fail_code;
 static long delay_us, registering_us, live_objects, live_bytes, registered_bytes, calls;
+static long registrations_allowed = -1;
 static __thread int depth;
 
 /* ---- what tests call ---- */
@@ -62,6 +63,16 @@ void fake_cuda_fail(const char *name, int after, int code)
 }
 
 void fake_cuda_delay(long microseconds) { __atomic_store_n(&delay_us, microseconds, __ATOMIC_SEQ_CST); }
+
+/* So many more parts can be registered, the next one waits; -1: all. */
+void fake_cuda_allow_registering(long number)
+{
+    pthread_mutex_lock(&lock);
+    registrations_allowed = number;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+}
+
 void fake_cuda_delay_registering(long microseconds) { registering_us = microseconds; }
 long fake_cuda_objects(void) { return live_objects; }
 long fake_cuda_bytes(void) { return live_bytes; }
@@ -276,6 +287,11 @@ static cu_result fake_cuMemHostRegister(void *ptr, size_t bytes, unsigned int fl
     NEEDS_CONTEXT;
     (void)flags;
     nanosleep(&time, NULL);
+    pthread_mutex_lock(&lock);
+    while (!registrations_allowed)
+        pthread_cond_wait(&changed, &lock);
+    registrations_allowed -= registrations_allowed > 0;
+    pthread_mutex_unlock(&lock);
     for (int i = 0; i < MAX_PARTS; i++)
         if (!parts[i].ptr) {
             parts[i].ptr = ptr;
@@ -285,6 +301,13 @@ static cu_result fake_cuMemHostRegister(void *ptr, size_t bytes, unsigned int fl
             return 0;
         }
     return OUT_OF_MEMORY;
+}
+
+/* Address and size of a registered part; 0 if there is none of that number. */
+size_t fake_cuda_part(int number, size_t *bytes)
+{
+    *bytes = parts[number].bytes;
+    return (size_t)parts[number].ptr;
 }
 
 static cu_result fake_cuMemHostUnregister(void *ptr)

@@ -1,14 +1,19 @@
 """The host pool and the layouts of slots."""
 
+import errno
 import fcntl
+import logging
 import mmap
 import os
 import resource
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 
 from flexkv._core.io_queue import IoQueue
+from flexkv._core.mapping import SharedMapping
 from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import CapacityError, RegistrationError
 from flexkv.storage.host_pool import HostPool
@@ -19,7 +24,7 @@ from tests.harness import until
 def test_pool_grows_in_the_background_and_is_shared() -> None:
     pool = HostPool(3 << 20, 50)
     extents: list[int] = []
-    pool.populate(extents.append)
+    pool.populate(lambda slots, last: extents.append(slots))
     until(lambda: bool(extents) and extents[-1] == 50)
     assert extents == sorted(extents)
     assert len(extents) > 1
@@ -30,6 +35,106 @@ def test_pool_grows_in_the_background_and_is_shared() -> None:
         pool.slot(50)
     pool.close()
     pool.close()
+
+
+def populated(pool: HostPool) -> list[tuple[int, bool]]:
+    """Populate all; the extents that were reported."""
+    extents: list[tuple[int, bool]] = []
+    pool.populate(lambda slots, last: extents.append((slots, last)))
+    until(lambda: bool(extents) and extents[-1][1], 20)
+    return extents
+
+
+def huge_kib(mapping: str) -> int:
+    """Of the pool, mapped by this process as huge pages."""
+    found = [part.splitlines() for part in Path("/proc/self/smaps").read_text().split(mapping)[1:]]
+    return sum(int(line.split()[1]) for lines in found for line in lines[:25] if line.startswith("ShmemPmdMapped"))
+
+
+def test_memory_is_made_of_huge_pages_for_every_mapping() -> None:
+    """Where the kernel does (Linux 6.1, also with shmem_enabled = never). Else it is all there, of small pages."""
+    pool = HostPool(3 << 20, 47)                                    # 141 MiB: the last huge page is not whole
+    assert populated(pool) == [(21, False), (42, False), (47, True)]
+    assert pool.huge_bytes in (0, 140 << 20)
+    assert os.fstat(pool.fd).st_blocks * 512 == pool.num_bytes      # populated, whether huge or not
+    assert not np.frombuffer(pool.memory, dtype=np.uint8).any()
+    other = SharedMapping(pool.fd, pool.num_bytes)                  # as a rank maps it
+    before = huge_kib("flexkv-host-pool")
+    pool.slot(46)[-3:] = b"end"
+    view = memoryview(other)
+    assert bytes(view[47 * (3 << 20) - 3 :]) == b"end"
+    np.frombuffer(view, dtype=np.uint8)[:: 4096].sum()              # touched
+    assert huge_kib("flexkv-host-pool") - before == pool.huge_bytes >> 10
+    view.release()
+    other.close()
+    pool.close()
+
+
+class Refusing:
+    """Memory of a pool on a kernel that refuses to collapse."""
+
+    def __init__(self, memory: SharedMapping, refusals: list[int]) -> None:
+        self._memory = memory
+        self.refusals = refusals
+
+    def collapse(self, offset: int, num_bytes: int) -> int:
+        return self.refusals.pop(0)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._memory, name)
+
+
+@pytest.mark.parametrize(("refusals", "left"), [
+    ([errno.EINVAL, 0, 0], 2), ([errno.EPERM, 0, 0], 2),
+    ([errno.EAGAIN, errno.EAGAIN, 0], 0), ([errno.ENOMEM] * 3, 0), ([0, errno.EBUSY, 0], 0),
+])
+def test_where_huge_pages_are_refused_small_ones_are_used(
+    refusals: list[int], left: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = HostPool(1 << 20, 192)
+    memory = Refusing(pool._memory, list(refusals))
+    pool._memory = cast(SharedMapping, memory)
+    with caplog.at_level(logging.INFO):
+        assert populated(pool) == [(64, False), (128, False), (192, True)]
+    assert len(memory.refusals) == left                             # a kernel that never does is not asked again
+    assert os.fstat(pool.fd).st_blocks * 512 == 192 << 20
+    assert caplog.text.count("small pages") == 1
+    pool._memory = memory._memory
+    pool.close()
+
+
+def test_a_pool_ends_where_memory_does(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    allocate = os.posix_fallocate
+
+    def limited(fd: int, start: int, size: int) -> None:
+        if start + size > 100 << 20:
+            raise OSError(errno.ENOSPC, "no space")
+        allocate(fd, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", limited)
+    pool = HostPool(1 << 20, 192)
+    assert populated(pool) == [(64, False), (64, True)]
+    assert "stops at 67108864 of 201326592 bytes" in caplog.text
+    pool.close()
+
+
+def test_views_keep_a_mapping() -> None:
+    fd = os.memfd_create("flexkv-test")
+    os.ftruncate(fd, 5 << 20)
+    mapping = SharedMapping(fd, 5 << 20)
+    os.close(fd)
+    view = memoryview(mapping)
+    with pytest.raises(BufferError):
+        mapping.close()
+    view[-1] = 7
+    view.release()
+    mapping.close()
+    mapping.close()
+    assert mapping.closed
+    with pytest.raises(ValueError, match="not mapped"):
+        memoryview(mapping)
+    with pytest.raises(ValueError, match="not mapped"):
+        mapping.collapse(0, 4096)
 
 
 def test_nobody_can_resize_the_pool() -> None:
@@ -80,7 +185,7 @@ def test_memory_is_slots_and_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_closing_stops_growth() -> None:
     pool = HostPool(1 << 20, 4096)
-    pool.populate(lambda slots: None)
+    pool.populate(lambda slots, last: None)
     pool.close()
     assert pool._thread is not None
     assert not pool._thread.is_alive()

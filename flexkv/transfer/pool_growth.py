@@ -1,0 +1,70 @@
+"""Growth of the host pool: slots are usable when the controller has populated them and every rank has pinned them."""
+
+from collections.abc import Callable, Iterable
+
+from flexkv.transfer.device import AgentLink
+
+
+class PoolGrowth:
+    """Counts the usable slots of the host pool: the first ones, populated by the controller and pinned by every rank.
+
+    The count never shrinks. A rank that registers later, because its process was restarted, begins with nothing pinned:
+    until it has pinned the usable slots, it takes part in no transfer, and the engine is not ready
+    (``AgentLink.caught_up``). So no match offers a slot that some rank cannot copy from yet.
+
+    Parameters
+    ----------
+    on_capacity : callable
+        ``on_capacity(num_slots)``, called by ``update`` each time that more slots are usable.
+    wake : callable
+        Called when there is news for ``update``, on the thread that populates the pool.
+
+    Attributes
+    ----------
+    usable : int
+        Slots, from the first.
+    complete : bool
+        Every connected rank has caught up.
+    """
+
+    def __init__(self, on_capacity: Callable[[int], None], wake: Callable[[], None]) -> None:
+        self._on_capacity = on_capacity
+        self._wake = wake
+        self._populated = (0, False)         # replaced as a whole, by the thread that populates
+        self._announced: set[AgentLink] = set()
+        self._announced_extent = self._populated
+        self.usable = 0
+        self.complete = False
+
+    def populated(self, num_slots: int, last: bool) -> None:
+        """Record that so many slots are populated; ``last``: there will be no more. Any thread."""
+        self._populated = (num_slots, last)
+        self._wake()
+
+    def joined(self) -> None:
+        """A rank has registered; it has pinned nothing yet."""
+        self.complete = False
+
+    def update(self, links: Iterable[AgentLink]) -> bool:
+        """Announce populated slots to the ranks, and read how many they have pinned. The data plane's thread alone.
+
+        Returns True if ``usable`` or ``complete`` has changed."""
+        links = set(links)
+        extent = self._populated
+        if extent != self._announced_extent:
+            self._announced.clear()
+        for link in links - self._announced:
+            link.rings.note_populated(*extent)
+        self._announced, self._announced_extent = links, extent
+        if self.complete and self.usable == extent[0]:
+            return False
+        pinned = {link: min(extent[0], link.rings.usable_slots) for link in links}     # a rank can claim any number
+        for link in links:
+            link.caught_up = link.caught_up or pinned[link] >= self.usable
+        complete, usable = all(link.caught_up for link in links), min(pinned.values(), default=0)
+        changed = complete != self.complete or usable > self.usable
+        self.complete = complete
+        if usable > self.usable:
+            self.usable = usable
+            self._on_capacity(usable)
+        return changed

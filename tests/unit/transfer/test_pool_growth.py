@@ -1,0 +1,123 @@
+"""Growth of the pool: what is usable, over ranks that pin, lie, die and come back."""
+
+from typing import Any, cast
+
+import pytest
+
+from flexkv.transfer.device import AgentLink
+from flexkv.transfer.pool_growth import PoolGrowth
+
+
+class Rings:
+    def __init__(self) -> None:
+        self.usable_slots = 0
+        self.notes: list[tuple[int, bool]] = []
+
+    def note_populated(self, num_slots: int, last: bool) -> None:
+        self.notes.append((num_slots, last))
+
+
+class Link:
+    def __init__(self) -> None:
+        self.rings = Rings()
+        self.caught_up = False
+
+
+class Pool:
+    def __init__(self, *links: Link) -> None:
+        self.capacities: list[int] = []
+        self.growth = PoolGrowth(self.capacities.append, lambda: None)
+        self.links = list(links)
+        self.growth.joined()
+
+    def update(self) -> None:
+        self.growth.update(cast(list[AgentLink], self.links))
+
+    def populate(self, num_slots: int, last: bool = False) -> None:
+        self.growth.populated(num_slots, last)
+        self.update()
+
+    def join(self) -> Link:
+        self.links.append(Link())
+        self.growth.joined()
+        return self.links[-1]
+
+    def pin(self, link: Any, num_slots: int) -> None:
+        link.rings.usable_slots = num_slots
+        self.update()
+
+
+def test_slots_are_usable_when_every_rank_has_pinned_them() -> None:
+    pool = Pool(Link(), Link())
+    first, second = pool.links
+    pool.populate(100)
+    assert pool.capacities == []
+    pool.pin(first, 40)
+    assert pool.capacities == []
+    pool.pin(second, 16)
+    assert pool.capacities == [16]
+    pool.pin(second, 64)
+    assert pool.capacities == [16, 40]
+    pool.pin(first, 100)
+    pool.pin(second, 100)
+    assert pool.capacities[-1] == 100 == pool.growth.usable
+    assert pool.growth.complete
+
+
+def test_each_extent_is_announced_once_to_each_rank() -> None:
+    pool = Pool(Link())
+    pool.populate(10)
+    pool.update()
+    late = pool.join()
+    pool.update()
+    pool.populate(25, last=True)
+    pool.update()
+    assert pool.links[0].rings.notes == [(10, False), (25, True)]
+    assert late.rings.notes == [(10, False), (25, True)]
+
+
+@pytest.mark.parametrize("claimed", [11, 2**31, 2**64 - 1])
+def test_a_rank_cannot_claim_more_than_is_populated(claimed: int) -> None:
+    pool = Pool(Link())
+    pool.populate(10)
+    pool.pin(pool.links[0], claimed)
+    assert pool.capacities == [10]
+    pool.populate(20)
+    assert pool.capacities == [10, min(claimed, 20)]
+
+
+def test_a_rank_that_takes_slots_back_changes_nothing() -> None:
+    pool = Pool(Link())
+    pool.populate(10)
+    pool.pin(pool.links[0], 10)
+    pool.pin(pool.links[0], 3)
+    assert pool.growth.usable == 10
+    assert pool.capacities == [10]
+
+
+def test_a_rank_that_was_restarted_catches_up_first() -> None:
+    pool = Pool(Link(), Link())
+    pool.populate(50)
+    for link in pool.links:
+        pool.pin(link, 50)
+    assert pool.growth.complete
+    del pool.links[1]
+    again = pool.join()
+    assert not pool.growth.complete                                             # before any update
+    pool.populate(80)
+    pool.pin(pool.links[0], 80)
+    for pinned in (0, 16, 49):
+        pool.pin(again, pinned)
+        assert not pool.growth.complete
+        assert not again.caught_up
+        assert pool.growth.usable == 50
+    pool.pin(again, 60)
+    assert again.caught_up
+    assert pool.growth.complete
+    assert pool.capacities == [50, 60]
+
+
+def test_without_ranks_nothing_grows() -> None:
+    pool = Pool()
+    pool.populate(10, last=True)
+    assert pool.capacities == []
