@@ -20,6 +20,11 @@ from flexkv.transfer.protocol import Hello
 logger = logging.getLogger("flexkv.transfer")
 
 
+_LOADS = frozenset({OpKind.H2D, OpKind.DISK2D})
+_SAVES = frozenset({OpKind.D2H, OpKind.D2DISK})
+"""Ops that wait for fences of loads, of saves."""
+
+
 class OpFlag(enum.IntFlag):
     """``enum flexkv_op_flag``: do not copy, only report; span after span; not the last part of the op."""
 
@@ -85,12 +90,12 @@ class AgentLink:
         self._backlog: deque[Part] = deque()
         self._cancels: deque[int] = deque()
         self._condemned = False
+        self.caught_up = False      # it has pinned what others use already: see PoolGrowth
 
     def submit(self, part: Part) -> None:
         """Give a part to the agent, now or as soon as the ring has room."""
         self._backlog.append(part)
         self.flush()
-        self.caught_up = False      # it has pinned what others use already: see PoolGrowth
 
     def flush(self) -> None:
         """Write what waits for room in the ring."""
@@ -220,6 +225,13 @@ class DeviceExecutor(Executor):
     def links(self) -> Iterable[AgentLink]:
         """Agents that are connected."""
         return [link for links in self._links.values() for link in links]
+
+    def reached(self, op: TransferOp) -> bool:
+        """Whether every rank has done the step of the op's fence, so that only the copies take time."""
+        if not op.fence or op.kind not in _LOADS | _SAVES:
+            return True
+        links = self._links.get(op.dp_client_id, [])
+        return all(link.rings.reached(op.kind in _LOADS) >= op.fence for link in links)
 
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
         links = self._links.get(op.dp_client_id, [])

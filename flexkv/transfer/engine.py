@@ -104,7 +104,7 @@ class TransferEngine:
             kind: executor for executor in (*executors, ArrivalExecutor(), self._device) for kind in executor.kinds
         }
         self._watched = [executor for executor in executors if executor.event_fd >= 0]
-        self._scheduler = Scheduler(self._executors, observe)
+        self._scheduler = Scheduler(self._executors, observe, self._device.reached)
         self._pool: HostPool | None = None
         self.content = b""
         """What the bytes of the pool's slots mean (``SlotLayout.content``); empty before it is made."""
@@ -147,7 +147,7 @@ class TransferEngine:
 
     @property
     def is_ready(self) -> bool:
-        """Every rank is registered, and the host pool exists."""
+        """Every rank is registered and has pinned the usable slots, and the host pool exists."""
         registry = self._registry
         return registry is not None and not self._closing and registry.complete and self._growth.complete
 
@@ -245,8 +245,8 @@ class TransferEngine:
 
         A ``background`` graph has no deadline: nobody waits for it, and its executor bounds each block."""
         with self._lock:
-            deadline = math.inf if background else time.monotonic() + self._config.op_timeout_s
-            self._scheduler.submit(graph, on_done, deadline, OpStatus.CANCELLED if self._closing else None)
+            limit_s = math.inf if background else self._config.op_timeout_s
+            self._scheduler.submit(graph, on_done, limit_s, OpStatus.CANCELLED if self._closing else None)
         self._fire()
 
     def cancel(self, task: int | TransferGraph) -> None:
@@ -359,7 +359,8 @@ class TransferEngine:
     def _time_to_next_deadline(self) -> float:
         assert self._registry is not None  # narrowing
         deadline = self._registry.next_deadline()
-        return _TICK_S if deadline is None else min(_TICK_S, max(0.0, deadline - time.monotonic()))
+        tick_s = self._scheduler.tick_s
+        return tick_s if deadline is None else min(tick_s, max(0.0, deadline - time.monotonic()))
 
     def _handle(self, fd: int) -> None:
         assert self._registry is not None and self._epoll is not None  # narrowing
@@ -395,7 +396,7 @@ class TransferEngine:
     def _enforce_deadlines(self) -> None:
         assert self._registry is not None and self._epoll is not None  # narrowing
         self._registry.drop_silent(self._epoll)
-        for task_id in self._scheduler.late(time.monotonic()):
-            logger.error("task %d took more than %g s", task_id, self._config.op_timeout_s)
+        for task_id, reason in self._scheduler.late(time.monotonic()):
+            logger.error("task %d: %s", task_id, reason)
             self._scheduler.stop(task_id, OpStatus.TIMEOUT)
             self._news.notify_all()

@@ -239,6 +239,8 @@ class TransferGraph:
     verdict : OpStatus or None
         The graph was stopped, and this is its result, whatever its blocks did. Set before the graph is submitted, it
         keeps every block from starting.
+    reason : str
+        Why it was stopped, in words for a user; empty where that needs none.
     quiesced : bool
         Nothing touches the slots or pages of any op any more.
     """
@@ -248,6 +250,7 @@ class TransferGraph:
         self.ops = tuple(ops)
         self.status = OpStatus.PENDING
         self.verdict: OpStatus | None = None
+        self.reason = ""
         self.quiesced = False
         for op in self.ops:
             op.task_id = task_id

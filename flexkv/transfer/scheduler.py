@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.errors import InvariantError
+from flexkv.transfer.deadline import LONGEST_TICK_S, Deadline, waits
 from flexkv.transfer.executor import Executor
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
 
@@ -24,7 +25,7 @@ class _Active:
     graph: TransferGraph
     on_done: OnDone
     submitted: float
-    deadline: float
+    deadline: Deadline
     ops_left: int
 
 
@@ -36,17 +37,27 @@ class Scheduler:
     executors : mapping from OpKind to Executor
         May be added to.
     observe : Observe, optional
+    reached : callable
+        ``reached(op)``: the engine has done the step that the op's fence names.
 
     Attributes
     ----------
     ended : deque of callables
         Callbacks of ops and graphs that have ended; to be called without the lock, in order.
+    tick_s : float
+        Interval at which deadlines are looked at, in seconds.
     """
 
-    def __init__(self, executors: Mapping[OpKind, Executor], observe: Observe | None = None) -> None:
+    def __init__(
+        self, executors: Mapping[OpKind, Executor], observe: Observe | None = None,
+        reached: Callable[[TransferOp], bool] = lambda op: True,
+    ) -> None:
         self._executors = executors
         self._observe = observe
+        self._reached = reached
         self._active: dict[int, _Active] = {}
+        self._next_look = 0.0
+        self.tick_s = LONGEST_TICK_S
         self.ended: deque[Callable[[], None]] = deque()
 
     @property
@@ -58,15 +69,32 @@ class Scheduler:
         """Ids of the graphs that run."""
         return list(self._active)
 
-    def late(self, now: float) -> list[int]:
-        """Ids of the graphs whose deadline has passed, and that were not stopped."""
-        return [i for i, active in self._active.items() if active.deadline <= now and active.graph.verdict is None]
+    def late(self, now: float) -> list[tuple[int, str]]:
+        """Ids of the graphs whose deadline has passed and that were not stopped, and why. To be called every
+        ``tick_s`` seconds, since it notices when a graph begins to run; calls before that return nothing."""
+        late: list[tuple[int, str]] = []
+        if now < self._next_look:
+            return late
+        self._next_look = now + self.tick_s
+        for task_id, active in self._active.items():
+            graph, deadline = active.graph, active.deadline
+            if graph.verdict is None and deadline.is_finite and deadline.look(now, self._waits(graph)):
+                graph.reason = deadline.reason(graph)
+                late.append((task_id, graph.reason))
+        return late
+
+    def _waits(self, graph: TransferGraph) -> bool:
+        def bounded(task_id: int) -> bool:
+            other = self._active.get(task_id)
+            return other is None or other.deadline.is_finite
+
+        return waits(graph, self._reached, bounded)
 
     def submit(
-        self, graph: TransferGraph, on_done: OnDone, deadline: float, verdict: OpStatus | None = None
+        self, graph: TransferGraph, on_done: OnDone, limit_s: float, verdict: OpStatus | None = None
     ) -> None:
-        """Run a graph, until ``deadline`` (``time.monotonic``) at most: see ``late``. With a ``verdict``, this one or
-        its own, it starts nothing.
+        """Run a graph, for ``limit_s`` seconds from when it can run: see ``late``. With a ``verdict``, this one or its
+        own, it starts nothing.
 
         Raises
         ------
@@ -76,7 +104,8 @@ class Scheduler:
         if graph.task_id in self._active:
             raise InvariantError(f"task {graph.task_id} is submitted twice")
         graph.verdict = graph.verdict or verdict
-        active = _Active(graph, on_done, time.monotonic(), deadline, len(graph.ops))
+        now, self.tick_s = time.monotonic(), min(self.tick_s, limit_s / 4)
+        active = _Active(graph, on_done, now, Deadline(limit_s, now), len(graph.ops))
         self._active[graph.task_id] = active
         graph.status = OpStatus.RUNNING
         for op in graph.ops:
