@@ -1,7 +1,10 @@
 """Chains of blocks put together again from records that each name their parent, in no order.
 
-Both functions find keys in an open-addressing table of indices; keys are digests, so their bits need little mixing.
+Both functions find keys in an open-addressing table of indices. A random factor decides where a key lies, so keys that
+were made to agree in some bits do not meet there.
 """
+import secrets
+
 import numpy as np
 
 from libc.stdint cimport int32_t, uint8_t, uint64_t
@@ -24,11 +27,16 @@ cdef class KeyIndex:
     cdef int32_t *table        # index + 1; 0: nothing
     cdef const uint64_t[:, ::1] keys
     cdef Py_ssize_t mask
+    cdef uint64_t factor
+    cdef int shift             # 64 - log2 of the size
 
     def __cinit__(self, const uint64_t[:, ::1] keys):
         cdef Py_ssize_t size = 16
+        self.shift = 64 - 4
+        self.factor = secrets.randbits(64) | 1
         while size < 2 * keys.shape[0]:
             size *= 2
+            self.shift -= 1
         self.arena = Arena(size * sizeof(int32_t))
         self.table = <int32_t *>self.arena.data
         self.keys = keys
@@ -36,7 +44,7 @@ cdef class KeyIndex:
 
     cdef inline int32_t *place(self, uint64_t low, uint64_t high) noexcept nogil:
         """Where the key is, or where it would go."""
-        cdef Py_ssize_t at = ((low ^ (high >> 32)) * <uint64_t>0x9E3779B97F4A7C15) >> 20 & self.mask
+        cdef Py_ssize_t at = <Py_ssize_t>(low * self.factor >> self.shift)
         cdef int32_t found
         while True:
             found = self.table[at]

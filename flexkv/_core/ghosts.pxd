@@ -16,6 +16,8 @@ cdef class Ghosts:
     cdef Arena table_arena
     cdef Ghost *ring
     cdef int32_t *table                # place in the ring + 1
+    cdef uint64_t table_factor         # random and odd: see NodeStore.home
+    cdef int table_shift               # 64 - log2 of the size of the table
     cdef int64_t first
     cdef int64_t last
 

@@ -1,4 +1,6 @@
 """What went lately: keys with a value each, in the order in which they went; the oldest make room."""
+import secrets
+
 import numpy as np
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
@@ -16,15 +18,18 @@ cdef class Ghosts:
         if not 1 <= max_pieces < 1 << 30:
             raise ValueError(f"max_pieces is {max_pieces}; allowed: 1 to 2**30 - 1")
         self.size = 64
+        self.table_shift = 64 - 7
+        self.table_factor = secrets.randbits(64) | 1
         while self.size < max_pieces:
             self.size *= 2
+            self.table_shift -= 1
         self.ring_arena = Arena(self.size * sizeof(Ghost))
         self.table_arena = Arena(2 * self.size * sizeof(int32_t))
         self.ring = <Ghost *>self.ring_arena.data
         self.table = <int32_t *>self.table_arena.data
 
     cdef inline uint64_t home(self, uint64_t key) noexcept nogil:
-        return (key ^ key >> 32) & <uint64_t>(2 * self.size - 1)
+        return key * self.table_factor >> self.table_shift
 
     cdef uint64_t find(self, uint64_t key) noexcept nogil:
         """The place of a key in the table, or the free one where it would be."""

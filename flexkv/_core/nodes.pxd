@@ -35,6 +35,8 @@ cdef class NodeStore:
     cdef int32_t free_node
     cdef int32_t *table
     cdef uint64_t table_mask
+    cdef uint64_t table_factor        # random and odd
+    cdef int table_shift              # 64 - log2 of its size
     cdef Py_ssize_t block_storage     # blocks allocated in all nodes
     cdef uintptr_t present_end        # memory of the heap up to here was used before
     cdef Ranking ranking0             # of each tier: told apart without the GIL
@@ -47,6 +49,7 @@ cdef class NodeStore:
     cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil
     cdef void copy_blocks(self, Node *dst, uint32_t dst_at, Node *src, uint32_t src_at, uint32_t count) noexcept nogil
 
+    cdef uint64_t home(self, const uint64_t *key) noexcept nogil
     cdef int32_t find(self, const uint64_t *key) noexcept nogil
     cdef int table_add(self, int32_t extra) except -1 nogil
     cdef void table_put(self, int32_t node) noexcept nogil

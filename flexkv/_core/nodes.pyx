@@ -1,4 +1,6 @@
 """Nodes of the radix tree: their arrays, links, the table that finds them, and the counts that must always hold."""
+import secrets
+
 import numpy as np
 
 cimport cython
@@ -43,6 +45,8 @@ cdef class NodeStore:
         self.forgotten = <Forgotten *>self.forgotten_arena.data
         self.forgotten_mask = size - 1
         self.table_mask = 1023
+        self.table_shift = 64 - 10
+        self.table_factor = secrets.randbits(64) | 1
         self.table = <int32_t *>malloc(1024 * sizeof(int32_t))
         if self.table == NULL:
             raise MemoryError("no memory for the index")
@@ -100,8 +104,13 @@ cdef class NodeStore:
 
     # ---- the table from first key to node ---------------------------------------------------------------------
 
+    cdef inline uint64_t home(self, const uint64_t *key) noexcept nogil:
+        """Where the search for a key begins. Keys can be made whose bits agree (2^20 hashes for 20 bits), and would
+        all meet in one place; where they lie depends on a random factor (multiply-shift, Dietzfelbinger 1997)."""
+        return key[0] * self.table_factor >> self.table_shift
+
     cdef int32_t find(self, const uint64_t *key) noexcept nogil:
-        cdef uint64_t at = key[0] & self.table_mask
+        cdef uint64_t at = self.home(key)
         cdef int32_t node
         cdef uint64_t *first
         while True:
@@ -114,7 +123,7 @@ cdef class NodeStore:
             at = (at + 1) & self.table_mask
 
     cdef void table_put(self, int32_t node) noexcept nogil:
-        cdef uint64_t at = self.nodes[node].keys[0] & self.table_mask
+        cdef uint64_t at = self.home(self.nodes[node].keys)
         while self.table[at] >= 0:
             at = (at + 1) & self.table_mask
         self.table[at] = node
@@ -134,6 +143,7 @@ cdef class NodeStore:
         memset(new, 0xff, 2 * size * sizeof(int32_t))
         self.table = new
         self.table_mask = 2 * size - 1
+        self.table_shift -= 1
         for i in range(size):
             if old[i] >= 0:
                 self.table_put(old[i])
@@ -141,7 +151,7 @@ cdef class NodeStore:
         return 0
 
     cdef void table_remove(self, int32_t node) noexcept nogil:
-        cdef uint64_t hole = self.nodes[node].keys[0] & self.table_mask
+        cdef uint64_t hole = self.home(self.nodes[node].keys)
         cdef uint64_t at, home
         while self.table[hole] != node:
             hole = (hole + 1) & self.table_mask
@@ -150,7 +160,7 @@ cdef class NodeStore:
             at = (at + 1) & self.table_mask
             if self.table[at] < 0:
                 break
-            home = self.nodes[self.table[at]].keys[0] & self.table_mask
+            home = self.home(self.nodes[self.table[at]].keys)
             if ((at - home) & self.table_mask) >= ((at - hole) & self.table_mask):
                 self.table[hole] = self.table[at]
                 hole = at
