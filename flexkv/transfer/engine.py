@@ -92,7 +92,7 @@ class TransferEngine:
         self._ranks = ranks
         self._clients = dp_client_ids
         self._hugepage_bytes = hugepage_bytes
-        self._growth = PoolGrowth(on_capacity, self.wake)
+        self._growth = PoolGrowth(on_capacity, self.wake, self.notify)
         self._housekeeping = housekeeping
         self._on_control = on_control
         self._on_gds = on_gds
@@ -343,8 +343,7 @@ class TransferEngine:
                 self._drain_executors()
                 self._enforce_deadlines()
             self._fire()
-            if self._growth.update(links):
-                self.notify()
+            self._growth.update(links)
             pause = self._keep_house()
             if self._stopped:
                 return
@@ -359,8 +358,7 @@ class TransferEngine:
     def _time_to_next_deadline(self) -> float:
         assert self._registry is not None  # narrowing
         deadline = self._registry.next_deadline()
-        tick_s = self._scheduler.tick_s
-        return tick_s if deadline is None else min(tick_s, max(0.0, deadline - time.monotonic()))
+        return min(self._scheduler.tick_s, math.inf if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def _handle(self, fd: int) -> None:
         assert self._registry is not None and self._epoll is not None  # narrowing

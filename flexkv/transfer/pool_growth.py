@@ -18,6 +18,8 @@ class PoolGrowth:
         ``on_capacity(num_slots)``, called by ``update`` each time that more slots are usable.
     wake : callable
         Called when there is news for ``update``, on the thread that populates the pool.
+    on_change : callable
+        Called by ``update`` when ``usable`` or ``complete`` has changed.
 
     Attributes
     ----------
@@ -27,9 +29,12 @@ class PoolGrowth:
         Every connected rank has caught up.
     """
 
-    def __init__(self, on_capacity: Callable[[int], None], wake: Callable[[], None]) -> None:
+    def __init__(
+        self, on_capacity: Callable[[int], None], wake: Callable[[], None], on_change: Callable[[], None]
+    ) -> None:
         self._on_capacity = on_capacity
         self._wake = wake
+        self._on_change = on_change
         self._populated = (0, False)         # replaced as a whole, by the thread that populates
         self._announced: set[AgentLink] = set()
         self._announced_extent = self._populated
@@ -45,10 +50,8 @@ class PoolGrowth:
         """A rank has registered; it has pinned nothing yet."""
         self.complete = False
 
-    def update(self, links: Iterable[AgentLink]) -> bool:
-        """Announce populated slots to the ranks, and read how many they have pinned. The data plane's thread alone.
-
-        Returns True if ``usable`` or ``complete`` has changed."""
+    def update(self, links: Iterable[AgentLink]) -> None:
+        """Announce populated slots to the ranks, and read how many they have pinned. The data plane's thread alone."""
         links = set(links)
         extent = self._populated
         if extent != self._announced_extent:
@@ -57,7 +60,7 @@ class PoolGrowth:
             link.rings.note_populated(*extent)
         self._announced, self._announced_extent = links, extent
         if self.complete and self.usable == extent[0]:
-            return False
+            return
         pinned = {link: min(extent[0], link.rings.usable_slots) for link in links}     # a rank can claim any number
         for link in links:
             link.caught_up = link.caught_up or pinned[link] >= self.usable
@@ -67,4 +70,5 @@ class PoolGrowth:
         if usable > self.usable:
             self.usable = usable
             self._on_capacity(usable)
-        return changed
+        if changed:
+            self._on_change()

@@ -26,7 +26,7 @@ class Link:
 class Pool:
     def __init__(self, *links: Link) -> None:
         self.capacities: list[int] = []
-        self.growth = PoolGrowth(self.capacities.append, lambda: None)
+        self.growth = PoolGrowth(self.capacities.append, lambda: None, lambda: None)
         self.links = list(links)
         self.growth.joined()
 
