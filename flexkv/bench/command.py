@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flexkv.bench import api, evict, gds, gpu, hash, insert, match, memory, recover, ssd
+from flexkv.bench import api, evict, gds, gpu, hash, insert, match, memory, recover, ssd, start
 from flexkv.bench.report import Line, show
 from flexkv.errors import FlexKVError
 
@@ -19,8 +19,9 @@ _BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "gpu": lambda args: gpu.run(),
     "ssd": lambda args: ssd.run(args.dir),
     "gds": lambda args: gds.run(args.dir),
+    "start": lambda args: start.run(args.gib),
 }
-_EVERYWHERE = [name for name in _BENCHES if name not in ("gpu", "ssd", "gds")]
+_EVERYWHERE = [name for name in _BENCHES if name not in ("gpu", "ssd", "gds", "start")]
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +31,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the index (default 1,000,000)")
     parser.add_argument("--dir", type=Path, help="of ssd, gds: a folder on the disk; takes 1 GiB for a while")
+    parser.add_argument("--gib", type=int, default=4, help="of start: size of the host pool (default 4)")
     args = parser.parse_args(argv)
+    if args.gib < 1:
+        parser.error(f"--gib {args.gib}: must be 1 or more")
     if args.dir is not None and not args.dir.is_dir():
         parser.error(f"--dir {args.dir}: is not a folder")
     if not 10_000 <= args.blocks <= 500_000_000:
