@@ -78,5 +78,6 @@ def test_a_client_is_closed_by_its_context(tmp_path: Path) -> None:
         with KVTPClient(str(tmp_path / "s")) as client:
             client.register_tensors([np.zeros((8, TOKENS), dtype=np.int16)])
             manager.wait_ready(20.0)
+            client.wait_connected(20.0)                     # its agent starts a little later
             assert client.is_connected
         assert not client.is_connected
