@@ -18,6 +18,7 @@
 #define POLL_NS 20000             /* between two looks at them, later on */
 #define BULK_POLL_NS 100000       /* and at windows of larger ops: each look takes a lock that the engine's launches need */
 #define FENCE_NS 100000000        /* between two looks at fences of compute that runs: deadlines are seconds */
+#define JOIN_MS 2000              /* for the thread to end, beyond the time for its windows */
 #define FULL_RING_WAIT_MS 1       /* the controller reads its ring without being asked; it is only late */
 
 struct op {
@@ -48,6 +49,7 @@ struct flexkv_agent {
     _Atomic uint64_t save_fence;
     _Atomic int status;
     _Atomic int stop;
+    _Atomic int at_rest;          /* nothing of it touches pages or slots any more */
     int wake_fd;
     pthread_t thread;
     struct op *ops;               /* given and not finished, oldest first; of the thread alone */
@@ -159,7 +161,7 @@ static int report(struct flexkv_agent *agent, const struct op *op, uint32_t firs
     struct timespec pause = { 0, FULL_RING_WAIT_MS * 1000000L };
     int rc;
 
-    while ((rc = flexkv_ring_push(&agent->completions, FLEXKV_MSG_RESULT, parts, 2)) == -ENOSPC) {
+    while ((rc = flexkv_ring_push(&agent->completions, FLEXKV_MSG_RESULT, parts, 2, 0)) == -ENOSPC) {
         if ((rc = hung_up(agent)))
             return rc;
         nanosleep(&pause, NULL);
@@ -285,6 +287,13 @@ static int accept_op(struct flexkv_agent *agent, uint64_t size)
     return 0;
 }
 
+/* A load that tells of its layers is finished rather than cancelled, once it may start: the layers of a load that ends
+ * half-way could never be told of, nor those of all loads after it. */
+static int is_finished_instead(struct flexkv_agent *agent, const struct op *op)
+{
+    return op->msg.counter && !op->cancelled && op->msg.fence <= atomic_load(&agent->load_fence);
+}
+
 static int accept_cancel(struct flexkv_agent *agent, uint64_t size)
 {
     struct flexkv_msg_cancel msg;
@@ -293,7 +302,7 @@ static int accept_cancel(struct flexkv_agent *agent, uint64_t size)
         return -EBADMSG;
     memcpy(&msg, agent->buffer, sizeof(msg));
     for (struct op *op = agent->ops; op; op = op->next)
-        if (op->msg.op_id == msg.op_id) {
+        if (op->msg.op_id == msg.op_id && !is_finished_instead(agent, op)) {
             op->cancelled = 1;
             lose_layers(agent, op);
         }
@@ -517,12 +526,32 @@ static int sleep_until_news(struct flexkv_agent *agent)
     return 0;
 }
 
-static void *run(void *argument)
+/* Wait for the windows that are under way: 0, or -ETIMEDOUT, and the device may still touch pages and slots. */
+static int come_to_rest(struct flexkv_agent *agent)
 {
-    struct flexkv_agent *agent = argument;
     struct flexkv_backend *backend = &agent->options.backend;
+    uint64_t until = now_ns() + agent->options.rest_timeout_ms * 1000000ull;
     struct timespec pause = { 0, POLL_NS };
     struct window *window;
+
+    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
+        while ((window = agent->windows[kind])) {
+            while (!backend->poll(backend->context, (enum flexkv_kind)kind)) {
+                if (now_ns() > until)
+                    return -ETIMEDOUT;
+                nanosleep(&pause, NULL);
+            }
+            agent->windows[kind] = window->next;
+            free(window);
+        }
+    return 0;
+}
+
+static void *run(void *argument)
+{
+    static const char farewell = FLEXKV_FAREWELL;
+    struct flexkv_agent *agent = argument;
+    struct flexkv_backend *backend = &agent->options.backend;
     struct op *op;
     int rc = backend->attach ? backend->attach(backend->context) : 0;
 
@@ -534,13 +563,7 @@ static void *run(void *argument)
             agent->last_news_ns = now_ns();
         rc = rc ? 0 : sleep_until_news(agent);
     }
-    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
-        while ((window = agent->windows[kind])) {
-            while (!backend->poll(backend->context, (enum flexkv_kind)kind))
-                nanosleep(&pause, NULL);
-            agent->windows[kind] = window->next;
-            free(window);
-        }
+    atomic_store(&agent->at_rest, !come_to_rest(agent));
     /* what was given and not finished has failed, and its owner must learn of it */
     while ((op = agent->ops)) {
         memset(op->ok, 0, op->msg.count);
@@ -548,7 +571,10 @@ static void *run(void *argument)
         keep_outcome(agent, op);
         free(op);
     }
-    /* from here on nothing touches a slot or a page: this is what the controller waits for */
+    /* from here on nothing touches a slot or a page, and the controller may use the slots again. Without the farewell it
+     * waits for the end of this process. */
+    if (atomic_load(&agent->at_rest))
+        send(agent->options.socket_fd, &farewell, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
     shutdown(agent->options.socket_fd, SHUT_RDWR);
     pthread_mutex_lock(&agent->lock);
     atomic_store(&agent->status, rc);
@@ -709,10 +735,19 @@ int flexkv_agent_status(struct flexkv_agent *agent)
     return atomic_load(&agent->status);
 }
 
-void flexkv_agent_stop(struct flexkv_agent *agent)
+int flexkv_agent_stop(struct flexkv_agent *agent)
 {
+    struct timespec until = after((int)agent->options.rest_timeout_ms + JOIN_MS);
+
     atomic_store(&agent->stop, 1);
     eventfd_write(agent->wake_fd, 1);
-    pthread_join(agent->thread, NULL);
+    if (pthread_clockjoin_np(agent->thread, NULL, CLOCK_MONOTONIC, &until)) {
+        shutdown(agent->options.socket_fd, SHUT_RDWR);        /* the controller learns of it now */
+        pthread_detach(agent->thread);
+        return -ETIMEDOUT;
+    }
+    if (!atomic_load(&agent->at_rest))
+        return -ETIMEDOUT;
     free_agent(agent);
+    return 0;
 }

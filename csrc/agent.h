@@ -24,6 +24,7 @@ enum flexkv_op_flag {
     FLEXKV_OP_MORE = 4,           /* not the last part of the op */
 };
 
+enum { FLEXKV_FAREWELL = 'F' };   /* said on the socket when the agent ends and touches no slot any more; nothing else is */
 enum { FLEXKV_IN_PLACE = -2 };    /* in place of a slot: the block has been moved, and is only reported */
 
 struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count] */
@@ -109,8 +110,9 @@ struct flexkv_agent_options {
     uint64_t ring_bytes;          /* of each */
     int submission_event_fd;
     int completion_event_fd;
-    int socket_fd;                /* only watched for hang-up */
+    int socket_fd;                /* watched for hang-up; says farewell */
     int keep_outcomes;            /* for flexkv_agent_take; else nobody asks */
+    uint32_t rest_timeout_ms;     /* for windows that are under way when the agent ends */
 };
 
 struct flexkv_outcome {           /* of an op, for the process that owns the pages; free() it */
@@ -162,7 +164,9 @@ void flexkv_agent_set_signals(struct flexkv_agent *agent, const struct flexkv_si
 /* 0 while it runs; after that why it ended: -EPIPE (hang-up), -EBADMSG, -ECANCELED (stopped), ... */
 int flexkv_agent_status(struct flexkv_agent *agent);
 
-/* End the thread, wait for it, free everything. Nothing touches pages or slots afterwards. */
-void flexkv_agent_stop(struct flexkv_agent *agent);
+/* End the thread, wait for it, free everything: 0, and nothing touches pages or slots afterwards. -ETIMEDOUT: the device
+ * does not finish what it was given, or a call of its driver does not return. Nothing is freed then, and the memory and the
+ * descriptors in the options must stay as they are until the process ends. Takes little more than rest_timeout_ms. */
+int flexkv_agent_stop(struct flexkv_agent *agent);
 
 #endif

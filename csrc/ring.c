@@ -51,7 +51,8 @@ uint64_t flexkv_ring_max_record(const struct flexkv_ring *ring)
     return ring->capacity / 2 - sizeof(struct record);
 }
 
-int flexkv_ring_push(struct flexkv_ring *ring, uint32_t type, const struct flexkv_part *parts, int num_parts)
+int flexkv_ring_push(struct flexkv_ring *ring, uint32_t type, const struct flexkv_part *parts, int num_parts,
+                     uint64_t reserve)
 {
     uint64_t tail = ring->mine, mask = ring->capacity - 1, need, room, until_end, size = 0;
     uint64_t head = atomic_load_explicit(&ring->shared->head, memory_order_acquire);
@@ -68,12 +69,12 @@ int flexkv_ring_push(struct flexkv_ring *ring, uint32_t type, const struct flexk
     room = ring->capacity - (tail - head);
     until_end = ring->capacity - (tail & mask);
     if (need > until_end) {       /* a record is contiguous: fill up to the end, go on at the start */
-        if (need + until_end > room)
+        if (need + until_end + reserve > room)
             return -ENOSPC;
         record = (struct record){ (uint32_t)(until_end - sizeof(record)), PAD_TYPE };
         memcpy(ring->data + (tail & mask), &record, sizeof(record));
         tail += until_end;
-    } else if (need > room) {
+    } else if (need + reserve > room) {
         return -ENOSPC;
     }
     record = (struct record){ (uint32_t)size, type };

@@ -47,8 +47,10 @@ int flexkv_ring_attach(struct flexkv_ring *ring, void *memory, uint64_t size, in
 /* Largest record that can be pushed, in bytes. */
 uint64_t flexkv_ring_max_record(const struct flexkv_ring *ring);
 
-/* Producer. 0, -ENOSPC (try again when the consumer has read), -EMSGSIZE (never fits), -EBADMSG. */
-int flexkv_ring_push(struct flexkv_ring *ring, uint32_t type, const struct flexkv_part *parts, int num_parts);
+/* Producer. 0, -ENOSPC (try again when the consumer has read), -EMSGSIZE (never fits), -EBADMSG. After the record there is
+ * room for `reserve` more bytes of records, their headers and padding included. */
+int flexkv_ring_push(struct flexkv_ring *ring, uint32_t type, const struct flexkv_part *parts, int num_parts,
+                     uint64_t reserve);
 
 /* Consumer. Bytes of the record copied to `buffer`, -EAGAIN (empty), -EBADMSG (corrupt, or larger than `size`). */
 int64_t flexkv_ring_pop(struct flexkv_ring *ring, uint32_t *type, void *buffer, uint64_t size);

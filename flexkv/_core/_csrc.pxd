@@ -15,7 +15,8 @@ cdef extern from "ring.h" nogil:
     int flexkv_ring_create(void *memory, uint64_t size)
     int flexkv_ring_attach(flexkv_ring *ring, void *memory, uint64_t size, int event_fd)
     uint64_t flexkv_ring_max_record(const flexkv_ring *ring)
-    int flexkv_ring_push(flexkv_ring *ring, uint32_t type, const flexkv_part *parts, int num_parts)
+    int flexkv_ring_push(flexkv_ring *ring, uint32_t type, const flexkv_part *parts, int num_parts,
+                         uint64_t reserve)
     int64_t flexkv_ring_pop(flexkv_ring *ring, uint32_t *type, void *buffer, uint64_t size)
     int flexkv_ring_set_waiting(flexkv_ring *ring, int waiting)
     int flexkv_ring_readable(const flexkv_ring *ring)
@@ -127,6 +128,7 @@ cdef extern from "agent.h" nogil:
         FLEXKV_NOTE_USABLE
         FLEXKV_NOTE_LOAD_FENCE
         FLEXKV_NOTE_SAVE_FENCE
+        FLEXKV_FAREWELL
 
     struct flexkv_msg_op:
         uint64_t op_id
@@ -180,6 +182,7 @@ cdef extern from "agent.h" nogil:
         int completion_event_fd
         int socket_fd
         int keep_outcomes
+        uint32_t rest_timeout_ms
 
     struct flexkv_outcome:
         uint64_t task_id
@@ -207,7 +210,7 @@ cdef extern from "agent.h" nogil:
     int flexkv_agent_wait_span(flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms)
     void flexkv_agent_set_signals(flexkv_agent *agent, const flexkv_signals *signals)
     int flexkv_agent_status(flexkv_agent *agent)
-    void flexkv_agent_stop(flexkv_agent *agent)
+    int flexkv_agent_stop(flexkv_agent *agent)
 
 
 cdef extern from "move_kernel.h" nogil:

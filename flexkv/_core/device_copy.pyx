@@ -1,7 +1,9 @@
 """The device agent: the native thread that copies between an engine's pages and host slots."""
+import logging
 import os
 import sys
 import warnings
+from contextlib import suppress
 
 import numpy as np
 
@@ -47,7 +49,13 @@ from flexkv._core._csrc cimport (
 from flexkv._core.block_table import REGION_DTYPE, SPAN_DTYPE, whole_span
 from flexkv._core.cuda_driver cimport Device, Driver
 from flexkv._core.mapping cimport SharedMapping
+from flexkv._core.ring import FAREWELL
 from flexkv.errors import CudaError, TransferError
+
+logger = logging.getLogger("flexkv.client")
+
+_left_behind = []
+"""Memory and descriptors that a GPU which hangs may still touch; kept until the process ends."""
 
 STRATEGIES = ("auto", "staged", "direct", "batch")
 """Ways over the bus, in the order of ``enum flexkv_strategy``."""
@@ -79,6 +87,8 @@ cdef class DeviceAgent:
         One of STRATEGIES.
     window_bytes, num_ctas : int
         Size of a staging buffer (three for each direction), thread blocks of the kernel.
+    rest_timeout_s : float
+        How long ``close`` waits for copies that are under way on the GPU.
 
     All descriptors become the agent's, also when this raises.
     """
@@ -86,7 +96,7 @@ cdef class DeviceAgent:
     cdef flexkv_cuda_copy *cuda
     cdef flexkv_pages at
     cdef Driver driver
-    cdef int ended
+    cdef int ended, socket_fd
     cdef object regions, spans, signals
     cdef SharedMapping pool, rings
     cdef list fds
@@ -95,17 +105,21 @@ cdef class DeviceAgent:
                   uint64_t slot_bytes, uint64_t segment_offset, int ring_fd, uint64_t ring_bytes,
                   int submission_event_fd, int completion_event_fd, int socket_fd, bint keep_outcomes=True,
                   Device device=None, uint64_t move_function=0, str strategy="auto", uint64_t window_bytes=0,
-                  uint32_t num_ctas=0):
+                  uint32_t num_ctas=0, double rest_timeout_s=10.0):
         cdef flexkv_agent_options options
         cdef uint8_t[::1] region_view, span_view
         cdef int rc
         self.agent = NULL
         self.cuda = NULL
         self.ended = 0
+        self.socket_fd = socket_fd
         self.fds = [submission_event_fd, completion_event_fd, socket_fd]
         try:
             self.pool = SharedMapping(pool_fd, pool_bytes)
             self.rings = SharedMapping(ring_fd, 2 * ring_bytes)
+        except BaseException:
+            self.close()
+            raise
         finally:
             os.close(pool_fd)
             os.close(ring_fd)
@@ -139,6 +153,7 @@ cdef class DeviceAgent:
         options.completion_event_fd = completion_event_fd
         options.socket_fd = socket_fd
         options.keep_outcomes = keep_outcomes
+        options.rest_timeout_ms = <uint32_t>(rest_timeout_s * 1000)
         rc = flexkv_agent_start(&self.agent, &options)
         if rc:
             self.agent = NULL
@@ -306,13 +321,31 @@ cdef class DeviceAgent:
         return flexkv_agent_status(self.agent) if self.agent != NULL else self.ended
 
     def close(self):
-        """Stop the thread; nothing touches pages or slots afterwards. Can be called again."""
+        """Stop the thread. Can be called again.
+
+        Returns
+        -------
+        bool
+            Nothing touches pages or slots afterwards. False: the GPU hangs. Its copies may still touch both, so the
+            memory of pool, rings and staging buffers stays until the process ends, and the pages must stay, too.
+        """
         cdef flexkv_agent *agent = self.agent
+        cdef int rc = 0
         if agent != NULL:
             self.agent = NULL
             self.ended = -125                          # ECANCELED
             with nogil:
-                flexkv_agent_stop(agent)
+                rc = flexkv_agent_stop(agent)
+        elif self.ended == 0 and self.fds:             # never started: the controller needs to wait for nothing
+            with suppress(OSError):
+                os.write(self.socket_fd, FAREWELL)
+            self.ended = -125
+        if rc:
+            logger.error("the GPU does not finish its copies: memory that it may still touch stays allocated on purpose, "
+                         "until this process ends")
+            _left_behind.append((self.pool, self.rings, self.regions, self.spans, self.signals, self.driver, self.fds))
+            self.cuda = NULL
+            self.fds = []
         if self.cuda != NULL:
             flexkv_cuda_copy_destroy(self.cuda)
             self.cuda = NULL
@@ -320,10 +353,7 @@ cdef class DeviceAgent:
         fds, self.fds = self.fds, []
         for fd in fds:
             os.close(fd)
-
-    def __dealloc__(self):
-        if self.agent != NULL:
-            flexkv_agent_stop(self.agent)
+        return rc == 0
 
     def __del__(self):
         if sys is None or sys.is_finalizing():         # modules are empty: the process's end releases the descriptors

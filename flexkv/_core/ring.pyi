@@ -2,6 +2,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RING_HEADER_BYTES: int
+FAREWELL: bytes
 
 class ControllerRings:
     fd: int
@@ -22,6 +23,7 @@ class ControllerRings:
         op_blocks: int,
         flags: int = 0,
         counter: int = 0,
+        outstanding: int = 0,
     ) -> bool: ...
     def push_cancel(self, op_id: int) -> bool: ...
     def pop_result(self) -> tuple[int, int, NDArray[np.bool_], bool] | None: ...

@@ -3,13 +3,14 @@ import os
 
 import numpy as np
 
-from libc.errno cimport EAGAIN, EMSGSIZE, ENOSPC
+from libc.errno cimport EAGAIN, ENOSPC
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from flexkv._core._csrc cimport (
+    FLEXKV_FAREWELL,
     FLEXKV_MSG_CANCEL,
     FLEXKV_MSG_OP,
     FLEXKV_MSG_RESULT,
@@ -40,6 +41,12 @@ from flexkv.errors import RingCorruptedError
 
 RING_HEADER_BYTES = FLEXKV_RING_HEADER
 
+FAREWELL = bytes([FLEXKV_FAREWELL])
+"""All that an agent says on its socket: it has ended, and touches no slot any more."""
+
+cdef enum:
+    CANCEL_BYTES = 16           # of a record that cancels an op: its header and an id
+
 
 cdef int64_t now_ns() noexcept nogil:
     cdef timespec now
@@ -62,7 +69,7 @@ cdef class ControllerRings:
     ring_bytes : int
         Of each ring, its header included.
     max_blocks : int
-        Largest op that one record can hold.
+        Largest op that one record may hold: an eighth of the ring, so that records fit beside the room for cancels.
     """
     cdef readonly int fd, submission_event_fd, completion_event_fd
     cdef readonly Py_ssize_t ring_bytes, max_blocks
@@ -96,7 +103,7 @@ cdef class ControllerRings:
         flexkv_ring_create(second, self.ring_bytes)
         flexkv_ring_attach(&self.submissions, first, self.ring_bytes, self.submission_event_fd)
         flexkv_ring_attach(&self.completions, second, self.ring_bytes, self.completion_event_fd)
-        self.max_blocks = (flexkv_ring_max_record(&self.submissions) - sizeof(flexkv_msg_op)) // 8
+        self.max_blocks = (flexkv_ring_max_record(&self.submissions) // 4 - sizeof(flexkv_msg_op)) // 8
 
     def __dealloc__(self):
         free(self.buffer)
@@ -109,9 +116,11 @@ cdef class ControllerRings:
         self.fd = self.submission_event_fd = self.completion_event_fd = -1
 
     def push_op(self, uint64_t op_id, uint64_t task_id, int kind, uint64_t fence, const int32_t[::1] slots not None,
-                const int32_t[::1] pages not None, uint32_t op_blocks, uint32_t flags=0, uint32_t counter=0):
+                const int32_t[::1] pages not None, uint32_t op_blocks, uint32_t flags=0, uint32_t counter=0,
+                uint32_t outstanding=0):
         """Give the agent an op on up to ``max_blocks`` blocks; False if the ring is full now. ``flags``: OpFlag;
-        ``counter``: whose eventfds tell of the load's layers, from 1.
+        ``counter``: whose eventfds tell of the load's layers, from 1. ``outstanding``: ops that may be cancelled yet,
+        besides this one; the ring keeps room for their cancels.
 
         Raises
         ------
@@ -122,12 +131,14 @@ cdef class ControllerRings:
         cdef uint32_t count = <uint32_t>slots.shape[0]
         if pages.shape[0] != count or count == 0:
             raise ValueError(f"{count} slots and {pages.shape[0]} pages")
+        if count > self.max_blocks:
+            raise ValueError(f"an op of {count} blocks, and at most {self.max_blocks} fit a record: split it")
         msg.op_id, msg.task_id, msg.fence, msg.kind = op_id, task_id, fence, kind
         msg.count, msg.op_blocks, msg.flags, msg.counter, msg.pad = count, op_blocks, flags, counter, 0
         parts[0].data, parts[0].size = &msg, sizeof(msg)
         parts[1].data, parts[1].size = &slots[0], 4 * count
         parts[2].data, parts[2].size = &pages[0], 4 * count
-        return self.push(FLEXKV_MSG_OP, parts, 3)
+        return self.push(FLEXKV_MSG_OP, parts, 3, CANCEL_BYTES * (<uint64_t>outstanding + 2))
 
     def push_cancel(self, uint64_t op_id):
         """Ask the agent to stop an op; False if the ring is full now."""
@@ -135,18 +146,16 @@ cdef class ControllerRings:
         cdef flexkv_part part
         msg.op_id = op_id
         part.data, part.size = &msg, sizeof(msg)
-        return self.push(FLEXKV_MSG_CANCEL, &part, 1)
+        return self.push(FLEXKV_MSG_CANCEL, &part, 1, 0)
 
-    cdef bint push(self, uint32_t kind, const flexkv_part *parts, int num_parts) except -1:
+    cdef int push(self, uint32_t kind, const flexkv_part *parts, int num_parts, uint64_t reserve) except -1:
         cdef int rc
         with nogil:
-            rc = flexkv_ring_push(&self.submissions, kind, parts, num_parts)
+            rc = flexkv_ring_push(&self.submissions, kind, parts, num_parts, reserve)
         if rc == 0:
             return True
         if rc == -ENOSPC:
             return False
-        if rc == -EMSGSIZE:
-            raise ValueError(f"an op of more than {self.max_blocks} blocks; split it")
         raise RingCorruptedError("the agent's position in the ring of ops is impossible")
 
     def pop_result(self):

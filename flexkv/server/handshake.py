@@ -1,15 +1,17 @@
 """A rank finds its controller, introduces itself, and gets what its agent needs."""
 
+import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import RegistrationError
-from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, NUM_FDS, Hello, Welcome
-
-_RETRY_S = 0.05
-"""Between two tries to connect, while the controller is not there yet: nothing tells when its socket appears."""
+from flexkv.transfer.protocol import FAREWELL, MAX_MESSAGE_BYTES, NUM_FDS, Hello, Welcome
+from flexkv.transfer.socket_file import connect
 
 
 def join_controller(
@@ -22,55 +24,67 @@ def join_controller(
     connection : socket
     welcome : Welcome
     fds : list of int
-        As they come with a Welcome.
+        As they come with a Welcome; sizes and seals of the memory are checked.
 
     Raises
     ------
     RegistrationError
-        No controller is there, it refuses, or other ranks do not come.
+        No controller is there, it refuses, it does not answer, or other ranks do not come.
     """
-    connection = _reach(path, deadline, closing)
+    connection = connect(path, deadline, closing, wait_for_it=True)
+    fds: list[int] = []
     try:
-        message, fds = _introduce(connection, hello, deadline, closing)
+        message = _introduce(connection, hello, deadline, closing, fds)
         welcome = Welcome.unpack(message)
-        if len(fds) not in (NUM_FDS, NUM_FDS + 1) or welcome.segment_bytes != hello.segment_bytes:
-            raise RegistrationError("the controller's welcome does not fit what was registered")
+        if len(fds) not in (NUM_FDS, NUM_FDS + 1):
+            raise RegistrationError(
+                f"{len(fds)} of {NUM_FDS} descriptors came from the controller: raise this process's limit of open "
+                "files (ulimit -n)"
+            )
+        if welcome.segment_bytes != hello.segment_bytes:
+            raise RegistrationError(
+                f"the controller expects {welcome.segment_bytes} bytes a block; {hello.segment_bytes} were registered"
+            )
+        check_sealed(fds[0], welcome.pool_bytes, "the host pool")
+        check_sealed(fds[1], 2 * welcome.ring_bytes, "the memory of the rings")
     except BaseException:
-        connection.close()
+        abandon(connection, fds)
         raise
     return connection, welcome, fds
 
 
-def _reach(path: Path, deadline: float, closing: threading.Event) -> socket.socket:
-    while not closing.is_set():
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        try:
-            connection.connect(str(path))
-            return connection
-        except (FileNotFoundError, ConnectionRefusedError):
-            connection.close()
-        except BaseException:
-            connection.close()
-            raise
-        if time.monotonic() >= deadline:
-            raise RegistrationError(f"no controller listens at {path}; start KVManager, or check the path")
-        closing.wait(_RETRY_S)
-    raise RegistrationError("closed while connecting")
+def abandon(connection: socket.socket | None, fds: Sequence[int]) -> None:
+    """Close what came from a controller, if this process touches no slot. Without the farewell, the controller would
+    wait for the end of this process."""
+    for fd in fds:
+        os.close(fd)
+    if connection is not None:
+        with suppress(OSError):
+            connection.send(FAREWELL)
+        connection.close()
 
 
 def _introduce(
-    connection: socket.socket, hello: Hello, deadline: float, closing: threading.Event
-) -> tuple[bytes, list[int]]:
+    connection: socket.socket, hello: Hello, deadline: float, closing: threading.Event, fds: list[int]
+) -> bytes:
+    connection.settimeout(0.2)
     connection.send(hello.pack())
     while not closing.is_set():
         connection.settimeout(min(0.2, max(0.01, deadline - time.monotonic())))
         try:
-            message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, NUM_FDS + 1, socket.MSG_CMSG_CLOEXEC)
+            message, received, _, _ = socket.recv_fds(
+                connection, MAX_MESSAGE_BYTES, NUM_FDS + 1, socket.MSG_CMSG_CLOEXEC
+            )
         except TimeoutError:
             if time.monotonic() >= deadline:
-                raise RegistrationError("the other ranks did not register in time") from None
+                raise RegistrationError(
+                    "the controller has not answered in time: a rank did not register, or the controller is stopped"
+                ) from None
             continue
+        except ConnectionError as error:
+            raise RegistrationError(f"the controller hung up ({error.strerror}): see its log") from error
+        fds += received
         if not message:
-            raise RegistrationError("the controller hung up")
-        return message, list(fds)
+            raise RegistrationError("the controller hung up: see its log")
+        return message
     raise RegistrationError("closed while connecting")

@@ -21,12 +21,13 @@ from flexkv.at_exit import close_at_exit
 from flexkv.config import TransferConfig, load_config
 from flexkv.errors import RegistrationError
 from flexkv.server.gds import GdsWorker
-from flexkv.server.handshake import join_controller
+from flexkv.server.handshake import abandon, join_controller
 from flexkv.server.pool_pinning import PoolPinner
 from flexkv.server.tensors import KVTensor, content_digest, tensor_spec
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
-from flexkv.transfer.protocol import NUM_FDS, Hello, Welcome, socket_path
+from flexkv.transfer.protocol import NUM_FDS, Hello, Welcome
+from flexkv.transfer.socket_file import socket_path
 
 logger = logging.getLogger("flexkv.client")
 
@@ -200,32 +201,41 @@ class RankClient:
         self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, regions: NDArray[np.void],
         spans: NDArray[np.void],
     ) -> None:
-        agent = DeviceAgent(
-            regions=regions,
-            spans=spans,
-            num_pages=hello.num_pages,
-            pool_fd=fds[0],
-            pool_bytes=welcome.pool_bytes,
-            slot_bytes=welcome.slot_bytes,
-            segment_offset=welcome.segment_offset,
-            ring_fd=fds[1],
-            ring_bytes=welcome.ring_bytes,
-            submission_event_fd=fds[2],
-            completion_event_fd=fds[3],
-            socket_fd=connection.detach(),
-            keep_outcomes=self._keep_outcomes,
-            device=self._device,
-            move_function=0 if self._device is None else move_function(self._device),
-            strategy=self._config.gpu_strategy,
-            window_bytes=self._config.gpu_window_mb << 20,
-            num_ctas=self._config.gpu_num_ctas,
-        )
-        gds = None
-        if len(fds) > NUM_FDS:
-            gds = GdsWorker(
-                socket.socket(fileno=fds[NUM_FDS]), self._device, regions, hello.num_pages, welcome.slot_bytes,
-                self._config.gpu_num_ctas,
+        gds_end = socket.socket(fileno=fds.pop()) if len(fds) > NUM_FDS else None
+        with ExitStack() as undo:                    # of what is owned here, if the rest fails
+            if gds_end is not None:
+                undo.callback(gds_end.close)
+            with ExitStack() as theirs:
+                theirs.callback(abandon, connection, fds)
+                move = 0 if self._device is None else move_function(self._device)
+                theirs.pop_all()                     # the agent's from here on
+            agent = DeviceAgent(
+                regions=regions,
+                spans=spans,
+                num_pages=hello.num_pages,
+                pool_fd=fds[0],
+                pool_bytes=welcome.pool_bytes,
+                slot_bytes=welcome.slot_bytes,
+                segment_offset=welcome.segment_offset,
+                ring_fd=fds[1],
+                ring_bytes=welcome.ring_bytes,
+                submission_event_fd=fds[2],
+                completion_event_fd=fds[3],
+                socket_fd=connection.detach(),
+                keep_outcomes=self._keep_outcomes,
+                device=self._device,
+                move_function=move,
+                strategy=self._config.gpu_strategy,
+                window_bytes=self._config.gpu_window_mb << 20,
+                num_ctas=self._config.gpu_num_ctas,
             )
+            undo.callback(agent.close)
+            gds = None
+            if gds_end is not None:
+                gds = GdsWorker(
+                    gds_end, self._device, regions, hello.num_pages, welcome.slot_bytes, self._config.gpu_num_ctas
+                )
+            undo.pop_all()
         with self._lock:
             self._agent, self._gds = agent, gds
             for load, stream in self._streams.items():

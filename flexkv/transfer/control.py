@@ -2,9 +2,10 @@
 
 A connection says one request and hears one reply. A request is ``FLEXKVC1`` and a JSON object:
 ``{"command": "pin", "name": NAME, "namespace": [NAME, ...], "num_tokens": N}`` with a descriptor of a memfd that holds
-the tokens (uint32) and is sealed, ``{"command": "unpin", "name": NAME}``, or ``{"command": "pins"}``. The reply is
-``{"pins": [[NAME, BLOCKS], ...]}``, of what was pinned or unpinned or is pinned, or ``{"error": TEXT}``; a request that
-is refused has changed nothing.
+the tokens (uint32) and is sealed, ``{"command": "unpin", "name": NAME}``, or ``{"command": "pins"}``, which lists the
+names after ``"after": NAME`` if that is given. The reply is ``{"pins": [[NAME, BLOCKS], ...], "more": BOOL}``, of the
+prefixes that were pinned or unpinned or are pinned, or ``{"error": TEXT}``; a request that is refused has changed
+nothing. ``more``: the list is cut, and the rest comes after its last name.
 """
 
 import fcntl
@@ -12,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,13 +22,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from flexkv.cache.pins import Pin
 from flexkv.errors import FlexKVError, PinError
-from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, socket_path
+from flexkv.transfer.protocol import MAX_MESSAGE_BYTES
+from flexkv.transfer.socket_file import connect, socket_path
 
 logger = logging.getLogger("flexkv.transfer")
 
 _MAGIC = b"FLEXKVC1"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _MAX_REPLY_BYTES = 1 << 17
+_PAGE = 64
+"""Pins in one reply. A name has at most 128 bytes, or 768 in JSON, so that a reply fits a socket's buffer."""
+
 MAX_TOKENS = 1 << 22
 """Of one prefix: hashed in a few milliseconds."""
 
@@ -62,7 +68,9 @@ class Control:
         """The reply to a request; ``fds`` stay the caller's."""
         try:
             pins = self._carry_out(_parse(message), fds)
-            reply: dict[str, Any] = {"pins": [[pin.name, pin.num_blocks] for pin in pins]}
+            page = sorted(pins, key=lambda pin: pin.name)[:_PAGE]
+            entries = [[pin.name, pin.num_blocks] for pin in page]
+            reply: dict[str, Any] = {"pins": entries, "more": len(page) < len(pins)}
         except (FlexKVError, ValueError) as error:
             reply = {"error": str(error)[:1000]}
         except Exception:
@@ -74,6 +82,8 @@ class Control:
         match request:
             case {"command": "pins", **rest} if not rest:
                 return self._pins()
+            case {"command": "pins", "after": str(name), **rest} if not rest:
+                return [pin for pin in self._pins() if pin.name > name]
             case {"command": "unpin", "name": str(name), **rest} if not rest:
                 return [self._unpin(name)]
             case {
@@ -118,25 +128,39 @@ def ask(port: str, request: dict[str, Any], tokens: NDArray[np.uint32] | None = 
     message = _MAGIC + json.dumps(request, ensure_ascii=False).encode()
     if len(message) > MAX_MESSAGE_BYTES:
         raise PinError(f"name and namespace are too long: the request is {len(message)} bytes, not {MAX_MESSAGE_BYTES}")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
-        connection.settimeout(_TIMEOUT_S)
-        fds = [] if tokens is None else [_sealed(tokens)]
-        try:
-            connection.connect(str(socket_path(port)))
-            socket.send_fds(connection, [message], fds)
-            reply = connection.recv(_MAX_REPLY_BYTES)
-        except OSError as error:
-            raise PinError(f"no controller answers at {port}: {error.strerror or error}") from error
-        finally:
-            for fd in fds:
-                os.close(fd)
+    reply = _exchange(port, message, tokens)
     try:
-        told = json.loads(reply)
-        if "error" in told:
-            raise PinError(told["error"])
-        return [Pin(name, blocks) for name, blocks in told["pins"]]
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise PinError(f"what answered at {port} is no controller of this version") from None
+        content = json.loads(reply)
+        if "error" in content:
+            raise PinError(str(content["error"]))
+        pins = [Pin(str(name), int(blocks)) for name, blocks in content["pins"]]
+        more = bool(content.get("more", False))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, PinError):
+            raise
+        raise PinError(f"the answer at {port} is no controller's of this version: use one version of FlexKV") from None
+    if more and pins:
+        pins += ask(port, {**request, "after": pins[-1].name})
+    return pins
+
+
+def _exchange(port: str, message: bytes, tokens: NDArray[np.uint32] | None) -> bytes:
+    """Send a request, with tokens or without, and receive the reply."""
+    fds = [] if tokens is None else [_sealed(tokens)]
+    try:
+        with connect(socket_path(port), time.monotonic() + _TIMEOUT_S) as connection:
+            connection.settimeout(_TIMEOUT_S)
+            socket.send_fds(connection, [message], fds)
+            return connection.recv(_MAX_REPLY_BYTES)
+    except TimeoutError as error:
+        raise PinError(f"the controller at {port} has not answered for {_TIMEOUT_S:g} s: is it stopped?") from error
+    except OSError as error:
+        raise PinError(f"no controller answers at {port}: {error.strerror or error}") from error
+    except FlexKVError as error:
+        raise PinError(str(error)) from error
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def _sealed(tokens: NDArray[np.uint32]) -> int:

@@ -3,9 +3,11 @@
 import enum
 import itertools
 import logging
+import os
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +17,9 @@ from flexkv._core.ring import ControllerRings
 from flexkv.errors import RingCorruptedError
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.graph import OpKind, TransferOp
-from flexkv.transfer.protocol import Hello
+from flexkv.transfer.peer_process import PeerProcess
+from flexkv.transfer.protocol import FAREWELL, MAX_MESSAGE_BYTES, Hello
+from flexkv.transfer.repeated_log import RepeatedLog
 
 logger = logging.getLogger("flexkv.transfer")
 
@@ -76,64 +80,129 @@ class AgentLink:
     Parameters
     ----------
     connection : socket
-        After the handshake; owned by the link.
+        Non-blocking, after the handshake; owned by the link.
     hello : Hello
     rings : ControllerRings
         Owned by the link.
+
+    Attributes
+    ----------
+    process : PeerProcess
+        The agent's; owned by the link.
+    said_farewell : bool
+        The agent has ended on purpose: it touches no slot and no page any more.
+    on_backlog : callable
+        Called when a message found the ring full; ``flush`` must be called until ``backlog`` is False.
     """
 
     def __init__(self, connection: socket.socket, hello: Hello, rings: ControllerRings) -> None:
         self.connection = connection
         self.hello = hello
         self.rings = rings
+        self.process = PeerProcess(connection)
+        self.said_farewell = False
+        self.on_backlog: Callable[[], None] = lambda: None
         self._outstanding: dict[int, Part] = {}
         self._backlog: deque[Part] = deque()
         self._cancels: deque[int] = deque()
         self._condemned = False
         self.caught_up = False      # it has pinned what others use already: see PoolGrowth
+        self._log = RepeatedLog(logger)
+
+    # ---- to the agent -----------------------------------------------------------------------------------------
 
     def submit(self, part: Part) -> None:
         """Give a part to the agent, now or as soon as the ring has room."""
         self._backlog.append(part)
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what waits for room in the ring."""
-        try:
-            self._flush()
-        except RingCorruptedError as error:
-            self.condemn(str(error))
-
-    def condemn(self, reason: str) -> None:
-        """Ask an agent that cannot be trusted to end. Until it has, its slots and pages stay as they are."""
-        if not self._condemned:
-            self._condemned = True
-            logger.error("agent of %s: %s; it is cut off", self.hello, reason)
-            self.connection.shutdown(socket.SHUT_WR)
-
-    def _flush(self) -> None:
-        while self._cancels and self.rings.push_cancel(self._cancels[0]):
-            self._cancels.popleft()
-        while self._backlog:
-            part = self._backlog[0]
-            op, loading = part.flight.op, part.flight.op.kind is OpKind.H2D
-            whole = len(part.indices) == len(op)
-            src, dst = (op.src, op.dst) if whole else (op.src[part.indices], op.dst[part.indices])
-            slots, pages = (src, dst) if loading else (dst, src)
-            flags = part.flags | part.flight.cancelled * OpFlag.CANCELLED
-            if not self.rings.push_op(
-                part.part_id, op.task_id, op.kind, op.fence, slots, pages, len(op), flags, op.counter
-            ):
-                return
-            self._outstanding[part.part_id] = part
-            self._backlog.popleft()
+        self._send()
 
     def cancel(self, flight: Flight) -> None:
         """Ask the agent to stop the parts of a flight that it has; the others are sent as cancelled."""
         for part in flight.parts:
             if part.part_id in self._outstanding:
                 self._cancels.append(part.part_id)
+        self._send()
+
+    def _send(self) -> None:
         self.flush()
+        if self.backlog:
+            self.on_backlog()
+
+    @property
+    def backlog(self) -> bool:
+        """Messages wait for room in the ring."""
+        return bool(self._backlog or self._cancels) and not self._condemned
+
+    def flush(self) -> None:
+        """Write what waits for room in the ring."""
+        if self._condemned:
+            return
+        try:
+            while self._cancels and self.rings.push_cancel(self._cancels[0]):
+                self._cancels.popleft()
+            while self._backlog and not self._cancels and self._push(self._backlog[0]):
+                pass
+        except RingCorruptedError as error:
+            self.condemn(str(error))
+
+    def _push(self, part: Part) -> bool:
+        """Write a part, the first of the backlog; False: there is no room for it. A part that cannot be written as a
+        record fails, and all others are sent."""
+        op, loading = part.flight.op, part.flight.op.kind is OpKind.H2D
+        whole = len(part.indices) == len(op)
+        src, dst = (op.src, op.dst) if whole else (op.src[part.indices], op.dst[part.indices])
+        slots, pages = (src, dst) if loading else (dst, src)
+        flags = part.flags | part.flight.cancelled * OpFlag.CANCELLED
+        try:
+            if not self.rings.push_op(
+                part.part_id, op.task_id, op.kind, op.fence, slots, pages, len(op), flags, op.counter,
+                len(self._outstanding),
+            ):
+                return False
+        except RingCorruptedError:
+            raise
+        except Exception as error:
+            self._log.write(logging.ERROR, f"task {op.task_id} cannot be sent to {self.hello}, its blocks fail", error)
+            self._backlog.popleft()
+            part.flight.answer(part.indices, np.zeros(len(part.indices), dtype=np.bool_))
+            return True
+        self._outstanding[part.part_id] = part
+        self._backlog.popleft()
+        return True
+
+    def condemn(self, reason: str) -> None:
+        """Ask an agent that cannot be trusted to end. Until it has, its slots and pages stay as they are."""
+        if not self._condemned:
+            self._condemned = True
+            logger.error("agent of %s: %s; it is cut off", self.hello, reason)
+            with suppress(OSError):                          # it has hung up already
+                self.connection.shutdown(socket.SHUT_WR)
+
+    # ---- from the agent ---------------------------------------------------------------------------------------
+
+    def hear(self) -> bool:
+        """Read what the agent said on its connection; True if it has left. It says nothing but farewell.
+
+        Raises
+        ------
+        RingCorruptedError
+            It said something else.
+        """
+        try:
+            message = self.connection.recv(MAX_MESSAGE_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        if message and message != FAREWELL:
+            raise RingCorruptedError(f"a message of {len(message)} bytes where only a farewell is allowed")
+        self.said_farewell = message == FAREWELL
+        return True
+
+    def clear_news(self) -> None:
+        """Results were announced: take the announcement back."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.rings.completion_event_fd)
 
     def drain(self) -> bool:
         """Take in what the agent reported; True if it was anything. One that reports what cannot be is condemned, as is
@@ -145,7 +214,7 @@ class AgentLink:
         except RingCorruptedError as error:
             self.condemn(str(error))
         except Exception as error:
-            logger.exception("a result could not be taken in")
+            self._log.write(logging.ERROR, "a result could not be taken in", error)
             self.condemn(f"{type(error).__name__} in the controller")
         return False
 
@@ -155,7 +224,7 @@ class AgentLink:
             any_result = True
             part_id, first, ok, last = result
             part = self._outstanding.get(part_id)
-            if part is None or first != part.answered or first + len(ok) > len(part.indices):
+            if part is None or first != part.answered or not 0 < len(ok) <= len(part.indices) - first:
                 raise RingCorruptedError(f"a result for blocks {first} to {first + len(ok)} of part {part_id}")
             answered = first + len(ok)
             if last != (answered == len(part.indices)):
@@ -168,16 +237,32 @@ class AgentLink:
             self.flush()
         return any_result
 
-    def lose(self) -> None:
-        """The agent's process is gone: what it had not reported has failed, and nothing touches it any more."""
-        parts = [*self._outstanding.values(), *self._backlog]
-        self._outstanding.clear()
+    def fail_backlog(self) -> None:
+        """Parts that were never sent fail."""
+        parts = list(self._backlog)
         self._backlog.clear()
         self._cancels.clear()
+        self._fail(parts)
+
+    def lose(self) -> None:
+        """Nothing of the agent touches a slot any more: what it had not reported has failed."""
+        parts = list(self._outstanding.values())
+        self._outstanding.clear()
+        self._fail(parts)
+
+    def _fail(self, parts: list[Part]) -> None:
         for part in parts:
             rest = part.indices[part.answered :]
             part.flight.op.is_lost = True
-            part.flight.answer(rest, np.zeros(len(rest), dtype=np.bool_))
+            try:
+                part.flight.answer(rest, np.zeros(len(rest), dtype=np.bool_))
+            except Exception as error:
+                self._log.write(logging.ERROR, f"task {part.flight.op.task_id} cannot be failed", error)
+
+    @property
+    def task_ids(self) -> list[int]:
+        """Tasks with blocks that the agent may be moving."""
+        return sorted({part.flight.op.task_id for part in self._outstanding.values()})
 
     @property
     def healthy(self) -> bool:
@@ -193,6 +278,7 @@ class AgentLink:
         """Hang up."""
         self.connection.close()
         self.rings.close()
+        self.process.close()
 
 
 class DeviceExecutor(Executor):
@@ -216,10 +302,12 @@ class DeviceExecutor(Executor):
         """An agent has registered."""
         self._links.setdefault(link.hello.dp_client_id, []).append(link)
 
-    def remove(self, link: AgentLink) -> None:
-        """An agent's process is gone."""
-        self._links[link.hello.dp_client_id].remove(link)
-        link.lose()
+    def detach(self, link: AgentLink) -> None:
+        """An agent takes nothing more; parts that it was never sent fail. May be repeated."""
+        links = self._links.get(link.hello.dp_client_id, [])
+        if link in links:
+            links.remove(link)
+        link.fail_backlog()
 
     @property
     def links(self) -> Iterable[AgentLink]:
@@ -234,7 +322,7 @@ class DeviceExecutor(Executor):
         return all(link.rings.reached(op.kind in _LOADS) >= op.fence for link in links)
 
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
-        links = self._links.get(op.dp_client_id, [])
+        links = [link for link in self._links.get(op.dp_client_id, ()) if link.healthy]
         flight = self._flights.get(op)
         if flight is None:
             flight = Flight(op, progress, np.zeros(len(op), np.int16), np.ones(len(op), np.bool_))
@@ -259,7 +347,7 @@ class DeviceExecutor(Executor):
 
     def cancel(self, op: TransferOp) -> None:
         flight = self._flights.get(op)
-        if flight is not None:
+        if flight is not None and not flight.cancelled:      # one cancel a part: so many have room in the ring
             flight.cancelled = True
             for link in self._links.get(op.dp_client_id, []):
                 link.cancel(flight)

@@ -2,40 +2,38 @@
 
 import itertools
 import logging
-import math
-import os
-import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from flexkv.config import TransferConfig
-from flexkv.errors import CapacityError, TransferError
+from flexkv.errors import TransferError
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
-from flexkv.transfer.device import AgentLink, DeviceExecutor
-from flexkv.transfer.executor import ArrivalExecutor, Executor
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph
+from flexkv.transfer.background import BackgroundThread
+from flexkv.transfer.device import AgentLink
+from flexkv.transfer.executor import Executor
+from flexkv.transfer.membership import Membership
 from flexkv.transfer.pool_growth import PoolGrowth
 from flexkv.transfer.registry import Registry
-from flexkv.transfer.scheduler import Observe, OnDone, Scheduler
+from flexkv.transfer.runner import GraphRunner
+from flexkv.transfer.scheduler import Observe
+from flexkv.transfer.watch import Watch
 
 logger = logging.getLogger("flexkv.transfer")
 
-_SPIN_NS = 50_000
-"""A waiter watches the rings so long before it sleeps: about the time that a 64 KiB block takes."""
-
-_TICK_S = 1.0
-"""Deadlines are looked at at least this often."""
+_FIRST_RESEND_S, _MAX_RESEND_S = 0.001, 0.05
+"""Pause between two attempts to send messages that found a ring full; it doubles with each attempt."""
 
 
-class TransferEngine:
+class TransferEngine(GraphRunner):
     """The data plane.
 
     ``submit``, ``cancel``, ``poll`` and ``wait`` may be called from any thread. Callbacks and ``on_done`` run on
     whichever thread finds the result, without the engine's lock. One background thread admits ranks, notices those
-    that die, enforces deadlines, and finds results when nobody waits.
+    that die, enforces deadlines, and finds results when nobody waits. It survives every exception; if it fails again
+    and again, the engine takes itself out of service: see ``in_service``.
 
     Parameters
     ----------
@@ -86,7 +84,7 @@ class TransferEngine:
         on_gds: Callable[[socket.socket], None] | None = None,
         observe: Observe | None = None,
     ) -> None:
-        self._config = config
+        super().__init__(config, ranks, executors, observe)
         self._host_bytes = host_bytes
         self._num_slots = num_slots
         self._ranks = ranks
@@ -97,23 +95,17 @@ class TransferEngine:
         self._on_control = on_control
         self._on_gds = on_gds
         self.task_ids = itertools.count(1)
-        self._lock = threading.RLock()
-        self._news = threading.Condition(self._lock)
-        self._device = DeviceExecutor(ranks)
-        self._executors: dict[OpKind, Executor] = {
-            kind: executor for executor in (*executors, ArrivalExecutor(), self._device) for kind in executor.kinds
-        }
-        self._watched = [executor for executor in executors if executor.event_fd >= 0]
-        self._scheduler = Scheduler(self._executors, observe, self._device.reached)
         self._pool: HostPool | None = None
         self.content = b""
         """What the bytes of the pool's slots mean (``SlotLayout.content``); empty before it is made."""
         self._registry: Registry | None = None
-        self._thread: threading.Thread | None = None
-        self._closing = self._stopped = False
-        self._epoll: select.epoll | None = None
-        self._wake_fd = -1
-        self._links: dict[int, AgentLink] = {}      # by socket and by eventfd descriptor
+        self._thread: BackgroundThread | None = None
+        self._is_shut_down = False
+        self._watch: Watch | None = None
+        self._membership: Membership | None = None
+        self._pause_s = 0.0                         # of the next turn
+        self._resend_s = _FIRST_RESEND_S
+        self._closed: set[Executor] = set()
 
     # ---- life -------------------------------------------------------------------------------------------------
 
@@ -124,32 +116,49 @@ class TransferEngine:
         ------
         RegistrationError
             The socket cannot be had.
+        TransferError
+            This engine was started before.
         """
-        self._registry = Registry(
-            self._config.gpu_register_port,
-            self._clients,
-            self._ranks,
-            self._make_pool,
-            self._config.handshake_timeout_s,
-            self._config.ring_bytes,
-            self._add_link,
-            self._on_control,
-            self._on_gds,
-        )
-        self._epoll = select.epoll()
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wake_fd, select.EPOLLIN)
-        self._epoll.register(self._registry.listener.fileno(), select.EPOLLIN)
-        for executor in self._watched:
-            self._epoll.register(executor.event_fd, select.EPOLLIN)
-        self._thread = threading.Thread(target=self._run, name="flexkv-transfer", daemon=True)
-        self._thread.start()
+        with self._lock:
+            if self._watch is not None or self._closing:
+                done = "shut down" if self._closing else "started"
+                raise TransferError(f"this manager was {done} already: make a new one to start again")
+            with ExitStack() as undo:
+                watch = Watch()
+                undo.callback(watch.close)
+                self._membership = Membership(
+                    watch, self._device, self._scheduler, self._locked, self._joined, self._left
+                )
+                registry = Registry(
+                    watch, self._config.gpu_register_port, self._clients, self._ranks, self._make_pool,
+                    self._config.handshake_timeout_s, self._config.ring_bytes, self._membership.add, self._on_control,
+                    self._on_gds,
+                )
+                undo.callback(registry.close)
+                for executor in self._watched:
+                    self._watch_executor(watch, executor)
+                thread = BackgroundThread("flexkv-transfer", self._turn, self._is_over, self._take_out_of_service)
+                self._watch, self._registry, self._thread = watch, registry, thread
+                self._unwatch = watch.remove
+                undo.callback(self._forget_start)
+                thread.start()
+                undo.pop_all()
+
+    def _forget_start(self) -> None:
+        self._watch = self._registry = self._thread = None
+
+    def _watch_executor(self, watch: Watch, executor: Executor) -> None:
+        """Wake up when the executor has results; ``_take_results`` takes them in at every turn."""
+        watch.add(executor.event_fd, lambda: None, lambda error: None)
 
     @property
     def is_ready(self) -> bool:
         """Every rank is registered and has pinned the usable slots, and the host pool exists."""
         registry = self._registry
-        return registry is not None and not self._closing and registry.complete and self._growth.complete
+        return (
+            registry is not None and self.in_service and not self._closing and registry.complete
+            and self._growth.complete
+        )
 
     def describe_ranks(self) -> str:
         """How many ranks are connected, in words; empty before ``start`` and after ``shutdown``."""
@@ -168,32 +177,62 @@ class TransferEngine:
         return self._pool
 
     def shutdown(self) -> None:
-        """Cancel everything, hang up on the agents, give the memory back. Can be called again."""
-        with self._lock:
-            if self._closing:
-                return
-            self._closing = True
-            unfinished = self._scheduler.running()
-        for task_id in unfinished:
-            self.cancel(task_id)
+        """Cancel everything, hang up on the agents, give the memory back. Bounded.
+
+        Every part is closed, also when another cannot be; the first error is raised at the end. A second call closes
+        what the first could not.
+        """
+        self._cancel_all()
         if self._thread is not None:
-            self.wait(lambda: self._scheduler.idle, self._config.handshake_timeout_s)
-            self._stopped = True
-            os.eventfd_write(self._wake_fd, 1)
-            self._thread.join()
+            self._thread.stop()
+            if self._watch is not None and not self._is_shut_down:
+                self._watch.wake()
+            self._thread.join(self._config.handshake_timeout_s)
+            if self._thread.is_alive():
+                raise TransferError(
+                    "the data plane's thread does not end: its memory and its descriptors stay as they are. See the "
+                    "log for a disk or a GPU that hangs, and end this process"
+                )
+        with ExitStack() as steps:               # last in, first out; each is called, whatever the others raise
+            if self._pool is not None:
+                steps.callback(self._pool.close)
+            for executor in set(self._executors.values()):
+                steps.callback(self._close_executor, executor)
+            steps.callback(self._fire)
+            steps.callback(self._disconnect)
+
+    def _cancel_all(self) -> None:
+        if not self._lock.acquire(timeout=self._config.handshake_timeout_s):
+            raise TransferError("the data plane is held up by a call that does not end: it cannot be shut down")
+        try:
+            was_closing, self._closing = self._closing, True
+            if self._membership is not None:
+                self._membership.is_closing = True
+            unfinished = self._scheduler.running()
+        finally:
+            self._lock.release()
+        if not was_closing:
+            for task_id in unfinished:
+                self.cancel(task_id)
+            if self._thread is not None:
+                self.wait(lambda: self._scheduler.idle, self._config.handshake_timeout_s)
+
+    def _disconnect(self) -> None:
         with self._lock:
-            for link in list(self._device.links):
-                self._device.remove(link)
-                link.close()
-            if self._registry is not None and self._epoll is not None:
+            if self._is_shut_down:
+                return
+            self._is_shut_down = True
+            if self._membership is not None:
+                self._membership.close()
+            if self._registry is not None:
                 self._registry.close()
-                self._epoll.close()
-                os.close(self._wake_fd)
-        self._fire()
-        for executor in set(self._executors.values()):
+            if self._watch is not None:
+                self._watch.close()
+
+    def _close_executor(self, executor: Executor) -> None:
+        if executor not in self._closed:
             executor.close()
-        if self._pool is not None:
-            self._pool.close()
+            self._closed.add(executor)
 
     def add_executor(self, executor: Executor) -> bool:
         """Take ops of more kinds; False, and nothing is done, if the engine is shutting down."""
@@ -203,198 +242,81 @@ class TransferEngine:
             self._executors.update(dict.fromkeys(executor.kinds, executor))
             if executor.event_fd >= 0:
                 self._watched.append(executor)
-                if self._epoll is not None:
-                    self._epoll.register(executor.event_fd, select.EPOLLIN)
+                if self._watch is not None:
+                    self._watch_executor(self._watch, executor)
         return True
 
     def wake(self) -> None:
         """Let the background thread look around, and call ``housekeeping``."""
         with self._lock:
-            if not self._closing and self._epoll is not None:
-                os.eventfd_write(self._wake_fd, 1)
-
-    def notify(self) -> None:
-        """Let ``wait`` look at its predicate again."""
-        with self._lock:
-            self._news.notify_all()
+            if not self._closing and self._watch is not None:
+                self._watch.wake()
 
     def _make_pool(self, layout: SlotLayout) -> HostPool:
-        slot_bytes, self.content = layout.slot_bytes, layout.content
+        slot_bytes = layout.slot_bytes
         num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
         pool = HostPool(slot_bytes, num_slots, self._hugepage_bytes)
-        self._pool = pool
-        pool.populate(self._growth.populated)
+        self._pool, self.content = pool, layout.content
+        try:
+            pool.populate(self._growth.populated)
+        except BaseException:
+            self._pool, self.content = None, b""
+            pool.close()
+            raise
         return pool
 
-    def _add_link(self, link: AgentLink) -> None:
-        assert self._epoll is not None  # narrowing: only the background thread comes here
-        with self._lock:
-            self._device.add(link)
-            self._growth.joined()
-            for fd in (link.connection.fileno(), link.rings.completion_event_fd):
-                self._links[fd] = link
-            self._news.notify_all()
-        self._epoll.modify(link.connection.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
-        self._epoll.register(link.rings.completion_event_fd, select.EPOLLIN)
+    def _joined(self, link: AgentLink) -> None:
+        self._growth.joined()
 
-    # ---- graphs -----------------------------------------------------------------------------------------------
-
-    def submit(self, graph: TransferGraph, on_done: OnDone, background: bool = False) -> None:
-        """Run a graph. ``on_done(graph)`` is called once, when it is quiesced: every block has its result, and
-        nothing touches its slots or pages any more. ``graph.status`` may be final before.
-
-        A ``background`` graph has no deadline: nobody waits for it, and its executor bounds each block."""
-        with self._lock:
-            limit_s = math.inf if background else self._config.op_timeout_s
-            self._scheduler.submit(graph, on_done, limit_s, OpStatus.CANCELLED if self._closing else None)
-        self._fire()
-
-    def cancel(self, task: int | TransferGraph) -> None:
-        """Start nothing more of a graph, given by its id or itself; blocks that are being copied are finished. Unknown
-        or ended graphs are left alone. A graph that is submitted later, by another thread, starts nothing."""
-        with self._lock:
-            if isinstance(task, TransferGraph):
-                self._scheduler.stop_graph(task, OpStatus.CANCELLED)
-            else:
-                self._scheduler.stop(task, OpStatus.CANCELLED)
-            self._news.notify_all()
-        self._fire()
-
-    def _fire(self) -> None:
-        """Run callbacks that are due, and tell those who wait."""
-        fired = False
-        while True:
-            try:
-                callback = self._scheduler.ended.popleft()
-            except IndexError:
-                break
-            fired = True
-            try:
-                callback()
-            except Exception:
-                logger.exception("a callback of a transfer failed")
-        if fired:
-            with self._lock:
-                self._news.notify_all()
-
-    # ---- results ----------------------------------------------------------------------------------------------
-
-    def poll(self) -> None:
-        """Take in results that are there, and run their callbacks; does not wait."""
-        with self._lock:
-            for link in list(self._device.links):
-                link.drain()
-            self._drain_executors()
-        self._fire()
-
-    def _drain_executors(self) -> None:
-        """Take in their results, under the lock. One that fails in it takes nothing more, and what it had fails."""
-        for executor in list(self._watched):
-            try:
-                executor.drain()
-            except Exception:
-                logger.exception("results could not be taken in: %s is given up", type(executor).__name__)
-                self._watched.remove(executor)
-                executor.give_up()
-
-    def wait(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until ``predicate()``, which callbacks make true; False after ``timeout_s`` seconds."""
-        deadline = time.monotonic() + timeout_s
-        self.poll()
-        if predicate():
-            return True
-        if timeout_s > 0 and self._spin(predicate):
-            return True
-        with self._news:
-            while not predicate():
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._news.wait(left):
-                    return predicate()
-        return True
-
-    def _spin(self, predicate: Callable[[], bool]) -> bool:
-        """Watch the rings for a short while: for a small block that is sooner than being woken."""
-        links = [link for link in list(self._device.links) if link.busy]
-        for link in links:
-            link.rings.set_waiting(False)
-        until = time.monotonic_ns() + _SPIN_NS
-        while links and time.monotonic_ns() < until and not predicate():
-            if any([link.rings.spin(_SPIN_NS // len(links)) for link in links]):
-                self.poll()
-        if any([link.rings.set_waiting(True) for link in links]):
-            self.poll()
-        return predicate()
+    def _left(self, link: AgentLink) -> None:
+        if self._registry is not None:
+            self._registry.lost(link.hello)
 
     # ---- the background thread --------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        assert self._epoll is not None  # narrowing: start() has made it
-        pause = 0.0
-        while not self._closing or not self._scheduler.idle:
-            events = self._epoll.poll(min(pause, self._time_to_next_deadline()))
-            for fd, _ in events:
-                self._handle(fd)
-            with self._lock:
-                links = list(self._device.links)
-                for link in links:
-                    while link.drain() or link.rings.set_waiting(True):
-                        if not link.healthy:
-                            break
-                self._drain_executors()
-                self._enforce_deadlines()
-            self._fire()
-            self._growth.update(links)
-            pause = self._keep_house()
-            if self._stopped:
-                return
+    def _is_over(self) -> bool:
+        return self._closing and self._scheduler.idle
 
-    def _keep_house(self) -> float:
-        try:
-            return self._housekeeping() if self._housekeeping is not None else _TICK_S
-        except Exception:
-            logger.exception("housekeeping failed")
-            return _TICK_S
-
-    def _time_to_next_deadline(self) -> float:
-        assert self._registry is not None  # narrowing
-        deadline = self._registry.next_deadline()
-        return min(self._scheduler.tick_s, math.inf if deadline is None else max(0.0, deadline - time.monotonic()))
-
-    def _handle(self, fd: int) -> None:
-        assert self._registry is not None and self._epoll is not None  # narrowing
-        if fd == self._registry.listener.fileno():
-            self._registry.accept(self._epoll)
-        elif self._registry.owns(fd):
+    def _turn(self) -> None:
+        """Do what is due. Every step is tried, also after one has failed; the first error is raised at the end."""
+        first_error: Exception | None = None
+        for step in (
+            self._handle_events, self._take_results, self._resend, self._enforce_deadlines, self._fire, self._grow,
+            self._keep_house,
+        ):
             try:
-                self._registry.readable(fd, self._epoll)
-            except CapacityError as error:
-                logger.error("%s", error)
-        elif fd == self._wake_fd:
-            os.eventfd_read(fd)
-        elif fd in self._links:
-            link = self._links[fd]
-            if fd == link.connection.fileno():
-                self._lose(link)
-            else:
-                os.eventfd_read(fd)
+                step()
+            except Exception as error:
+                first_error = first_error or error
+        if first_error is not None:
+            raise first_error
 
-    def _lose(self, link: AgentLink) -> None:
-        """An agent hung up: its process has ended, or it has stopped for good."""
-        assert self._registry is not None and self._epoll is not None  # narrowing
-        logger.warning("agent of %s is gone; what it was moving has failed", link.hello)
+    def _handle_events(self) -> None:
+        assert self._registry is not None and self._watch is not None  # narrowing: start() has made them
+        deadline = self._registry.next_deadline()
+        until = self._scheduler.tick_s if deadline is None else deadline - time.monotonic()
+        pause, self._pause_s = self._pause_s, self._scheduler.tick_s
+        self._watch.turn(min(pause, until))
+        self._registry.drop_silent()
+
+    def _resend(self) -> None:
+        """Send messages that found a ring full, soon and again until they are sent."""
         with self._lock:
-            link.drain()
-            for fd in (link.connection.fileno(), link.rings.completion_event_fd):
-                self._epoll.unregister(fd)
-                del self._links[fd]
-            self._device.remove(link)
-            self._registry.lost(link.hello)
-            link.close()
+            late = [link for link in self._device.links if link.backlog]
+            for link in late:
+                link.flush()
+            if not late:
+                self._resend_s = _FIRST_RESEND_S
+                return
+        self._pause_s, self._resend_s = self._resend_s, min(_MAX_RESEND_S, 2 * self._resend_s)
 
-    def _enforce_deadlines(self) -> None:
-        assert self._registry is not None and self._epoll is not None  # narrowing
-        self._registry.drop_silent(self._epoll)
-        for task_id, reason in self._scheduler.late(time.monotonic()):
-            logger.error("task %d: %s", task_id, reason)
-            self._scheduler.stop(task_id, OpStatus.TIMEOUT)
-            self._news.notify_all()
+    def _grow(self) -> None:
+        self._growth.update(self._device.links)
+
+    def _keep_house(self) -> None:
+        if self._housekeeping is None:
+            return
+        try:
+            self._pause_s = min(self._pause_s, self._housekeeping())
+        except Exception as error:
+            self._log.write(logging.ERROR, "housekeeping failed", error)

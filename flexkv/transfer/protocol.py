@@ -1,19 +1,19 @@
 """How a device agent and the controller meet: fixed messages over a Unix socket that passes descriptors.
 
 A connection says one HELLO and hears one WELCOME, with the descriptors of the host pool and the rings, or one
-REFUSAL. After that nothing is said on it: it is there to hang up, on either side.
+REFUSAL. After that the agent says FAREWELL when it ends on purpose and touches no slot and no page any more; either
+side hangs up when it is over. A hang-up without a farewell is the death of a process.
 """
 
-import os
-import socket
 import struct
 from dataclasses import astuple, dataclass, field
-from pathlib import Path
 
-from flexkv.config import register_port
+from flexkv._core.ring import FAREWELL, RING_HEADER_BYTES
 from flexkv.errors import RegistrationError
 
-_MAGIC = b"FLEXKV02"
+__all__ = ["FAREWELL", "MAX_MESSAGE_BYTES", "NUM_FDS", "Hello", "Welcome", "pack_refusal"]
+
+_MAGIC = b"FLEXKV03"
 _HELLO = struct.Struct("<8siiiiQQ16s")
 _WELCOME = struct.Struct("<8sQQQQQ")
 _REFUSAL = struct.Struct("<8s1024s")
@@ -21,6 +21,14 @@ _REFUSED = b"FLEXKVNO"
 MAX_MESSAGE_BYTES = 2048
 NUM_FDS = 4
 """That come with a WELCOME; one more is the socket of GPUDirect Storage (``flexkv.transfer.gds``)."""
+
+_MAX_SEGMENT_BYTES = 1 << 40
+_MAX_POOL_BYTES = 1 << 47
+"""The address space of a process on x86-64."""
+
+_MAX_PAGES = 1 << 31
+_MAX_RANK = (1 << 16) - 1
+_MIN_RING_BYTES, _MAX_RING_BYTES = 4096, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,15 @@ class Hello:
 
     @classmethod
     def unpack(cls, message: bytes) -> "Hello":
+        """The HELLO in a message; RegistrationError if it is none, or a number in it is out of range."""
         if len(message) != _HELLO.size or message[:8] != _MAGIC:
-            raise RegistrationError("what connected is no device agent of this version")
+            raise RegistrationError("the message is no HELLO of this version: use one version of FlexKV")
         hello = cls(*_HELLO.unpack(message)[1:])
-        if hello.num_pages < 1 or hello.segment_bytes < 1 or hello.pp_rank < 0 or hello.rank < 0:
-            raise RegistrationError(f"{hello}: impossible sizes or ranks")
+        _check("dp_client_id", hello.dp_client_id, 0, _MAX_RANK)
+        _check("pp_rank", hello.pp_rank, 0, _MAX_RANK)
+        _check("rank", hello.rank, 0, _MAX_RANK)
+        _check("num_pages", hello.num_pages, 1, _MAX_PAGES)
+        _check("segment_bytes", hello.segment_bytes, 1, _MAX_SEGMENT_BYTES)
         return hello
 
 
@@ -66,56 +78,28 @@ class Welcome:
 
     @classmethod
     def unpack(cls, message: bytes) -> "Welcome":
+        """The WELCOME in a message; RegistrationError if it is a refusal, or no WELCOME, or does not make sense."""
         if message[:8] == _REFUSED and len(message) == _REFUSAL.size:
             raise RegistrationError(_REFUSAL.unpack(message)[1].rstrip(b"\0").decode(errors="replace"))
         if len(message) != _WELCOME.size or message[:8] != _MAGIC:
-            raise RegistrationError("what answered is no controller of this version")
-        return cls(*_WELCOME.unpack(message)[1:])
+            raise RegistrationError("the answer is no WELCOME of this version: use one version of FlexKV")
+        welcome = cls(*_WELCOME.unpack(message)[1:])
+        _check("pool_bytes", welcome.pool_bytes, 1, _MAX_POOL_BYTES)
+        _check("slot_bytes", welcome.slot_bytes, 1, welcome.pool_bytes)
+        _check("segment_bytes", welcome.segment_bytes, 1, welcome.slot_bytes)
+        _check("segment_offset", welcome.segment_offset, 0, welcome.slot_bytes - welcome.segment_bytes)
+        data_bytes = welcome.ring_bytes - RING_HEADER_BYTES
+        _check("ring_bytes", data_bytes, _MIN_RING_BYTES, _MAX_RING_BYTES)
+        if data_bytes & (data_bytes - 1):
+            raise RegistrationError(f"ring_bytes of the controller is {data_bytes}: it must be a power of two")
+        return welcome
+
+
+def _check(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise RegistrationError(f"{name} is {value}: it must be from {low} to {high}")
 
 
 def pack_refusal(reason: str) -> bytes:
-    return _REFUSAL.pack(_REFUSED, reason.encode()[:1023])
-
-
-def socket_path(port: str) -> Path:
-    """File of a port, given as a path or as upstream's ``ipc://`` address; ConfigError for another address."""
-    return Path(str(register_port("gpu_register_port", port)).removeprefix("ipc://"))
-
-
-def listen(port: str) -> socket.socket:
-    """A non-blocking listening socket, for this user alone. A file left by a controller that died is replaced.
-
-    Raises
-    ------
-    RegistrationError
-        Another controller listens there, or the place cannot be used.
-    """
-    path = socket_path(port)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    try:
-        if path.exists():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-                try:
-                    probe.connect(str(path))
-                    raise RegistrationError(f"another controller listens at {path}: give each its gpu_register_port")
-                except ConnectionRefusedError:
-                    path.unlink()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        listener.bind(str(path))
-        os.chmod(path, 0o600)     # before listen: nobody can have connected yet
-        listener.listen(64)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise RegistrationError(f"cannot listen at {path}: {error.strerror or error}") from error
-    except RegistrationError:
-        listener.close()
-        raise
-    return listener
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """User of the process at the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    uid: int = struct.unpack("3i", credentials)[1]
-    return uid
+    """The message that refuses a rank; long reasons are cut."""
+    return _REFUSAL.pack(_REFUSED, reason.encode(errors="replace")[:1023])

@@ -1,33 +1,51 @@
 """Registration of ranks: from a connection to an agent that takes ops."""
 
+import errno
 import logging
 import os
-import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 
 from flexkv._core.ring import ControllerRings
-from flexkv.errors import RegistrationError
+from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
 from flexkv.transfer.control import is_control
 from flexkv.transfer.device import AgentLink
-from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, Hello, Welcome, listen, pack_refusal, peer_uid, socket_path
+from flexkv.transfer.peer_process import peer_credentials
+from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, Hello, Welcome, pack_refusal
+from flexkv.transfer.repeated_log import RepeatedLog
+from flexkv.transfer.socket_file import ListeningSocket, socket_path
+from flexkv.transfer.watch import Watch
 
 logger = logging.getLogger("flexkv.transfer")
 
 RankId = tuple[int, int, int]
 """dp_client_id, pp_rank, rank."""
 
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""``accept`` fails, and the listener stays readable."""
+
+_PAUSE_S = 0.5
+"""Pause of the listener while the process is out of descriptors or memory, and of one whose handler failed."""
+
+_BATCH = 64
+"""Connections accepted at a time: the backlog of the listener."""
+
 
 class Registry:
     """Listens for ranks; when all are there it fixes the slot layout, makes the host pool, and welcomes them.
 
-    A rank whose process died can register again. Runs on the data plane's background thread alone.
+    A rank whose process died can register again. Runs on the data plane's background thread alone. A fault of one
+    connection closes that connection.
 
     Parameters
     ----------
+    watch : Watch
+        Where the listener and the connections are watched.
     port : str
         Path of the Unix socket.
     dp_client_ids : tuple of int
@@ -53,6 +71,7 @@ class Registry:
 
     def __init__(
         self,
+        watch: Watch,
         port: str,
         dp_client_ids: tuple[int, ...],
         ranks_per_client: int,
@@ -63,7 +82,7 @@ class Registry:
         on_control: Callable[[bytes, Sequence[int]], bytes],
         on_gds: Callable[[socket.socket], None] | None = None,
     ) -> None:
-        self._path = socket_path(port)
+        self._watch = watch
         self._clients = dp_client_ids
         self._ranks = ranks_per_client
         self._make_pool = make_pool
@@ -79,81 +98,104 @@ class Registry:
         self._layout: SlotLayout | None = None
         self._pool: HostPool | None = None
         self._last_refusal = ""
-        self.listener = listen(port)
+        self._log = RepeatedLog(logger)
+        self._listening = ListeningSocket(socket_path(port))
+        self.listener = self._listening.socket
+        watch.add(self.listener.fileno(), self.accept, lambda error: watch.pause(self.listener.fileno(), _PAUSE_S))
 
     def next_deadline(self) -> float | None:
         """When a connection will have been silent for too long (``time.monotonic``)."""
         return min((until for _, until in self._silent.values()), default=None)
 
-    def accept(self, epoll: select.epoll) -> None:
+    def accept(self) -> None:
         """Take new connections; their first message is awaited without blocking."""
-        while True:
+        for _ in range(_BATCH):
             try:
                 connection, _ = self.listener.accept()
             except BlockingIOError:
                 return
             except OSError as error:
-                logger.warning("a rank cannot connect: %s", error)
-                return
-            if peer_uid(connection) not in (os.getuid(), 0):
-                logger.error("refused a connection from user %d", peer_uid(connection))
-                connection.close()
+                self._log.write(logging.WARNING, f"a rank or user cannot connect: {error.strerror or error}")
+                if error.errno in _EXHAUSTED:
+                    self._watch.pause(self.listener.fileno(), _PAUSE_S)
+                    return
                 continue
-            connection.setblocking(False)
-            self._silent[connection.fileno()] = (connection, time.monotonic() + self._timeout_s)
-            epoll.register(connection.fileno(), select.EPOLLIN)
+            try:
+                self._take(connection)
+            except BaseException:
+                connection.close()
+                raise
 
-    def owns(self, fd: int) -> bool:
-        """Whether the descriptor is a connection that is not an agent yet."""
-        return fd in self._silent or any(connection.fileno() == fd for connection, _ in self._waiting.values())
+    def _take(self, connection: socket.socket) -> None:
+        _, uid = peer_credentials(connection)
+        if uid not in (os.getuid(), 0):
+            self._log.write(logging.ERROR, f"refused a connection from user {uid}")
+            connection.close()
+            return
+        connection.setblocking(False)
+        fd = connection.fileno()
+        self._watch.add(fd, partial(self._read, connection), lambda error: self._drop(connection))
+        self._silent[fd] = (connection, time.monotonic() + self._timeout_s)
 
-    def readable(self, fd: int, epoll: select.epoll) -> None:
+    def _drop(self, connection: socket.socket) -> None:
+        """Close a connection that is no agent's. May be repeated."""
+        fd = connection.fileno()
+        if fd >= 0:
+            self._silent.pop(fd, None)
+            for rank_id in [rank_id for rank_id, (other, _) in self._waiting.items() if other is connection]:
+                del self._waiting[rank_id]
+            self._watch.remove(fd)
+            connection.close()
+
+    def _read(self, connection: socket.socket) -> None:
         """A connection said its HELLO, or a user's request, or hung up."""
-        if fd in self._silent:
-            connection, _ = self._silent.pop(fd)
-            if self._listen_to(connection):
-                return
-        else:
-            rank_id, (connection, _) = next(
-                (rank_id, item) for rank_id, item in self._waiting.items() if item[0].fileno() == fd
-            )
-            logger.warning("rank %s went away before all were there", rank_id)
-            del self._waiting[rank_id]
-        epoll.unregister(fd)
-        connection.close()
+        if connection.fileno() in self._silent:
+            self._listen_to(connection)
+            return
+        with suppress(BlockingIOError):              # one call too many is allowed
+            connection.recv(MAX_MESSAGE_BYTES)
+            logger.info("a rank has left before all ranks were registered")
+            self._drop(connection)
 
-    def _listen_to(self, connection: socket.socket) -> bool:
-        """Take the first message; whether the connection is a rank's, and stays."""
+    def _listen_to(self, connection: socket.socket) -> None:
+        """Take the first message. The connection of a rank stays, others are closed."""
         fds: list[int] = []
+        stays = False
         try:
             message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             if is_control(message):
-                connection.send(self._on_control(message, fds))
+                self._answer(connection, message, fds)
             elif message:
                 self._admit(connection, Hello.unpack(message))
-                return True
+                stays = True
+        except BlockingIOError:
+            stays = True                             # one call too many is allowed
         except OSError as error:
-            logger.warning("a rank's or user's connection broke: %s", error)
+            self._log.write(logging.WARNING, f"a rank's or user's connection broke: {error}")
         except RegistrationError as error:
             self._refuse(connection, str(error))
         finally:
             for fd in fds:
                 os.close(fd)
-        return False
+            if not stays:
+                self._drop(connection)
 
-    def drop_silent(self, epoll: select.epoll) -> None:
+    def _answer(self, connection: socket.socket, message: bytes, fds: Sequence[int]) -> None:
+        reply = self._on_control(message, fds)
+        with suppress(BlockingIOError):              # it fits a socket's buffer, unless the user has filled that
+            connection.send(reply)
+
+    def drop_silent(self) -> None:
         """Close connections that have said nothing in time."""
         now = time.monotonic()
-        for fd, (connection, until) in list(self._silent.items()):
+        for connection, until in list(self._silent.values()):
             if until <= now:
-                logger.warning("a connection said nothing for %g s; dropped", self._timeout_s)
-                del self._silent[fd]
-                epoll.unregister(fd)
-                connection.close()
+                self._log.write(logging.WARNING, f"a connection said nothing for {self._timeout_s:g} s; dropped")
+                self._drop(connection)
 
     def _refuse(self, connection: socket.socket, reason: str) -> None:
-        logger.error("refused a rank: %s", reason)
         self._last_refusal = reason
+        self._log.write(logging.ERROR, f"refused a rank: {reason}")
         try:
             connection.send(pack_refusal(reason))
         except OSError as error:
@@ -176,13 +218,25 @@ class Registry:
                     f"rank {rank_id} registers tensors of other shapes than before, for which what is cached is wrong: "
                     "start a new KVManager"
                 )
+        self._silent.pop(connection.fileno(), None)
         self._waiting[rank_id] = (connection, hello)
         mine = [rank for rank in self._waiting if rank[0] == hello.dp_client_id]
         if self._layout is None and len(mine) == self._ranks:
-            self._fix_layout()
+            try:
+                self._fix_layout()
+            except Exception as error:
+                self._refuse_all(error)
         if self._layout is not None:
             for rank_id in list(self._welcomable()):
                 self._welcome(rank_id)
+
+    def _refuse_all(self, error: Exception) -> None:
+        """There is no host pool: no rank that waits for it can be welcomed."""
+        if not isinstance(error, (FlexKVError, OSError, MemoryError)):
+            self._log.write(logging.ERROR, "the host pool cannot be made", error)
+        for connection, _ in list(self._waiting.values()):
+            self._refuse(connection, f"the controller has no host pool: {error}")
+            self._drop(connection)
 
     def _welcomable(self) -> Iterator[RankId]:
         return (rank_id for rank_id in self._waiting if rank_id in self._index)
@@ -202,30 +256,53 @@ class Registry:
                 self._index[rank_id] = index
 
     def _welcome(self, rank_id: RankId) -> None:
-        connection, hello = self._waiting.pop(rank_id)
-        assert self._layout is not None and self._pool is not None  # narrowing; _admit has made sure
-        rings = ControllerRings(self._ring_bytes)
-        index = self._index[rank_id]
-        welcome = Welcome(
-            self._pool.num_bytes, self._pool.slot_bytes, self._layout.segment_offsets[index],
-            self._layout.segment_bytes[index], rings.ring_bytes,
-        )
-        fds = [self._pool.fd, rings.fd, rings.submission_event_fd, rings.completion_event_fd]
-        gds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) if self._on_gds is not None else ()
+        """Give a rank what its agent needs; one that cannot have it is refused."""
+        connection, hello = self._waiting[rank_id]
         try:
+            link, gds = self._make_link(rank_id)
+        except BrokenPipeError as error:
+            logger.info("rank %s has left before it was welcomed: %s", rank_id, error.strerror)
+            self._drop(connection)
+        except (OSError, MemoryError) as error:
+            self._refuse(connection, f"rank {rank_id} cannot be welcomed: {error}")
+            self._drop(connection)
+        else:
+            del self._waiting[rank_id]
+            self._watch.remove(connection.fileno())
+            self._connected.add(rank_id)
+            logger.info("rank %s registered: %d pages, %d bytes a block", rank_id, hello.num_pages, hello.segment_bytes)
+            self._on_link(link)
+            if gds is not None and self._on_gds is not None:
+                self._on_gds(gds)
+
+    def _make_link(self, rank_id: RankId) -> tuple[AgentLink, socket.socket | None]:
+        """A link to a rank that has got its WELCOME, and the controller's end of its socket of GPUDirect Storage."""
+        connection, hello = self._waiting[rank_id]
+        assert self._layout is not None and self._pool is not None  # narrowing; _admit has made sure
+        index = self._index[rank_id]
+        rings = ControllerRings(self._ring_bytes)
+        gds: tuple[socket.socket, ...] = ()
+        link = None
+        try:
+            welcome = Welcome(
+                self._pool.num_bytes, self._pool.slot_bytes, self._layout.segment_offsets[index],
+                self._layout.segment_bytes[index], rings.ring_bytes,
+            )
+            if self._on_gds is not None:
+                gds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            link = AgentLink(connection, hello, rings)
+            fds = [self._pool.fd, rings.fd, rings.submission_event_fd, rings.completion_event_fd]
             socket.send_fds(connection, [welcome.pack()], fds + [end.fileno() for end in gds[1:]])
-        except OSError as error:
-            logger.warning("rank %s went away before it was welcomed: %s", rank_id, error)
+        except BaseException:
             rings.close()
-            for each in (connection, *gds):
-                each.close()
-            return
-        self._connected.add(rank_id)
-        logger.info("rank %s registered: %d pages, %d bytes a block", rank_id, hello.num_pages, hello.segment_bytes)
-        self._on_link(AgentLink(connection, hello, rings))
-        if gds and self._on_gds is not None:
-            gds[1].close()
-            self._on_gds(gds[0])
+            for end in gds:
+                end.close()
+            if link is not None:
+                link.process.close()
+            raise
+        for end in gds[1:]:
+            end.close()
+        return link, gds[0] if gds else None
 
     def lost(self, hello: Hello) -> None:
         """The rank's process is gone; it may register again."""
@@ -241,16 +318,15 @@ class Registry:
         refusal = f" (refused: {self._last_refusal})" if self._last_refusal else ""
         return (
             f"{len(self._connected)} of {self._ranks * len(self._clients)} ranks have registered their tensors at "
-            f"{self._path}{refusal}"
+            f"{self._listening.path}{refusal}"
         )
 
     def close(self) -> None:
-        """Stop listening, and hang up on those who wait."""
-        self.listener.close()
-        self._path.unlink(missing_ok=True)
+        """Stop listening, and hang up on connections that are no agents'. Can be called again."""
+        if self.listener.fileno() >= 0:
+            self._watch.remove(self.listener.fileno())
+        self._listening.close()
         for connection, _ in [*self._silent.values(), *self._waiting.values()]:
-            connection.close()
-        self._silent.clear()
-        self._waiting.clear()
+            self._drop(connection)
 
 

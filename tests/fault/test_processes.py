@@ -176,7 +176,7 @@ def test_silent_and_babbling_connections_harm_nobody(tmp_path: Path) -> None:
         task = manager.put_async(tokens_of(1), mapping([0]))
         assert manager.wait(task)[task].status is Status.SUCCESS
         babbling.settimeout(3)
-        assert b"no device agent" in babbling.recv(4096)
+        assert b"no HELLO of this version" in babbling.recv(4096)
         silent.settimeout(3)
         assert silent.recv(10) == b""                                      # hung up on, in time
         silent.close()
@@ -225,7 +225,7 @@ def test_a_corrupt_ring_costs_the_rank_its_connection(tmp_path: Path, kind: str)
         os.eventfd_write(rings.completion_event_fd, 1)
         until(lambda: not link.healthy)
         task = manager.put_async(tokens_of(2, 1), mapping([2, 3]))
-        assert manager.wait(task, timeout=10)[task].status is Status.TIMEOUT
+        assert manager.wait(task, timeout=1)[task].status is Status.FAILED  # at once: it is sent to no agent
         rank.signal(signal.SIGCONT)                                        # it sees that it was cut off, and ends
         until(lambda: not manager.is_ready())
         assert rank("client", "is_lost")

@@ -1,0 +1,64 @@
+"""A thread that survives the failures of its work."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from flexkv.transfer.repeated_log import RepeatedLog
+
+logger = logging.getLogger("flexkv.transfer")
+
+_MAX_FAILURES = 5
+"""Failures in a row after which the work is given up. With the pauses between them that takes 1.5 s."""
+
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
+"""Pause after a failure; it doubles with each failure in a row."""
+
+
+class BackgroundThread(threading.Thread):
+    """Calls ``turn`` until ``stop``, whatever ``turn`` raises.
+
+    Failures are logged at a bounded rate and slow the thread down. After ``_MAX_FAILURES`` in a row ``give_up`` is
+    called, once; the thread calls ``turn`` after that too, in case part of its work still succeeds.
+
+    Parameters
+    ----------
+    name : str
+    turn : callable
+    is_over : callable
+        Asked between two turns: True ends the thread.
+    give_up : callable
+    """
+
+    def __init__(
+        self, name: str, turn: Callable[[], None], is_over: Callable[[], bool], give_up: Callable[[], None]
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self._turn = turn
+        self._is_over = is_over
+        self._give_up = give_up
+        self._halt = threading.Event()
+        self._failures = 0
+        self._log = RepeatedLog(logger)
+
+    def run(self) -> None:
+        while not self._halt.is_set() and not self._is_over():
+            try:
+                self._turn()
+                self._failures = 0
+            except BaseException as error:               # a thread that ends takes deadlines and registration along
+                self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        self._failures += 1
+        self._log.write(logging.ERROR, f"the data plane's thread failed, {self._failures} times in a row", error)
+        if self._failures == _MAX_FAILURES:
+            try:
+                self._give_up()
+            except BaseException as second:
+                logger.critical("the data plane could not be taken out of service", exc_info=second)
+        self._halt.wait(min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 5)))
+
+    def stop(self) -> None:
+        """End after the turn that is under way."""
+        self._halt.set()

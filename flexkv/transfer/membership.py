@@ -1,0 +1,128 @@
+"""Agents that come and leave: an agent's memory accesses end when it says farewell, or when its process is gone."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from flexkv.errors import RingCorruptedError
+from flexkv.transfer.device import AgentLink, DeviceExecutor
+from flexkv.transfer.graph import OpStatus
+from flexkv.transfer.scheduler import Scheduler
+from flexkv.transfer.watch import Watch
+
+logger = logging.getLogger("flexkv.transfer")
+
+_UNKNOWN_PROCESS_S = 10.0
+"""Time from the hang-up of a process that cannot be watched (no pidfd) until its slots are given back. Teardown of a
+GPU process takes 50 ms to a few seconds."""
+
+_PAUSE_S = 0.5
+"""Pause after an event that could not be handled."""
+
+
+class Membership:
+    """The agents of an engine, from registration until nothing of theirs touches a slot.
+
+    1. *Connected*: the agent takes ops.
+    2. *Hung up without a farewell*: its process died, or dies now, and its GPU may still write. The graphs with blocks
+       under way there fail at once, so that their waiters go on; their slots stay reserved.
+    3. *At rest*: the agent said farewell, or its process is gone. Its blocks have failed, their slots are given back.
+
+    Every method is called by the background thread, under the engine's lock or taking it.
+
+    Parameters
+    ----------
+    watch : Watch
+    device : DeviceExecutor
+    scheduler : Scheduler
+    locked : callable
+        ``locked(function)`` calls it under the engine's lock, and runs the callbacks that are due after that.
+    on_join, on_leave : callable
+        Called under the lock with each link that takes ops from now on, or takes none any more.
+    """
+
+    def __init__(
+        self, watch: Watch, device: DeviceExecutor, scheduler: Scheduler, locked: Callable[[Callable[[], None]], None],
+        on_join: Callable[[AgentLink], None], on_leave: Callable[[AgentLink], None],
+    ) -> None:
+        self._watch = watch
+        self._device = device
+        self._scheduler = scheduler
+        self._locked = locked
+        self._on_join = on_join
+        self._on_leave = on_leave
+        self._dying: list[AgentLink] = []
+        self.is_closing = False
+        """The engine stops: agents that leave are expected."""
+
+    def add(self, link: AgentLink) -> None:
+        """An agent has registered; its connection is not watched yet."""
+        for fd, handler in (
+            (link.connection.fileno(), partial(self._hear, link)), (link.rings.completion_event_fd, link.clear_news)
+        ):
+            self._watch.add(fd, handler, partial(self._failed, fd, link))
+        link.on_backlog = self._watch.wake
+        self._locked(partial(self._join, link))
+
+    def _join(self, link: AgentLink) -> None:
+        self._device.add(link)
+        self._on_join(link)
+
+    def _failed(self, fd: int, link: AgentLink, error: Exception) -> None:
+        """An event of the link could not be handled: the fault stays with this link."""
+        ours = not isinstance(error, RingCorruptedError)
+        link.condemn(f"{type(error).__name__} in the controller" if ours else str(error))
+        self._watch.pause(fd, _PAUSE_S)
+
+    def _hear(self, link: AgentLink) -> None:
+        """The agent said something, or hung up."""
+        if link.hear():
+            self._locked(partial(self._leave, link))
+
+    def _leave(self, link: AgentLink) -> None:
+        link.drain()
+        self._watch.remove(link.connection.fileno())
+        self._watch.remove(link.rings.completion_event_fd)
+        self._device.detach(link)
+        self._on_leave(link)
+        name = f"rank {link.hello.rank}"
+        if link.said_farewell or self.is_closing:
+            logger.info("%s has left", name)
+        else:
+            logger.warning(
+                "%s (process %d) ended without a farewell: %d transfers have failed%s", name, link.process.pid,
+                len(link.task_ids), "; slots that it may still write stay reserved until the process is gone"
+                if link.busy else "",
+            )
+        if link.said_farewell or not link.busy or link.process.is_gone:
+            self._bury(link)
+            return
+        for task_id in link.task_ids:
+            self._scheduler.stop(task_id, OpStatus.FAILED)
+        self._dying.append(link)
+        if link.process.fd >= 0:
+            fd = link.process.fd
+            self._watch.add(fd, partial(self._check, link), lambda error: self._watch.pause(fd, _PAUSE_S))
+        else:
+            self._watch.after(_UNKNOWN_PROCESS_S, lambda: self._locked(partial(self._bury, link)))
+
+    def _check(self, link: AgentLink) -> None:
+        if link.process.is_gone:
+            logger.info("process %d of rank %d is gone; its slots are free", link.process.pid, link.hello.rank)
+            self._locked(partial(self._bury, link))
+
+    def _bury(self, link: AgentLink) -> None:
+        """Nothing of the agent touches a slot any more."""
+        if link in self._dying:
+            self._dying.remove(link)
+        self._watch.remove(link.process.fd)
+        link.lose()
+        link.close()
+
+    def close(self) -> None:
+        """Hang up on all agents; what they had not reported has failed. Under the engine's lock, after its thread."""
+        for link in [*self._device.links, *self._dying]:
+            self._device.detach(link)
+            link.lose()
+            link.close()
+        self._dying.clear()

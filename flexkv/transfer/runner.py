@@ -1,0 +1,196 @@
+"""GraphRunner: runs transfer graphs over executors, for many threads that wait for results."""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from flexkv.config import TransferConfig
+from flexkv.transfer.device import DeviceExecutor
+from flexkv.transfer.executor import ArrivalExecutor, Executor
+from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph
+from flexkv.transfer.repeated_log import RepeatedLog
+from flexkv.transfer.scheduler import Observe, OnDone, Scheduler
+
+logger = logging.getLogger("flexkv.transfer")
+
+_SPIN_NS = 50_000
+"""A waiter watches the rings so long before it sleeps: about the time that a 64 KiB block takes."""
+
+
+class GraphRunner:
+    """Graphs that run, and the threads that wait for them.
+
+    Every method may be called from any thread. No method raises what a callback, an executor or an agent did: such a
+    failure ends what it concerns, and other graphs go on.
+
+    Parameters
+    ----------
+    config : TransferConfig
+    ranks : int
+        Device agents of each data-parallel client.
+    executors : sequence of Executor
+        For kinds of ops that device agents do not move.
+    observe : Observe, optional
+        As in ``Scheduler``.
+    """
+
+    def __init__(
+        self, config: TransferConfig, ranks: int, executors: Sequence[Executor], observe: Observe | None
+    ) -> None:
+        self._config = config
+        self._lock = threading.RLock()
+        self._news = threading.Condition(self._lock)
+        self._device = DeviceExecutor(ranks)
+        self._executors: dict[OpKind, Executor] = {
+            kind: executor for executor in (*executors, ArrivalExecutor(), self._device) for kind in executor.kinds
+        }
+        self._watched = [executor for executor in executors if executor.event_fd >= 0]
+        self._scheduler = Scheduler(self._executors, observe, self._device.reached)
+        self._closing = self._out_of_service = False
+        self._log = RepeatedLog(logger)
+        self._unwatch: Callable[[int], None] = lambda fd: None
+        """Called with the ``event_fd`` of an executor that was given up."""
+
+    @property
+    def in_service(self) -> bool:
+        """False after the background thread failed again and again: nothing is moved any more, every graph fails at
+        once, and the agents are cut off."""
+        return not self._out_of_service
+
+    def submit(self, graph: TransferGraph, on_done: OnDone, background: bool = False) -> None:
+        """Run a graph. ``on_done(graph)`` is called once, when it is quiesced: every block has its result, and
+        nothing touches its slots or pages any more. ``graph.status`` may be final before.
+
+        A ``background`` graph has no deadline: nobody waits for it, and its executor bounds each block."""
+        with self._lock:
+            limit_s = math.inf if background else self._config.op_timeout_s
+            verdict = OpStatus.CANCELLED if self._closing else OpStatus.FAILED if self._out_of_service else None
+            self._scheduler.submit(graph, on_done, limit_s, verdict)
+        self._fire()
+
+    def cancel(self, task: int | TransferGraph) -> None:
+        """Start nothing more of a graph, given by its id or itself; blocks that are being copied are finished. Unknown
+        or ended graphs are left alone. A graph that is submitted later, by another thread, starts nothing."""
+        with self._lock:
+            if isinstance(task, TransferGraph):
+                self._scheduler.stop_graph(task, OpStatus.CANCELLED)
+            else:
+                self._scheduler.stop(task, OpStatus.CANCELLED)
+            self._news.notify_all()
+        self._fire()
+
+    def notify(self) -> None:
+        """Let ``wait`` look at its predicate again."""
+        with self._lock:
+            self._news.notify_all()
+
+    def _fire(self) -> None:
+        """Run callbacks that are due, and tell those who wait."""
+        fired = False
+        while True:
+            try:
+                callback = self._scheduler.ended.popleft()
+            except IndexError:
+                break
+            fired = True
+            try:
+                callback()
+            except Exception:
+                logger.exception("a callback of a transfer failed")
+        if fired:
+            with self._lock:
+                self._news.notify_all()
+
+    # ---- results ----------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take in results that are there, and run their callbacks; does not wait."""
+        with self._lock:
+            for link in list(self._device.links):
+                link.drain()
+            self._drain_executors()
+        self._fire()
+
+    def _drain_executors(self) -> None:
+        """Take in their results, under the lock. One that fails in it takes nothing more, and what it had fails."""
+        for executor in list(self._watched):
+            try:
+                executor.drain()
+            except Exception:
+                logger.exception("results could not be taken in: %s is given up", type(executor).__name__)
+                self._watched.remove(executor)
+                self._unwatch(executor.event_fd)
+                try:
+                    executor.give_up()
+                except Exception:
+                    logger.exception("%s could not be given up", type(executor).__name__)
+
+    def wait(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until ``predicate()``, which callbacks make true; False after ``timeout_s`` seconds."""
+        deadline = time.monotonic() + timeout_s
+        self.poll()
+        if predicate():
+            return True
+        if timeout_s > 0 and self._spin(predicate):
+            return True
+        with self._news:
+            while not predicate():
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._news.wait(left):
+                    return predicate()
+        return True
+
+    def _spin(self, predicate: Callable[[], bool]) -> bool:
+        """Watch the rings for a short while: for a small block that is sooner than being woken."""
+        links = [link for link in list(self._device.links) if link.busy]
+        for link in links:
+            link.rings.set_waiting(False)
+        until = time.monotonic_ns() + _SPIN_NS
+        while links and time.monotonic_ns() < until and not predicate():
+            if any([link.rings.spin(_SPIN_NS // len(links)) for link in links]):
+                self.poll()
+        if any([link.rings.set_waiting(True) for link in links]):
+            self.poll()
+        return predicate()
+
+    def _locked(self, function: Callable[[], None]) -> None:
+        with self._lock:
+            function()
+            self._news.notify_all()
+        self._fire()
+
+    def _take_results(self) -> None:
+        with self._lock:
+            for link in list(self._device.links):
+                while link.drain() or link.rings.set_waiting(True):
+                    if not link.healthy:
+                        break
+            self._drain_executors()
+
+    def _enforce_deadlines(self) -> None:
+        """Stop graphs that took too long."""
+        with self._lock:
+            for task_id, reason in self._scheduler.late(time.monotonic()):
+                logger.error("task %d: %s", task_id, reason)
+                self._scheduler.stop(task_id, OpStatus.TIMEOUT)
+                self._news.notify_all()
+
+    def _take_out_of_service(self) -> None:
+        """Fail every graph, now and from now on, and have the agents end."""
+        with self._lock:
+            self._out_of_service = True
+            logger.critical(
+                "FlexKV is out of service: its data plane failed again and again, see the errors above. The engine "
+                "goes on without loading or saving KV; restart it to use FlexKV again"
+            )
+            for link in list(self._device.links):
+                link.condemn("the data plane is out of service")
+            for task_id in self._scheduler.running():
+                try:
+                    self._scheduler.stop(task_id, OpStatus.FAILED)
+                except Exception as error:
+                    self._log.write(logging.ERROR, f"task {task_id} could not be stopped", error)
+            self._news.notify_all()
+        self._fire()

@@ -1,0 +1,94 @@
+"""Descriptors and timers that one thread waits for, each with a handler of its own."""
+
+import heapq
+import itertools
+import logging
+import os
+import select
+import time
+from collections.abc import Callable
+
+from flexkv.transfer.repeated_log import RepeatedLog
+
+logger = logging.getLogger("flexkv.transfer")
+
+Handler = Callable[[], None]
+OnError = Callable[[Exception], None]
+
+
+class Watch:
+    """Calls handlers when their descriptors are readable or their time has come.
+
+    An exception of a handler concerns its own descriptor only: it is logged, and ``on_error`` of that descriptor is
+    called, which must stop watching it or change its state. All other handlers are called nevertheless.
+
+    ``turn`` must be called by one thread; ``add``, ``remove`` and ``wake`` may be called by any.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        try:
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError:
+            self._epoll.close()
+            raise
+        self._handlers: dict[int, tuple[Handler, OnError]] = {}
+        self._timers: list[tuple[float, int, Handler]] = []
+        self._order = itertools.count()
+        self._log = RepeatedLog(logger)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+
+    def add(self, fd: int, handler: Handler, on_error: OnError) -> None:
+        """Call ``handler`` whenever ``fd`` is readable or hung up, until ``remove``.
+
+        A handler must check that its descriptor has news: after a descriptor number is used anew, one call too many is
+        possible.
+        """
+        self._epoll.register(fd, select.EPOLLIN)
+        self._handlers[fd] = handler, on_error
+
+    def remove(self, fd: int) -> None:
+        """Stop watching ``fd``, which must be open still. Unknown descriptors are ignored."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def pause(self, fd: int, seconds: float) -> None:
+        """Do not look at ``fd`` for so long."""
+        if fd in self._handlers:
+            self._epoll.modify(fd, 0)
+            self.after(seconds, lambda: self._resume(fd))
+
+    def _resume(self, fd: int) -> None:
+        if fd in self._handlers:
+            self._epoll.modify(fd, select.EPOLLIN)
+
+    def after(self, seconds: float, handler: Handler) -> None:
+        """Call ``handler`` once, in so many seconds. For the thread of ``turn``."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), handler))
+
+    def wake(self) -> None:
+        """End the ``turn`` that waits now, or else the next one, at once."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def turn(self, timeout_s: float) -> None:
+        """Wait for events, at most ``timeout_s`` seconds, and call their handlers."""
+        if self._timers:
+            timeout_s = min(timeout_s, self._timers[0][0] - time.monotonic())
+        for fd, _ in self._epoll.poll(max(0.0, timeout_s)):
+            if fd == self._wake_fd:
+                os.eventfd_read(fd)
+            elif fd in self._handlers:
+                handler, on_error = self._handlers[fd]
+                try:
+                    handler()
+                except Exception as error:
+                    self._log.write(logging.ERROR, "an event could not be handled", error)
+                    on_error(error)
+        now = time.monotonic()
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2]()
+
+    def close(self) -> None:
+        """Give the descriptors of this object back; watched ones stay their owners'."""
+        self._epoll.close()
+        os.close(self._wake_fd)
