@@ -341,8 +341,8 @@ cdef class DeviceAgent:
                 os.write(self.socket_fd, FAREWELL)
             self.ended = -125
         if rc:
-            logger.error("the GPU does not finish its copies: memory that it may still touch stays allocated on purpose, "
-                         "until this process ends")
+            logger.error("the GPU does not finish its copies: memory that it may still touch stays allocated until "
+                         "this process ends, on purpose")
             _left_behind.append((self.pool, self.rings, self.regions, self.spans, self.signals, self.driver, self.fds))
             self.cuda = NULL
             self.fds = []

@@ -116,10 +116,17 @@ class KVTask:
 
     @property
     def early_result(self) -> KVResponseStatus | None:
-        """TIMEOUT or CANCELLED, once that is decided, though blocks may still be under way. Nothing of such a put
-        becomes ready; the pages of such a get must not be used for anything else until the task has settled."""
+        """TIMEOUT, CANCELLED, or FAILED if a rank was lost, once that is decided, though blocks may still be under way.
+        Nothing of such a put becomes ready; the pages of such a get must not be used for anything else until the task
+        has settled."""
         stopped = self.graph.verdict if self.graph is not None else None
-        return STATUS[stopped] if stopped in (OpStatus.TIMEOUT, OpStatus.CANCELLED) else self.verdict
+        is_early = stopped in (OpStatus.TIMEOUT, OpStatus.CANCELLED) or (stopped is not None and self._is_lost)
+        return STATUS[stopped] if stopped is not None and is_early else self.verdict
+
+    @property
+    def _is_lost(self) -> bool:
+        """A rank ended, or was cut off, while it moved blocks of the task."""
+        return self.graph is not None and any(op.is_lost for op in self.graph.ops)
 
     def empty_outcome(self) -> tuple[KVResponseStatus, NDArray[np.bool_], str]:
         """Status, no blocks, and reason, of a task that has nothing to move."""
@@ -139,14 +146,15 @@ class KVTask:
         graph = self.graph
         assert graph is not None  # narrowing: it ran
         ok, reason = graph.ops[-1].ok.copy(), self.reason
-        is_lost = any(op.is_lost for op in graph.ops)
+        is_lost = self._is_lost
         stopped = self.early_result or (KVResponseStatus.CANCELLED if self.is_stale and not reason else None)
         if stopped or graph.verdict is not None or self.is_stale or (is_lost and not self.loading):
             ok[:] = False
         if stopped is KVResponseStatus.TIMEOUT:
             return stopped, ok, reasons.LATE
         if stopped is not None:
-            return stopped, ok, reason or (reasons.WAS_RESET if self.is_stale else reasons.CANCELLED)
+            lost = reasons.RANK_LOST if stopped is KVResponseStatus.FAILED else reasons.CANCELLED
+            return stopped, ok, reason or (reasons.WAS_RESET if self.is_stale else lost)
         if graph.status is OpStatus.DONE:
             return KVResponseStatus.SUCCESS, ok, ""
         if not reason:
@@ -167,7 +175,8 @@ class KVTask:
         early = self.early_result
         if early is None:
             return KVResponse(KVResponseStatus.TIMEOUT, self.task_id, reason=reasons.STILL_RUNS)
-        reason = reasons.LATE if early is KVResponseStatus.TIMEOUT else self.reason
+        lost = reasons.RANK_LOST if early is KVResponseStatus.FAILED else ""
+        reason = reasons.LATE if early is KVResponseStatus.TIMEOUT else self.reason or lost
         return KVResponse(early, self.task_id, reason=reason)
 
     def release(self, ok: NDArray[np.bool_]) -> None:

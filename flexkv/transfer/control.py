@@ -157,7 +157,7 @@ def _exchange(port: str, message: bytes, tokens: NDArray[np.uint32] | None) -> b
     except OSError as error:
         raise PinError(f"no controller answers at {port}: {error.strerror or error}") from error
     except FlexKVError as error:
-        raise PinError(str(error)) from error
+        raise PinError(f"no controller answers at {port}: {error}") from error
     finally:
         for fd in fds:
             os.close(fd)

@@ -260,9 +260,9 @@ class AgentLink:
                 self._log.write(logging.ERROR, f"task {part.flight.op.task_id} cannot be failed", error)
 
     @property
-    def task_ids(self) -> list[int]:
-        """Tasks with blocks that the agent may be moving."""
-        return sorted({part.flight.op.task_id for part in self._outstanding.values()})
+    def ops(self) -> set[TransferOp]:
+        """Ops with blocks that the agent may be moving."""
+        return {part.flight.op for part in self._outstanding.values()}
 
     @property
     def healthy(self) -> bool:

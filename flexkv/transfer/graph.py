@@ -115,7 +115,7 @@ class TransferOp:
     is_refused : bool
         An op of ``after`` did not succeed.
     is_lost : bool
-        A process that moved blocks of it ended meanwhile; set by its executor.
+        A process that moved blocks of it ended meanwhile, or was cut off.
     """
 
     def __init__(

@@ -91,14 +91,15 @@ class Membership:
         else:
             logger.warning(
                 "%s (process %d) ended without a farewell: %d transfers have failed%s", name, link.process.pid,
-                len(link.task_ids), "; slots that it may still write stay reserved until the process is gone"
+                len(link.ops), "; slots that it may still write stay reserved until the process is gone"
                 if link.busy else "",
             )
         if link.said_farewell or not link.busy or link.process.is_gone:
             self._bury(link)
             return
-        for task_id in link.task_ids:
-            self._scheduler.stop(task_id, OpStatus.FAILED)
+        for op in link.ops:
+            op.is_lost = True
+            self._scheduler.stop(op.task_id, OpStatus.FAILED)
         self._dying.append(link)
         if link.process.fd >= 0:
             fd = link.process.fd

@@ -187,6 +187,8 @@ class GraphRunner:
             )
             for link in list(self._device.links):
                 link.condemn("the data plane is out of service")
+                for op in link.ops:
+                    op.is_lost = True
             for task_id in self._scheduler.running():
                 try:
                     self._scheduler.stop(task_id, OpStatus.FAILED)
