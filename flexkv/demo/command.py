@@ -1,24 +1,36 @@
 """The demo as its user sees it: a progress bar, a table, a chart, and a last line for machines."""
 
 import argparse
+import importlib.util
 import json
-import shutil
+import re
 import statistics
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from flexkv.config import process_environment
+from flexkv.config import cache_directory, process_environment
+from flexkv.demo.chart import PHASES, Answers, can_draw, draw
+from flexkv.demo.child import Child
+from flexkv.demo.ending_signals import EndingSignals
 from flexkv.demo.model import prepare_model
+from flexkv.demo.output import new_file, scratch_folder
 from flexkv.demo.session import EVENT
 from flexkv.errors import FlexKVError
 
-PHASES = ("cold", "warm", "restarted")
+SESSION = [sys.executable, "-m", "flexkv.demo.session"]
+"""Command of the process that has the engine."""
+
+_LOG_LINES = 8
+"""Last lines of the engine's log that an error shows."""
+
+_REQUEST_LINE = re.compile(r"request (cold|warm|restarted)-(\d+)\S*: (.*)")
+"""Line of FlexKV's log on a request, at DEBUG."""
 
 _KV_GIB_PER_TOKEN = 2 * 30 * 3 * 64 * 2 / (1 << 30)
-"""Of SmolLM2-135M in bfloat16: K and V, 30 layers, 3 heads of 64."""
+"""KV of a token of SmolLM2-135M in bfloat16: K and V, 30 layers, 3 heads of 64."""
 
 _ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -31,11 +43,15 @@ _ENGINE_ENVIRONMENT = {
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="flexkv demo", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="flexkv demo", description="A real vLLM answers prompts whose KV it computes, loads from memory, and, in "
+        "a new process, loads from SSD. Takes 2 minutes on an idle machine, 10 on a busy one.",
+    )
     parser.add_argument("--prompts", type=int, default=8, help="prompts to ask (default 8)")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of each (default 2048)")
     parser.add_argument("--host-prompts", type=int, help="host memory holds so many, SSD all (default: both all)")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for chart and log")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"),
+                        help="folder for chart and log; nothing in it is overwritten (default %(default)s)")
     parser.add_argument("--model", type=Path, help="folder of a model to use instead of SmolLM2-135M")
     args = parser.parse_args(argv)
     if args.prompts < 1 or args.tokens < 64 or (args.host_prompts is not None and args.host_prompts < 1):
@@ -52,45 +68,35 @@ def _bar(done: int, total: int, text: str) -> None:
         print(line, flush=True)
 
 
-def _events(process: "subprocess.Popen[str]", log: Any) -> Iterator[dict[str, Any]]:
-    assert process.stdout is not None  # narrowing: it was asked for
-    for line in process.stdout:
-        if line.startswith(EVENT):
-            yield json.loads(line.removeprefix(EVENT))
-        else:
-            log.write(line)
-
-
-Answers = dict[str, list[dict[str, Any]]]
-
-
 class _Engine:
-    """Runs of the demo's engine, one after the other, over the same SSD."""
+    """Runs of the demo's engine, one after the other, over the same SSD.
 
-    def __init__(self, args: argparse.Namespace, model: Path) -> None:
+    Parameters
+    ----------
+    ssd : Path
+        Folder for KV on SSD.
+    log : Path
+        File for the log of the engine.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, model: Path, ssd: Path, log: Path, signals: EndingSignals
+    ) -> None:
+        self._signals = signals
         all_gb = max(0.25, 1.5 * (args.prompts + 2) * args.tokens * _KV_GIB_PER_TOKEN)
         host_gb = args.host_prompts * args.tokens * _KV_GIB_PER_TOKEN if args.host_prompts else all_gb
-        self._ssd = args.output / "ssd"
-        self._log = args.output / "engine.log"
-        self._settings = {
-            "cpu_cache_gb": round(host_gb, 3), "ssd_cache_gb": round(2 * all_gb, 2), "ssd_cache_dir": str(self._ssd),
-            "ssd_admission": "all", "audit_path": str(self._ssd / "audit"),
+        self._log = log
+        settings = {
+            "cpu_cache_gb": round(host_gb, 3), "ssd_cache_gb": round(2 * all_gb, 2), "ssd_cache_dir": [str(ssd)],
+            "ssd_admission": "all", "audit_path": str(ssd / "audit"), "log_level": "DEBUG",
         }
         self._command = [
-            sys.executable, "-m", "flexkv.demo.session", "--model", str(model), "--prompts", str(args.prompts),
-            "--tokens", str(args.tokens), "--settings", json.dumps(self._settings), "--phases",
+            *SESSION, "--lifeline", "--model", str(model), "--prompts", str(args.prompts),
+            "--tokens", str(args.tokens), "--settings", json.dumps(settings), "--phases",
         ]
         self._total = len(PHASES) * args.prompts
         self.answers: Answers = {phase: [] for phase in PHASES}
         self.audits: list[dict[str, Any]] = []
-
-    def __enter__(self) -> "_Engine":
-        shutil.rmtree(self._ssd, ignore_errors=True)
-        self._log.unlink(missing_ok=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._ssd, ignore_errors=True)
 
     def _progress(self, text: str) -> None:
         _bar(sum(map(len, self.answers.values())), self._total, text)
@@ -105,21 +111,39 @@ class _Engine:
         """
         self._progress("starting vLLM (about a minute)")
         audits = len(self.audits)
-        with self._log.open("a") as log, subprocess.Popen(
-            [*self._command, *phases], stdout=subprocess.PIPE, stderr=log, text=True,
-            env=process_environment(**_ENGINE_ENVIRONMENT),
-        ) as process:
-            for event in _events(process, log):
-                kind = event.pop("event")
-                if kind == "ready":
-                    self._progress("vLLM is ready")
-                elif kind == "answer":
-                    self.answers[event["phase"]].append(event)
-                    self._progress(f"{event['phase']}, first token after {event['ttft_ms']:.0f} ms")
-                elif kind == "audit":
-                    self.audits.append(event)
-        if process.returncode != 0 or len(self.audits) == audits:
-            raise FlexKVError(f"the engine ended with status {process.returncode}; its log is {self._log}")
+        with self._log.open("a") as log, Child(
+            [*self._command, *phases], self._log, process_environment(**_ENGINE_ENVIRONMENT), self._signals
+        ) as child:
+            for line in child.lines():
+                if line.startswith(EVENT):
+                    self._take(json.loads(line.removeprefix(EVENT)))
+                else:
+                    log.write(line)
+                    log.flush()
+            status = child.status()
+        if status != 0 or len(self.audits) == audits:
+            raise FlexKVError(f"the engine ended with status {status}; its log, {self._log}, ends with\n{self._end()}")
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind = event.pop("event")
+        if kind == "ready":
+            self._progress("vLLM is ready")
+        elif kind == "answer":
+            self.answers[event["phase"]].append(event)
+            self._progress(f"{event['phase']}, first token after {event['ttft_ms']:.0f} ms")
+        elif kind == "audit":
+            self.audits.append(event)
+
+    def _end(self) -> str:
+        with self._log.open(errors="replace") as log:
+            lines = deque((line.rstrip() for line in log if line.strip()), _LOG_LINES)
+        return "\n".join(f"    {line}" for line in lines) or "    (it is empty)"
+
+    def reasons(self) -> dict[tuple[str, int], str]:
+        """What FlexKV's log says of each request, by phase and prompt."""
+        with self._log.open(errors="replace") as log:
+            found = [match for line in log if (match := _REQUEST_LINE.search(line))]
+        return {(match[1], int(match[2])): match[3].strip() for match in found}
 
 
 def _same(answers: Answers, prompt: int) -> bool:
@@ -131,49 +155,55 @@ def _median_ms(answers: Answers, phase: str) -> float:
     return round(float(statistics.median(answer["ttft_ms"] for answer in answers[phase])), 1)
 
 
-def _table(answers: Answers) -> None:
+def _table(answers: Answers, reasons: dict[tuple[str, int], str]) -> None:
     print(f"\n{'':>6}  {'time to first token, ms':^32}  {'tokens from FlexKV':^20}")
     print(f"{'prompt':>6}  {'cold':>10}{'warm':>10}{'restarted':>12}  {'memory':>10}{'SSD':>10}  same answer")
     for i, (cold, warm, restarted) in enumerate(zip(*(answers[phase] for phase in PHASES), strict=True)):
         times = f"{cold['ttft_ms']:>10.0f}{warm['ttft_ms']:>10.0f}{restarted['ttft_ms']:>12.0f}"
         same = "yes" if _same(answers, i) else "NO"
         print(f"{i + 1:>6}  {times}  {warm['cached']:>10}{restarted['cached']:>10}  {same}")
+    for phase in PHASES[1:]:
+        for i, answer in enumerate(answers[phase]):
+            if not answer["cached"]:
+                reason = reasons.get((phase, i), "the log does not say why")
+                print(f"prompt {i + 1}, {phase}: nothing was loaded: {reason}")
 
 
-def _chart(answers: Answers, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    positions = range(1, len(answers["cold"]) + 1)
-    looks = {"cold": ("computed", "#b0b7c3"), "warm": ("loaded from memory", "#2f7ed8"),
-             "restarted": ("loaded from SSD by a new process", "#7cb342")}
-    for number, (phase, (what, color)) in enumerate(looks.items()):
-        heights = [answer["ttft_ms"] for answer in answers[phase]]
-        places = [position + 0.28 * (number - 1) for position in positions]
-        bars = axes.bar(places, heights, 0.28, color=color, label=f"{phase}: {what}")
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
-    axes.set(xlabel="prompt", ylabel="time to first token, ms", title="The same prompts, computed and loaded")
-    axes.set_xticks(list(positions))
-    axes.legend()
-    figure.savefig(path, dpi=130)
+def _check() -> None:
+    """Raise FlexKVError unless everything that the demo needs is installed."""
+    for module, name in (("torch", "PyTorch"), ("transformers", "transformers"), ("vllm", "vLLM")):
+        if importlib.util.find_spec(module) is None:
+            raise FlexKVError(f"{name} is not installed: ./build.sh demo installs it")
 
 
 def main(argv: list[str]) -> int:
     """Run the demo; returns 0 if every answer was the same and every byte right."""
     args = _parse(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
-    model = args.model or prepare_model(Path.home() / ".cache" / "flexkv" / "smollm2-135m")
-    with _Engine(args, model) as engine:
+    _check()
+    if args.model is not None and not (args.model / "config.json").is_file():
+        raise FlexKVError(f"--model {args.model}: is not the folder of a model (it has no config.json)")
+    with ExitStack() as stack:
+        signals = stack.enter_context(EndingSignals())
+        log = new_file(args.output, "engine.log")
+        ssd = stack.enter_context(scratch_folder(args.output, signals))
+        model = args.model or prepare_model(cache_directory() / "smollm2-135m")
+        engine = _Engine(args, model, ssd, log, signals)
         engine.run("cold", "warm")
         engine.run("restarted")
     answers = engine.answers
-    _table(answers)
-    chart = args.output / "demo.png"
-    _chart(answers, chart)
-    print(f"\nchart: {chart}")
+    _table(answers, engine.reasons())
+    if can_draw():
+        chart = new_file(args.output, "demo.png")
+        draw(answers, chart)
+        print(f"\nchart: {chart}")
+    else:
+        print("\nno chart: matplotlib is not installed")
+    return _result(args, engine)
+
+
+def _result(args: argparse.Namespace, engine: _Engine) -> int:
+    """Print the line for machines."""
+    answers = engine.answers
     cold, warm, restarted = (_median_ms(answers, phase) for phase in PHASES)
     same = all(_same(answers, prompt) for prompt in range(args.prompts))
     wrong_bytes = sum(audit["wrong_bytes"] for audit in engine.audits)

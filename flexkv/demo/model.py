@@ -2,7 +2,8 @@
 
 import importlib.metadata
 import logging
-import shutil
+import os
+import tempfile
 from pathlib import Path
 
 from flexkv.errors import FlexKVError
@@ -24,9 +25,37 @@ def _weights() -> Path:
 
 
 def prepare_model(directory: Path) -> Path:
-    """Convert the model once into ``directory``; later calls find it there."""
-    if (directory / "model.safetensors").exists():
+    """Convert the model once into ``directory``; later calls find it there.
+
+    Raises
+    ------
+    FlexKVError
+        The weights are missing, or the directory has other files.
+    """
+    if _is_there(directory):
         return directory
+    if directory.is_dir() and any(directory.iterdir()):
+        raise FlexKVError(f"{directory} is not the demo's model (it has no model.safetensors): remove or rename it")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{directory.name}.partial-", dir=directory.parent) as partial:
+        _convert(Path(partial))
+        os.chmod(partial, 0o755)
+        try:
+            Path(partial).rename(directory)
+        except OSError:
+            if not _is_there(directory):               # else another process was first
+                raise
+        else:
+            Path(partial).mkdir()                        # to be removed now
+    return directory
+
+
+def _is_there(directory: Path) -> bool:
+    return (directory / "model.safetensors").exists()
+
+
+def _convert(partial: Path) -> None:
+    """Write the model into an empty directory."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,10 +68,5 @@ def prepare_model(directory: Path) -> Path:
     config.dtype = torch.bfloat16
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     plain.save_pretrained(partial)
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
-    return directory

@@ -1,9 +1,11 @@
-"""The demo's engine, in a process of its own: asks every prompt in each phase, and tells its parent line by line."""
+"""The demo's engine, in a process of its own: asks every prompt in each phase, and reports line by line."""
 
 import argparse
 import json
 import time
 from typing import Any
+
+from flexkv.demo.process_group import end_with_parent
 
 EVENT = "@flexkv "
 """Start of a line that is an event; every other line is the engine's log."""
@@ -90,7 +92,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--phases", nargs="+", required=True)
     parser.add_argument("--settings", type=json.loads, required=True, help="of FlexKV, as JSON")
+    parser.add_argument("--lifeline", action="store_true", help="end as soon as standard input ends")
     args = parser.parse_args()
+    if args.lifeline:
+        end_with_parent()
     session = Session(args.model, args.tokens, args.settings)
     prompts = make_prompts(session.llm.get_tokenizer(), args.prompts + 1, args.tokens)
     # the last one warms the engine up, and evicts what the cold pass left in the engine's own cache
