@@ -77,7 +77,7 @@ cdef object as_tokens(tokens):
         return array.astype(np.int64)
     if array.dtype not in TOKEN_DTYPES:
         raise TypeError(f"tokens are {array.dtype}; give int32, int64 or uint32")
-    return array
+    return array if array.flags.aligned else array.copy()
 
 
 cdef dict extras_digests(extras, Py_ssize_t first_block):

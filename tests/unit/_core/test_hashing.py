@@ -130,6 +130,10 @@ def test_every_type_of_tokens_gives_the_same_keys() -> None:
     tokens = np.arange(100)
     for same in (tokens, tokens.astype(np.int32), tokens.astype(np.uint32), tokens.tolist(), np.repeat(tokens, 2)[::2]):
         assert hash_blocks(same, 16, SEED).tobytes() == reference(range(100), 16)
+    for dtype in ("i4", "i8"):                         # in a buffer where they begin at an odd address
+        unaligned = np.frombuffer(b"x" + tokens.astype(dtype).tobytes(), dtype=np.uint8)[1:].view(dtype)
+        assert not unaligned.flags.aligned
+        assert hash_blocks(unaligned, 16, SEED).tobytes() == reference(range(100), 16)
     high = np.array([2**32 - 1] * 16)
     assert (hash_blocks(high, 16, SEED) == hash_blocks(high.astype(np.uint32), 16, SEED)).all()
 
