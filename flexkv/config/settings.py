@@ -236,7 +236,10 @@ class TransferConfig(_Settings):
     handshake_timeout_s: float = setting(
         5.0, "A connection that says nothing is dropped after this.", unit="s", low=0.01
     )
-    op_timeout_s: float = setting(20.0, "A transfer that takes longer is reported as failed.", unit="s", low=0.01)
+    op_timeout_s: float = setting(
+        20.0, "A transfer fails if it takes longer than this after the engine's step that it waits for, and in any "
+        "case after ten times as long.", unit="s", low=0.01,
+    )
     connect_timeout_s: float = setting(300.0, "A rank waits this long for the controller.", unit="s", low=0.1)
     gpu_strategy: str = setting(
         "auto", "How blocks cross the bus: a kernel gathers into a staging buffer that the copy engine moves, the "

@@ -151,7 +151,7 @@ class KVTask:
         if stopped or graph.verdict is not None or self.is_stale or (is_lost and not self.loading):
             ok[:] = False
         if stopped is KVResponseStatus.TIMEOUT:
-            return stopped, ok, reasons.LATE
+            return stopped, ok, graph.reason or reasons.LATE
         if stopped is not None:
             lost = reasons.RANK_LOST if stopped is KVResponseStatus.FAILED else reasons.CANCELLED
             return stopped, ok, reason or (reasons.WAS_RESET if self.is_stale else lost)
@@ -176,7 +176,8 @@ class KVTask:
         if early is None:
             return KVResponse(KVResponseStatus.TIMEOUT, self.task_id, reason=reasons.STILL_RUNS)
         lost = reasons.RANK_LOST if early is KVResponseStatus.FAILED else ""
-        reason = reasons.LATE if early is KVResponseStatus.TIMEOUT else self.reason or lost
+        late = (self.graph.reason if self.graph is not None else "") or reasons.LATE
+        reason = late if early is KVResponseStatus.TIMEOUT else self.reason or lost
         return KVResponse(early, self.task_id, reason=reason)
 
     def release(self, ok: NDArray[np.bool_]) -> None:

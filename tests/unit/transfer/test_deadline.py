@@ -131,6 +131,10 @@ def test_a_step_that_never_ends_is_given_up(tmp_path: Path, caplog: pytest.LogCa
         tensors.fill(range(2), 1)
         task = manager.put_blocks(hasher.keys, 0, IDS[:2], fence=3)
         assert task is not None
-        assert manager.wait(task, timeout=10.0)[task].status is Status.TIMEOUT
-        assert "saving 2 blocks has waited 0.5 s (10 x op_timeout_s) for the engine's step 3" in caplog.text
+        response = manager.wait(task, timeout=10.0)[task]
+        assert response.status is Status.TIMEOUT
+        assert response.reason.startswith(
+            "saving 2 blocks has waited 0.5 s (10 x op_timeout_s) for the engine's step 3, which did not end"
+        )
+        assert response.reason in caplog.text
         assert manager.lookup(hasher.keys).num_ready == 0
