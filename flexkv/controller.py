@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -18,13 +19,14 @@ from flexkv.cache.pins import Pin
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.trace import make_recorder
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
-from flexkv.errors import ArgumentError, ConfigError, NotReadyError, PinError
+from flexkv.errors import ArgumentError, ConfigError, FlexKVError, NotReadyError, PinError
 from flexkv.metrics.exporter import Metrics
 from flexkv.tasks.arguments import extras_of, namespace_of, seconds_of, tokens_of
 from flexkv.tasks.table import TaskTable
 from flexkv.tiering import Tiering, make_ssd_store
 from flexkv.transfer.control import Control
 from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.socket_file import remove_dead_sockets
 from flexkv.transfer.ssd import MakeStore
 
 logger = logging.getLogger("flexkv.manager")
@@ -125,6 +127,8 @@ class Controller:
     def start(self) -> None:
         """Listen for the ranks; returns at once. The host pool is made when all of them have registered."""
         self._transfer.start()
+        with suppress(FlexKVError, OSError):     # of controllers that died
+            remove_dead_sockets(runtime_directory())
         close_at_exit(self, type(self).shutdown)
         if self.metrics is not None:
             self.metrics.start()
@@ -185,12 +189,13 @@ class Controller:
         Afterwards matches are empty, puts save nothing, and tasks that are launched are cancelled.
         """
         self._is_closed = True
-        if self._tiering is not None:
-            self._tiering.shutdown()
-        self._transfer.shutdown()
-        if self.metrics is not None:
-            self.metrics.close()
-        self.recorder.close()
+        with ExitStack() as steps:               # last in, first out; each is called, whatever the others raise
+            steps.callback(self.recorder.close)
+            if self.metrics is not None:
+                steps.callback(self.metrics.close)
+            steps.callback(self._transfer.shutdown)
+            if self._tiering is not None:
+                steps.callback(self._tiering.shutdown)
 
     def reset(self, timeout: float = 5.0) -> None:
         """Forget all cached KV, as after a change of weights. Nothing put before it is ever returned after it,

@@ -2,13 +2,16 @@
 
 import logging
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from flexkv.metrics.catalog import entry_of
 
@@ -17,6 +20,29 @@ logger = logging.getLogger("flexkv.metrics")
 PREFIX = "flexkv_"
 
 _SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+
+class _Transfers:
+    """Counts of transfers of one kind and status.
+
+    Plain numbers: prometheus_client's own counters keep their values in files when PROMETHEUS_MULTIPROC_DIR is set, and a
+    transfer would fail with them.
+    """
+
+    def __init__(self) -> None:
+        self.num_blocks = 0
+        self.seconds = 0.0
+        self._counts = [0] * (len(_SECONDS) + 1)
+
+    def add(self, num_blocks: int, seconds: float) -> None:
+        self.num_blocks += num_blocks
+        self.seconds += seconds
+        self._counts[bisect_left(_SECONDS, seconds)] += 1
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper bound of each bucket, and how many transfers took at most so long."""
+        bounds = [*(floatToGoString(bound) for bound in _SECONDS), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts), strict=True))
 
 
 class Metrics(Collector):
@@ -42,31 +68,21 @@ class Metrics(Collector):
         self._labels = dict(labels)
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        names = [*self._labels, "kind"]
-        self._seconds = Histogram(
-            "transfer_seconds", "From the order to move blocks until all of them are there, or have failed; with what "
-            "it waited for", [*names, "status"], namespace="flexkv", buckets=_SECONDS, registry=self._registry,
-        )
-        self._blocks = Counter(
-            "transferred_blocks", "Blocks that were moved, by kind of transfer", names, namespace="flexkv",
-            registry=self._registry,
-        )
-        self._values: dict[tuple[str, str], tuple[Histogram, Counter]] = {}     # to look them up costs more than to add
+        self._lock = threading.Lock()
+        self._transfers: dict[tuple[str, str], _Transfers] = {}     # by kind and status
         self._address = host, port
         self._serving: tuple[WSGIServer, threading.Thread] | None = None
         self.port: int | None = None
 
     def transfer_ended(self, kind: str, status: str, num_blocks: int, seconds: float) -> None:
         """A transfer has ended; ``num_blocks`` were moved. Microseconds; raises nothing."""
-        if (values := self._values.get((kind, status))) is None:
-            labels = {**self._labels, "kind": kind}
-            values = self._seconds.labels(**labels, status=status), self._blocks.labels(**labels)
-            self._values[kind, status] = values
-        values[0].observe(seconds)
-        values[1].inc(num_blocks)
+        with self._lock:
+            if (transfers := self._transfers.get((kind, status))) is None:
+                transfers = self._transfers[kind, status] = _Transfers()
+            transfers.add(num_blocks, seconds)
 
     def collect(self) -> Iterator[Family]:
-        """``stats`` as metric families."""
+        """``stats`` and the transfers as metric families."""
         families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for stat, value in self._stats().items():
             if (entry := entry_of(stat)) is None:
@@ -77,6 +93,26 @@ class Metrics(Collector):
                 families[metric.name] = make(PREFIX + metric.name, metric.text, labels=list(labels))
             families[metric.name].add_metric(list(labels.values()), value)
         yield from families.values()
+        yield from self._collect_transfers()
+
+    def _collect_transfers(self) -> Iterator[Family]:
+        names, values = [*self._labels, "kind"], list(self._labels.values())
+        seconds = HistogramMetricFamily(
+            PREFIX + "transfer_seconds", "From the order to move blocks until all of them are there, or have failed; with "
+            "what it waited for", labels=[*names, "status"],
+        )
+        blocks = CounterMetricFamily(
+            PREFIX + "transferred_blocks", "Blocks that were moved, by kind of transfer", labels=names
+        )
+        moved: dict[str, int] = {}
+        with self._lock:
+            for (kind, status), transfers in self._transfers.items():
+                seconds.add_metric([*values, kind, status], transfers.buckets(), transfers.seconds)
+                moved[kind] = moved.get(kind, 0) + transfers.num_blocks
+        for kind, count in moved.items():
+            blocks.add_metric([*values, kind], count)
+        yield seconds
+        yield blocks
 
     # ---- the server -------------------------------------------------------------------------------------------
 
@@ -85,10 +121,10 @@ class Metrics(Collector):
         host, port = self._address
         try:
             self._serving = server, _ = start_http_server(port, host, self._registry)
-        except OSError as error:
-            logger.error(
-                "no metrics: cannot listen at %s:%d (%s); set metrics_host and py_metrics_port to one that is free",
-                host, port, error,
+        except (OSError, ValueError, OverflowError, RuntimeError) as error:     # a name can be no name in many ways
+            logger.warning(
+                "no metrics: cannot listen at %s:%d (%s); set metrics_host to an address of this machine and "
+                "py_metrics_port to a port that is free", host, port, error,
             )
             return
         self.port = server.server_port

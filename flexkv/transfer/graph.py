@@ -1,6 +1,7 @@
 """What is to be moved: ops on lists of blocks, and which waits for which."""
 
 import enum
+import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -75,6 +76,28 @@ class Dependency:
         return cls(op, every, every)
 
 
+def _number(name: str, value: int, bits: int) -> int:
+    """``value`` as an int; ValueError unless it is a whole number of at most so many bits."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << bits:
+        raise ValueError(f"{name} is {value!r}: must be a whole number from 0 to 2**{bits} - 1")
+    return number
+
+
+def _int32(name: str, values: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Slots or pages as the agents need them; ValueError if a number would change."""
+    array = np.ascontiguousarray(values)
+    if array.dtype != np.int32:
+        bounds = np.iinfo(np.int32)
+        if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < bounds.min or array.max() > bounds.max:
+            raise ValueError(f"{name} is {array.dtype} {array.shape}: must be a row of 32-bit whole numbers")
+        array = array.astype(np.int32)
+    return array
+
+
 class TransferOp:
     """Moves block i from ``src[i]`` to ``dst[i]``.
 
@@ -134,15 +157,12 @@ class TransferOp:
     ) -> None:
         if len(src) != len(dst) or len(src) == 0:
             raise ValueError(f"{len(src)} sources, {len(dst)} destinations: they must match, and not be none")
-        if not 0 <= fence < 1 << 63:
-            raise ValueError(f"fence is {fence}: must be from 0 to 2**63 - 1")
         self.kind = kind
-        self.src = np.ascontiguousarray(src, dtype=np.int32)
-        self.dst = np.ascontiguousarray(dst, dtype=np.int32)
-        self.dp_client_id = dp_client_id
-        self.fence = fence
+        self.src, self.dst = _int32("src", src), _int32("dst", dst)
+        self.dp_client_id = _number("dp_client_id", dp_client_id, 31)
+        self.fence = _number("fence", fence, 63)
         self.layerwise = layerwise
-        self.counter = counter
+        self.counter = _number("counter", counter, 31)
         self.depends_on = tuple(depends_on)
         self.after = tuple(after)
         self.keys = keys

@@ -1,5 +1,6 @@
 """Scheduler of graphs: starts each block when what it depends on has arrived, and notices when all have ended."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,6 +14,9 @@ from flexkv.errors import InvariantError
 from flexkv.transfer.deadline import LONGEST_TICK_S, Deadline, waits
 from flexkv.transfer.executor import Executor
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.repeated_log import RepeatedLog
+
+logger = logging.getLogger("flexkv.transfer")
 
 OnDone = Callable[[TransferGraph], None]
 Observe = Callable[[str, str, int, float], None]
@@ -54,6 +58,7 @@ class Scheduler:
     ) -> None:
         self._executors = executors
         self._observe = observe
+        self._log = RepeatedLog(logger)
         self._reached = reached
         self._active: dict[int, _Active] = {}
         self._next_look = 0.0
@@ -156,7 +161,10 @@ class Scheduler:
         op.status = active.graph.verdict or (OpStatus.DONE if op.ok.all() else OpStatus.FAILED)
         self._executors[op.kind].forget(op)
         if self._observe is not None:
-            self._observe(op.kind.name, op.status.value, int(op.ok.sum()), time.monotonic() - active.submitted)
+            try:
+                self._observe(op.kind.name, op.status.value, int(op.ok.sum()), time.monotonic() - active.submitted)
+            except Exception as error:
+                self._log.write(logging.ERROR, "a transfer could not be counted in the metrics", error)
         op.dependents.clear()
         followers, op.followers = op.followers, []
         for later in followers:
