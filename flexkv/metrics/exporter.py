@@ -25,8 +25,8 @@ _SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 class _Transfers:
     """Counts of transfers of one kind and status.
 
-    Plain numbers: prometheus_client's own counters keep their values in files when PROMETHEUS_MULTIPROC_DIR is set, and a
-    transfer would fail with them.
+    Plain numbers: prometheus_client's own counters keep their values in files when PROMETHEUS_MULTIPROC_DIR is set, and
+    a transfer would fail with them.
     """
 
     def __init__(self) -> None:
@@ -98,8 +98,8 @@ class Metrics(Collector):
     def _collect_transfers(self) -> Iterator[Family]:
         names, values = [*self._labels, "kind"], list(self._labels.values())
         seconds = HistogramMetricFamily(
-            PREFIX + "transfer_seconds", "From the order to move blocks until all of them are there, or have failed; with "
-            "what it waited for", labels=[*names, "status"],
+            PREFIX + "transfer_seconds", "From the order to move blocks until all of them are there, or have failed; "
+            "with what it waited for", labels=[*names, "status"],
         )
         blocks = CounterMetricFamily(
             PREFIX + "transferred_blocks", "Blocks that were moved, by kind of transfer", labels=names

@@ -33,6 +33,9 @@ logger = logging.getLogger("flexkv.client")
 
 CONNECT_TIMEOUT_S = 60.0
 
+_left_behind: list[tuple[object, ExitStack]] = []
+"""Tensors that a GPU which hangs may still touch; kept until the process ends."""
+
 _LAYER_GROUPS = 8
 """Of a load layer by layer: compute starts after an eighth of it, and copies stay large."""
 
@@ -370,5 +373,5 @@ class RankClient:
             gds, self._gds = self._gds, None
         if gds is not None:
             gds.close()
-        if self._agent is not None:
-            self._agent.close()
+        if self._agent is not None and not self._agent.close():
+            _left_behind.append((self._keep_alive, self._opened.pop_all()))

@@ -31,7 +31,7 @@ _MAGIC = b"FLEXKVC1"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _MAX_REPLY_BYTES = 1 << 17
 _PAGE = 64
-"""Pins in one reply. A name has at most 128 bytes, or 768 in JSON, so that a reply fits a socket's buffer."""
+"""Pins in one reply. A name has at most 128 bytes, or 256 in JSON, so that a reply fits a socket's buffer."""
 
 MAX_TOKENS = 1 << 22
 """Of one prefix: hashed in a few milliseconds."""

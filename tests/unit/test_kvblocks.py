@@ -15,6 +15,7 @@ from flexkv.cli import main
 from flexkv.errors import ConfigError, PinError
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
+from flexkv.transfer.control import ask
 from tests.harness import TOKENS, Tensors, local, make_manager, mapping, tokens_of, until
 
 NAMESPACES = {"calm": {"guaranteed": 0.5}, "flood": {"limit": 0.5}, "default": {"priority": -1}}
@@ -154,6 +155,21 @@ def test_pins_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         manager.reset()
     assert command(capsys, "pins", *port)[0] == 1
     assert "no controller answers" in command(capsys, "pins", *port)[1]
+
+
+@pytest.mark.parametrize("letter", ["n", "\\", "\u00e9", '"'])
+def test_all_pins_are_listed(tmp_path: Path, letter: str) -> None:
+    """As many as are allowed, with names as long as they may be, however long they are in JSON."""
+    length = 120 // len(letter.encode())
+    with local(tmp_path, 16) as (manager, _, tensors):
+        put(manager, tensors, 2, 1, "calm")
+        names = [f"{number:04d}" + letter * length for number in range(256)]
+        made = [manager.pin(tokens_of(2, 1), ["salt", "calm"], name) for name in names]
+        listed = ask(str(tmp_path / "s"), {"command": "pins"})
+        assert listed == made
+        for pin in made:
+            manager.unpin(pin.name)
+        assert ask(str(tmp_path / "s"), {"command": "pins"}) == []
 
 
 @pytest.mark.parametrize("text", ["", "1 2 x", "[1, [2]]", "-1", "4294967296", "1.5"])

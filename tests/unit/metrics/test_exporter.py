@@ -1,5 +1,7 @@
 """What Prometheus is told, read as it reads it."""
 
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -81,6 +83,77 @@ def test_a_port_that_is_taken_is_told_and_kv_goes_on(tmp_path: Path, caplog: pyt
         manager.wait(manager.get_async(tokens_of(2), mapping(range(2))))
         assert tensors.read(range(2)) == before
     first.close()
+
+
+@pytest.mark.parametrize("host", ["nosuch.invalid", "metrics..example", ".example", "a" * 70, "a\0b", "::zz"])
+def test_a_host_that_is_none_is_told_and_the_engine_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str
+) -> None:
+    metrics = Metrics(dict, {}, host, 0)
+    metrics.start()
+    assert metrics.port is None
+    assert "set metrics_host to an address" in caplog.text
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    metrics.close()
+
+
+MULTIPROC = """
+import os, shutil, sys
+from pathlib import Path
+os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
+os.mkdir(sys.argv[1])
+from flexkv.response import KVResponseStatus as Status
+from tests.harness import local, mapping, tokens_of
+from tests.unit.metrics.test_exporter import ON, scrape, value
+with local(Path(sys.argv[2]), cache=ON) as (manager, _, tensors):
+    if sys.argv[3] == "gone":
+        shutil.rmtree(sys.argv[1])
+    tensors.fill(range(4), 1)
+    before = tensors.read(range(4))
+    put = manager.put_async(tokens_of(4), mapping(range(4)))
+    assert manager.wait(put)[put].status is Status.SUCCESS
+    get = manager.get_async(tokens_of(4), mapping(range(8, 12)))
+    assert manager.wait(get)[get].status is Status.SUCCESS
+    assert tensors.read(range(8, 12)) == before
+    text = scrape(manager.metrics)
+    for kind in ("D2H", "H2D"):
+        assert value(text, "transferred_blocks_total", kind=kind) == 4
+    if sys.argv[3] == "there":
+        assert os.listdir(sys.argv[1]) == []
+"""
+
+
+@pytest.mark.parametrize("directory", ["gone", "there"])
+def test_files_of_prometheus_client_have_no_effect(tmp_path: Path, directory: str) -> None:
+    """Servers with several API processes set PROMETHEUS_MULTIPROC_DIR for their children."""
+    arguments = [sys.executable, "-c", MULTIPROC, str(tmp_path / "values"), str(tmp_path), directory]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_metric_that_fails_breaks_no_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Metrics, "transfer_ended", lambda *args: 1 // 0)
+    with local(tmp_path, cache=ON) as (manager, _, _tensors):
+        for seed in range(3):
+            task = manager.put_async(tokens_of(2, seed), mapping(range(2)))
+            assert manager.wait(task)[task].status is Status.SUCCESS
+
+
+def test_buckets_count_what_took_at_most_so_long() -> None:
+    metrics = Metrics(dict, {"engine": "0"}, "127.0.0.1", 0)
+    for seconds in (0.0, 1e-4, 2e-4, 0.1, 0.11, 30.0, 31.0):
+        metrics.transfer_ended("H2D", "done", 1, seconds)
+    [family, blocks] = list(metrics.collect())
+    found = {sample.labels["le"]: sample.value for sample in family.samples if "le" in sample.labels}
+    assert found["0.0001"] == 2
+    assert found["0.0003"] == 3
+    assert found["0.1"] == 4
+    assert found["0.3"] == 5
+    assert found["30.0"] == 6
+    assert found["+Inf"] == 7
+    assert [sample.value for sample in blocks.samples] == [7]
+    assert next(sample.value for sample in family.samples if sample.name.endswith("_sum")) == pytest.approx(61.2103)
 
 
 def test_tiers_namespaces_and_faults_of_the_disk_are_told(tmp_path: Path) -> None:

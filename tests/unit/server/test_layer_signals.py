@@ -195,6 +195,31 @@ def test_after_a_load_with_a_block_that_fails_nothing_is_told_of(rank: Rank) -> 
     assert rank.manager.wait(task)[task].status is Status.SUCCESS
 
 
+def test_a_load_that_is_cancelled_once_it_may_start_is_finished(tmp_path: Path) -> None:
+    """Its layers are told of when they are there, and those of the loads after it."""
+    cuda = fake_cuda()
+    cuda.reset()
+    rank = Rank(tmp_path, fake=True)
+    try:
+        before = rank.save(8)
+        assert rank.counters.send(rank.path) == b"\x01"
+        cuda.delay(2_000)                                      # microseconds a copy: the cancel comes meanwhile
+        cancelled = rank.load(8, 0)
+        rank.manager.cancel(cancelled)
+        task = rank.load(8, 1)
+        for counter in (0, 1):
+            for layer in range(LAYERS):
+                assert rank.counters.wait(counter, layer)
+                assert same(rank.layer(layer, 12, 8), before[layer])
+        assert rank.manager.wait(cancelled, completely=True)[cancelled].status is Status.CANCELLED
+        assert rank.manager.wait(task)[task].status is Status.SUCCESS
+        assert rank.counters.told() == []
+    finally:
+        cuda.delay(0)
+        rank.close()
+        cuda.reset()
+
+
 def test_a_cancelled_load_is_not_told_of(rank: Rank) -> None:
     rank.save(8)
     assert rank.counters.send(rank.path) == b"\x01"

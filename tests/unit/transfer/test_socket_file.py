@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,9 @@ def test_of_many_starts_over_a_stale_socket_one_listens(tmp_path: Path) -> None:
 
         def start(path: Path = path, barrier: threading.Barrier = barrier) -> ListeningSocket | None:
             barrier.wait()
-            try:
+            with suppress(RegistrationError):
                 return ListeningSocket(path)
-            except RegistrationError as error:
-                assert "another controller listens" in str(error)
-                return None
+            return None
 
         with ThreadPoolExecutor(8) as pool:
             made = [found.result() for found in [pool.submit(start) for _ in range(8)]]
@@ -141,7 +140,7 @@ def test_a_stopped_controller_holds_up_nobody(tmp_path: Path, monkeypatch: pytes
         ListeningSocket(tmp_path / "s")
     with pytest.raises(PinError, match="accepts no connections"):
         ask(str(tmp_path / "s"), {"command": "pins"})
-    for each in queued[:-1]:
+    for _ in queued[:-1]:
         listener.accept()[0].close()
     with pytest.raises(PinError, match="has not answered"):
         ask(str(tmp_path / "s"), {"command": "pins"})
