@@ -52,6 +52,8 @@ class FlexKVConnectorMetadata(KVConnectorMetadata):
     oldest_task : int
         The scheduler no longer asks about tasks before this one.
     saved : list of SavedBlocks
+    off : bool
+        KV caching has ended for good: ``loads`` were never launched, or are given up.
     """
 
     step: int
@@ -60,3 +62,4 @@ class FlexKVConnectorMetadata(KVConnectorMetadata):
     finishing: dict[str, list[int]] = field(default_factory=dict)
     oldest_task: int = 0
     saved: list[SavedBlocks] = field(default_factory=list)
+    off: bool = False

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata
+from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob
 
 if TYPE_CHECKING:
     import torch
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 
@@ -33,8 +34,15 @@ class OffScheduler:
         self._step += 1
         return FlexKVConnectorMetadata(self._step, output.total_num_scheduled_tokens > 0)
 
+    def step_reported(self, output: "KVConnectorOutput") -> None:
+        """Does nothing."""
+
     def step_ended(self) -> None:
         """Does nothing."""
+
+    def take_pending(self) -> tuple[list[LoadJob], dict[str, list[int]]]:
+        """Returns that nothing is under way."""
+        return [], {}
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Returns that vLLM may free the blocks at once."""
@@ -78,6 +86,10 @@ class OffWorker:
     def take_failed_pages(self) -> set[int]:
         """Returns no pages."""
         return set()
+
+    def take_pending(self) -> tuple[list[LoadJob], set[str], set[int]]:
+        """Returns that nothing is under way."""
+        return [], set(), set()
 
     def audit_counts(self) -> dict[str, int]:
         """Returns no counts."""

@@ -4,17 +4,20 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flexkv.config import ConnectorConfig
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob, SavedBlocks
 from flexkv.integration.vllm.prefill_rate import PrefillRate
 from flexkv.integration.vllm.request_log import RequestLog
+from flexkv.integration.vllm.steps import StepLedger, Trust, Verdict, Write
 from flexkv.integration.vllm.tracked_request import TrackedRequest, is_cacheable
 from flexkv.kvmanager import KVManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger("flexkv.vllm")
@@ -22,8 +25,16 @@ logger = logging.getLogger("flexkv.vllm")
 _DRAIN_TIMEOUT_S = 5.0
 """How long a step may be held back until saves of preempted requests have let go of their pages."""
 
-_NO_TASK = (1 << 63) - 1
-"""Later than any task."""
+_NEVER = int(np.iinfo(np.int32).max)
+"""``num_offered`` of a request that is not to be saved any more."""
+
+
+def skips_prefix_cache(request: "Request") -> bool:
+    """Whether the request computes its whole prompt, as one that asks for the prompt's log probabilities does."""
+    skips = getattr(request, "skip_reading_prefix_cache", None)
+    if skips is None and (ask := getattr(request, "get_skip_reading_prefix_cache", None)) is not None:
+        skips = ask()
+    return bool(skips)
 
 
 class SchedulerSide:
@@ -37,15 +48,20 @@ class SchedulerSide:
         Tokens of a vLLM block.
     config : ConnectorConfig
     may_load, may_save : bool
-        Whether KV is loaded, and saved (vLLM's ``kv_role``).
+        What the engine's role allows.
+    max_in_flight : int
+        Steps that vLLM schedules before the oldest of them has ended: ``VllmConfig.max_concurrent_batches``. With
+        more than one no load goes layer by layer: vLLM cannot take back the step that follows a failed one.
     """
 
     def __init__(
         self, manager: KVManager, block_size: int, config: ConnectorConfig, *, may_load: bool = True,
-        may_save: bool = True,
+        may_save: bool = True, max_in_flight: int = 1,
     ) -> None:
-        self._may_load, self._may_save = may_load, may_save
         self._manager = manager
+        self._may_load, self._may_save = may_load, may_save
+        self._layerwise = config.layerwise_loads if max_in_flight == 1 else "never"
+        self._steps = StepLedger()
         self._block_size = block_size
         self._config = config
         self._requests: dict[str, TrackedRequest] = {}
@@ -54,6 +70,7 @@ class SchedulerSide:
         self._saved: list[SavedBlocks] = []
         self._finishing: dict[str, list[int]] = {}
         self._outstanding: set[int] = set()
+        self._newest_task = 0                               # later ones may be waited for while this step is in flight
         self._prefetches: set[int] = set()
         self._prefill = PrefillRate()
         self._running: set[str] = set()                     # computing, as of the last step
@@ -62,12 +79,19 @@ class SchedulerSide:
 
     # ---- what can be loaded -----------------------------------------------------------------------------------
 
-    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
-        """Tokens beyond ``num_computed_tokens`` that can be loaded. Holds nothing; may be asked any number of times."""
-        if not self._may_load or not self._manager.is_ready() or not is_cacheable(request):
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens beyond ``num_computed_tokens`` that can be loaded. Holds nothing; may be asked any number of times.
+
+        None: the request must wait, until it is known whether vLLM's own copy of its prefix is good.
+        """
+        if not is_cacheable(request):
             return 0, False
         tracked = self._track(request)
         tracked.num_computed = num_computed_tokens
+        if num_computed_tokens and self._must_wait(tracked, num_computed_tokens):
+            return None, False
+        if not self._may_load or not self._manager.is_ready() or skips_prefix_cache(request):
+            return 0, False
         match = self._manager.lookup(
             tracked.keys(), num_computed_tokens // self._block_size, tracked.group, count=not tracked.counted
         )
@@ -86,9 +110,19 @@ class SchedulerSide:
             num_new = max(0, min(num_new, whole - num_computed_tokens))
         return num_new, not tracked.layerwise and num_new > 0
 
+    def _must_wait(self, tracked: TrackedRequest, num_computed_tokens: int) -> bool:
+        """vLLM caches the pages of a layer-by-layer load before it is known to succeed, and keeps those that failed: a
+        request must not compute over them. One whose prefix is bad there computes all of it."""
+        trust = self._steps.trust(tracked.keys(), num_computed_tokens // self._block_size)
+        if trust is Trust.BAD:
+            tracked.request.skip_reading_prefix_cache = True
+        return trust is not Trust.GOOD
+
     def on_new_request(self, request: "Request") -> None:
         """A request was queued: bring what is on SSD into host memory while it waits."""
-        if self._may_load and self._manager.is_ready() and is_cacheable(request):
+        if not self._may_load or skips_prefix_cache(request):
+            return
+        if self._manager.is_ready() and is_cacheable(request):
             tracked = self._track(request)
             match = self._manager.lookup(tracked.keys(), group=tracked.group)
             if match.num_to_fetch:
@@ -105,7 +139,7 @@ class SchedulerSide:
     def _may_run_behind_load(self, request: "Request") -> bool:
         """Whether the request should run at once, layer by layer behind its load. The whole step runs at the speed of
         the load then: good for the request, bad for the others in it."""
-        mode = self._config.layerwise_loads
+        mode = self._layerwise
         return mode == "always" or (mode == "auto" and not self._running - {request.request_id})
 
     def _track(self, request: "Request") -> TrackedRequest:
@@ -132,7 +166,8 @@ class SchedulerSide:
         pages, keys = tracked.pages[first:last].copy(), tracked.keys()[:last]
         task_id = self._manager.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise, tracked.group)
         tracked.num_offered = last
-        self._outstanding.add(task_id)
+        self._launched(task_id)
+        self._steps.load_started(request.request_id, pages, tracked.layerwise, first, keys[first].tobytes())
         self._loads.append(
             LoadJob(
                 request.request_id, task_id, pages, keys[first:].copy() if self._config.audit else None,
@@ -162,6 +197,7 @@ class SchedulerSide:
             tracked = self._requests.get(req_id)
             if tracked is not None and new_block_ids is not None and req_id not in cached.resumed_req_ids:
                 tracked.add_pages(new_block_ids[0])
+        self._begin_step(output, computed)
         if self._config.save_mode == "as_computed":
             for req_id, num_scheduled in output.num_scheduled_tokens.items():
                 tracked = self._requests.get(req_id)
@@ -172,7 +208,7 @@ class SchedulerSide:
             has_forward=output.total_num_scheduled_tokens > 0,
             loads=self._loads,
             finishing=self._finishing,
-            oldest_task=min(self._outstanding, default=_NO_TASK),
+            oldest_task=min(self._outstanding, default=self._newest_task + 1),
             saved=self._saved,
         )
         self._loads, self._finishing, self._saved = [], {}, []
@@ -186,10 +222,46 @@ class SchedulerSide:
         else:
             self._prefill.began(output.num_scheduled_tokens.values())
 
-    def step_ended(self) -> None:
-        """The oldest step with compute is reported."""
+    def _begin_step(self, output: "SchedulerOutput", computed: dict[str, int]) -> None:
+        writes = []
+        for req_id, num_scheduled in output.num_scheduled_tokens.items():
+            if (tracked := self._requests.get(req_id)) is not None:
+                start, stop = computed[req_id], computed[req_id] + num_scheduled
+                size = self._block_size
+                writes.append(Write(tracked, tracked.pages[: -(-stop // size)], start // size, -(-start // size)))
+        was_lost = self._steps.lost
+        for task_id in self._steps.begin(output.total_num_scheduled_tokens > 0, writes):
+            self._manager.accept_put(task_id, 0)
+        if self._steps.lost and not was_lost:
+            self._may_save = False
+            logger.error("vLLM schedules steps that it does not report: no KV is saved any more. Please report this "
+                         "with vLLM's version")
+
+    def step_reported(self, output: "KVConnectorOutput") -> None:
+        """What the workers say of the oldest step; not called for a step of which they say nothing."""
         if rate := self._prefill.ended():
             self._manager.set_prefill_rate(rate)
+        self._steps.report(
+            output.invalid_block_ids or (), output.finished_recving or (), getattr(output, "failed_recving", None) or ()
+        )
+
+    def step_ended(self) -> None:
+        """vLLM has processed the oldest step: called once for each step, in their order."""
+        if (verdict := self._steps.end()) is not None:
+            self._decide(verdict)
+
+    def _decide(self, verdict: Verdict) -> None:
+        for task_id, stop_block in verdict.accepted:
+            self._manager.accept_put(task_id, stop_block)
+        if verdict.spoiled:
+            for tracked in self._requests.values():         # what is computed again is to be saved again
+                if tracked.num_offered != _NEVER:
+                    first = self._steps.first_suspect(tracked.pages[: tracked.num_offered])
+                    tracked.num_offered = tracked.num_offered if first is None else first
+
+    def _drop_puts(self, task_ids: set[int] | None = None) -> None:
+        for task_id in self._steps.drop_puts(task_ids):
+            self._manager.accept_put(task_id, 0)
 
     def _save(self, tracked: TrackedRequest, num_tokens: int) -> None:
         """Save the blocks that are full once the first ``num_tokens`` tokens are computed."""
@@ -198,17 +270,27 @@ class SchedulerSide:
         if last <= tracked.num_offered or not self._may_save or not self._manager.is_ready():
             return
         first, tracked.num_offered = tracked.num_offered, last
-        task_id = self._manager.put_blocks(keys[:last], first, tracked.pages[first:last], self._step, tracked.group)
+        task_id = self._put(tracked, keys[:last], first)
         if task_id is None and first > 0:
             # either all is there, or what comes before was evicted meanwhile: then it has to be saved again too
-            task_id = self._manager.put_blocks(keys[:last], 0, tracked.pages[:last], self._step, tracked.group)
+            task_id = self._put(tracked, keys[:last], 0)
         if task_id is None:
             return
+        self._steps.add_put(task_id, tracked.pages[:last])
         tracked.saves.add(task_id)
-        self._outstanding.add(task_id)
+        self._launched(task_id)
         if self._config.audit:
             positions = self._manager.task_blocks(task_id)
             self._saved.append(SavedBlocks(tracked.pages[positions].copy(), keys[positions].copy()))
+
+    def _put(self, tracked: TrackedRequest, keys: NDArray[np.uint64], first: int) -> int | None:
+        """Save blocks from ``first`` on; they are visible when the step has ended, and their pages are good then."""
+        pages = tracked.pages[first : len(keys)]
+        return self._manager.put_blocks(keys, first, pages, self._step, tracked.group, provisional=True)
+
+    def _launched(self, task_id: int) -> None:
+        self._outstanding.add(task_id)
+        self._newest_task = max(self._newest_task, task_id)
 
     def _collect(self) -> None:
         """Take the results of tasks that have ended."""
@@ -224,6 +306,7 @@ class SchedulerSide:
             tracked = self._requests.get(req_id)
             if tracked is None:
                 continue
+            self._drop_puts(tracked.saves)
             saves = tracked.saves & self._outstanding
             if saves:
                 self._manager.cancel(saves)
@@ -257,8 +340,9 @@ class SchedulerSide:
     def reset_cache(self) -> bool:
         """Forget all KV (after a change of weights)."""
         self._manager.reset()
+        self._drop_puts()
         for tracked in self._requests.values():
-            tracked.num_offered = int(np.iinfo(np.int32).max)  # computed with the old weights: not to be saved
+            tracked.num_offered = _NEVER                    # computed with the old weights: not to be saved
         return True
 
     def stats(self) -> dict[str, int]:
@@ -267,6 +351,12 @@ class SchedulerSide:
             "requests": self._log.num_requests, "hit_tokens": self._log.num_hit_tokens,
             "layerwise_loads": self._num_layerwise, **self._manager.stats(),
         }
+
+    def take_pending(self) -> tuple[list[LoadJob], dict[str, list[int]]]:
+        """Loads and finished requests that no step has brought to the workers."""
+        pending = self._loads, self._finishing
+        self._loads, self._finishing = [], {}
+        return pending
 
     def shutdown(self) -> None:
         """Stop the manager."""

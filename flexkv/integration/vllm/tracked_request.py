@@ -90,8 +90,8 @@ class TrackedRequest:
         return self._pages[: self._num_pages]
 
     def set_pages(self, block_ids: list[int]) -> None:
-        """The request has these blocks now, and no others."""
-        self._num_pages = 0
+        """The request has these blocks now, and no others; ``pages`` of before keeps what it was."""
+        self._pages, self._num_pages = np.empty(max(64, 2 * len(block_ids)), dtype=np.int32), 0
         self.add_pages(block_ids)
 
     def add_pages(self, block_ids: list[int]) -> None:

@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 
 from flexkv.config import FlexKVConfig, ModelConfig, engine_config, runtime_directory, warn_overruled
 from flexkv.errors import FlexKVError, RegistrationError
+from flexkv.integration.vllm.boundary import GuardedScheduler, GuardedWorker
 from flexkv.integration.vllm.data_parallel import data_parallel_rank, settings_of_rank
 from flexkv.integration.vllm.log import follow_vllm_log
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata
@@ -76,6 +77,13 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
     )
 
 
+def _steps_in_flight(vllm_config: "VllmConfig") -> int:
+    """How many steps vLLM schedules before it has the result of the oldest; older versions do not say."""
+    several = getattr(getattr(vllm_config, "scheduler_config", None), "async_scheduling", False)
+    several = several or vllm_config.parallel_config.pipeline_parallel_size > 1
+    return int(getattr(vllm_config, "max_concurrent_batches", 2 if several else 1))
+
+
 class FlexKVConnectorV1Impl:
     """What ``FlexKVConnectorV1`` forwards to.
 
@@ -99,13 +107,13 @@ class FlexKVConnectorV1Impl:
         config = _settings(vllm_config, rank)
         self._config = config
         self._vllm_config = vllm_config
-        self._scheduler: SchedulerSide | OffScheduler | None = None
-        self._worker: WorkerSide | OffWorker | None = None
+        self._scheduler = GuardedScheduler(None, vllm_config.cache_config.block_size)
+        self._worker = GuardedWorker(None)
         reason = unsupported(vllm_config)
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = self._make_scheduler(rank) if reason is None else self._off(reason)
+            self._scheduler.side = self._make_scheduler(rank) if reason is None else self._off(reason)
         else:
-            self._worker = self._make_worker(rank) if reason is None else OffWorker()
+            self._worker.side = self._make_worker(rank) if reason is None else OffWorker()
 
     def _make_scheduler(self, rank: int) -> SchedulerSide | OffScheduler:
         vllm_config, config = self._vllm_config, self._config
@@ -130,6 +138,7 @@ class FlexKVConnectorV1Impl:
         return SchedulerSide(
             manager, block_size, config.connector.replace(layerwise_loads=layerwise),
             may_load=getattr(transfer, "is_kv_consumer", True), may_save=getattr(transfer, "is_kv_producer", True),
+            max_in_flight=_steps_in_flight(vllm_config),
         )
 
     def _make_worker(self, rank: int) -> WorkerSide:
@@ -147,40 +156,43 @@ class FlexKVConnectorV1Impl:
 
     @property
     def scheduler(self) -> SchedulerSide | OffScheduler:
-        """The scheduler's half; FlexKVError on a worker."""
-        if self._scheduler is None:
+        """The scheduler's half; FlexKVError on a worker, or after an error that has ended caching."""
+        if self._scheduler.side is None:
             raise FlexKVError("a scheduler's method was called on a worker's connector")
-        return self._scheduler
+        return self._scheduler.side
 
     @property
     def worker(self) -> WorkerSide | OffWorker:
-        """The worker's half; FlexKVError on the scheduler."""
-        if self._worker is None:
+        """The worker's half; FlexKVError on the scheduler, or after an error that has ended caching."""
+        if self._worker.side is None:
             raise FlexKVError("a worker's method was called on a scheduler's connector")
-        return self._worker
+        return self._worker.side
 
     def shutdown(self) -> None:
         """Stop threads, give memory back."""
-        for side in (self._scheduler, self._worker):
-            if side is not None:
-                side.shutdown()
+        self._scheduler.shutdown()
+        self._worker.shutdown()
 
     # ---- worker -----------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
         """The KV cache of each layer. If FlexKV does not support it, the rank does not register: nothing is cached."""
-        try:
-            reason = self._unsupported_caches(kv_caches)
-            if reason is None:
-                self.worker.register_kv_caches(
-                    kv_caches, self._vllm_config.cache_config.num_gpu_blocks, self._config.transfer.connect_timeout_s
-                )
-        except RegistrationError as error:
-            reason = str(error)
+        reason = self._worker.call(lambda side: self._register(side, kv_caches), None)
         if reason is not None:
             logger.warning("KV caching is off: %s. The engine runs without FlexKV", reason)
-            self.worker.shutdown()
-            self._worker = OffWorker()
+            self._worker.shutdown()
+            self._worker.side = OffWorker()
+
+    def _register(self, side: WorkerSide | OffWorker, kv_caches: "dict[str, torch.Tensor]") -> str | None:
+        """Why the rank cannot be registered; None: it is."""
+        reason = self._unsupported_caches(kv_caches)
+        if reason is None:
+            num_blocks = self._vllm_config.cache_config.num_gpu_blocks
+            try:
+                side.register_kv_caches(kv_caches, num_blocks, self._config.transfer.connect_timeout_s)
+            except RegistrationError as error:
+                reason = str(error)
+        return reason
 
     def _unsupported_caches(self, kv_caches: "dict[str, torch.Tensor]") -> str | None:
         config = find_kv_cache_config(self)
@@ -192,16 +204,15 @@ class FlexKVConnectorV1Impl:
 
     def start_load_kv(self, forward_context: "ForwardContext | None", **kwargs: Any) -> None:
         """Called in each step; by vLLM 0.32 after compute was launched, unless that needs loads."""
-        meta = find_metadata(self)
-        if meta is not None:
-            self.worker.start_load(meta)
+        self._worker.start_load(find_metadata(self))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Called before a layer's attention: loads of the step that go layer by layer are waited for. At the first
         layer the step's other loads start, which need not wait for its compute: no page of theirs is in it."""
-        if self.worker.between_steps:
-            self.start_load_kv(None)
-        self.worker.wait_for_layer(layer_name)
+        self._worker.wait_for_layer(layer_name, self._find_metadata)
+
+    def _find_metadata(self) -> FlexKVConnectorMetadata | None:
+        return find_metadata(self)
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: "torch.Tensor", attn_metadata: "AttentionMetadata", **kwargs: Any
@@ -210,49 +221,51 @@ class FlexKVConnectorV1Impl:
 
     def wait_for_save(self) -> None:
         """Called in each step, after its compute."""
-        self.worker.wait_for_save()
+        self._worker.wait_for_save()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose saves and whose loads have ended."""
-        saved, loaded = self.worker.get_finished()
+        saved, loaded = self._worker.get_finished()
         return saved or None, loaded or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that could not be loaded; vLLM computes them (``kv_load_failure_policy: recompute``)."""
-        return self.worker.take_failed_pages()
+        return self._worker.take_failed_pages()
 
     # ---- scheduler --------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: "Request") -> None:
         """A request was queued. The stock wrapper does not pass this on; ``connector.FlexKVConnector`` does."""
-        self.scheduler.on_new_request(request)
+        self._scheduler.on_new_request(request)
 
-    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens can be loaded, and that it happens while others compute."""
-        return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens can be loaded, and that it happens while others compute; None: ask again in a step."""
+        return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         """Blocks were allocated, ``num_external_tokens`` of them to be loaded."""
-        self.scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
+        self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> FlexKVConnectorMetadata:
         """What the workers must know of the coming step."""
-        return self.scheduler.build_connector_meta(scheduler_output)
+        return self._scheduler.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        """A step has ended. The workers themselves have reported which transfers have."""
-        self.scheduler.step_ended()
+        """What the workers report of a step: not called when that is nothing."""
+        self._scheduler.update_connector_output(connector_output)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether the request's blocks must stay until its saves are done."""
-        return self.scheduler.request_finished(request, block_ids)
+        return self._scheduler.request_finished(request, block_ids)
 
     def reset_cache(self) -> bool:
         """Forget all KV. The stock wrapper does not pass this on; ``connector.FlexKVConnector`` does."""
-        return self.scheduler.reset_cache()
+        return self._scheduler.reset_cache()
 
     def take_events(self) -> "Iterable[KVCacheEvent]":
-        """No events in this version."""
+        """No events in this version. vLLM asks once after each step that it has processed, in their order, so this says
+        which step a report was of."""
+        self._scheduler.step_ended()
         return ()
 
     def get_kv_connector_stats(self) -> "KVConnectorStats | None":

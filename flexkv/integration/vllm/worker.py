@@ -1,6 +1,7 @@
 """Worker side: the rank's tensors, the fences around its compute, and the reports that vLLM waits for."""
 
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ logger = logging.getLogger("flexkv.vllm")
 
 _START_TIMEOUT_S = 60.0
 """For a load to be given to the GPU: it takes a millisecond, and longer only when something is broken."""
+
+_LOAD_TIMEOUT_S = 120.0
+"""For a load that a step computes behind: the controller ends it within ``op_timeout_s``, or the agent is broken."""
 
 _IDLE_WAIT_S = 0.005
 """A step without compute waits so long for a transfer, instead of coming back at once."""
@@ -148,9 +152,11 @@ class WorkerSide:
         self._wait_layerwise()
         lost = self._client.is_lost                         # before the poll: what it has is then taken
         self._take_results()
-        ended = [job for job in list(self._loads.values()) if self._end_load(job, lost)]
+        ended = [job for job in self._loads.values() if self._end_load(job, lost)]
         loaded = {job.req_id for job in ended if not job.layerwise}
         saved = {req_id for req_id, task_ids in self._finishing.items() if lost or task_ids <= self._saved}
+        for job in ended:                                   # not before: what fails up to here is reported as failed
+            del self._loads[job.task_id]
         for req_id in saved:
             del self._finishing[req_id]
         self._forget_old()
@@ -165,9 +171,13 @@ class WorkerSide:
 
     def _wait_layerwise(self) -> None:
         """A request that ran behind its load has tokens already: the step must say now whether they are worth anything.
-        The controller ends every load in bounded time, and the agent survives nothing else."""
+        The controller ends every load in bounded time; an agent that does not is stopped, and touches no page then."""
         pending = {job.task_id for job in self._loads.values() if job.layerwise}
+        deadline = time.monotonic() + _LOAD_TIMEOUT_S
         while not pending <= self._outcomes.keys() and not self._client.is_lost:
+            if time.monotonic() > deadline:
+                logger.critical("a load has not ended in %g s: this rank loads and saves no more KV", _LOAD_TIMEOUT_S)
+                self._client.close()
             self._client.wait_results(_IDLE_WAIT_S)
             self._take_results()
 
@@ -175,7 +185,6 @@ class WorkerSide:
         result = self._outcomes.pop(job.task_id, None)
         if result is None and not lost:
             return False
-        del self._loads[job.task_id]
         failed = set(job.pages.tolist())
         if job.task_id in self._not_followed:
             self._not_followed.remove(job.task_id)
@@ -198,6 +207,12 @@ class WorkerSide:
         """Blocks that could not be loaded, of the requests just reported."""
         failed, self._failed_pages = self._failed_pages, set()
         return failed
+
+    def take_pending(self) -> tuple[list[LoadJob], set[str], set[int]]:
+        """Loads, requests with saves, and failed blocks that were not reported; nobody else will."""
+        pending = list(self._loads.values()), set(self._finishing), self._failed_pages
+        self._loads, self._finishing, self._failed_pages = {}, {}, set()
+        return pending
 
     def audit_counts(self) -> dict[str, int]:
         """What the audit has found; empty when it is off."""

@@ -102,6 +102,8 @@ class Manager:
 
 
 def test_the_scheduler_side_measures(clock: Clock) -> None:
+    from vllm.v1.outputs import KVConnectorOutput
+
     from flexkv.config import ConnectorConfig
     from flexkv.integration.vllm.scheduler import SchedulerSide
 
@@ -116,7 +118,7 @@ def test_the_scheduler_side_measures(clock: Clock) -> None:
         side._loads = [SimpleNamespace(layerwise=layerwise)]  # type: ignore[list-item]
         side._time_step(output)
         clock.now += 0.5
-        side.step_ended()
+        side.step_reported(KVConnectorOutput())
 
     run(False, 1000, 1)
     run(False)                                                 # without compute

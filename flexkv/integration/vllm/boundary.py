@@ -1,0 +1,230 @@
+"""The border to the engine: no exception of FlexKV's crosses it.
+
+vLLM calls every hook of a connector inside its scheduler's loop or its worker's, where an exception ends the engine.
+Each hook is called through ``HookGuard.call``. After an unexpected exception KV is off for good: nothing is offered or
+saved, loads under way are reported as failed and saves as finished, and the engine goes on without FlexKV.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob
+from flexkv.integration.vllm.off import OffScheduler, OffWorker
+from flexkv.integration.vllm.scheduler import SchedulerSide
+from flexkv.integration.vllm.worker import WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger("flexkv.vllm")
+
+_Half = TypeVar("_Half", SchedulerSide | OffScheduler, WorkerSide | OffWorker)
+_Value = TypeVar("_Value")
+
+
+class HookGuard(Generic[_Half]):
+    """One half of the connector, until it fails.
+
+    Parameters
+    ----------
+    side : SchedulerSide, WorkerSide, OffScheduler, OffWorker or None
+        None: there is no half of this role, or it has failed.
+    """
+
+    def __init__(self, side: _Half | None) -> None:
+        self.side: _Half | None = side
+
+    def call(self, hook: Callable[[_Half], _Value], otherwise: _Value) -> _Value:
+        """What the hook returns; ``otherwise`` when KV is off, or from now on is."""
+        if self.side is None:
+            return otherwise
+        try:
+            return hook(self.side)
+        except Exception:
+            logger.critical(
+                "KV caching is off until the engine is started again, because of an error in FlexKV; the engine goes "
+                "on without it. Please report this:", exc_info=True,
+            )
+            failed, self.side = self.side, None
+            self.turn_off(failed)
+        return otherwise
+
+    def turn_off(self, failed: _Half) -> None:
+        """Stop what the failed half had under way."""
+        try:
+            failed.shutdown()
+        except Exception:
+            logger.exception("FlexKV could not be stopped in an orderly way")
+
+    def shutdown(self) -> None:
+        """The engine ends: stop the half, if it is there."""
+        self.call(lambda side: side.shutdown(), None)
+
+
+class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
+    """The scheduler's hooks. ``block_size``: tokens of a vLLM block."""
+
+    def __init__(self, side: SchedulerSide | OffScheduler | None, block_size: int) -> None:
+        super().__init__(side)
+        self._block_size = block_size
+        self._offers: dict[str, tuple[int, bool]] = {}      # computed tokens, asynchronous; of requests to be allocated
+        self._orphans: list[LoadJob] = []                   # loads that the workers must report as failed
+        self._finishing: dict[str, list[int]] = {}
+        self._step = 0
+
+    def turn_off(self, failed: SchedulerSide | OffScheduler) -> None:
+        """Loads and finished requests that the workers have not heard of are told to them in the next step."""
+        loads, self._finishing = failed.take_pending()
+        self._orphans += loads
+        super().turn_off(failed)
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens can be loaded, and whether others compute meanwhile."""
+        nothing: tuple[int | None, bool] = (0, False)
+        offer = self.call(lambda side: side.get_num_new_matched_tokens(request, num_computed_tokens), nothing)
+        if offer[0]:
+            self._offers[request.request_id] = (num_computed_tokens, offer[1])
+        return offer
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        """Blocks were allocated. A load that was offered and cannot be launched is reported as failed."""
+        computed, is_async = self._offers.pop(request.request_id, (0, False))
+
+        def launch(side: SchedulerSide | OffScheduler) -> bool:
+            side.update_state_after_alloc(request, blocks, num_external_tokens)
+            return True
+
+        if not self.call(launch, False) and num_external_tokens:
+            first = computed // self._block_size
+            pages = blocks.get_block_ids()[0][first : first - (-num_external_tokens // self._block_size)]
+            self._orphans.append(
+                LoadJob(request.request_id, -1, np.array(pages, dtype=np.int32), layerwise=not is_async)
+            )
+
+    def build_connector_meta(self, output: "SchedulerOutput") -> FlexKVConnectorMetadata:
+        """What the workers must know of the coming step."""
+        self._step += 1
+        meta: FlexKVConnectorMetadata | None = self.call(lambda side: side.build_connector_meta(output), None)
+        if meta is None:
+            meta = FlexKVConnectorMetadata(
+                self._step, output.total_num_scheduled_tokens > 0, loads=self._orphans, finishing=self._finishing,
+                off=True,
+            )
+            self._orphans, self._finishing = [], {}
+        return meta
+
+    def update_connector_output(self, output: "KVConnectorOutput") -> None:
+        """The workers have reported a step."""
+        self.call(lambda side: side.step_reported(output), None)
+
+    def step_ended(self) -> None:
+        """vLLM has processed a step."""
+        self.call(lambda side: side.step_ended(), None)
+
+    def on_new_request(self, request: "Request") -> None:
+        """A request was queued."""
+        self.call(lambda side: side.on_new_request(request), None)
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Whether the request's blocks must stay until its saves are done."""
+        nothing: tuple[bool, dict[str, Any] | None] = (False, None)
+        self._offers.pop(request.request_id, None)
+        return self.call(lambda side: side.request_finished(request, block_ids), nothing)
+
+    def reset_cache(self) -> bool:
+        """Forget all KV. True also when KV is off: nothing is kept then."""
+        return self.call(lambda side: side.reset_cache(), True)
+
+
+class GuardedWorker(HookGuard[WorkerSide | OffWorker]):
+    """The worker's hooks on one rank."""
+
+    def __init__(self, side: WorkerSide | OffWorker | None) -> None:
+        super().__init__(side)
+        self._lost = LostTransfers()
+
+    def turn_off(self, failed: WorkerSide | OffWorker) -> None:
+        """What was under way is reported in this step, as failed."""
+        super().turn_off(failed)                            # afterwards nothing touches a page
+        self._lost.take(failed)
+
+    def start_load(self, meta: FlexKVConnectorMetadata | None) -> None:
+        """The step's loads may start."""
+        if meta is None:
+            return
+        if meta.off and self.side is not None:
+            logger.error("KV caching is off: the scheduler's half of FlexKV has failed, see its log")
+            failed, self.side = self.side, None
+            self.turn_off(failed)
+
+        def start(side: WorkerSide | OffWorker) -> bool:
+            side.start_load(meta)
+            return True
+
+        if not self.call(start, False):
+            self._lost.add(meta)
+
+    def wait_for_layer(self, layer_name: str, find_metadata: Callable[[], FlexKVConnectorMetadata | None]) -> None:
+        """Compute of a layer is about to begin; of the first one: the step's loads that need not wait start too."""
+        if self.side is None or self.call(lambda side: side.between_steps, False):
+            self.start_load(find_metadata())
+        self.call(lambda side: side.wait_for_layer(layer_name), None)
+
+    def wait_for_save(self) -> None:
+        """Compute of the step is done."""
+        self.call(lambda side: side.wait_for_save(), None)
+
+    def get_finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose saves and whose loads have ended."""
+        nothing: tuple[set[str], set[str]] = (set(), set())
+        saved, loaded = self.call(lambda side: side.get_finished(), nothing)
+        lost = self._lost.take_finished()
+        return saved | lost[0], loaded | lost[1]
+
+    def take_failed_pages(self) -> set[int]:
+        """Blocks that could not be loaded."""
+        nothing: set[int] = set()
+        return self.call(lambda side: side.take_failed_pages(), nothing) | self._lost.take_pages()
+
+
+class LostTransfers:
+    """What a rank without KV must still report, once: loads have failed, saves have ended."""
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._saved: set[str] = set()
+        self._loaded: set[str] = set()
+        self._pages: set[int] = set()
+
+    def take(self, failed: WorkerSide | OffWorker) -> None:
+        """All that a half had under way when it failed."""
+        loads, saves, pages = failed.take_pending()
+        self._add(loads, saves)
+        self._pages |= pages
+
+    def add(self, meta: FlexKVConnectorMetadata) -> None:
+        """What a step begins; a step is counted once."""
+        if meta.step != self._step:
+            self._step = meta.step
+            self._add(meta.loads, set(meta.finishing))
+
+    def _add(self, loads: list[LoadJob], saves: set[str]) -> None:
+        self._saved |= saves
+        self._loaded.update(job.req_id for job in loads if not job.layerwise)
+        self._pages.update(page for job in loads for page in job.pages.tolist())
+
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose saves, and whose loads, have ended."""
+        finished, self._saved, self._loaded = (self._saved, self._loaded), set(), set()
+        return finished
+
+    def take_pages(self) -> set[int]:
+        """Blocks of these loads."""
+        pages, self._pages = self._pages, set()
+        return pages

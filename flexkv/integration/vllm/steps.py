@@ -1,0 +1,274 @@
+"""Steps in flight, and which of the engine's pages hold KV that is known to be right.
+
+The engine computes a step, and reports later which loads of it have failed. What the step computed over such a page is
+wrong too, and so is what a later step in flight computes over that. The ledger follows this by page, through every
+request whose block table holds the page, and decides which saved blocks may become visible.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.integration.vllm.tracked_request import TrackedRequest
+
+_MAX_IN_FLIGHT = 64
+"""Steps that are not reported: an engine has two, or as many as pipeline stages."""
+
+LOADING, BAD = np.uint8(1), np.uint8(2)
+_NOT_BAD, _NOT_LOADING = np.uint8(0xFF ^ 2), np.uint8(0xFF ^ 1)
+
+
+class Trust(Enum):
+    """Whether a request may use the engine's own copy of its prefix."""
+
+    GOOD = "good"
+    UNKNOWN = "unknown"
+    """A page of it is being loaded for a request that computes already: it is known after that step."""
+    BAD = "bad"
+    """The engine caches a page of it whose content is wrong."""
+
+
+@dataclass(slots=True, eq=False)
+class Write:
+    """Tokens of one request that a step computes.
+
+    Attributes
+    ----------
+    pages : (n,) int32
+        The request's pages up to the last one that is written.
+    first : int
+        Position of the first page that is written.
+    whole : int
+        Position of the first page that is written from its first token on.
+    """
+
+    tracked: TrackedRequest
+    pages: NDArray[np.int32]
+    first: int
+    whole: int
+
+
+@dataclass(slots=True, eq=False)
+class Put:
+    """Blocks that are being saved; ``pages`` ((n,) int32) are the request's pages up to the last of them."""
+
+    task_id: int
+    pages: NDArray[np.int32]
+
+
+@dataclass(slots=True, eq=False)
+class SyncLoad:
+    """A load into ``pages`` ((n,) int32) that its request's step computes behind; ``key``: of its first block."""
+
+    pages: NDArray[np.int32]
+    first: int
+    key: bytes
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step that was scheduled, and is not reported yet.
+
+    Attributes
+    ----------
+    reported : bool
+        The engine has said which pages are invalid after the step.
+    invalid : set of int
+        These pages.
+    """
+
+    has_forward: bool
+    writes: list[Write]
+    loads: list[SyncLoad]
+    puts: list[Put] = field(default_factory=list)
+    reported: bool = False
+    invalid: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the end of a step decides.
+
+    Attributes
+    ----------
+    accepted : list of (int, int or None)
+        Task of each put of the step, and the block from which on it is dropped; None: nothing is dropped.
+    spoiled : bool
+        Pages have become bad.
+    """
+
+    accepted: list[tuple[int, int | None]]
+    spoiled: bool
+
+
+class StepLedger:
+    """The steps in flight, in their order, and the state of each page as of the last step that has ended.
+
+    Attributes
+    ----------
+    lost : bool
+        The engine schedules more steps than it ends, so it is not known which step has ended: nothing is accepted.
+    """
+
+    def __init__(self) -> None:
+        self.lost = False
+        self._steps: deque[Step] = deque()
+        self._state = np.zeros(1024, dtype=np.uint8)
+        self._num_bad = self._num_loading = 0
+        self._next_loads: list[SyncLoad] = []
+        self._next_puts: list[Put] = []
+        self._async_loads: dict[str, list[NDArray[np.int32]]] = {}
+        self._doubted: dict[bytes, int] = {}                # keys of bad pages that the engine may offer to others
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that have begun and not ended."""
+        return len(self._steps)
+
+    # ---- what the scheduler does ------------------------------------------------------------------------------
+
+    def load_started(self, req_id: str, pages: NDArray[np.int32], sync: bool, first: int, key: bytes) -> None:
+        """``pages`` of a request are to be loaded; ``first``, ``key``: position and key of the first of these blocks.
+        ``sync``: the request computes in the next step already."""
+        self._grow(pages)
+        self._state[pages] = LOADING
+        if sync:
+            self._next_loads.append(SyncLoad(pages, first, key))
+        else:
+            self._async_loads.setdefault(req_id, []).append(pages)
+        self._recount()
+
+    def begin(self, has_forward: bool, writes: list[Write]) -> list[int]:
+        """The next step is scheduled. Returns tasks of puts that will never be decided."""
+        dropped = []
+        if len(self._steps) == _MAX_IN_FLIGHT:
+            self.lost = True
+        if self.lost:
+            dropped = self.drop_puts()
+            self._steps.clear()
+        for write in writes:
+            self._grow(write.pages)
+        self._steps.append(Step(has_forward, writes, self._next_loads, self._next_puts))
+        self._next_loads, self._next_puts = [], []
+        return dropped
+
+    def add_put(self, task_id: int, pages: NDArray[np.int32]) -> None:
+        """A put that the latest step must have ended for; ``pages``: the request's, up to the last block of the put."""
+        puts = self._steps[-1].puts if self._steps else self._next_puts
+        puts.append(Put(task_id, pages))
+
+    def drop_puts(self, task_ids: set[int] | None = None) -> list[int]:
+        """Forget puts that are not decided (None: all), and give their tasks."""
+        dropped = []
+        for puts in (*(step.puts for step in self._steps), self._next_puts):
+            gone = [put.task_id for put in puts if task_ids is None or put.task_id in task_ids]
+            if gone:
+                dropped += gone
+                puts[:] = [put for put in puts if put.task_id not in gone]
+        return dropped
+
+    # ---- what the engine says ---------------------------------------------------------------------------------
+
+    def report(self, invalid: Iterable[int], loaded: Iterable[str], failed: Iterable[str] = ()) -> None:
+        """Report of the oldest step: pages that are invalid, requests whose asynchronous loads have ended, and those
+        of them of which nothing is worth anything."""
+        if not self._steps:
+            return
+        step = self._steps[0]
+        step.reported = True
+        step.invalid.update(invalid)
+        for req_id in failed:
+            for pages in self._async_loads.get(req_id, ()):
+                step.invalid.update(pages.tolist())
+        for req_id in loaded:
+            for pages in self._async_loads.pop(req_id, ()):
+                self._state[pages] &= _NOT_LOADING
+        self._recount()
+
+    def end(self) -> Verdict | None:
+        """The oldest step has ended; None if there is none."""
+        if not self._steps:
+            return None
+        step = self._steps.popleft()
+        return self._end(step, known=not self.lost and (step.reported or not step.has_forward))
+
+    def _end(self, step: Step, known: bool) -> Verdict:
+        before = self._num_bad
+        if before or step.invalid or step.loads or not known:
+            for load in step.loads:
+                self._state[load.pages] &= _NOT_LOADING
+            self._mark_bad(step.invalid)
+            for pages in () if known else (*(load.pages for load in step.loads),
+                                           *(write.pages[write.first :] for write in step.writes)):
+                self._state[pages] |= BAD
+            if known:
+                self._follow(step)
+            self._recount()
+            self._doubt(step.writes)
+        accepted = [(put.task_id, self.first_suspect(put.pages) if known else 0) for put in step.puts]
+        spoiled = bool(step.invalid or not known or self._num_bad > before)
+        return Verdict(accepted, spoiled or any(stop is not None for _, stop in accepted))
+
+    def _mark_bad(self, pages: set[int]) -> None:
+        if pages:
+            array = np.fromiter(pages, dtype=np.int32, count=len(pages))
+            self._grow(array)
+            self._state[array] |= BAD
+
+    def _follow(self, step: Step) -> None:
+        """Pages that are written anew are as good as those before them in the request, of this very step too."""
+        for write in step.writes:
+            self._state[write.pages[write.whole :]] &= _NOT_BAD
+        self._mark_bad(step.invalid)                        # reported after the step: what it wrote does not count
+        changed = True
+        while changed:
+            changed = False
+            for write in step.writes:
+                bad = np.flatnonzero(self._state[write.pages])
+                if len(bad):
+                    tail = write.pages[max(int(bad[0]), write.first) :]
+                    if not (self._state[tail] & BAD).all():
+                        self._state[tail] |= BAD
+                        changed = True
+
+    def _doubt(self, writes: list[Write]) -> None:
+        for write in writes:
+            keys = write.tracked.keys()
+            for position in np.flatnonzero(self._state[write.pages[: len(keys)]] & BAD).tolist():
+                self._doubted[keys[position].tobytes()] = int(write.pages[position])
+
+    # ---- what is known of pages -------------------------------------------------------------------------------
+
+    def first_suspect(self, pages: NDArray[np.int32]) -> int | None:
+        """Position of the first of ``pages`` that is being loaded, or bad; None: there is none."""
+        if not self._num_bad and not self._num_loading:
+            return None
+        self._grow(pages)
+        suspects = np.flatnonzero(self._state[pages])
+        return int(suspects[0]) if len(suspects) else None
+
+    def trust(self, keys: NDArray[np.uint64], num_blocks: int) -> Trust:
+        """Of the first ``num_blocks`` blocks of a sequence, which the engine has in its own cache."""
+        if num_blocks:
+            loads = (*self._next_loads, *(load for step in self._steps for load in step.loads))
+            if any(load.first < num_blocks and keys[load.first].tobytes() == load.key for load in loads):
+                return Trust.UNKNOWN
+        if self._doubted:
+            self._doubted = {key: page for key, page in self._doubted.items() if self._state[page] & BAD}
+            if any(key.tobytes() in self._doubted for key in keys[:num_blocks]):
+                return Trust.BAD
+        return Trust.GOOD
+
+    def _grow(self, pages: NDArray[np.int32]) -> None:
+        if len(pages) and (highest := int(pages.max())) >= len(self._state):
+            state = np.zeros(2 * highest + 1, dtype=np.uint8)
+            state[: len(self._state)] = self._state
+            self._state = state
+
+    def _recount(self) -> None:
+        self._num_bad = int(np.count_nonzero(self._state & BAD))
+        self._num_loading = int(np.count_nonzero(self._state & LOADING))
