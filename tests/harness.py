@@ -166,6 +166,16 @@ def local(
 
 
 @contextmanager
+def rank_of(tmp_path: Path, tensors: Tensors) -> Iterator[KVTPClient]:
+    client = KVTPClient(str(tmp_path / "s"))
+    client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@contextmanager
 def remote(tmp_path: Path, num_slots: int = 48, ranks: int = 1, **transfer: Any) -> Iterator[Any]:
     """Manager here, ranks in processes of their own."""
     manager = make_manager(tmp_path / "s", num_slots, ranks, **transfer)

@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from flexkv.metrics.catalog import entry_of
 
@@ -41,7 +40,7 @@ class _Transfers:
 
     def buckets(self) -> list[tuple[str, float]]:
         """Upper bound of each bucket, and how many transfers took at most so long."""
-        bounds = [*(floatToGoString(bound) for bound in _SECONDS), "+Inf"]
+        bounds = [*(str(bound) for bound in _SECONDS), "+Inf"]
         return list(zip(bounds, accumulate(self._counts), strict=True))
 
 
