@@ -18,7 +18,15 @@ from flexkv.cache.match_counts import MatchCounts
 from flexkv.cache.pins import Pin
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.trace import make_recorder
-from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config, runtime_directory
+from flexkv.config import (
+    CacheConfig,
+    ModelConfig,
+    TransferConfig,
+    changed_domain,
+    domain,
+    load_config,
+    runtime_directory,
+)
 from flexkv.errors import ArgumentError, ConfigError, FlexKVError, NotReadyError, PinError
 from flexkv.metrics.exporter import Metrics
 from flexkv.tasks.arguments import extras_of, namespace_of, seconds_of, tokens_of
@@ -197,13 +205,17 @@ class Controller:
             if self._tiering is not None:
                 steps.callback(self._tiering.shutdown)
 
-    def reset(self, timeout: float = 5.0) -> None:
+    def reset(self, timeout: float = 5.0, *, new_weights: bool = False) -> None:
         """Forget all cached KV, as after a change of weights. Nothing put before it is ever returned after it,
         and nothing is pinned any more.
 
         Tasks that are matched or running are cancelled; ``timeout`` bounds the wait for them (seconds).
+        ``new_weights``: the engine's weights are no longer those that ``ModelConfig`` names. KV that is put from now on
+        is not offered after a restart. Hashers that were made before make keys of the old weights.
         """
         timeout = seconds_of(timeout, "timeout")
+        if new_weights:
+            self._domain = changed_domain(self._domain)
         if self._cache is not None:
             self._cache.reset()
         if self._tiering is not None:

@@ -61,6 +61,10 @@ class ConfigError(FlexKVError, ValueError):
         return error
 
 
+class IdentityError(FlexKVError, ValueError):
+    """The identity of weights cannot be established, so KV of them must not be taken for KV of others."""
+
+
 class RegistrationError(FlexKVError, ValueError):
     """Tensors, or the layout said to describe them, cannot be registered."""
 

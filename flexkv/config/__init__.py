@@ -1,11 +1,12 @@
 """Every setting of the package. Parsed once, checked, frozen, passed down; nothing else reads the environment."""
 
 from flexkv.config.directories import cache_directory, runtime_directory
-from flexkv.config.domain import domain
+from flexkv.config.domain import changed_domain, domain
 from flexkv.config.effects import warn_overruled
 from flexkv.config.paths import register_port
 from flexkv.config.settings import CacheConfig, ConnectorConfig, FlexKVConfig, ModelConfig, TransferConfig
 from flexkv.config.sources import engine_config, load_config, process_environment
+from flexkv.config.weights import weights_id
 
 __all__ = [
     "CacheConfig",
@@ -14,6 +15,7 @@ __all__ = [
     "ModelConfig",
     "TransferConfig",
     "cache_directory",
+    "changed_domain",
     "domain",
     "engine_config",
     "load_config",
@@ -21,4 +23,5 @@ __all__ = [
     "register_port",
     "runtime_directory",
     "warn_overruled",
+    "weights_id",
 ]

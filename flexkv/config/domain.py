@@ -1,11 +1,15 @@
 """Identity of what makes KV bytes comparable."""
 
 import json
+import secrets
 
 from flexkv.config.settings import CacheConfig, ModelConfig
 
 LAYOUT_VERSION = 3
 """Version of the bytes in a slot and of the keys; raised whenever the same KV gets another layout or another key."""
+
+
+_CHANGED = b" changed "
 
 
 def domain(model: ModelConfig, cache: CacheConfig) -> bytes:
@@ -16,6 +20,8 @@ def domain(model: ModelConfig, cache: CacheConfig) -> bytes:
     identity = {
         "model_id": model.model_id,
         "revision": model.revision,
+        "weights_id": model.weights_id,
+        "config_digest": model.config_digest,
         "engine": model.engine,
         "dtype": model.dtype,
         "num_layers": model.num_layers,
@@ -28,3 +34,8 @@ def domain(model: ModelConfig, cache: CacheConfig) -> bytes:
         "layout": LAYOUT_VERSION,
     }
     return json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
+
+
+def changed_domain(before: bytes) -> bytes:
+    """A domain that no other process has, for an engine whose weights were changed in place."""
+    return before.partition(_CHANGED)[0] + _CHANGED + secrets.token_hex(16).encode()

@@ -58,6 +58,8 @@ class ModelConfig(_Settings):
     dp_size: int = setting(1, "Data-parallel ranks.", low=1)
     model_id: str = setting("", "Name or path of the model. Different models never share KV.")
     revision: str = setting("", "Version of its weights. Different versions never share KV.")
+    weights_id: str = setting("", "Identity of its weights, as by `weights_id(path)`. Different ones never share KV.")
+    config_digest: str = setting("", "Digest of whatever else changes the KV of given tokens, such as RoPE parameters.")
     engine: str = setting("", "Engine, version and backend, which decide what KV looks like in memory.")
 
     @property
@@ -138,9 +140,9 @@ class CacheConfig(_Settings):
         unit="tokens/s", low=0.0,
     )
     namespaces: Mapping[str, Any] | None = setting(
-        None, "What each namespace (LoRA, cache salt, tenant) may have: `{name: {guaranteed, limit, priority, "
-        "ttl_s}}`, shares from 0 to 1 of each tier; `default`: all others together. As a variable: JSON or YAML. "
-        "See [namespaces](namespaces.md).",
+        None, "What each namespace (`lora:NAME`, `salt:SALT`, or a tenant) may have: `{name: {guaranteed, limit, "
+        "priority, ttl_s}}`, shares from 0 to 1 of each tier; `default`: all others together. As a variable: JSON or "
+        "YAML. See [namespaces](namespaces.md).",
     )
     max_pinned_share: float = setting(
         0.5, "Share of the host tier that can be pinned (`flexkv pin`).", low=0.0, high=0.9

@@ -13,6 +13,7 @@ from flexkv.config import FlexKVConfig, ModelConfig, engine_config, runtime_dire
 from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.integration.vllm.boundary import GuardedScheduler, GuardedWorker
 from flexkv.integration.vllm.data_parallel import data_parallel_rank, settings_of_rank
+from flexkv.integration.vllm.identity import identify
 from flexkv.integration.vllm.log import follow_vllm_log
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata
 from flexkv.integration.vllm.off import OffScheduler, OffWorker
@@ -62,6 +63,9 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
     dtype = vllm_config.cache_config.cache_dtype
     name = str(model.dtype).removeprefix("torch.") if dtype == "auto" else str(dtype)
     backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    identity = identify(vllm_config)
+    if identity.unknown:
+        logger.warning("KV is kept for this process only: %s", identity.unknown)
     named = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
     return ModelConfig(
         num_layers=model.get_num_layers(parallel) * parallel.pipeline_parallel_size,
@@ -73,6 +77,8 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
         pp_size=parallel.pipeline_parallel_size,
         model_id=str(model.model),
         revision=str(model.revision or ""),
+        weights_id=identity.weights_id,
+        config_digest=identity.config_digest,
         engine=f"vllm {vllm_version} {current_platform.device_name} {backend}",
     )
 

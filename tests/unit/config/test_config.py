@@ -127,9 +127,10 @@ def test_domain_depends_on_all_that_makes_bytes_comparable() -> None:
     domains = {
         domain(model.replace(**change), cache)
         for change in ({}, {"model_id": "n"}, {"revision": "2"}, {"dtype": "float16"}, {"tp_size": 2},
-                       {"num_layers": 3}, {"use_mla": True}, {"engine": "vllm 1.0 cuda"})
+                       {"num_layers": 3}, {"use_mla": True}, {"engine": "vllm 1.0 cuda"},
+                       {"weights_id": "1f"}, {"config_digest": "1f"})
     }
     domains.add(domain(model, cache.replace(tokens_per_block=32)))
-    assert len(domains) == 9
+    assert len(domains) == 11
     assert domain(model, cache) == domain(model, cache.replace(cpu_cache_gb=0.25))
     assert ModelConfig(num_layers=2, num_kv_heads=4, head_size=8).kv_bytes_per_token == 2 * 2 * 4 * 8 * 2
