@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.config.namespace_entry import namespace_entries, parse_owner
 from flexkv.config.namespaces import DEFAULT, Quota, check_quotas
 
 
@@ -30,19 +31,21 @@ class Quotas:
         quotas = dict(quotas or {})
         check_quotas(quotas)
         self._quotas: Sequence[Quota] = [quotas.pop(DEFAULT, Quota()), *quotas.values()]
-        self._groups = {name: number for number, name in enumerate(quotas, 1)}
+        self._names = [DEFAULT, *quotas]
+        self._groups = {parse_owner(name): number for number, name in enumerate(quotas, 1)}
         self.ttl_s = [quota.ttl_s for quota in self._quotas]
 
     def __len__(self) -> int:
         return len(self._quotas)
 
     def group(self, namespace: Sequence[str] | None) -> int:
-        """The group of a request: that of the first entry of its namespace that has a quota of its own."""
-        return next((self._groups[name] for name in namespace or () if name in self._groups), 0)
+        """The group of a request: that of the first entry of its namespace whose kind and name have a quota."""
+        owners = (entry.owner for entry in namespace_entries(namespace))
+        return next((self._groups[owner] for owner in owners if owner in self._groups), 0)
 
     def names(self) -> list[str]:
         """The namespace of each group."""
-        return [DEFAULT, *self._groups]
+        return list(self._names)
 
     def limit(self, group: int, capacity: int) -> int:
         """How many of ``capacity`` blocks a group may have."""

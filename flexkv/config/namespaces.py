@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexkv.config.field import is_plain_text, nearest
+from flexkv.config.namespace_entry import parse_owner
 from flexkv.config.values import read_number
 from flexkv.errors import ConfigError
 
@@ -51,12 +52,14 @@ def read_quotas(given: Mapping[str, Any]) -> dict[str, Quota]:
         Naming the namespace and what is wrong.
     """
     quotas: dict[str, Quota] = {}
+    owners: dict[tuple[str, str], str] = {}
     for name, values in given.items():
         if not isinstance(name, str) or not is_plain_text(name):
             raise ConfigError("namespaces", name, "a name must be text; put it in quotes")
         key, name = f"namespaces: {name}", DEFAULT if name == _ALIAS else name
-        if name in quotas:
-            raise ConfigError(key, values, f"the same as {DEFAULT!r}: give one of them")
+        if (other := owners.setdefault(parse_owner(name), key)) != key:
+            other = other.removeprefix("namespaces: ")
+            raise ConfigError(key, values, f"means the same as {other!r}: give one of them")
         if not isinstance(values, Mapping):
             raise ConfigError(key, values, f"must be a mapping with some of {', '.join(_KINDS)}")
         quotas[name] = Quota(**{field: _read_number(key, field, value) for field, value in values.items()})

@@ -40,7 +40,7 @@ def pin(argv: list[str]) -> int:
     parser.add_argument("--tokens", required=True, help="file of token ids, as numbers; - : standard input")
     parser.add_argument(
         "--namespace", nargs="+", default=[], metavar="NAME",
-        help="as the engine has it; for vLLM: salt SALT, or lora NAME PATH",
+        help="salt:SALT, lora:NAME=PATH (the LoRA's directory on the engine's machine), or a tenant's NAME",
     )
     parser.add_argument("--name", default="", help="to unpin it by; without it one is made up")
     args = parser.parse_args(argv)

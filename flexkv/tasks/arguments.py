@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flexkv.config.namespace_entry import NamespaceEntry, namespace_entries
 from flexkv.errors import ArgumentError, SlotMappingError
 
 _UINT64, _INT32 = np.dtype(np.uint64), np.dtype(np.int32)
@@ -95,8 +96,8 @@ def span_of(keys: object, start_block: object, pages: object) -> tuple[NDArray[n
     return keys, start, pages
 
 
-def namespace_of(namespace: Sequence[str] | None) -> tuple[str, ...]:
-    """The parts of a namespace; else ArgumentError."""
+def namespace_of(namespace: Sequence[str] | None) -> tuple[NamespaceEntry, ...]:
+    """The entries of a namespace; else ArgumentError."""
     if namespace is None:
         return ()
     if isinstance(namespace, (str, bytes)) or not isinstance(namespace, Iterable):
@@ -109,7 +110,7 @@ def namespace_of(namespace: Sequence[str] | None) -> tuple[str, ...]:
             part.encode()
         except UnicodeEncodeError as error:
             raise ArgumentError(f"namespace has {_short(part)} in it: {error.reason}; give valid text") from error
-    return parts
+    return namespace_entries(parts)
 
 
 def tokens_of(token_ids: object) -> NDArray[np.integer]:

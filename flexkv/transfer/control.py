@@ -5,7 +5,8 @@ A connection says one request and hears one reply. A request is ``FLEXKVC1`` and
 the tokens (uint32) and is sealed, ``{"command": "unpin", "name": NAME}``, or ``{"command": "pins"}``, which lists the
 names after ``"after": NAME`` if that is given. The reply is ``{"pins": [[NAME, BLOCKS], ...], "more": BOOL}``, of the
 prefixes that were pinned or unpinned or are pinned, or ``{"error": TEXT}``; a request that is refused has changed
-nothing. ``more``: the list is cut, and the rest comes after its last name.
+nothing. ``more``: the list is cut, and the rest comes after its last name. An entry of the namespace is as
+``NamespaceEntry.parse`` reads it: a tenant's NAME, or ``KIND:NAME``.
 """
 
 import fcntl
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flexkv.cache.pins import Pin
+from flexkv.config.namespace_entry import NamespaceEntry
 from flexkv.errors import FlexKVError, PinError
 from flexkv.transfer.protocol import MAX_MESSAGE_BYTES
 from flexkv.transfer.socket_file import connect, socket_path
@@ -89,7 +91,8 @@ class Control:
             case {
                 "command": "pin", "name": str(name), "namespace": list(namespace), "num_tokens": int(count), **rest
             } if not rest and all(isinstance(entry, str) for entry in namespace):
-                return [self._pin(_read_tokens(fds, count), namespace, name)]
+                entries = [NamespaceEntry.parse(entry) for entry in namespace]
+                return [self._pin(_read_tokens(fds, count), entries, name)]
         raise PinError(f"{str(request)[:200]} is no request: its command or its fields are not those of this version")
 
 

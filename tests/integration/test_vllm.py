@@ -182,7 +182,7 @@ def test_salts_separate_and_reset_forgets() -> None:
     assert answers[0] == answers[1] == answers[2] == answers[3]
 
 
-NAMESPACES = {"calm": {"guaranteed": 0.5, "ttl_s": 1000}, "flood": {"limit": 0.9}}
+NAMESPACES = {"salt:calm": {"guaranteed": 0.5, "ttl_s": 1000}, "salt:flood": {"limit": 0.9}}
 
 
 @pytest.mark.parametrize("namespaces", [NAMESPACES, None])
@@ -208,5 +208,5 @@ def test_a_flood_of_one_salt_leaves_the_other_what_is_guaranteed(namespaces: dic
     assert after_flood["cached"] == again["cached"]
     assert result["passes"][3]["cached"] == first["cached"]     # nothing that has expired
     assert report["miss_expired"] + report["partial_expired"] == 3
-    assert report["namespace_calm_blocks"] <= 30
+    assert report["namespace_salt:calm_blocks"] <= 30
     assert report["full_hits"] > 0

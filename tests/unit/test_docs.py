@@ -83,7 +83,7 @@ _client = KVTPClient(_socket)
 _client.register_tensors([np.zeros((8, 4, 8), dtype=np.float16)])
 manager.wait_ready()
 token_ids = np.arange(12)
-for _namespace in (None, ["salt", "gold"]):
+for _namespace in (None, ["gold"]):
     manager.wait(manager.put_async(token_ids, token_ids, namespace=_namespace))
 """
 
