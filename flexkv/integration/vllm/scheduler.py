@@ -7,11 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.config import ConnectorConfig
+from flexkv.integration.vllm.lora_versions import LoraVersions
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob, SavedBlocks
 from flexkv.integration.vllm.prefill_rate import PrefillRate
 from flexkv.integration.vllm.request_log import RequestLog
 from flexkv.integration.vllm.steps import StepLedger, Trust, Verdict, Write
-from flexkv.integration.vllm.tracked_request import TrackedRequest, is_cacheable
+from flexkv.integration.vllm.tracked_request import NEVER_SAVED, TrackedRequest, is_cacheable
 from flexkv.kvmanager import KVManager
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ logger = logging.getLogger("flexkv.vllm")
 
 _DRAIN_TIMEOUT_S = 5.0
 """How long a step may be held back until saves of preempted requests have let go of their pages."""
-
-_NEVER = int(np.iinfo(np.int32).max)
-"""``num_offered`` of a request that is not to be saved any more."""
 
 
 def skips_prefix_cache(request: "Request") -> bool:
@@ -58,6 +56,7 @@ class SchedulerSide:
         self, manager: KVManager, block_size: int, config: ConnectorConfig, *, may_load: bool = True,
         may_save: bool = True, max_in_flight: int = 1,
     ) -> None:
+        self._loras = LoraVersions()
         self._manager = manager
         self._may_load, self._may_save = may_load, may_save
         self._layerwise = config.layerwise_loads if max_in_flight == 1 else "never"
@@ -145,7 +144,7 @@ class SchedulerSide:
     def _track(self, request: "Request") -> TrackedRequest:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
-            tracked = TrackedRequest(request, self._manager, self._block_size)
+            tracked = TrackedRequest(request, self._manager, self._block_size, self._loras)
             self._requests[request.request_id] = tracked
             self._manager.recorder.record(tracked.keys())
         return tracked
@@ -255,7 +254,7 @@ class SchedulerSide:
             self._manager.accept_put(task_id, stop_block)
         if verdict.spoiled:
             for tracked in self._requests.values():         # what is computed again is to be saved again
-                if tracked.num_offered != _NEVER:
+                if tracked.num_offered != NEVER_SAVED:
                     first = self._steps.first_suspect(tracked.pages[: tracked.num_offered])
                     tracked.num_offered = tracked.num_offered if first is None else first
 
@@ -339,10 +338,10 @@ class SchedulerSide:
 
     def reset_cache(self) -> bool:
         """Forget all KV (after a change of weights)."""
-        self._manager.reset()
+        self._manager.reset(new_weights=True)
         self._drop_puts()
         for tracked in self._requests.values():
-            tracked.num_offered = _NEVER                    # computed with the old weights: not to be saved
+            tracked.num_offered = NEVER_SAVED               # computed with the old weights
         return True
 
     def stats(self) -> dict[str, int]:

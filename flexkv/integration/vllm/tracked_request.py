@@ -1,42 +1,72 @@
 """What the scheduler side knows of one vLLM request."""
 
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.hashing import SequenceHasher
+from flexkv.config.namespace_entry import NamespaceEntry
+from flexkv.integration.vllm.lora_versions import LoraVersions
 from flexkv.kvmanager import KVManager
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+_LORAS = LoraVersions()
 
-def namespace_of(request: "Request") -> list[str]:
-    """What separates this request's KV from that of others with the same tokens: LoRA and cache salt."""
-    names = []
-    if request.lora_request is not None:
-        lora = request.lora_request
-        names += ["lora", lora.lora_name, str(lora.lora_path)]
+NEVER_SAVED = int(np.iinfo(np.int32).max)
+"""``num_offered`` of a request whose KV was computed with weights that are no longer there."""
+
+
+def namespace_of(request: "Request", loras: LoraVersions = _LORAS) -> list[NamespaceEntry] | None:
+    """The entries that separate this request's KV from that of others with the same tokens: LoRA, cache salt, and
+    what the engine gives as ``namespace_info``. None: the content of its LoRA is not known, so it has no KV to share.
+    """
+    entries = []
+    if (lora := request.lora_request) is not None:
+        version = loras.version(lora)
+        if version is None:
+            return None
+        entries.append(NamespaceEntry("lora", lora.lora_name, version))
     if request.cache_salt:
-        names += ["salt", request.cache_salt]
-    names += list(getattr(request, "namespace_info", None) or [])
-    return names
+        entries.append(NamespaceEntry("salt", request.cache_salt))
+    entries += [NamespaceEntry("info", str(entry)) for entry in getattr(request, "namespace_info", None) or ()]
+    return entries
 
 
 def is_cacheable(request: "Request") -> bool:
-    """Whether tokens and multimodal content say all that the request's KV depends on."""
-    return getattr(request, "prompt_embeds", None) is None and request.prompt_token_ids is not None
+    """Whether tokens and multimodal content say all that the request's KV depends on. Prompts with embeddings, alone or
+    between tokens, are not cached."""
+    if getattr(request, "prompt_embeds", None) is not None or request.prompt_token_ids is None:
+        return False
+    return all(feature.identifier is not None for feature in request.mm_features or ())
 
 
-def block_extras(request: "Request", block_size: int) -> dict[int, bytes]:
-    """Multimodal content by block index: which item, and where it starts as seen from the block."""
-    extras: dict[int, list[str]] = {}
-    for feature in request.mm_features or ():
-        start, length = feature.mm_position.offset, feature.mm_position.length
-        for block in range(start // block_size, (start + length - 1) // block_size + 1):
-            extras.setdefault(block, []).append(f"{feature.identifier}@{start - block * block_size}")
-    return {block: "\n".join(items).encode() for block, items in extras.items()}
+def _media_before(request: "Request", num_tokens: int) -> list[tuple[int, int, str]]:
+    """Multimodal items that start before a position: offset, length and identifier of each, in order."""
+    items = (
+        (feature.mm_position.offset, feature.mm_position.length, feature.identifier)
+        for feature in request.mm_features or ()
+    )
+    return sorted(item for item in items if item[0] < num_tokens)
+
+
+def block_extras(request: "Request", block_size: int, first: int, stop: int) -> dict[int, bytes]:
+    """Multimodal content of the blocks ``[first, stop)``, as the request has it now.
+
+    An item enters the key of each block that it touches, by its start as seen from the block (8 bytes, signed), its
+    length, and its identifier behind that one's length (8 bytes each, little-endian).
+    """
+    extras: dict[int, bytes] = {}
+    for offset, length, identifier in _media_before(request, stop * block_size):
+        name = identifier.encode(errors="surrogatepass")
+        for block in range(max(first, offset // block_size), min(stop, -(-(offset + length) // block_size))):
+            extras[block] = extras.get(block, b"") + struct.pack(
+                "<qQQ", offset - block * block_size, length, len(name)
+            ) + name
+    return extras
 
 
 class TrackedRequest:
@@ -47,7 +77,7 @@ class TrackedRequest:
     num_computed : int
         Tokens that vLLM had in its own cache when it last asked.
     num_offered : int
-        Leading blocks that were saved, loaded, or found to be saved.
+        Leading blocks that were saved, loaded, or found to be saved; ``NEVER_SAVED``: none of its blocks may be saved.
     layerwise : bool
         What vLLM was told of the load to come: the request runs behind it, layer by layer.
     group : int
@@ -60,28 +90,62 @@ class TrackedRequest:
         Tasks that are not known to have ended.
     """
 
-    def __init__(self, request: "Request", manager: KVManager, block_size: int) -> None:
+    def __init__(
+        self, request: "Request", manager: KVManager, block_size: int, loras: LoraVersions = _LORAS
+    ) -> None:
         self.request = request
+        self._manager = manager
         self._block_size = block_size
-        namespace = namespace_of(request)
-        self.group = manager.group(namespace)
-        self._hasher: SequenceHasher = manager.hasher(namespace)
-        self._extras = block_extras(request, block_size)
+        self._loras = loras
         self._pages = np.empty(64, dtype=np.int32)
         self._num_pages = 0
-        self.num_computed = 0
-        self.num_offered = 0
+        self.num_computed = self.num_offered = 0
         self.layerwise = False
         self.prefetched = self.counted = False
         self.saves: set[int] = set()
+        self._start(namespace_of(request, loras))
+
+    def _start(self, namespace: list[NamespaceEntry] | None) -> None:
+        """Begin the keys at the first token."""
+        self._namespace = namespace
+        self.group = self._manager.group(namespace or [])
+        self._hasher: SequenceHasher = self._manager.hasher(namespace or [])
+        self._last_block: list[int] = []
+        self._media: list[tuple[int, int, str]] = []
+        self._num_prompt_tokens = len(self.request.prompt_token_ids or ())
+        if self.num_offered < NEVER_SAVED:
+            self.num_offered = 0
+
+    def _has_changed(self, num_hashed: int) -> bool:
+        """Whether what was hashed is no longer what the request has. vLLM changes tokens only when it continues a
+        session, which also makes its prompt longer."""
+        request = self.request
+        if len(request.prompt_token_ids or ()) != self._num_prompt_tokens or request.num_tokens < num_hashed:
+            return True
+        last_block = request.all_token_ids[num_hashed - self._block_size : num_hashed]
+        return list(last_block) != self._last_block or _media_before(request, num_hashed) != self._media
 
     def keys(self) -> NDArray[np.uint64]:
-        """(n, 2) uint64: keys of all full blocks of tokens that are known now."""
-        known, hashed = self.request.num_tokens, self._hasher.num_tokens
-        if known - hashed >= self._block_size or (known // self._block_size) > self._hasher.num_blocks:
-            tokens = np.array(self.request.all_token_ids[hashed:known], dtype=np.int64)
-            done = self._hasher.num_blocks
-            self._hasher.extend(tokens, {block: extra for block, extra in self._extras.items() if block >= done})
+        """(n, 2) uint64: keys of all full blocks of tokens that are known now.
+
+        There are none if the content of the LoRA is not known, or has changed while the request was computed.
+        """
+        request, size = self.request, self._block_size
+        namespace = self._namespace
+        if request.lora_request is not None:
+            namespace = namespace_of(request, self._loras)
+            if namespace != self._namespace and request.num_computed_tokens > 0:
+                namespace = None
+        done = self._hasher.num_blocks
+        if namespace != self._namespace or (done and self._has_changed(done * size)):
+            self._start(namespace)
+            done = 0
+        stop = request.num_tokens // size
+        if stop > done and namespace is not None:
+            tokens = list(request.all_token_ids[done * size : stop * size])
+            self._hasher.extend(np.array(tokens, dtype=np.int64), block_extras(request, size, done, stop))
+            self._last_block = tokens[-size:]
+            self._media = _media_before(request, stop * size)
         return self._hasher.keys
 
     @property
