@@ -50,7 +50,7 @@ _IDLE_S = 1.0
 """Between two looks at the queue when nothing happens."""
 
 _DRAIN_S = 30.0
-"""How long a shutdown waits for the store to open, and then for what is queued."""
+"""Time that a shutdown waits for the store to open and for the queue to be written."""
 
 
 class Tiering:
@@ -89,7 +89,7 @@ class Tiering:
         self._usable_slots = 0
         self._prefill_tokens_per_s = config.prefill_tokens_per_s
         self._planner: LoadPlanner | None = None
-        self._hurry = False
+        self._hurry = self._is_over = False    # a shutdown writes without the rate limit; then nothing more is written
         self._uncleared = False                # there was a reset, and the store was not told, or could not be
         self._transfer: TransferEngine | None = None
         self._store: Store | None = None
@@ -235,8 +235,9 @@ class Tiering:
             gds, self._gds = self._gds, None
         if gds is not None:
             gds.close()
-        if self._thread is None or self._transfer is None:
+        if self._thread is None or self._transfer is None or self._is_over:
             return
+        deadline = time.monotonic() + _DRAIN_S
         self._thread.join(_DRAIN_S)
         if self._thread.is_alive():
             logger.warning("the SSD tier has not opened within %g s; it closes when it has", _DRAIN_S)
@@ -244,8 +245,13 @@ class Tiering:
         if writer is not None:
             self._hurry = True
             self._transfer.wake()
-            if not self._transfer.wait(lambda: writer.idle and self._num_early() == 0, _DRAIN_S):
-                logger.warning("not all was written to SSD within %g s: %s", _DRAIN_S, writer.stats())
+            left_s = max(0.0, deadline - time.monotonic())
+            if not self._transfer.wait(lambda: writer.idle and self._num_early() == 0, left_s):
+                logger.warning(
+                    "not all was written to SSD within %g s: %d blocks are not there after a restart", _DRAIN_S,
+                    writer.num_unwritten() + self._num_early(),
+                )
+        self._is_over = True                   # else a write that is refused at once is planned again, without end
 
     def set_prefill_rate(self, tokens_per_s: float) -> None:
         """How fast the engine computes prompts, as measured. A rate that is set in the configuration stays."""
@@ -344,7 +350,7 @@ class Tiering:
         try:
             if self._early is not None:
                 self._early.replay(writer)
-            while (plan := writer.next(self._hurry)) is not None:
+            while not self._is_over and (plan := writer.next(self._hurry)) is not None:
                 op = TransferOp(
                     OpKind.H2DISK, plan.host_slots, plan.ssd_slots, keys=plan.keys[plan.blocks], parents=plan.parents
                 )

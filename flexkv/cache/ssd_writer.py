@@ -137,6 +137,12 @@ class SsdWriter:
         with self._lock:
             return self._queue.num_blocks == 0 or self._queue.num_blocks + num_blocks <= self._max_queued
 
+    def num_unwritten(self) -> int:
+        """Blocks that are queued or under way."""
+        with self._lock:
+            queued = sum(int((~self._cache.on_ssd(keys)[blocks]).sum()) for keys, blocks in self._queue.sequences())
+            return queued + self._in_flight
+
     @property
     def idle(self) -> bool:
         """Nothing is queued or under way."""

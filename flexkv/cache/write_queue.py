@@ -1,5 +1,7 @@
 """What waits to be written to a tier below: bounded in all, and fair between namespaces."""
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -81,6 +83,11 @@ class WriteQueue:
         for group, queue in self._queues.items():
             return group, next(iter(queue.values()))[0]
         return None
+
+    def sequences(self) -> Iterator[_Sequence]:
+        """All that waits."""
+        for queue in self._queues.values():
+            yield from queue.values()
 
     def end_turn(self, group: int) -> None:
         """It is the others' turn now."""

@@ -1,6 +1,7 @@
 """The SSD tier's way into and out of service: resets at bad moments, stores that open late, fail, or lose results."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -252,6 +253,21 @@ def test_a_shutdown_writes_what_was_put_before_the_store_was_open(tmp_path: Path
             made.put(5, seed)
         go_on.set()
     assert len(made.store.disk.records) == 15
+
+
+def test_a_shutdown_says_how_many_blocks_a_hanging_disk_has_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tiering, "_DRAIN_S", 0.2)
+    with stage(tmp_path) as made:
+        made.store.held = True
+        made.put(5, 1)
+        made.put(3, 2)
+        before = time.monotonic()
+        made.manager.shutdown()
+        made.manager.shutdown()
+        assert time.monotonic() - before < 4.0              # refused writes are not planned again and again
+        assert caplog.text.count("not all was written to SSD within 0.2 s: 8 blocks are not there") == 1
 
 
 def test_a_store_that_cannot_be_opened_is_counted_as_out_of_service(tmp_path: Path) -> None:
