@@ -14,6 +14,7 @@ usage: ./build.sh [COMMAND]
   (none)      build, and install into the environment, editable
   demo        a real vLLM on this machine, with and without its KV loaded by FlexKV
   test        linters, type checks, and all tests that need no GPU
+  nightly     what takes longer than a change can wait for: ten minutes of each fuzzer, and the tests marked nightly
   sanitize    unit and property tests of the native code under ASan/UBSan, then under TSan
   --debug     as (none), with bounds checks and with invariants checked on every operation
   --release   a wheel, into dist/
@@ -191,6 +192,7 @@ os._exit(code)' -p no:cacheprovider --capture=sys "$@"
         # what the interpreter copies looks like a race, is suppressed, and takes TSan hours where Python has threads;
         # the deselected test needs NVRTC, which ASan's dlopen does not find
         TSAN_OPTIONS+=" ignore_interceptors_accesses=1"
+        FUZZ_SECONDS=10 sanitized tests/fuzz
         sanitized tests/unit/cache tests/unit/storage tests/unit/transfer tests/property \
             tests/unit/server/test_layer_signals.py tests/unit/server/test_gds.py \
             tests/unit/test_kvmanager.py tests/unit/test_kvmanager_ssd.py \
@@ -212,6 +214,12 @@ case "${1:-}" in
         run "$PYTHON" -m mypy
         step "tests"
         "$PYTHON" -m pytest "$@" ;;
+    nightly)
+        shift; environment; dependencies demo,replay,test; engine; build release
+        step "fuzzers"
+        FUZZ_SECONDS=${FUZZ_SECONDS:-600} "$PYTHON" -m pytest tests/fuzz "$@"
+        step "long tests"
+        "$PYTHON" -m pytest -m "nightly and not gpu" "$@" ;;
     sanitize)   environment; dependencies demo,replay,test; sanitize_with address; sanitize_with thread ;;
     --release)  environment; dependencies torch; run "$PYTHON" -m pip wheel --no-deps --no-build-isolation -w dist . ; ls dist ;;
     --clean)    rm -rf build dist ./*.egg-info flexkv/_core/*.so flexkv/_core/*.c; rm -f .venv/.flexkv-* ;;
