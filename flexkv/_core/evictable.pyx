@@ -8,7 +8,7 @@ from libc.string cimport memcpy
 
 from flexkv._core.buffers cimport data_of
 from flexkv._core.node cimport Node
-from flexkv._core.nodes cimport WHY_EVICTED, WHY_EXPIRED, NodeStore
+from flexkv._core.nodes cimport HAS_HOLE, WHY_EVICTED, WHY_EXPIRED, NodeStore
 from flexkv._core.ranking cimport Heap, Ranking
 
 cdef extern from *:
@@ -23,7 +23,9 @@ cdef extern from *:
 
 cdef enum:
     ROOT = 0
+    NONE = -1
     MAX_SPARED = 1 << 16               # by one call
+    MAX_LOOKED = 1 << 14               # nodes that one search for blocks out of reach looks at
 
 PIECE_DTYPE = np.dtype(
     [("first_key", "u8"), ("rank", "f8"), ("mark", "u4"), ("blocks", "u4"), ("node", "i4"), ("queue", "u1")],
@@ -158,6 +160,7 @@ cdef class EvictableNodes(NodeStore):
         cdef Node *p = &self.nodes[node]
         cdef int64_t i = <int64_t>p.length - 1
         cdef Py_ssize_t count = 0
+        cdef bint any_absent = False
         while i >= 0 and count < want and p.resident[tier]:
             if self.slots_of(p, tier)[i] >= 0:
                 if self.pins_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1:
@@ -167,9 +170,20 @@ cdef class EvictableNodes(NodeStore):
                 first[0] = i
                 self.clear_slot(node, <uint32_t>i, tier)
                 if self.state_of(p)[i] == 0:
+                    any_absent = True
                     self.forget(p.keys + 2 * i, why)
             i -= 1
+        if any_absent and self.is_elsewhere(p, tier):
+            self.note_hole(node)
         return count
+
+    cdef inline bint is_elsewhere(self, Node *p, int tier) noexcept nogil:
+        """Whether other tiers have anything of a node, or below it."""
+        cdef int t
+        for t in range(self.num_tiers):
+            if t != tier and (p.resident[t] or p.live_children[t]):
+                return True
+        return False
 
     def evict(self, int tier, int group, int queue, Py_ssize_t want, double now, int64_t leave=0,
               int spare_to=-1, uint32_t why=WHY_EVICTED, double below=INFINITY, Pieces pieces=None):
@@ -263,6 +277,94 @@ cdef class EvictableNodes(NodeStore):
         cdef bint went = piece.blocks > 0
         self.prune(node)
         return went
+
+    # ---- what cannot be reached --------------------------------------------------------------------------------
+
+    def reclaim(self, int tier, Py_ssize_t want, int group=-1):
+        """Free up to ``want`` slots of ``tier`` whose blocks lie behind a block that is on no tier, so that no match
+        reaches them; of ``group`` only, if it is not -1. Blocks that are pinned or being written stay.
+
+        Blocks that nothing needs any more leave the tree. One call looks at a bounded number of nodes; the next call
+        continues from there.
+
+        Returns
+        -------
+        ndarray of int32
+            The slots that are free now.
+        """
+        self.check_tier(tier)
+        want = max(min(want, self.num_blocks), 0)
+        out_array = np.empty(want, INT32)
+        if want == 0 or self.num_holes == 0:
+            return out_array[:0]
+        cdef int32_t *out = <int32_t *>data_of(out_array, True)
+        cdef Py_ssize_t count = 0, looked = 0, tries = self.num_holes
+        cdef int32_t node
+        cdef uint32_t at
+        with nogil:
+            while tries > 0 and self.num_holes > 0 and looked < MAX_LOOKED and count < want:
+                tries -= 1
+                self.hole_hand %= self.num_holes
+                node = self.holes[self.hole_hand]
+                at = self.first_hole(&self.nodes[node])
+                if at < self.nodes[node].length:
+                    self.free_behind(node, at, tier, want, group, out, &count, &looked)
+                if self.first_hole(&self.nodes[node]) == self.nodes[node].length:       # free, or filled again
+                    self.nodes[node].changed &= ~HAS_HOLE
+                    self.num_holes -= 1
+                    self.holes[self.hole_hand] = self.holes[self.num_holes]
+                else:
+                    self.hole_hand += 1
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+        return out_array[:count]
+
+    cdef uint32_t first_hole(self, Node *p) noexcept nogil:
+        """The first block of a node that is on no tier; its length, if there is none."""
+        cdef uint32_t i
+        for i in range(p.length):
+            if self.is_absent(p, i):
+                return i
+        return p.length
+
+    cdef void free_behind(self, int32_t node, uint32_t at, int tier, Py_ssize_t want, int group, int32_t *out,
+                          Py_ssize_t *count, Py_ssize_t *looked) noexcept nogil:
+        """Free slots of a node behind block ``at``, and of all nodes below it, children before parents."""
+        cdef int32_t here = self.deepest(node), after
+        while here != node and count[0] < want and looked[0] < MAX_LOOKED:
+            looked[0] += 1
+            after = self.nodes[here].next_sibling
+            after = self.nodes[here].parent if after == NONE else self.deepest(after)
+            self.free_blocks(here, 0, tier, want, group, out, count)
+            if self.nodes[here].first_child == NONE:
+                self.trim(here)
+            here = after
+        looked[0] += 1
+        if here == node:
+            self.free_blocks(node, at + 1, tier, want, group, out, count)
+        self.prune(here)
+
+    cdef int32_t deepest(self, int32_t node) noexcept nogil:
+        while self.nodes[node].first_child != NONE:
+            node = self.nodes[node].first_child
+        return node
+
+    cdef void free_blocks(self, int32_t node, uint32_t start, int tier, Py_ssize_t want, int group, int32_t *out,
+                          Py_ssize_t *count) noexcept nogil:
+        """Free slots of blocks from ``start`` on that are ready and not pinned."""
+        cdef Node *p = &self.nodes[node]
+        cdef uint32_t i
+        if group >= 0 and p.group != group:
+            return
+        for i in range(start, p.length):
+            if count[0] == want or p.ready[tier] == 0:
+                break
+            if self.state_of(p)[i] >> tier & 1 and self.pins_of(p)[i] == 0:
+                out[count[0]] = self.slots_of(p, tier)[i]
+                count[0] += 1
+                self.clear_slot(node, i, tier)
+                if self.state_of(p)[i] == 0:
+                    self.forget(p.keys + 2 * <size_t>i, WHY_EVICTED)
 
     def expire(self, int tier, double now, Py_ssize_t num_nodes, Py_ssize_t want=1 << 16):
         """Free slots of blocks that their group keeps no longer, looking at the next ``num_nodes`` nodes.

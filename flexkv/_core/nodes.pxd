@@ -12,6 +12,10 @@ cdef enum:
     WHY_OVER_QUOTA = 4
     WHY_NOT_ADMITTED = 5
 
+# In Node.changed, beside the bits of the tiers: the number of the node is in the list of holes, also once it is free.
+cdef enum:
+    HAS_HOLE = 128
+
 cdef struct Forgotten:                # of 64 bits: what is known of a block that is not here
     uint32_t fingerprint              # of its key
     uint32_t fate                     # why, in the lowest 4 bits; above it when, in seconds since the tree was made
@@ -38,13 +42,17 @@ cdef class NodeStore:
     cdef uint64_t table_factor        # random and odd
     cdef int table_shift              # 64 - log2 of its size
     cdef Py_ssize_t block_storage     # blocks allocated in all nodes
+    cdef Arena holes_arena
+    cdef int32_t *holes               # nodes of which a block may have gone from all tiers, with blocks behind it
+    cdef readonly Py_ssize_t num_holes
+    cdef Py_ssize_t hole_hand         # where the next search among them starts
     cdef uintptr_t present_end        # memory of the heap up to here was used before
     cdef Ranking ranking0             # of each tier: told apart without the GIL
     cdef Ranking ranking1
     cdef Ranking ranking2
 
     cdef int32_t *slots_of(self, Node *node, int tier) noexcept nogil
-    cdef uint16_t *pins_of(self, Node *node) noexcept nogil
+    cdef uint32_t *pins_of(self, Node *node) noexcept nogil
     cdef uint8_t *state_of(self, Node *node) noexcept nogil
     cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil
     cdef void copy_blocks(self, Node *dst, uint32_t dst_at, Node *src, uint32_t src_at, uint32_t count) noexcept nogil
@@ -72,6 +80,9 @@ cdef class NodeStore:
     cdef int32_t grow_leaf(self, int32_t node, uint32_t extra) except -1 nogil
     cdef int append(self, int32_t last, const uint64_t *keys, const int32_t *slots, Py_ssize_t count, int tier,
                     double now, uint16_t group) except -1 nogil
+    cdef void note_hole(self, int32_t node) noexcept nogil
+    cdef bint is_absent(self, Node *p, uint32_t i) noexcept nogil
+    cdef bint trim(self, int32_t node) noexcept nogil
     cdef void prune(self, int32_t node) noexcept nogil
     cdef int check_node(self, int32_t node, list held) except -1
     cdef void forget(self, const uint64_t *key, uint32_t why) noexcept nogil

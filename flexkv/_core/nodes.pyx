@@ -44,6 +44,8 @@ cdef class NodeStore:
         self.forgotten_arena = Arena(size * sizeof(Forgotten))
         self.forgotten = <Forgotten *>self.forgotten_arena.data
         self.forgotten_mask = size - 1
+        self.holes_arena = Arena(sizeof(int32_t) * <size_t>self.max_nodes)
+        self.holes = <int32_t *>self.holes_arena.data
         self.table_mask = 1023
         self.table_shift = 64 - 10
         self.table_factor = secrets.randbits(64) | 1
@@ -74,8 +76,8 @@ cdef class NodeStore:
     cdef inline int32_t *slots_of(self, Node *node, int tier) noexcept nogil:
         return <int32_t *>(node.keys + 2 * <size_t>node.capacity) + <size_t>tier * node.capacity
 
-    cdef inline uint16_t *pins_of(self, Node *node) noexcept nogil:
-        return <uint16_t *>self.slots_of(node, self.num_tiers)
+    cdef inline uint32_t *pins_of(self, Node *node) noexcept nogil:
+        return <uint32_t *>self.slots_of(node, self.num_tiers)
 
     cdef inline uint8_t *state_of(self, Node *node) noexcept nogil:
         """Bit t: ready on tier t."""
@@ -83,7 +85,7 @@ cdef class NodeStore:
 
     cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil:
         """Blocks of memory that was never used are made present in one call, not by a fault for every page."""
-        cdef size_t size = <size_t>capacity * (16 + 4 * self.num_tiers + 2 + 1)
+        cdef size_t size = <size_t>capacity * (16 + 4 * self.num_tiers + 4 + 1)
         cdef uint64_t *storage = <uint64_t *>malloc(size)
         cdef uintptr_t start = <uintptr_t>storage
         cdef uintptr_t end = start + size
@@ -99,7 +101,7 @@ cdef class NodeStore:
         memcpy(dst.keys + 2 * dst_at, src.keys + 2 * src_at, 16 * <size_t>count)
         for t in range(self.num_tiers):
             memcpy(self.slots_of(dst, t) + dst_at, self.slots_of(src, t) + src_at, 4 * <size_t>count)
-        memcpy(self.pins_of(dst) + dst_at, self.pins_of(src) + src_at, 2 * <size_t>count)
+        memcpy(self.pins_of(dst) + dst_at, self.pins_of(src) + src_at, 4 * <size_t>count)
         memcpy(self.state_of(dst) + dst_at, self.state_of(src) + src_at, count)
 
     # ---- the table from first key to node ---------------------------------------------------------------------
@@ -371,6 +373,8 @@ cdef class NodeStore:
             p.resident[t] -= h.resident[t]
             p.ready[t] -= h.ready[t]
             h.live_children[t] = p.resident[t] > 0 or p.live_children[t] > 0
+        if p.changed & HAS_HOLE:
+            self.note_hole(head)
         self.link(node, head)
         self.table_put(head)
         self.table_put(node)
@@ -424,7 +428,7 @@ cdef class NodeStore:
         for t in range(self.num_tiers):
             memset(self.slots_of(p, t) + at, 0xff, 4 * <size_t>count)
         memcpy(self.slots_of(p, tier) + at, slots, 4 * <size_t>count)
-        memset(self.pins_of(p) + at, 0, 2 * <size_t>count)
+        memset(self.pins_of(p) + at, 0, 4 * <size_t>count)
         memset(self.state_of(p) + at, 0, count)
         p.length += <uint32_t>count
         p.last_access = max(p.last_access, now)
@@ -437,31 +441,44 @@ cdef class NodeStore:
         self.count(p, tier, count)
         return 0
 
+    cdef void note_hole(self, int32_t node) noexcept nogil:
+        """A block of a node may have gone from all tiers, and blocks behind it may remain."""
+        cdef Node *p = &self.nodes[node]
+        if not p.changed & HAS_HOLE:
+            p.changed |= HAS_HOLE
+            self.holes[self.num_holes] = node
+            self.num_holes += 1
+
+    cdef inline bint is_absent(self, Node *p, uint32_t i) noexcept nogil:
+        """Whether a block has a slot on no tier."""
+        cdef int t
+        for t in range(self.num_tiers):
+            if self.slots_of(p, t)[i] >= 0:
+                return False
+        return True
+
+    cdef bint trim(self, int32_t node) noexcept nogil:
+        """Drop blocks at the end of a leaf that nothing holds; returns whether the node was empty, and is free."""
+        cdef Node *p = &self.nodes[node]
+        cdef uint32_t i = p.length
+        while i > 0 and self.pins_of(p)[i - 1] == 0 and self.is_absent(p, i - 1):
+            i -= 1
+        self.num_blocks -= p.length - i
+        if i > 0:
+            p.length = i
+            return False
+        self.table_remove(node)
+        self.unlink(node)
+        self.free_node_at(node)
+        return True
+
     cdef void prune(self, int32_t node) noexcept nogil:
         """Drop blocks at the end of a leaf that nothing holds, and then nodes that are empty, upwards."""
-        cdef Node *p
         cdef int32_t parent
-        cdef uint32_t i
-        cdef int t
         while node != ROOT and self.nodes[node].first_child == NONE:
-            p = &self.nodes[node]
-            i = p.length
-            while i > 0 and self.pins_of(p)[i - 1] == 0:
-                for t in range(self.num_tiers):
-                    if self.slots_of(p, t)[i - 1] >= 0:
-                        break
-                else:
-                    i -= 1
-                    continue
-                break
-            self.num_blocks -= p.length - i
-            if i > 0:
-                p.length = i
+            parent = self.nodes[node].parent
+            if not self.trim(node):
                 return
-            parent = p.parent
-            self.table_remove(node)
-            self.unlink(node)
-            self.free_node_at(node)
             node = parent
 
     cdef void tick(self, double now) noexcept nogil:

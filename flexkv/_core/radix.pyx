@@ -35,7 +35,7 @@ INT8, INT32 = np.dtype(np.int8), np.dtype(np.int32)      # an array is made soon
 
 cdef enum:
     ROOT = 0
-    MAX_PINS = 65535
+    MAX_PINS = 0xffffffff
 
 cdef enum:                             # why a match stops; of a block that is not here, its fate + MISSING
     FULL_HIT = 0
@@ -197,6 +197,18 @@ cdef class RadixTree(EvictableNodes):
                 count += 1
         return out_array[:count]
 
+    def num_fitting(self, const uint64_t[:, ::1] keys not None):
+        """How many leading blocks of ``keys`` are in the tree, or could be added to it."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m
+        cdef int32_t node = ROOT
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                pos += m
+                if m == 0 or m < self.nodes[node].length:
+                    break
+        return min(n, pos + max(self.max_blocks - self.num_blocks, 0))
+
     def slots(self, const uint64_t[:, ::1] keys not None, int tier):
         """(n,) int32: the slot of each block of ``keys`` on ``tier``, ready or being written; -1 where it has none."""
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m
@@ -352,6 +364,7 @@ cdef class RadixTree(EvictableNodes):
                 count += 1
         if count:
             self.unpark(node, tier)
+            self.note_hole(node)
         return count
 
     def pin(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
@@ -365,7 +378,7 @@ cdef class RadixTree(EvictableNodes):
         cdef Py_ssize_t pos = 0, m, i
         cdef int32_t node = ROOT
         cdef Node *p
-        cdef uint16_t *pins
+        cdef uint32_t *pins
         cdef bint bad = False
         cdef int apply, t
         if not 0 <= start <= stop <= keys.shape[0]:
@@ -384,10 +397,10 @@ cdef class RadixTree(EvictableNodes):
                     pins = self.pins_of(p)
                     for i in range(max(start - pos, 0), m):
                         if not apply:
-                            bad |= pins[i] == (MAX_PINS if delta > 0 else 0)
+                            bad |= pins[i] == (<uint32_t>MAX_PINS if delta > 0 else 0)
                         else:
                             p.pinned -= pins[i] > 0
-                            pins[i] = <uint16_t>(pins[i] + delta)
+                            pins[i] += <uint32_t>delta
                             p.pinned += pins[i] > 0
                     if apply and p.parked:
                         for t in range(self.num_tiers):
@@ -489,7 +502,7 @@ cdef class RadixTree(EvictableNodes):
     def memory_bytes(self):
         """Bytes in use: node places, block arrays, key table, and the record of what was evicted."""
         return (
-            self.used_nodes * sizeof(Node) + self.block_storage * (16 + 4 * self.num_tiers + 3)
+            self.used_nodes * sizeof(Node) + self.block_storage * (16 + 4 * self.num_tiers + 5)
             + (self.table_mask + 1) * 4 + (self.forgotten_mask + 1) * sizeof(Forgotten)
         )
 

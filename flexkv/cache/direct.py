@@ -34,7 +34,8 @@ def direct_put(
         return None, absent
     blocks = blocks[: len(taken)]
     plan = DirectPlan(keys[: blocks[-1] + 1], blocks, tree, taken)
-    tree.insert(plan.keys, plan.by_position(taken), SSD, now, group)
+    if not below.place(plan, taken, now, group):
+        return None, absent
     return plan, np.setdiff1d(absent, blocks, assume_unique=True)
 
 

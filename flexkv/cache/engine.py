@@ -4,20 +4,23 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.radix import RadixTree
 from flexkv._core.slots import SlotAllocator
-from flexkv.cache.direct import direct_get, direct_put, lose
+from flexkv.cache.direct import direct_get, lose
 from flexkv.cache.fetches import FetchTable
 from flexkv.cache.pins import Pin, Pins
 from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
+from flexkv.cache.puts import plan_put
 from flexkv.cache.quotas import Quotas
-from flexkv.cache.reasons import CAME_BACK, Fate, StopReason
-from flexkv.cache.sources import absent_blocks, find_sources
+from flexkv.cache.reasons import Fate, StopReason
+from flexkv.cache.sources import find_sources
 from flexkv.cache.tier import HOST, SSD, MakePolicy, SsdTier, Tier, no_slots
+from flexkv.errors import CapacityError
 
 
 class GlobalCacheEngine:
@@ -124,7 +127,10 @@ class GlobalCacheEngine:
             match = self._tree.match(keys, now, group)
             start = min(start, match.num_ready)
             found = find_sources(self._tree, self._ssd, self._fetches, keys, match, start, choose, host_only)
-            self._tree.pin(keys, start, found.stop)
+            try:
+                self._tree.pin(keys, start, found.stop)
+            except MemoryError:                  # CapacityError is one
+                found.give_up(start)
             fetch, straight = None, direct_get(self._tree, keys, match, found) if direct else None
             if len(found.slow) and self._ssd is not None and not direct:
                 short, fetch = self._fetches.begin(
@@ -183,39 +189,18 @@ class GlobalCacheEngine:
         the first blocks get SSD slots, as far as those go. Every plan must be given back to ``end_put`` once.
         """
         with self._lock:
-            keys, now = keys[:stop], self._tick()
-            absent = absent_blocks(self._tree, self._ssd, keys)
-            first = int(absent[0]) if len(absent) else len(keys)
-            num_known, straight = max(0, first - start), None
-            came_back = first < len(keys) and self._tree.fate(keys, first) in CAME_BACK
-            absent = absent[: 0 if first < start else None]
-            if direct and len(absent) > self._host.limit(group):         # nothing has to go for what has never room
-                straight, absent = direct_put(self._tree, self._below, keys, absent, group, now)
-            room = len(absent)
-            if room and not self._host.has_room(self._tree, room, group):
-                room = self._host.make_room(self._tree, room, group, now, keep=keys[:first])   # what they follow stays
-                if len(absent) < len(keys) - first:      # some behind it were there
-                    absent = absent_blocks(self._tree, self._ssd, keys)
-            count, now = min(room, self._host.slots.num_free), self._tick()      # later than that of what was evicted
-            if direct and straight is None and count < len(absent):
-                straight, absent = direct_put(self._tree, self._below, keys, absent, group, now)
-            slots = self._host.slots.allocate(min(len(absent), count))
-            assert slots is not None  # narrowing: as many as are free
-            blocks = absent[: len(slots)]
-            last = int(blocks[-1]) + 1 if len(blocks) else start + num_known if num_known else 0
-            plan = PutPlan(keys[:last], blocks, self._tree, slots, num_known, came_back, straight)
-            if len(plan):
-                self._tree.insert(plan.keys, plan.by_position(slots), HOST, now, group)
-            if len(plan.all_blocks) or (last and math.isfinite(self._quotas.ttl_s[group])):     # no longer out of date
-                self._use(plan.all_keys, now, group, hit=False)
-            if room < len(absent):
-                self._tree.remember(keys, int(absent[room]), Fate.OVER_QUOTA)
+            plan = plan_put(
+                self._tree, self._host, self._below, self._ssd, keys[:stop], start, group, direct, self._tick
+            )
+            if len(plan.all_blocks) or (len(plan.keys) and math.isfinite(self._quotas.ttl_s[group])):
+                self._use(plan.all_keys, self._latest, group, hit=False)      # no longer out of date
             return plan
 
     def _use(self, keys: NDArray[np.uint64], now: float, group: int, hit: bool = True) -> None:
-        self._tree.touch(keys, now, hit, group)
-        for tier in self._tiers:
-            tier.used(self._tree)
+        with suppress(MemoryError):              # to note a use may take memory; a plan must not be lost for it
+            self._tree.touch(keys, now, hit, group)
+            for tier in self._tiers:
+                tier.used(self._tree)
 
     def end_put(self, plan: PutPlan, written: NDArray[np.bool_]) -> None:
         """Blocks that are ``written`` ((m,) bool, of ``all_blocks``) become ready, the others absent; nothing writes
@@ -260,8 +245,13 @@ class GlobalCacheEngine:
             blocks = blocks[: len(taken)]
             keys = keys[: blocks[-1] + 1]
             plan = WritePlan(keys, blocks.astype(np.int32), self._tree, match.slots[blocks], taken)
-            self._tree.insert(keys, plan.by_position(taken), SSD, now)
-            self._tree.pin(keys, int(blocks[0]), len(keys))
+            if not self._below.place(plan, taken, now):
+                return None
+            try:
+                self._tree.pin(keys, int(blocks[0]), len(keys))
+            except MemoryError:                  # CapacityError is one
+                self._below.displace(plan, taken)
+                return None
             return plan
 
     def end_write(self, plan: WritePlan, written: NDArray[np.bool_]) -> None:
@@ -286,8 +276,8 @@ class GlobalCacheEngine:
         tier : SsdTier
         chains : iterable of (keys, slots)
             Sequences ((n, 2) uint64) from their first block, and the slot of each block ((n,) int32; -1: was in an
-            earlier chain). These slots are allocated. A sequence whose earlier blocks were evicted meanwhile is left
-            out, and its slots are freed.
+            earlier chain). These slots are allocated. A sequence whose earlier blocks were evicted meanwhile, or for
+            which the index has no room, is left out, and its slots are freed.
 
         Returns
         -------
@@ -303,11 +293,13 @@ class GlobalCacheEngine:
                 if self.epoch:
                     return False
                 absent = self._tree.absent(keys)
-                if (slots[absent] < 0).any():
+                fits = not (slots[absent] < 0).any()
+                if fits:
+                    with suppress(CapacityError):
+                        self._tree.insert(keys, slots, SSD, self._tick())
+                    fits = self._tree.set_ready(keys, slots, SSD) > 0 or not (slots >= 0).any()
+                if not fits:
                     tier.slots.free(slots[slots >= 0])
-                else:
-                    self._tree.insert(keys, slots, SSD, self._tick())
-                    self._tree.set_ready(keys, slots, SSD)
         return True
 
     def free_ssd(self, slots: NDArray[np.int32]) -> None:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from flexkv._core.radix import Match, RadixTree
 from flexkv.cache.plan import IN_PLACE, FetchPlan, Join
-from flexkv.cache.tier import HOST, SsdTier, Tier
+from flexkv.cache.tier import SsdTier, Tier
 
 
 class FetchTable:
@@ -36,11 +36,16 @@ class FetchTable:
         wanted = wanted[: len(taken)]
         if len(wanted) == 0:
             return stop, None
-        slots[wanted] = taken
         keys = keys[: wanted[-1] + 1]
         plan = FetchPlan(keys, wanted.astype(np.int32), tree, match.slots[wanted], taken, next(self._ids))
-        tree.insert(keys, plan.by_position(taken), HOST, now)
-        tree.pin(keys, int(wanted[0]), len(keys))
+        if not host.place(plan, taken, now):
+            return int(wanted[0]), None
+        try:
+            tree.pin(keys, int(wanted[0]), len(keys))
+        except MemoryError:                        # CapacityError is one
+            host.displace(plan, taken)
+            return int(wanted[0]), None
+        slots[wanted] = taken
         self.add(plan)
         ssd.planner.read_began()
         return stop, plan

@@ -52,11 +52,11 @@ class Pins:
         PinError
             Nothing has changed.
         """
+        if not isinstance(name, str) or not (name.isprintable() and len(name.encode()) <= _MAX_NAME_BYTES):
+            raise PinError(f"{ascii(name)[:_MAX_NAME_BYTES]} is no name: give up to {_MAX_NAME_BYTES} printable bytes")
         name = name or (keys[-1].tobytes().hex() if len(keys) else "")
         if len(keys) == 0:
             raise PinError("no block of this prefix is cached: send it to the engine first, as a prompt")
-        if len(name.encode()) > _MAX_NAME_BYTES or not name.isprintable():
-            raise PinError(f"{name[:_MAX_NAME_BYTES]!r} is no name: give up to {_MAX_NAME_BYTES} printable bytes")
         if name in self._pins:
             raise PinError(f"{name!r} is pinned already: unpin it first, or give another name")
         if len(self._pins) >= _MAX_PINS:
@@ -70,7 +70,10 @@ class Pins:
                 f"{pinned[group]} blocks of this namespace would be pinned: more than its limit, or than others' "
                 "guarantees leave; unpin something, or change the setting namespaces"
             )
-        tree.hold(keys)
+        try:
+            tree.hold(keys)
+        except MemoryError as error:               # CapacityError is one
+            raise PinError(f"the index has no room to pin {len(keys)} blocks: {error}") from error
         self._pins[name], self.blocks = (keys, group), pinned
         return Pin(name, len(keys))
 
@@ -82,8 +85,8 @@ class Pins:
         PinError
             Nothing is pinned by that name.
         """
-        if name not in self._pins:
-            raise PinError(f"nothing is pinned as {name[:_MAX_NAME_BYTES]!r}; flexkv pins lists what is")
+        if not isinstance(name, str) or name not in self._pins:
+            raise PinError(f"nothing is pinned as {str(name)[:_MAX_NAME_BYTES]!r}; flexkv pins lists what is")
         keys, group = self._pins.pop(name)
         self.blocks[group] -= tree.let_go(keys)
         return Pin(name, len(keys))

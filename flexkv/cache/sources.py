@@ -38,6 +38,11 @@ class Sources:
     slow: NDArray[np.intp]
     since: float
 
+    def give_up(self, start: int) -> None:
+        """No block from ``start`` on can be acquired."""
+        self.end(start, StopReason.NO_ROOM)
+        self.slow = _NOWHERE
+
     def end(self, stop: int, reason: StopReason) -> None:
         """They end earlier."""
         self.stop, self.reason, self.since = stop, reason, math.nan

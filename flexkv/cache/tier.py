@@ -14,7 +14,7 @@ from flexkv._core.radix import RadixTree
 from flexkv._core.ranking import Ranking
 from flexkv._core.slots import SlotAllocator
 from flexkv.cache.eviction import Choice, EvictionPolicy
-from flexkv.cache.plan import DirectPlan, FetchPlan, PutPlan, WritePlan
+from flexkv.cache.plan import BlocksOfSequence, DirectPlan, FetchPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import Fate
@@ -147,6 +147,21 @@ class Tier:
             self.evict(tree, max(count - self.slots.num_free, self._batch()), now, group)
         return count
 
+    def place(self, plan: BlocksOfSequence, slots: NDArray[np.int32], now: float, group: int = 0) -> bool:
+        """Enter the blocks of a plan into its index, with these ``slots``, in state writing. False: the index or memory
+        is full; the slots were freed, and nothing else has changed."""
+        try:
+            plan.tree.insert(plan.keys, plan.by_position(slots), self.number, now, group)
+        except MemoryError:                        # CapacityError is one
+            self.slots.free(slots)
+            return False
+        return True
+
+    def displace(self, plan: BlocksOfSequence, slots: NDArray[np.int32]) -> None:
+        """Undo ``place``."""
+        plan.tree.drop(plan.keys, plan.by_position(slots), self.number)
+        self.slots.free(slots)
+
     def end_writing(
         self, plan: PutPlan | FetchPlan | WritePlan | DirectPlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
     ) -> None:
@@ -186,8 +201,11 @@ class Tier:
         excess = min(limit, self._used(tree, group) - most)
         if excess <= 0:
             return 0
+        freed = self.reclaim(tree, excess, group)
+        if freed == excess:
+            return freed
         self._tell(tree)
-        return self._evict_from(tree, group, excess, now, Fate.OVER_QUOTA)
+        return freed + self._evict_from(tree, group, excess - freed, now, Fate.OVER_QUOTA)
 
     def evict_ahead(self, tree: RadixTree, now: float) -> int:
         """Free some of what is kept no longer or exceeds a limit, and a batch of slots if fewer than the watermark are
@@ -242,17 +260,29 @@ class Tier:
         policy.place(events)
 
     def evict(self, tree: RadixTree, want: int, now: float, group: int | None = None) -> int:
-        """Free up to ``want`` slots (for a group), by quota and policy; returns how many."""
+        """Free up to ``want`` slots (for a group): first of blocks that no match reaches, then by quota and policy;
+        returns how many."""
+        freed = self.reclaim(tree, want)
+        if freed >= want:
+            return freed
         self._tell(tree)
         if len(self._policies) == 1:
-            return self._evict_from(tree, 0, want, now, self.fate)
-        freed = 0
+            return freed + self._evict_from(tree, 0, want - freed, now, self.fate)
         used = tree.ranking(self.number).blocks().sum(axis=1)
         for victim, most in self._quotas.victims(used, self.slots.capacity, group):
             freed += self._evict_from(tree, victim, min(want - freed, most), now, self.fate)
             if freed >= want:
                 break
         return freed
+
+    def reclaim(self, tree: RadixTree, want: int, group: int = -1) -> int:
+        """Free up to ``want`` slots of blocks (of a group) that lie behind a block that was lost; returns how many."""
+        if tree.num_holes == 0:
+            return 0
+        slots = tree.reclaim(self.number, want, group)
+        self.slots.free(slots)
+        self._evicted += len(slots)
+        return len(slots)
 
     def _evict_from(self, tree: RadixTree, group: int, want: int, now: float, why: Fate) -> int:
         policy, ranking, freed = self._policies[group], tree.ranking(self.number), 0

@@ -56,6 +56,19 @@ class ModelTree:
         assert not below, (prefix, below)
         block.slot, block.ready = -1, False
 
+    def out_of_reach(self) -> list[Prefix]:
+        """Ready blocks without a pin that have a block before them that is on no tier."""
+        return [
+            prefix for prefix, block in self.blocks.items()
+            if block.ready and block.pins == 0 and any(self.blocks[p].slot < 0 for p in self.prefixes(prefix)[:-1])
+        ]
+
+    def reclaim(self, slot: int) -> None:
+        """Check that no match reaches the block in ``slot``, and let it go."""
+        prefix, block = next((p, b) for p, b in self.blocks.items() if b.slot == slot)
+        assert prefix in self.out_of_reach(), prefix
+        block.slot, block.ready = -1, False
+
     def prune(self) -> None:
         for prefix in sorted(self.blocks, key=len, reverse=True):
             block = self.blocks[prefix]

@@ -17,8 +17,10 @@ from .model_tree import ModelBlock, ModelTree, Prefix, keys_of
 # Few symbols and short sequences, so that most operations meet what earlier ones left.
 SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=7).map(tuple)
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["put", "put", "put", "pin", "unpin", "evict", "fail", "get", "bad"]), SEQUENCES,
-              st.integers(0, 7)),
+    st.tuples(
+        st.sampled_from(["put", "put", "put", "pin", "unpin", "evict", "fail", "fail", "reclaim", "get", "bad"]),
+        SEQUENCES, st.integers(0, 7),
+    ),
     min_size=1, max_size=25,
 )
 
@@ -83,6 +85,15 @@ class Pair:
         assert gone.array()["blocks"].sum() == len(slots)
         for slot in slots:
             self.model.evict(int(slot))
+
+    def reclaim(self, sequence: Prefix, seed: int) -> None:
+        """Blocks that no match reaches: as many as are asked for, or all that nothing holds."""
+        slots = self.tree.reclaim(0, seed)
+        for slot in slots:
+            self.model.reclaim(int(slot))
+        self.tree.check_integrity()
+        if len(slots) < seed:
+            assert not self.model.out_of_reach()
 
     def get(self, sequence: Prefix, seed: int) -> None:
         self.now += 1

@@ -1,0 +1,64 @@
+"""Blocks of a put that get slots, and on which tier."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.radix import RadixTree
+from flexkv.cache.direct import direct_put
+from flexkv.cache.plan import DirectPlan, PutPlan
+from flexkv.cache.reasons import CAME_BACK, Fate
+from flexkv.cache.sources import absent_blocks
+from flexkv.cache.tier import SsdTier, Tier
+
+
+def plan_put(
+    tree: RadixTree, host: Tier, below: Tier, ssd: SsdTier | None, keys: NDArray[np.uint64], start: int, group: int,
+    direct: bool, tick: Callable[[], float],
+) -> PutPlan:
+    """As ``GlobalCacheEngine.begin_put``, for all of ``keys`` from ``start`` on. The caller locks.
+
+    ``tick`` returns the time of a change, which is later than that of any change before it.
+    """
+    now = tick()
+    absent = absent_blocks(tree, ssd, keys)
+    first = int(absent[0]) if len(absent) else len(keys)
+    num_known, came_back = max(0, first - start), first < len(keys) and tree.fate(keys, first) in CAME_BACK
+    if first < start:
+        absent = absent[:0]
+    if tree.num_blocks + len(absent) > tree.max_blocks:
+        keys, absent = _fit(tree, host, below, ssd, keys, absent)
+    straight: DirectPlan | None = None
+    if direct and len(absent) > host.limit(group):         # nothing is evicted for a put that never has room
+        straight, absent = direct_put(tree, below, keys, absent, group, now)
+    room = len(absent)
+    if room and not host.has_room(tree, room, group):
+        room = host.make_room(tree, room, group, now, keep=keys[:first])   # the blocks that they follow stay
+        if len(absent) < len(keys) - first:                # some blocks behind the first absent one were there
+            absent = absent_blocks(tree, ssd, keys)
+    count, now = min(room, host.slots.num_free), tick()    # later than the eviction
+    if direct and straight is None and count < len(absent):
+        straight, absent = direct_put(tree, below, keys, absent, group, now)
+    slots = host.slots.allocate(min(len(absent), count))
+    assert slots is not None  # narrowing: as many as are free
+    blocks = absent[: len(slots)]
+    last = int(blocks[-1]) + 1 if len(blocks) else start + num_known if num_known else 0
+    plan = PutPlan(keys[:last], blocks, tree, slots, num_known, came_back, straight)
+    if len(plan) and not host.place(plan, slots, now, group):
+        plan = PutPlan(keys[:0], blocks[:0], tree, slots[:0], num_known, came_back, straight)
+    if room < len(absent):
+        tree.remember(keys, int(absent[room]), Fate.OVER_QUOTA)
+    return plan
+
+
+def _fit(
+    tree: RadixTree, host: Tier, below: Tier, ssd: SsdTier | None, keys: NDArray[np.uint64], absent: NDArray[np.int32]
+) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
+    """Cut a sequence to the blocks that the index can take, after everything that no match reaches has left it."""
+    if len(absent) == 0 or tree.num_fitting(keys) > absent[-1]:
+        return keys, absent
+    for tier in (host, below)[: tree.num_tiers]:
+        tier.reclaim(tree, tree.max_blocks)
+    keys = keys[: tree.num_fitting(keys)]
+    return keys, absent_blocks(tree, ssd, keys)
