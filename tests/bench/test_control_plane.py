@@ -1,5 +1,6 @@
 """The benches of ``flexkv bench`` as a pytest-benchmark suite, to compare two commits; small, and asserts no time."""
 
+import importlib.util
 import itertools
 
 import numpy as np
@@ -17,10 +18,16 @@ def filled() -> FilledTree:
     return FilledTree(200_000)
 
 
-def test_hash(benchmark) -> None:
+@pytest.mark.parametrize("portable", [False, True])
+def test_hash(benchmark, portable: bool) -> None:
     tokens = np.random.default_rng(0).integers(0, 128_000, hash.NUM_TOKENS)
-    keys = benchmark(hash_blocks, tokens, hash.TOKENS_PER_BLOCK, chain_seed(b"bench"))
+    keys = benchmark(hash_blocks, tokens, hash.TOKENS_PER_BLOCK, chain_seed(b"bench"), portable=portable)
     assert keys.shape == (2048, 2)
+
+
+def test_hash_of_vllm_is_measured_in_the_same_run() -> None:
+    cases = [line.case for line in hash.run(2)]
+    assert any("vLLM" in case for case in cases) == (importlib.util.find_spec("vllm") is not None)
 
 
 @pytest.mark.parametrize("known", [True, False])
