@@ -174,8 +174,16 @@ class GraphRunner:
         with self._lock:
             for task_id, reason in self._scheduler.late(time.monotonic()):
                 logger.error("task %d: %s", task_id, reason)
-                self._scheduler.stop(task_id, OpStatus.TIMEOUT)
+                self._stop(task_id, OpStatus.TIMEOUT)
                 self._news.notify_all()
+
+    def _stop(self, task_id: int, verdict: OpStatus) -> None:
+        """Stop a graph, under the lock. One that cannot be stopped has its verdict all the same, so that its waiters
+        end; other graphs go on."""
+        try:
+            self._scheduler.stop(task_id, verdict)
+        except Exception as error:
+            self._log.write(logging.ERROR, f"task {task_id} could not be stopped", error)
 
     def _take_out_of_service(self) -> None:
         """Fail every graph, now and from now on, and have the agents end."""
@@ -190,9 +198,6 @@ class GraphRunner:
                 for op in link.ops:
                     op.is_lost = True
             for task_id in self._scheduler.running():
-                try:
-                    self._scheduler.stop(task_id, OpStatus.FAILED)
-                except Exception as error:
-                    self._log.write(logging.ERROR, f"task {task_id} could not be stopped", error)
+                self._stop(task_id, OpStatus.FAILED)
             self._news.notify_all()
         self._fire()
