@@ -1,5 +1,6 @@
 """The SSD store over a twin of the queue, and over the real one: blocks, slots, restarts."""
 
+import logging
 import select
 import socket
 import threading
@@ -307,4 +308,4 @@ def test_a_rank_that_goes_away_before_its_write_begins(tmp_path: Path, caplog: p
         assert not tier.store.device_is_ready
         go_on.set()
         assert not tier.wait(7, 2).any()
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
