@@ -46,6 +46,9 @@ _FLUSH_S = 0.5
 _QUEUED_KEYS = 4 << 20
 """So many keys (32 MiB) may wait to be written; requests beyond are dropped and counted."""
 
+_MAX_SECONDS = 1e12
+"""Largest time of a record that is read. No recorder runs for 30,000 years."""
+
 _REMEMBERED_BITS = 20
 """Of the number of keys that are remembered, to find what a request shares with an earlier one (12 MiB)."""
 
@@ -241,6 +244,8 @@ def read_recorded(content: bytes) -> Recorded | None:
                                         view[start + _PREAMBLE : stop].tobytes()) != view[start:stop]:
             break
         if shared and (base >= len(sequences) or shared > len(sequences[base])):
+            break
+        if not abs(second) <= _MAX_SECONDS:                 # NaN too
             break
         new = np.frombuffer(view, dtype="<u8", count=count, offset=start + _PREAMBLE).astype(np.uint64)
         sequences.append(np.concatenate([sequences[base][:shared], new]) if shared else new)

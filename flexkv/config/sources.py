@@ -23,6 +23,8 @@ logger = logging.getLogger("flexkv.config")
 GROUPS: dict[str, Any] = {"cache": CacheConfig, "transfer": TransferConfig, "connector": ConnectorConfig}
 FIELDS = {field.name: (group, owner, field) for group, owner in GROUPS.items() for field in dataclasses.fields(owner)}
 
+_OFF = ("0", "0.0", "false", "no", "off", "none", "")
+
 
 @dataclass
 class Findings:
@@ -156,7 +158,8 @@ def _add(found: Findings, key: str, name: str, value: Any, source: _Source) -> N
 def _skip(found: Findings, key: str, name: str, value: object) -> bool:
     """Whether ``name`` is a name of upstream's that is accepted and has no effect."""
     if name in UNAVAILABLE:
-        if str(value).strip().lower() not in ("0", "0.0", "false", "no", "off", "none", ""):
+        is_off = value.strip().lower() in _OFF if isinstance(value, str) else value is None or value == 0
+        if not is_off:
             raise ConfigError(key, value, UNAVAILABLE[name])
         return True
     if name in MEANINGLESS:

@@ -83,7 +83,9 @@ def make_trace(
     times = np.arange(len(sequences), dtype=np.float64) if seconds is None else np.array(seconds, dtype=np.float64)
     order = np.argsort(times, kind="stable")
     times = times[order] - (times[order[0]] if len(order) else 0.0)
-    ties = np.arange(len(times)) * _TIE_S
+    # a tie that rounding does not lose beside times far apart
+    span = float(times[-1]) if len(times) else 0.0
+    ties = np.arange(len(times)) * max(_TIE_S, 4 * float(np.spacing(span)))
     times = np.maximum.accumulate(times - ties) + ties
     chosen = [sequences[i] for i in order]
     starts = np.zeros(len(chosen) + 1, dtype=np.int64)

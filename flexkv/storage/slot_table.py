@@ -1,6 +1,7 @@
 """The slot table: beside the data, what each slot holds, so that the cache is warm after a restart."""
 
 import logging
+import os
 import struct
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -62,6 +63,8 @@ class Header:
             return None
         magic, version, clean, slot_bytes, num_slots, floor = cls._FORMAT.unpack(page[:size])
         if magic != cls._MAGIC or version != cls.VERSION:
+            return None
+        if not 1 <= slot_bytes < 1 << 32 or not 1 <= num_slots < 1 << 31:         # slots are int32
             return None
         return cls(slot_bytes, num_slots, floor, bool(clean))
 
@@ -184,8 +187,12 @@ class SlotTable:
         counts = np.zeros(len(_STATES), dtype=np.int64)
         domains: dict[int, int] = {}
         last_sequence = 0
-        for first in range(0, self.header.num_slots, _SCAN_RECORDS):
-            want = min(_SCAN_RECORDS, self.header.num_slots - first)
+        # beyond the end of the file nothing is read: a damaged header may name billions of slots
+        in_file = max(0, os.fstat(self._fd).st_size - HEADER_BYTES) // RECORD.itemsize
+        present = min(self.header.num_slots, in_file)
+        used.append(np.arange(present, self.header.num_slots, dtype=np.int32))
+        for first in range(0, present, _SCAN_RECORDS):
+            want = min(_SCAN_RECORDS, present - first)
             raw = self._read(first, want)
             states = slot_records.scan(raw, first, domain, self.header.slot_bytes, floor)
             chunk = raw.view(RECORD).reshape(-1)
