@@ -141,6 +141,7 @@ def test_pins_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     with local(tmp_path, 16) as (manager, _, tensors):
         put(manager, tensors, 5, 1, "calm")
         namespace = ["--namespace", "salt", "calm"]
+        assert command(capsys, "pins", *port) == (0, "nothing is pinned\n")
         told = command(capsys, "pin", *port, "--tokens", str(tmp_path / "list"), *namespace, "--name", "all")
         assert told == (0, "all: 5 blocks are pinned\n")
         assert command(capsys, "pin", *port, "--tokens", str(tmp_path / "words"), *namespace)[0] == 0
