@@ -1,4 +1,4 @@
-"""What the log says of requests: a line for each at DEBUG, a line for every so many at INFO."""
+"""Log lines about requests: one for each at DEBUG, one for every N at INFO."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ _SINCE = {StopReason.EVICTED, StopReason.FAILED, StopReason.EXPIRED, StopReason.
 
 
 @dataclass(slots=True)
-class _Told:
+class _Blocks:
     """Blocks of one request: wanted in all, in vLLM's own cache, found, on SSD alone, loaded."""
 
     wanted: int
@@ -51,36 +51,36 @@ class RequestLog:
         self._block_size = block_size
         self._stats = stats
         self.num_requests = self.num_hit_tokens = self._num_prompt_tokens = 0
-        self._told: dict[str, _Told] = {}
+        self._blocks: dict[str, _Blocks] = {}
         self._loads: dict[int, str] = {}
 
     def matched(self, request_id: str, wanted: int, computed: int, match: MatchResult) -> None:
         """``match`` was found for a request of ``wanted`` whole blocks, ``computed`` of which vLLM has itself."""
         if logger.isEnabledFor(logging.DEBUG):
-            self._told[request_id] = _Told(wanted, computed, match)
+            self._blocks[request_id] = _Blocks(wanted, computed, match)
 
     def loading(self, request_id: str, task_id: int, num_tokens: int) -> None:
         """A task loads ``num_tokens`` tokens of a request."""
         self.num_hit_tokens += num_tokens
-        if (told := self._told.get(request_id)) is not None:
-            told.loading = -(-num_tokens // self._block_size)
+        if (blocks := self._blocks.get(request_id)) is not None:
+            blocks.loading = -(-num_tokens // self._block_size)
             self._loads[task_id] = request_id
 
     def tasks_ended(self, responses: Iterable[KVResponse]) -> None:
         """Tasks have ended, those of ``loading`` among them."""
         for response in responses:
-            told = self._told.get(self._loads.pop(response.task_id, ""))
-            if told is not None and response.status is KVResponseStatus.SUCCESS:
-                told.loaded, told.loading = told.loading, 0
-            elif told is not None:
-                told.failed = True
+            blocks = self._blocks.get(self._loads.pop(response.task_id, ""))
+            if blocks is not None and response.status is KVResponseStatus.SUCCESS:
+                blocks.loaded, blocks.loading = blocks.loading, 0
+            elif blocks is not None:
+                blocks.failed = True
 
     def request_ended(self, request_id: str, num_prompt_tokens: int) -> None:
         """A request has ended: its line, and the line that is due."""
         self.num_requests += 1
         self._num_prompt_tokens += num_prompt_tokens
-        if (told := self._told.pop(request_id, None)) is not None:
-            logger.debug("request %s: %s", request_id, _line(told))
+        if (blocks := self._blocks.pop(request_id, None)) is not None:
+            logger.debug("request %s: %s", request_id, _line(blocks))
         if self._every and self.num_requests % self._every == 0:
             logger.info(
                 "%d requests, %d prompt tokens, %d loaded; %s", self.num_requests, self._num_prompt_tokens,
@@ -88,14 +88,14 @@ class RequestLog:
             )
 
 
-def _line(told: _Told) -> str:
-    match = told.match
-    found = max(0, match.num_ready - told.computed)
-    text = f"{told.wanted} blocks wanted, {told.computed} in vLLM's cache, {found} found"
+def _line(blocks: _Blocks) -> str:
+    match = blocks.match
+    found = max(0, match.num_ready - blocks.computed)
+    text = f"{blocks.wanted} blocks wanted, {blocks.computed} in vLLM's cache, {found} found"
     if match.num_to_fetch:
         text += f" ({match.num_to_fetch} on SSD)"
-    text += f", {told.loaded} loaded"
-    if told.failed:
+    text += f", {blocks.loaded} loaded"
+    if blocks.failed:
         text += ", load failed"
     if match.reason is not StopReason.FULL_HIT:
         text += f"; block {match.num_ready}: {match.reason.name.lower()}"

@@ -75,7 +75,7 @@ def test_a_line_comes_every_so_many_requests(told: list[str]) -> None:
         "INFO 2 requests, 20 prompt tokens, 16 loaded; {'hit_blocks': 7}",
         "INFO 4 requests, 40 prompt tokens, 32 loaded; {'hit_blocks': 7}",
     ]
-    assert not requests._told                                  # nothing is kept where no line needs it
+    assert not requests._blocks                                  # nothing is kept where no line needs it
     assert not requests._loads
 
 
