@@ -217,8 +217,8 @@ class Checked:
             which = ids[seed % len(ids)]
             self.table.cancel(which)
             known = self.known[which]
-            if known.ended is None and math.isnan(known.accepted):
-                known.accepted = 0                           # nothing of it is ready, or it was before
+            if math.isnan(known.accepted):
+                known.accepted = 0                           # of a provisional put nothing becomes ready any more
 
     def accept(self, sequence: Prefix, seed: int) -> None:
         ids = [i for i, known in self.known.items() if known.provisional and i not in self.planned]
