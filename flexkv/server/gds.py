@@ -109,17 +109,26 @@ class GdsWorker:
         if len(self._pending):                       # else there is nothing that this step lets start
             os.eventfd_write(self._wake_fd, 1)
 
-    def close(self) -> None:
-        """End; nothing touches the pages afterwards. Waits for cuFile, but not long, if a disk hangs. Once."""
+    def close(self) -> bool:
+        """End. Waits for the GPU and for cuFile, but not long, if one of them hangs. Once.
+
+        Returns
+        -------
+        bool
+            Nothing touches the pages afterwards. False: the GPU hangs, and the pages must stay until the process ends.
+        """
         self._closing = True
         os.eventfd_write(self._wake_fd, 1)
-        with self._pages:
-            pass
+        if not self._pages.acquire(timeout=_CLOSE_S):
+            logger.error("the GPU does not finish its copies within %g s", _CLOSE_S)
+            return False
+        self._pages.release()
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
             logger.warning("cuFile has not come back within %g s: a disk hangs", _CLOSE_S)
         else:
             os.close(self._wake_fd)
+        return True
 
     # ---- on its thread ----------------------------------------------------------------------------------------
 

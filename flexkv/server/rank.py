@@ -371,7 +371,8 @@ class RankClient:
             self._thread.join()
         with self._lock:
             gds, self._gds = self._gds, None
-        if gds is not None:
-            gds.close()
-        if self._agent is not None and not self._agent.close():
+        is_at_rest = gds is None or gds.close()
+        if self._agent is not None:
+            is_at_rest = self._agent.close() and is_at_rest
+        if not is_at_rest:
             _left_behind.append((self._keep_alive, self._opened.pop_all()))

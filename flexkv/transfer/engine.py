@@ -3,6 +3,7 @@
 import itertools
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -101,6 +102,7 @@ class TransferEngine(GraphRunner):
         self._registry: Registry | None = None
         self._thread: BackgroundThread | None = None
         self._is_shut_down = False
+        self._ending = threading.Lock()             # one shutdown at a time, each of them bounded
         self._watch: Watch | None = None
         self._membership: Membership | None = None
         self._pause_s = 0.0                         # of the next turn
@@ -182,6 +184,10 @@ class TransferEngine(GraphRunner):
         Every part is closed, also when another cannot be; the first error is raised at the end. A second call closes
         what the first could not.
         """
+        with self._ending:
+            self._shut_down()
+
+    def _shut_down(self) -> None:
         self._cancel_all()
         if self._thread is not None:
             self._thread.stop()

@@ -57,10 +57,18 @@ class Membership:
 
     def add(self, link: AgentLink) -> None:
         """An agent has registered; its connection is not watched yet."""
-        for fd, handler in (
-            (link.connection.fileno(), partial(self._hear, link)), (link.rings.completion_event_fd, link.clear_news)
-        ):
-            self._watch.add(fd, handler, partial(self._failed, fd, link))
+        handlers: dict[int, Callable[[], None]] = {
+            link.connection.fileno(): partial(self._hear, link), link.rings.completion_event_fd: link.clear_news,
+            link.process.fd: partial(self._check, link),     # a child may have inherited the socket: no hang-up then
+        }
+        try:
+            for fd, handler in handlers.items():
+                if fd >= 0:
+                    self._watch.add(fd, handler, partial(self._failed, fd, link))
+        except BaseException:
+            for fd in handlers:
+                self._watch.remove(fd)
+            raise
         link.on_backlog = self._watch.wake
         self._locked(partial(self._join, link))
 
@@ -101,16 +109,18 @@ class Membership:
             op.is_lost = True
             self._scheduler.stop(op.task_id, OpStatus.FAILED)
         self._dying.append(link)
-        if link.process.fd >= 0:
-            fd = link.process.fd
-            self._watch.add(fd, partial(self._check, link), lambda error: self._watch.pause(fd, _PAUSE_S))
-        else:
+        if link.process.fd < 0:
             self._watch.after(_UNKNOWN_PROCESS_S, lambda: self._locked(partial(self._bury, link)))
 
     def _check(self, link: AgentLink) -> None:
-        if link.process.is_gone:
+        """The link's process has ended, unless this is one call too many."""
+        if not link.process.is_gone:
+            return
+        if link in self._dying:
             logger.info("process %d of rank %d is gone; its slots are free", link.process.pid, link.hello.rank)
             self._locked(partial(self._bury, link))
+        else:
+            self._locked(partial(self._leave, link))
 
     def _bury(self, link: AgentLink) -> None:
         """Nothing of the agent touches a slot any more."""

@@ -271,9 +271,22 @@ class Registry:
             self._watch.remove(connection.fileno())
             self._connected.add(rank_id)
             logger.info("rank %s registered: %d pages, %d bytes a block", rank_id, hello.num_pages, hello.segment_bytes)
-            self._on_link(link)
-            if gds is not None and self._on_gds is not None:
-                self._on_gds(gds)
+            try:
+                self._on_link(link)
+            except BaseException:
+                self._connected.discard(rank_id)
+                link.close()
+                raise
+            self._give_gds(gds)
+
+    def _give_gds(self, end: socket.socket | None) -> None:
+        if end is None or self._on_gds is None:
+            return
+        try:
+            self._on_gds(end)
+        except Exception as error:
+            end.close()
+            self._log.write(logging.ERROR, "GPUDirect Storage cannot be used", error)
 
     def _make_link(self, rank_id: RankId) -> tuple[AgentLink, socket.socket | None]:
         """A link to a rank that has got its WELCOME, and the controller's end of its socket of GPUDirect Storage."""

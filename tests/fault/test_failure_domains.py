@@ -179,6 +179,7 @@ def test_one_failure_of_the_thread_is_survived(tmp_path: Path, monkeypatch: pyte
                 patched.setattr(manager._transfer, step, fail)
                 manager._transfer._watch.wake()
                 assert failed.wait(5.0)
+            until(lambda: manager._transfer._thread._failures == 0)        # a whole turn has succeeded since
             tensors.fill([0, 1], 1)
             assert save(manager, len(step)) is Status.SUCCESS
             assert is_alive(manager)

@@ -5,6 +5,8 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -74,6 +76,41 @@ def test_slots_of_a_rank_that_hung_up_wait_for_its_process(
         hasher = manager.hasher()
         hasher.extend(tokens_of(4))
         assert manager.lookup(hasher.keys).num_ready == 0
+
+
+HEIR = """
+import os, sys, time
+from tests.harness import *
+tensors = Tensors()
+client = KVTPClient(sys.argv[1])
+client.register_tensors(tensors.specs(), 20.0, keep_alive=tensors)
+client.wait_connected(20.0)
+if os.fork() == 0:
+    sys.stdin.read()                                     # it has inherited the socket
+    os._exit(0)
+print("connected", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_death_of_a_rank_with_a_child_is_noticed(tmp_path: Path) -> None:
+    """The child keeps the socket open, so that it does not hang up."""
+    manager = make_manager(tmp_path / "s")
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HEIR, str(tmp_path / "s")], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    ) as rank:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "connected\n"
+        wait_ready(manager)
+        hasher = manager.hasher()
+        hasher.extend(tokens_of(3))
+        held = manager.put_blocks(hasher.keys, 0, np.arange(3, dtype=np.int32), fence=9)
+        assert held is not None
+        rank.kill()
+        assert manager.wait(held, 5.0)[held].status is Status.FAILED
+        until(lambda: manager.stats()["free_slots"] == 48)
+    manager.shutdown()
 
 
 def test_a_rank_that_leaves_reads_like_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
