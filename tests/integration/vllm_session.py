@@ -57,14 +57,16 @@ class Engine:
                 kv_load_failure_policy="recompute",
                 kv_connector_extra_config={"audit": True, "cpu_cache_gb": 0.25, **options.get("settings", {})},
             )
+        self.lora = options.get("lora")
         with tempfile.TemporaryDirectory() as directory:
             self.llm = LLM(
-                make_model(Path(directory)), skip_tokenizer_init=True, dtype="float32",
+                options.get("model") or make_model(Path(directory)), skip_tokenizer_init=True,
                 block_size=options["block_size"], max_model_len=options.get("max_len", 1024),
                 num_gpu_blocks_override=options["gpu_blocks"], max_num_seqs=options.get("max_seqs", 4),
                 enable_chunked_prefill=options.get("chunked", True),
                 max_num_batched_tokens=options.get("batched_tokens", 1024),
                 enforce_eager=True, enable_prefix_caching=True, disable_log_stats=True, kv_transfer_config=transfer,
+                **{"dtype": "float32", **options.get("llm", {})},
             )
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
@@ -83,12 +85,24 @@ class Engine:
 
         return SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
 
+    def lora_request(self) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest("adapter", 1, self.lora) if self.lora else None
+
+    def wait_ssd(self) -> None:
+        """Wait until the SSD tier is open, and what it kept is in the index."""
+        from tests.harness import until
+
+        manager = self.flexkv()._manager
+        until(lambda: manager.is_ready() and "ssd_written_blocks" in manager.stats(), 60.0)
+
     def run(self, prompts: list[list[int]], tokens: int, salt: str | None = None, abort_after: int = 0) -> Any:
         """Answer prompts together; the odd ones are aborted after ``abort_after`` steps."""
         names = [f"r{next(self.ids)}" for _ in prompts]
         for name, prompt in zip(names, prompts, strict=True):
             request = {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
-            self.engine.add_request(name, request, self.params(tokens))
+            self.engine.add_request(name, request, self.params(tokens), lora_request=self.lora_request())
         answers: dict[str, list[int]] = {}
         cached = steps = 0
         while self.engine.has_unfinished_requests():
@@ -151,6 +165,8 @@ class Engine:
 def main() -> None:
     options = json.loads(sys.argv[1])
     engine = Engine(options)
+    if options.get("wait_ssd"):
+        engine.wait_ssd()
     passes = []
     for stage in options["passes"]:
         if stage.pop("reset_prefix_cache", False):
@@ -166,7 +182,7 @@ def main() -> None:
         else:
             answers, cached = engine.run(prompts, stage["tokens"], stage.get("salt"), stage.get("abort_after", 0))
         passes.append({"answers": answers, "cached": cached})
-    report = engine.report() if engine.has_flexkv else {}
+    report = engine.report() if engine.has_flexkv and options.get("report", True) else {}
     print(RESULT + json.dumps({"passes": passes, "report": report}), flush=True)
     engine.engine.engine_core.shutdown()
 
