@@ -201,6 +201,8 @@ class FlexKVConnectorV1Impl:
         return reason
 
     def _unsupported_caches(self, kv_caches: "dict[str, torch.Tensor]") -> str | None:
+        if self._vllm_config.cache_config.num_gpu_blocks is None:
+            return "vLLM does not give the number of KV blocks, which the tensors' shapes alone do not show"
         config = find_kv_cache_config(self)
         if config is None:
             return None

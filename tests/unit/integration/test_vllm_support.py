@@ -189,3 +189,9 @@ def test_a_rank_with_tensors_of_an_unknown_shape_does_not_stop_the_start(
     impl.register_kv_caches({"l0": torch.zeros(63, 2, 16, 2, 64)})             # vLLM says that there are 64 blocks
     assert "does not hold 64 blocks" in caplog.text
     assert isinstance(impl.worker, OffWorker)
+
+
+def test_a_rank_that_is_not_told_of_the_number_of_blocks_does_not_register() -> None:
+    impl = FlexKVConnectorV1Impl(vllm_config(cache_config__num_gpu_blocks=None), KVConnectorRole.SCHEDULER)
+    assert "number of KV blocks" in str(impl._unsupported_caches({"l0": torch.zeros(2, 2, 16, 2, 64)}))
+    impl.shutdown()
