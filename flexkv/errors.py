@@ -21,6 +21,11 @@ def short(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def _clipped(text: str, limit: int = 1200) -> str:
+    """A text that may have a name of any length in it, such as a key of a damaged file."""
+    return text if len(text) <= limit else f"{text[:limit - 100]}...{text[-90:]}"
+
+
 _SHORT = _Short()
 
 
@@ -42,7 +47,7 @@ class ConfigError(FlexKVError, ValueError):
     """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(f"{key} = {short(value)}: {allowed}")
+        super().__init__(f"{_clipped(key, 300)} = {short(value)}: {_clipped(allowed)}")
         self.key = key
         self.value = value
         self.allowed = allowed
@@ -51,7 +56,7 @@ class ConfigError(FlexKVError, ValueError):
     def about(cls, key: str, text: str) -> "ConfigError":
         """An error about a setting or a place that has no single value: ``KEY: TEXT``."""
         error = cls(key, None, text)
-        error.args = (f"{key}: {text}",)
+        error.args = (f"{_clipped(key, 300)}: {_clipped(text)}",)
         return error
 
     def given_by(self, source: str) -> "ConfigError":
