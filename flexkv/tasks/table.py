@@ -269,7 +269,7 @@ class TaskTable:
                 del self._tasks[task_id], self._matched[task_id]
                 self.discard(task)
                 return
-            if task.verdict is None and task.early_result is None:
+            if task.verdict is None and task.decided is None:
                 task.verdict, task.reason = KVResponseStatus.CANCELLED, task.reason or reason
             graph = task.graph
         if graph is not None:

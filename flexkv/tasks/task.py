@@ -116,9 +116,16 @@ class KVTask:
 
     @property
     def early_result(self) -> KVResponseStatus | None:
-        """TIMEOUT, CANCELLED, or FAILED if a rank was lost, once that is decided, though blocks may still be under way.
-        Nothing of such a put becomes ready; the pages of such a get must not be used for anything else until the task
-        has settled."""
+        """The verdict, though blocks may still be under way. The pages of such a get must not be used for anything
+        else until the task has settled. None for a put that writes straight to SSD: the store records a block as soon
+        as it was read from its page, so the page must not be given away before."""
+        direct = not self.loading and self.plan is not None and self.plan.direct is not None
+        return None if direct else self.decided
+
+    @property
+    def decided(self) -> KVResponseStatus | None:
+        """TIMEOUT, CANCELLED, or FAILED if a rank was lost, once that is decided. No block of such a put becomes
+        ready."""
         stopped = self.graph.verdict if self.graph is not None else None
         is_early = stopped in (OpStatus.TIMEOUT, OpStatus.CANCELLED) or (stopped is not None and self._is_lost)
         return STATUS[stopped] if stopped is not None and is_early else self.verdict
@@ -147,7 +154,7 @@ class KVTask:
         assert graph is not None  # narrowing: it ran
         ok, reason = graph.ops[-1].ok.copy(), self.reason
         is_lost = self._is_lost
-        stopped = self.early_result or (KVResponseStatus.CANCELLED if self.is_stale and not reason else None)
+        stopped = self.decided or (KVResponseStatus.CANCELLED if self.is_stale and not reason else None)
         if stopped or graph.verdict is not None or self.is_stale or (is_lost and not self.loading):
             ok[:] = False
         if stopped is KVResponseStatus.TIMEOUT:
