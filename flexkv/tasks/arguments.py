@@ -76,6 +76,8 @@ def keys_of(keys: object) -> NDArray[np.uint64]:
 
 def pages_of(pages: object) -> NDArray[np.int32]:
     """A copy of pages, as (m,) int32; else ArgumentError."""
+    if isinstance(pages, np.ndarray) and pages.dtype == _INT32 and pages.ndim == 1 and len(pages) and pages.min() >= 0:
+        return pages.copy()
     array = _array_of(pages, "pages")
     if array.size == 0 and array.ndim == 1:
         return np.zeros(0, dtype=_INT32)
