@@ -126,7 +126,7 @@ def test_merges_of_merges_stay_small(tmp_path: Path) -> None:
         ("object.yaml", "audit: !!python/object/apply:os.getcwd []\n", "cannot be parsed"),
         ("key.yaml", "? [a, b]\n: 1\n", "cannot be parsed"),
         ("two.yaml", "audit: on\n---\naudit: off\n", "cannot be parsed"),
-        ("long.yaml", "'" + "x" * 10_000 + "': 1\n", "x = 1: is no setting"),
+        ("long.yaml", "? '" + "x" * 10_000 + "'\n: 1\n", "x = 1: is no setting"),
         ("long.json", '{"' + "x" * 10_000 + '": 1}', "x = 1: is no setting"),
         ("alias.yaml", "namespaces: &a {g: *a}\n", "namespaces: g: g = "),
         ("laughs.yaml", "l0: &l0 [x]\n" + "".join(
