@@ -149,6 +149,7 @@ class PagedEngine:
         self, directory: Path, num_pages: int, settings: dict[str, Any] | None, depth: int = 1, ranks: int = 1,
         seed: int = 0, transfer: dict[str, Any] | None = None, batched_tokens: int = 256, max_seqs: int = 8,
     ) -> None:
+        beside = (settings or {}).pop("beside", None)
         if settings is not None:
             transfer = {
                 "kv_connector": "FlexKVConnectorV1", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
@@ -156,6 +157,11 @@ class PagedEngine:
                     "enable_metrics": False, "gpu_register_port": str(directory / "s"), **settings,
                 },
                 **(transfer or {}),
+            }
+        if beside is not None and transfer is not None:
+            transfer = {
+                "kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"connectors": [beside, transfer]},
             }
         self.config = make_config(
             directory / "model", num_pages, transfer, max_num_batched_tokens=batched_tokens, max_num_seqs=max_seqs,
@@ -179,7 +185,8 @@ class PagedEngine:
         self._queue: deque[list[Any]] = deque()             # [scheduler output, result or None], oldest first
         self.loras: dict[str, int] = {}
         self.answers: dict[str, list[int]] = {}
-        self.prompts: dict[str, tuple[list[int], str | None, int]] = {}
+        self.prompts: dict[str, tuple[list[int], int]] = {}
+        self._tracked: dict[str, Any] = {}
         self.between_steps: Callable[[], None] = lambda: None
 
     def _make_worker(self, rank: int, cache: Any, num_pages: int, transfer: Any) -> PagedWorker:
@@ -199,13 +206,16 @@ class PagedEngine:
 
     # ---- requests ---------------------------------------------------------------------------------------------
 
-    def add(self, name: str, prompt: list[int], tokens: int, salt: str | None = None, lora: int = 0) -> None:
-        request = Request(
+    def request(self, name: str, prompt: list[int], tokens: int, salt: str | None = None, lora: int = 0) -> Any:
+        return Request(
             name, list(prompt), SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True), None,
             cache_salt=salt, block_hasher=self._hasher,
             lora_request=LoRARequest(f"lora{lora}", lora, f"/nowhere/lora{lora}") if lora else None,
         )
-        self.loras[name], self.answers[name], self.prompts[name] = lora, [], (list(prompt), salt, lora)
+
+    def add(self, name: str, prompt: list[int], tokens: int, salt: str | None = None, lora: int = 0) -> None:
+        request = self.request(name, prompt, tokens, salt, lora)
+        self.loras[name], self.answers[name], self.prompts[name] = lora, [], (list(prompt), lora)
         self.scheduler.add_request(request)
 
     def abort(self, name: str) -> None:
@@ -267,6 +277,13 @@ class PagedEngine:
         return self.side._manager
 
     def wait_ready(self, num_slots: int) -> None:
+        side, track = self.side, self.side._track
+
+        def remember(request: Any) -> Any:
+            self._tracked[request.request_id] = track(request)
+            return self._tracked[request.request_id]
+
+        side._track = remember
         until(lambda: self.manager.is_ready() and self.manager.stats()["num_slots"] >= num_slots, 20.0)
 
     def settle(self) -> None:
@@ -280,12 +297,11 @@ class PagedEngine:
         writes. Nothing may be running."""
         self.settle()
         manager, checked, wrong = self.manager, {}, 0
-        for name, (prompt, salt, lora) in self.prompts.items():
+        for name, (prompt, lora) in self.prompts.items():
             tokens = prompt + self.answers[name]
-            names = self._namespace(salt, lora)
-            hasher = manager.hasher(names)
-            hasher.extend(np.array(tokens, dtype=np.int64))
-            keys = hasher.keys
+            if name not in self._tracked:                   # never considered
+                continue
+            keys = self._tracked[name].keys()[: len(tokens) // BLOCK]
             ready = manager.lookup(keys).num_ready
             new = [i for i in range(ready) if keys[i].tobytes() not in checked]
             if not new:
@@ -304,13 +320,6 @@ class PagedEngine:
                 checked[keys[i].tobytes()] = good
                 wrong += not good
         return len(checked), wrong
-
-    def _namespace(self, salt: str | None, lora: int) -> list[str]:
-        from flexkv.integration.vllm.tracked_request import namespace_of
-
-        request = LoRARequest(f"lora{lora}", lora, f"/nowhere/lora{lora}") if lora else None
-        fields = {"lora_request": request, "cache_salt": salt, "namespace_info": None}
-        return list(namespace_of(SimpleNamespace(**fields)))  # type: ignore[arg-type]
 
     def close(self) -> None:
         for worker in self.workers:

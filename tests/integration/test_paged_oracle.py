@@ -1,49 +1,20 @@
 """Loads fail at random around vLLM's real scheduler: each answer is right, and each block in the index has, bit by bit,
 the content that computing its tokens writes."""
 
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.integration.conftest import PAGES
 from tests.integration.paged_engine import PagedEngine
 from tests.integration.workload import FailingLoads, make_requests, serve, wrong_answers
 
-PAGES, SLOTS = 64, 400
 MODES = [
     ("always", 1, 0.3), ("always", 2, 0.3), ("auto", 1, 0.05), ("never", 1, 0.3), ("never", 2, 0.3), ("never", 3, 0.5)
 ]
 NIGHTLY = int(os.environ.get("FLEXKV_TEST_ORACLE_REQUESTS", "4000"))
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """The log of the process afterwards is as before: vLLM, and FlexKV inside it, change it."""
-    logs = [logging.getLogger(name) for name in ("flexkv", "vllm", "")]
-    before = [(log, log.handlers[:], log.level, log.propagate) for log in logs]
-    yield
-    for log, handlers, level, propagate in before:
-        log.handlers[:], log.propagate = handlers, propagate
-        log.setLevel(level)
-
-
-@pytest.fixture
-def engines(tmp_path: Path, quiet: None) -> Iterator[Any]:
-    made: list[PagedEngine] = []
-
-    def make(depth: int = 1, ranks: int = 1, slots: int = SLOTS, seed: int = 0, **settings: Any) -> PagedEngine:
-        directory = tmp_path / str(len(made))
-        directory.mkdir()
-        made.append(PagedEngine(directory, PAGES, {"num_cpu_blocks": slots, **settings}, depth, ranks, seed))
-        made[-1].wait_ready(slots)
-        return made[-1]
-
-    yield make
-    for engine in made:
-        engine.close()
 
 
 def expect_right(engine: PagedEngine, count: int, seed: int, per_step: float = 0.3, share: float = 0.05) -> None:

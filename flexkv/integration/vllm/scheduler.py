@@ -60,7 +60,7 @@ class SchedulerSide:
         self._manager = manager
         self._may_load, self._may_save = may_load, may_save
         self._layerwise = config.layerwise_loads if max_in_flight == 1 else "never"
-        self._steps = StepLedger()
+        self._steps = StepLedger(several=max_in_flight > 1)
         self._block_size = block_size
         self._config = config
         self._requests: dict[str, TrackedRequest] = {}
@@ -71,6 +71,8 @@ class SchedulerSide:
         self._outstanding: set[int] = set()
         self._newest_task = 0                               # later ones may be waited for while this step is in flight
         self._prefetches: set[int] = set()
+        self._must_compute: list[Request] = []              # the whole prompt, once this step is scheduled
+        self._loaded: set[str] = set()                      # requests with a load since they were last preempted
         self._prefill = PrefillRate()
         self._running: set[str] = set()                     # computing, as of the last step
         self._num_layerwise = 0
@@ -90,6 +92,8 @@ class SchedulerSide:
         if num_computed_tokens and self._must_wait(tracked, num_computed_tokens):
             return None, False
         if not self._may_load or not self._manager.is_ready() or skips_prefix_cache(request):
+            return 0, False
+        if request.request_id in self._loaded:              # asked again: nothing of its load was of use
             return 0, False
         match = self._manager.lookup(
             tracked.keys(), num_computed_tokens // self._block_size, tracked.group, count=not tracked.counted
@@ -114,7 +118,7 @@ class SchedulerSide:
         request must not compute over them. One whose prefix is bad there computes all of it."""
         trust = self._steps.trust(tracked.keys(), num_computed_tokens // self._block_size)
         if trust is Trust.BAD:
-            tracked.request.skip_reading_prefix_cache = True
+            self._must_compute.append(tracked.request)      # not at once: vLLM would not heed that it must wait
         return trust is not Trust.GOOD
 
     def on_new_request(self, request: "Request") -> None:
@@ -165,6 +169,7 @@ class SchedulerSide:
         pages, keys = tracked.pages[first:last].copy(), tracked.keys()[:last]
         task_id = self._manager.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise, tracked.group)
         tracked.num_offered = last
+        self._loaded.add(request.request_id)
         self._launched(task_id)
         self._steps.load_started(request.request_id, pages, tracked.layerwise, first, keys[first].tobytes())
         self._loads.append(
@@ -183,6 +188,9 @@ class SchedulerSide:
     def build_connector_meta(self, output: "SchedulerOutput") -> FlexKVConnectorMetadata:
         """Launch the saves of the coming step, and say what the workers must know of it."""
         self._step += 1
+        for request in self._must_compute:
+            request.skip_reading_prefix_cache = True
+        self._must_compute = []
         self._running = set(output.num_scheduled_tokens)
         self._time_step(output)
         self._collect()
@@ -302,6 +310,7 @@ class SchedulerSide:
     def _release_preempted(self, output: "SchedulerOutput") -> None:
         """Preempted requests lose their pages in the coming step: no save may still read them."""
         for req_id in output.preempted_req_ids or ():
+            self._loaded.discard(req_id)
             tracked = self._requests.get(req_id)
             if tracked is None:
                 continue
@@ -319,6 +328,7 @@ class SchedulerSide:
         """Whether saves still read the request's blocks; the workers report it when they are done."""
         tracked = self._requests.pop(request.request_id, None)
         self._running.discard(request.request_id)
+        self._loaded.discard(request.request_id)
         self._log.request_ended(request.request_id, request.num_prompt_tokens)
         if tracked is None:
             return False, None

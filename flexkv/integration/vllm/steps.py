@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,14 +109,22 @@ class Verdict:
 class StepLedger:
     """The steps in flight, in their order, and the state of each page as of the last step that has ended.
 
+    Parameters
+    ----------
+    several : bool
+        The engine schedules a step before the one before it has ended. vLLM then mixes up the tokens of a request whose
+        load fails in a step that computes it: whatever that request writes is bad from there on.
+
     Attributes
     ----------
     lost : bool
         The engine schedules more steps than it ends, so it is not known which step has ended: nothing is accepted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, several: bool = False) -> None:
         self.lost = False
+        self._several = several
+        self._mixed_up: WeakSet[TrackedRequest] = WeakSet()
         self._steps: deque[Step] = deque()
         self._state = np.zeros(1024, dtype=np.uint8)
         self._num_bad = self._num_loading = 0
@@ -202,6 +211,8 @@ class StepLedger:
             for load in step.loads:
                 self._state[load.pages] &= _NOT_LOADING
             self._mark_bad(step.invalid)
+            if self._several and step.invalid:
+                self._find_mixed_up(step)
             for pages in () if known else (*(load.pages for load in step.loads),
                                            *(write.pages[write.first :] for write in step.writes)):
                 self._state[pages] |= BAD
@@ -213,6 +224,11 @@ class StepLedger:
         spoiled = bool(step.invalid or not known or self._num_bad > before)
         return Verdict(accepted, spoiled or any(stop is not None for _, stop in accepted))
 
+    def _find_mixed_up(self, step: Step) -> None:
+        invalid = np.fromiter(step.invalid, dtype=np.int32)
+        for one in (step, *self._steps):
+            self._mixed_up.update(write.tracked for write in one.writes if np.isin(write.pages, invalid).any())
+
     def _mark_bad(self, pages: set[int]) -> None:
         if pages:
             array = np.fromiter(pages, dtype=np.int32, count=len(pages))
@@ -223,6 +239,9 @@ class StepLedger:
         """Pages that are written anew are as good as those before them in the request, of this very step too."""
         for write in step.writes:
             self._state[write.pages[write.whole :]] &= _NOT_BAD
+        for write in step.writes:
+            if write.tracked in self._mixed_up:
+                self._state[write.pages[write.first :]] |= BAD
         self._mark_bad(step.invalid)                        # reported after the step: what it wrote does not count
         changed = True
         while changed:

@@ -180,3 +180,23 @@ def test_the_audit_notices_a_single_bit() -> None:
     audit.compare(keys, elsewhere, both)
     audit.compare(keys + 9, elsewhere, np.array([True, False]))
     assert audit.counts() == {"checked_blocks": 5, "wrong_blocks": 1, "wrong_bytes": 128, "unknown_blocks": 1}
+
+
+def test_an_agent_that_never_ends_a_load_is_stopped(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step would wait for ever; once the agent is stopped, nothing writes the pages."""
+    worker, client = side
+    monkeypatch.setattr("flexkv.integration.vllm.worker._LOAD_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(client, "close", lambda: setattr(client, "is_lost", True), raising=False)
+    load = job("a", 5, 10, 11)
+    load.layerwise = True
+    worker.start_load(FlexKVConnectorMetadata(1, True, loads=[load]))
+    assert worker.get_finished() == (set(), set())
+    assert worker.take_failed_pages() == {10, 11}
+
+
+def test_a_save_that_ends_before_its_request_is_known_to_finish_is_remembered(side: Any) -> None:
+    """With steps in flight it is launched after the step was made in which it ends."""
+    worker, client = side
+    client.results = [ended(7, OpKind.D2H, [True], [4])]
+    assert step(worker, 2, oldest_task=7) == (set(), set())
+    assert step(worker, 3, finishing={"a": [7]}, oldest_task=8) == ({"a"}, set())
