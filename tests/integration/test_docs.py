@@ -1,4 +1,4 @@
-"""The blocks of docs/vllm.md that need a running vLLM, on a real server, which is then stopped as by Ctrl-C."""
+"""The blocks of docs/vllm.md that need a running vLLM, on a real server, which is then stopped as docs/ssd.md says."""
 
 import json
 import os
@@ -17,6 +17,7 @@ import pytest
 from flexkv.config import cache_directory, process_environment
 from flexkv.demo.model import prepare_model
 from flexkv.storage.inspect import main as inspect
+from tests.harness import until
 from tests.unit.test_docs import ROOT, blocks_of, check_output
 
 pytestmark = pytest.mark.vllm
@@ -32,7 +33,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(command: str, directory: Path, port: int, env: dict[str, str]) -> Iterator[Path]:
-    """A server with its log; stopped by SIGINT to its process group, as a terminal does."""
+    """A server with its log; stopped by SIGTERM to its first process."""
     log = directory / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -46,7 +47,7 @@ def server(command: str, directory: Path, port: int, env: dict[str, str]) -> Ite
             assert time.monotonic() < deadline, log.read_text()[-6000:]
             time.sleep(0.5)                                # a process of its own: there is nothing else to wait for
         yield log
-        os.killpg(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)
         process.wait(STOP_S)
     finally:
         with suppress(ProcessLookupError):
@@ -72,6 +73,13 @@ def complete(port: int, prompt: str) -> None:
         assert response.status == 200
 
 
+def metric(port: int, name: str) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as response:
+        found = re.search(rf"^{name}{{.*}} (\S+)$", response.read().decode(), re.M)
+    assert found is not None
+    return float(found[1])
+
+
 def test_see_it_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare_model(cache_directory() / "smollm2-135m")
     serve, ask = (block for block in blocks_of(ROOT / "docs/vllm.md") if block.mark == "vllm")
@@ -90,6 +98,7 @@ def test_see_it_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert done.returncode == 0, done.stdout + done.stderr + log.read_text()[-3000:]
         check_output(ask, done.stdout)
         complete(int(ports["8000"]), "What waits for the disk is written at the stop. " * 120)
+        until(lambda: metric(int(ports["8080"]), "flexkv_ssd_queued_blocks") >= 9, 30.0)      # ready in host memory
     lines = [line for line in log.read_text().splitlines() if "[flexkv." in line]
     said = "\n".join(lines)
     head = r"\(EngineCore pid=\d+\) (INFO|DEBUG|WARNING) \d\d-\d\d \d\d:\d\d:\d\d \[flexkv\.\w+:\d+\] "
@@ -102,9 +111,9 @@ def test_see_it_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert re.search(head + r"request \S+: 9 blocks wanted, 0 in vLLM's cache, 9 found, 9 loaded", said), said
     assert re.search(head + r"2 requests, 2402 prompt tokens, 1152 loaded", said), said
     assert not [line for line in lines if "WARNING" in line or "ERROR" in line], said
-    assert not re.search(r'File "\S*/flexkv/', log.read_text())     # vLLM has some of its own at Ctrl-C
+    assert not re.search(r'File "\S*/flexkv/', log.read_text())
     capsys.readouterr()
     assert inspect([str(tmp_path / "ssd")]) == 0
-    found = re.search(r": (\d+) used, .*closed cleanly", capsys.readouterr().out, re.S)
+    found = re.search(r": (\d+) used, .*in use; closed cleanly", capsys.readouterr().out, re.S)
     assert found is not None
     assert int(found[1]) >= 18                              # of which the rate had left nine to the stop
