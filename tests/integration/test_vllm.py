@@ -91,6 +91,18 @@ def test_reads_back_what_it_wrote_layer_by_layer(mode: str) -> None:
     assert [one["answers"] for one in result["passes"]] == answers_without_flexkv(json.dumps(STAGES))
 
 
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_loads_that_fail_make_no_answer_wrong(mode: str) -> None:
+    """Neither of their own request, nor of those that load what was computed instead."""
+    result = run(
+        block_size=32, batched_tokens=256, gpu_blocks=34, settings={"layerwise_loads": mode}, fail_loads=0.3,
+        passes=copy.deepcopy(STAGES * 2),
+    )
+    expect_clean(result["report"])
+    assert result["report"]["failed_loads"] > 3
+    assert [one["answers"] for one in result["passes"]] == answers_without_flexkv(json.dumps(STAGES)) * 2
+
+
 def expect_pressure(report: dict[str, Any]) -> None:
     assert report["evicted_blocks"] > 60
     assert report["preemptions"] > 0

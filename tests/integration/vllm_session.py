@@ -71,7 +71,7 @@ class Engine:
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         self.ids = iter(range(1 << 30))
-        self.preemptions = 0
+        self.preemptions = self.failed_loads = 0
         preempt = self.core.scheduler._preempt_request
 
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -126,6 +126,20 @@ class Engine:
     def flexkv(self) -> Any:
         return self.core.scheduler.connector._flexkv_connector.scheduler
 
+    def fail_loads(self, share: float) -> None:
+        """That share of the loads leaves some of its pages as they are."""
+        manager, rng = self.flexkv()._manager, random.Random(1)
+        get_blocks = manager.get_blocks
+
+        def get(keys: Any, start: int, pages: Any, *args: Any, **more: Any) -> Any:
+            if rng.random() < share:
+                self.failed_loads += 1
+                pages = pages.copy()
+                pages[rng.randrange(len(pages)) :] = 1 << 24            # a page that does not exist
+            return get_blocks(keys, start, pages, *args, **more)
+
+        manager.get_blocks = get
+
     def pass_time(self, seconds: float) -> None:
         """The clock of the cache goes forward at once."""
         cache = self.flexkv()._manager._cache
@@ -156,7 +170,7 @@ class Engine:
             "lost_slots": after["num_slots"] - after["free_slots"],
             "lost_ssd_slots": after.get("ssd_slots", 0) - after.get("ssd_free_slots", 0),
             **side.stats(), **stats, **self.llm.collective_rpc(audit_counts)[0], "tracked": len(side._requests),
-            "preemptions": self.preemptions,
+            "preemptions": self.preemptions, "failed_loads": self.failed_loads,
             "outstanding": len(manager._tasks.unsettled()),
             "leaked_pages": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         }
@@ -167,6 +181,8 @@ def main() -> None:
     engine = Engine(options)
     if options.get("wait_ssd"):
         engine.wait_ssd()
+    if share := options.get("fail_loads", 0.0):
+        engine.fail_loads(share)
     passes = []
     for stage in options["passes"]:
         if stage.pop("reset_prefix_cache", False):
