@@ -1,5 +1,6 @@
 """vLLM's own scheduler and FlexKV's connector around ``paged_model``: one process, no weights, steps in flight."""
 
+import copy
 import random
 from collections import deque
 from collections.abc import Callable
@@ -82,7 +83,8 @@ class PagedWorker:
             report.kv_connector_worker_meta = connector.build_connector_worker_meta()
             connector.clear_connector_metadata()
         if not output.total_num_scheduled_tokens:
-            return ModelRunnerOutput.with_kv_conn_output_only(report if connector is not None else None)
+            # a copy, as it comes from another process: the aggregator writes into it, and it may be vLLM's constant
+            return copy.copy(ModelRunnerOutput.with_kv_conn_output_only(report if connector is not None else None))
         return ModelRunnerOutput(
             req_ids=list(sampled), req_id_to_index={name: i for i, name in enumerate(sampled)},
             sampled_token_ids=list(sampled.values()), kv_connector_output=report if connector is not None else None,

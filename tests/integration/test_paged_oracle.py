@@ -14,7 +14,7 @@ from tests.integration.workload import FailingLoads, make_requests, serve, wrong
 MODES = [
     ("always", 1, 0.3), ("always", 2, 0.3), ("auto", 1, 0.05), ("never", 1, 0.3), ("never", 2, 0.3), ("never", 3, 0.5)
 ]
-NIGHTLY = int(os.environ.get("FLEXKV_TEST_ORACLE_REQUESTS", "4000"))
+NIGHTLY = int(os.environ.get("ORACLE_REQUESTS", "4000"))
 
 
 def expect_right(engine: PagedEngine, count: int, seed: int, per_step: float = 0.3, share: float = 0.05) -> None:
