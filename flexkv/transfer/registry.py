@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 
 from flexkv._core.ring import ControllerRings
+from flexkv.at_fork import close_in_children
 from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
@@ -127,6 +128,7 @@ class Registry:
                 raise
 
     def _take(self, connection: socket.socket) -> None:
+        close_in_children(connection)
         _, uid = peer_credentials(connection)
         if uid not in (os.getuid(), 0):
             self._log.write(logging.ERROR, f"refused a connection from user {uid}")
@@ -303,6 +305,7 @@ class Registry:
             )
             if self._on_gds is not None:
                 gds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                close_in_children(gds[0])
             link = AgentLink(connection, hello, rings)
             fds = [self._pool.fd, rings.fd, rings.submission_event_fd, rings.completion_event_fd]
             socket.send_fds(connection, [welcome.pack()], fds + [end.fileno() for end in gds[1:]])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from flexkv.at_fork import close_in_children
 from flexkv.config import register_port
 from flexkv.errors import RegistrationError
 
@@ -64,6 +65,7 @@ class ListeningSocket:
             _refuse_other_files(path)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+            close_in_children(self.socket)
         except OSError as error:
             raise _unusable(path, error) from error
         try:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "flexkv"
 
 LAYERS = [
-    {"errors", "at_exit"},
+    {"errors", "at_exit", "at_fork"},
     {"config", "metrics"},
     {"_core"},
     {"cache", "storage", "response"},

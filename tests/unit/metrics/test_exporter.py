@@ -1,7 +1,11 @@
 """What Prometheus is told, read as it reads it."""
 
+import os
+import resource
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -182,3 +186,35 @@ def test_tiers_namespaces_and_faults_of_the_disk_are_told(tmp_path: Path) -> Non
     assert value(text, "evicted_blocks_total", tier="host") == stats["evicted_blocks"] > 0
     assert value(text, "namespace_blocks", tier="ssd", namespace="tenant") == 0
     assert value(text, "slots", tier="ssd") == stats["ssd_slots"]
+
+
+def test_out_of_descriptors_the_server_pauses() -> None:
+    """The connection that waits keeps the listener readable, and nobody can accept it."""
+    metrics = Metrics(dict, {"engine": "0"}, "127.0.0.1", 0)
+    metrics.start()
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    with socket.socket() as client:
+        client.settimeout(5.0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many"):
+                held.extend(os.open("/dev/null", os.O_RDONLY) for _ in range(10_000))
+            client.connect(("127.0.0.1", metrics.port))
+            before = time.process_time()
+            time.sleep(0.6)                              # what is measured: how busy the thread is meanwhile
+            assert time.process_time() - before < 0.1
+        finally:
+            for fd in held:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        client.send(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert b"200 OK" in client.recv(4096)
+    metrics.close()
+
+
+def test_a_start_after_the_close_serves_nothing() -> None:
+    """As when a manager is shut down by one thread while another starts it."""
+    metrics = Metrics(dict, {"engine": "0"}, "127.0.0.1", 0)
+    metrics.close()
+    metrics.start()
+    assert metrics.port is None
