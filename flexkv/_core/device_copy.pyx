@@ -57,6 +57,11 @@ logger = logging.getLogger("flexkv.client")
 _left_behind = []
 """Memory and descriptors that a GPU which hangs may still touch; kept until the process ends."""
 
+cdef int milliseconds(double seconds) noexcept:
+    """Of a time to wait: 0 for none, and as long as an int holds for longer ones."""
+    return <int>(seconds * 1000) if 0 < seconds < 2e6 else 2000000000 if seconds > 0 else 0
+
+
 STRATEGIES = ("auto", "staged", "direct", "batch")
 """Ways over the bus, in the order of ``enum flexkv_strategy``."""
 
@@ -244,7 +249,7 @@ cdef class DeviceAgent:
         ------
         CudaError
         """
-        cdef int timeout_ms = <int>(timeout_s * 1000), rc = -125
+        cdef int timeout_ms = milliseconds(timeout_s), rc = -125
         if self.agent != NULL:
             with nogil:
                 rc = flexkv_agent_wait_span(self.agent, task_id, span, timeout_ms)
@@ -308,7 +313,7 @@ cdef class DeviceAgent:
 
     def wait(self, double timeout_s):
         """Wait for an outcome, or the end of the agent; False after ``timeout_s`` seconds without either."""
-        cdef int timeout_ms = <int>(timeout_s * 1000), ready
+        cdef int timeout_ms = milliseconds(timeout_s), ready
         if self.agent == NULL:
             return True
         with nogil:

@@ -24,6 +24,7 @@ from flexkv.server.gds import GdsWorker
 from flexkv.server.handshake import abandon, join_controller
 from flexkv.server.pool_pinning import PoolPinner
 from flexkv.server.tensors import KVTensor, content_digest, tensor_spec
+from flexkv.tasks.arguments import fence_of
 from flexkv.transfer.cuda_kernel import move_function
 from flexkv.transfer.graph import OpKind
 from flexkv.transfer.protocol import NUM_FDS, Hello, Welcome
@@ -287,8 +288,11 @@ class RankClient:
 
         Raises
         ------
+        ArgumentError
+            A step is no whole number from 0 to 2**63 - 1; nothing has changed.
         CudaError
         """
+        load, save = (None if fence is None else fence_of(fence) for fence in (load, save))
         with self._lock:
             for is_load, fence in ((True, load), (False, save)):
                 if fence is not None and stream is not None:
