@@ -12,20 +12,20 @@ from flexkv.errors import FlexKVError
 _USAGE = """\
 usage: flexkv COMMAND [OPTIONS]
 
-  demo     a real vLLM that loads its KV from memory and SSD instead of computing it
+  demo     run a real vLLM that loads KV from memory and SSD instead of computing it
   bench    measure the control plane, a disk (ssd) or a GPU (gpu)
-  replay   hit rate of a trace of requests, by capacity and eviction policy
+  replay   compute the hit rate of a trace of requests, by capacity and eviction policy
   config   print the configuration reference, check settings, show them
-  inspect  what a directory of the SSD tier holds
+  inspect  show the contents of directories of the SSD tier
   pin      keep a prefix in the cache of a running engine
-  unpin    let it go
-  pins     list what is pinned
+  unpin    release a pinned prefix
+  pins     list the pinned prefixes
 
-flexkv COMMAND --help tells more."""
+flexkv COMMAND --help lists the options of a command."""
 
 _SIGINT_STATUS = 128 + signal.SIGINT
 _SIGPIPE_STATUS = 128 + signal.SIGPIPE
-"""Of a process that was interrupted, or that writes to a pipe that nobody reads, as shells tell it."""
+"""Exit statuses, as shells report them, after an interrupt and after a write to a pipe without a reader."""
 
 
 def _demo(argv: list[str]) -> int:
@@ -83,7 +83,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _usage(args: Sequence[str]) -> int:
-    """Print the usage, because it was asked for, or because there is no such command."""
+    """Print the usage: for ``--help``, or with an error for an unknown command."""
     if args and args[0] in ("--help", "-h", "help"):
         print(_USAGE)
         return 0
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return _SIGINT_STATUS
-    except BrokenPipeError:              # whoever reads the output, head say, has seen enough
+    except BrokenPipeError:              # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # else the interpreter tries to write the rest as it exits
         return _SIGPIPE_STATUS
 

@@ -90,7 +90,9 @@ class Controller:
         self._quotas = Quotas(cache_config.quotas)
         ranks = model_config.tp_size * model_config.pp_size
         if cache_config.enable_gds and ranks > 1:
-            raise ConfigError("enable_gds", True, f"goes with one rank in this version, there are {ranks}: turn it off")
+            raise ConfigError(
+                "enable_gds", True, f"supports one rank in this version; this model has {ranks}: turn it off"
+            )
         self._counts = MatchCounts()
         self.metrics = self._make_metrics(model_config, cache_config, dp_client_id)
         self._cache: GlobalCacheEngine | None = None
@@ -192,7 +194,7 @@ class Controller:
         self.shutdown()
 
     def shutdown(self) -> None:
-        """Write what is queued for SSD, cancel what is under way, give all that it holds back. May be repeated.
+        """Write the blocks queued for SSD, cancel running transfers, free all memory. May be called again.
 
         Afterwards matches are empty, puts save nothing, and tasks that are launched are cancelled.
         """
@@ -283,26 +285,26 @@ class Controller:
     def pin(self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, name: str = "") -> Pin:
         """Keep the blocks of a prefix that are cached now, on any tier, until ``unpin`` or ``reset``.
 
-        They do not expire. ``name``: to unpin it by; empty: made up.
+        Pinned blocks do not expire. ``name`` is the argument of ``unpin``; empty: a name is generated.
 
         Raises
         ------
         PinError
-            Nothing of it is cached, the name is taken, or too much would be pinned (``max_pinned_share``, or what is
-            guaranteed to other namespaces).
+            No block of the prefix is cached, the name is taken, or too many blocks would be pinned
+            (``max_pinned_share``, or the guarantees of other namespaces).
         """
         if self._cache is None:
             raise PinError("no rank has registered yet, so nothing is cached: pin when the engine is up")
         return self._cache.pin(self._keys(token_ids, namespace), name, self.group(namespace))
 
     def unpin(self, name: str) -> Pin:
-        """Let a pinned prefix go when its turn comes; PinError if there is none of that name."""
+        """Release a pinned prefix: its blocks may be evicted again. PinError if no pin has that name."""
         if self._cache is None:
             raise PinError("nothing is pinned: no rank has registered yet")
         return self._cache.unpin(name)
 
     def pins(self) -> list[Pin]:
-        """What is pinned."""
+        """The pinned prefixes."""
         return self._cache.pins() if self._cache is not None else []
 
     def stats(self) -> dict[str, int]:

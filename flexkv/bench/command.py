@@ -26,12 +26,14 @@ _EVERYWHERE = [name for name in _BENCHES if name not in ("gpu", "ssd", "gds", "s
 
 def main(argv: list[str]) -> int:
     """Run one bench, or all."""
-    parser = argparse.ArgumentParser(prog="flexkv bench", description="Measures; asserts no time, but right results.")
+    parser = argparse.ArgumentParser(
+        prog="flexkv bench", description="Measure parts of FlexKV. Results are checked, times are only reported."
+    )
     parser.add_argument("bench", choices=[*_BENCHES, "all"], help="all: those that need no GPU and no disk")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the index (default 1,000,000)")
-    parser.add_argument("--dir", type=Path, help="of ssd, gds: a folder on the disk; takes 1 GiB for a while")
-    parser.add_argument("--gib", type=int, default=4, help="of start: size of the host pool (default 4)")
+    parser.add_argument("--dir", type=Path, help="for ssd and gds: a folder on the disk, with 1 GiB of free space")
+    parser.add_argument("--gib", type=int, default=4, help="for start: GiB of the host pool (default 4)")
     args = parser.parse_args(argv)
     if args.gib < 1:
         parser.error(f"--gib {args.gib}: must be 1 or more")

@@ -23,11 +23,11 @@ class Quota:
     Attributes
     ----------
     guaranteed : float
-        Share of each tier that no other namespace can take from it. More is borrowed while nobody needs it.
+        Share of each tier that no other namespace can take from it. It may borrow more while slots are free.
     limit : float
         Share of each tier that it never exceeds.
     priority : int
-        Of those who have borrowed, the one with the lowest priority gives back first.
+        Among namespaces that have borrowed, the lowest priority gives back first.
     ttl_s : float
         Seconds after its last use that a block is offered.
     """
@@ -49,7 +49,7 @@ def read_quotas(given: Mapping[str, Any]) -> dict[str, Quota]:
     Raises
     ------
     ConfigError
-        Naming the namespace and what is wrong.
+        A quota is wrong; the message names the namespace and the key.
     """
     quotas: dict[str, Quota] = {}
     owners: dict[tuple[str, str], str] = {}
@@ -90,4 +90,6 @@ def check_quotas(quotas: Mapping[str, Quota]) -> None:
                 f"namespaces: {name or _ALIAS}", quota, "must be 0 <= guaranteed <= limit <= 1, and limit and ttl_s > 0"
             )
     if (total := sum(quota.guaranteed for quota in quotas.values())) > 1 + 1e-9:
-        raise ConfigError.about("namespaces", f"{total:g} guaranteed in all: the shares may be 1 together at most")
+        raise ConfigError.about(
+            "namespaces", f"{total:g} guaranteed in all: guaranteed shares may add up to 1 at most; lower some"
+        )

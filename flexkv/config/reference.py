@@ -1,7 +1,7 @@
 """The configuration reference, made from the settings themselves: ``flexkv config``."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from flexkv.config.environment import PREFIX
 from flexkv.config.field import allowed, kinds
@@ -16,10 +16,11 @@ _HEAD = """\
 A setting comes from, in this order: `kv_connector_extra_config` of vLLM (or keyword arguments), the file that
 `FLEXKV_CONFIG_PATH` names (YAML or JSON, in UTF-8), the variable in the table, the default. An unknown name, a name
 that is given twice, a wrong type or an impossible value stops the start, with an error that names the key, the value
-and the allowed values.
+and the allowed values. With vLLM `tokens_per_block` is always its block size.
 
 `flexkv config --check [FILE]` validates the environment and a file in a fraction of a second: one line for each
-problem, exit status 1 if there is one. `flexkv config --show [FILE]` prints every setting that is in effect, and where
+problem, exit status 1 if there is one. Conflicts between settings are reported once each setting is valid by itself;
+disks and directories are not examined. `flexkv config --show [FILE]` prints every setting that is in effect, and where
 it was given.
 
 **Values.** A number may be in quotes, and may have a unit where the table gives one:
@@ -36,7 +37,7 @@ A setting that counts whole units rounds down (`gpu_window_mb: 10MB` is 9 MiB). 
 variable counts as not set.
 
 **Paths.** `~` and `~user` at the start of a path mean the home directory. Environment variables (`$HOME`) are not
-expanded, and refused. Directories are separated by `;`.
+expanded: a path with one is an error. Directories are separated by `;`.
 
 **Files.** YAML anchors and merge keys (`<<: *name`) work. A file may begin with a byte order mark.
 
@@ -66,6 +67,14 @@ def _rows(owner: type) -> Iterator[str]:
         yield f"| `{field.name}` | `{PREFIX}{field.name.upper()}` | {default} | {words} | {field.metadata['help']} |"
 
 
+def _rows_by_reason(effect: str, reasons: Mapping[str, str]) -> Iterator[str]:
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(f"`{name}`")
+    for reason, group in names.items():
+        yield f"| {', '.join(group)} | {effect}: {reason} |"
+
+
 def reference() -> str:
     """The page, in Markdown."""
     lines = [_HEAD]
@@ -74,12 +83,13 @@ def reference() -> str:
     lines += [
         "## Names of upstream FlexKV",
         "",
-        "Names in the tables above that upstream has mean the same here. The others are accepted as follows, as keys",
-        f"of a file and, with `{PREFIX}` before them and in capitals, as variables.",
+        "The settings above have the same meaning as settings of the [upstream project](glossary.md) with the same",
+        f"name. Other settings of upstream are accepted, as keys of a file and as variables (`{PREFIX}NAME`,",
+        "in capitals).",
         "",
-        "| name | here |",
+        "| settings | here |",
         "|---|---|",
+        *_rows_by_reason("refused when it is on", UNAVAILABLE),
+        *_rows_by_reason("no effect", MEANINGLESS),
     ]
-    lines += [f"| `{name}` | refused when it is on: {why} |" for name, why in UNAVAILABLE.items()]
-    lines += [f"| `{name}` | has no effect: {why} |" for name, why in MEANINGLESS.items()]
     return "\n".join(lines) + "\n"

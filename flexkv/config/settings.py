@@ -1,4 +1,4 @@
-"""The settings, grouped by what they are about."""
+"""The settings: of the model, the cache, transfers and the engine adapter."""
 
 import dataclasses
 import math
@@ -46,7 +46,7 @@ class _Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(_Settings):
-    """What makes KV of one model comparable, and how it is spread over ranks. Given by the engine's adapter."""
+    """Identity of a model's KV, and its layout over ranks. Given by the engine's adapter."""
 
     num_layers: int = setting(1, "Layers that have KV, over all pipeline stages.", low=1)
     num_kv_heads: int = setting(1, "KV heads of the whole model.", low=1)
@@ -79,13 +79,13 @@ class ModelConfig(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(_Settings):
-    """What is kept, and where."""
+    """Tiers, eviction, quotas, metrics."""
 
     tokens_per_block: int = setting(16, "Tokens of a block, the unit of caching; the engine's page size.", low=1)
     cpu_cache_gb: float = setting(16.0, "Memory of the host tier.", unit="GiB", low=0.0)
     num_cpu_blocks: int | None = setting(None, "Blocks of the host tier; instead of `cpu_cache_gb`.", low=1)
     eviction_policy: str = setting(
-        "adaptive", "What goes first when a tier is full.",
+        "adaptive", "Order in which blocks are evicted when a tier is full.",
         choices=("adaptive", "lru", "lfu", "slru", "fifo", "mru", "filo", "s3fifo", "arc"),
     )
     evict_start_threshold: float = setting(
@@ -95,13 +95,14 @@ class CacheConfig(_Settings):
         0.01, "Share of a tier that one batch of evictions frees; 4,096 blocks at most.", low=0.0, high=1.0
     )
     hit_reward_seconds: float = setting(
-        0.0, "Frequency-aware grace time: each hit lets a block count as this much younger. Not with adaptive.",
+        0.0, "Each hit makes a block count as this much younger for eviction. No effect with adaptive.",
         unit="s", low=0.0,
     )
     use_hugepage_cpu_buffer: bool = setting(False, "Host tier in hugepages; the system must have reserved them.")
     hugepage_size_bytes: int = setting(2 << 20, "Size of those hugepages.", unit="bytes", low=4096)
     ssd_cache_gb: float = setting(
-        0.0, "Space of the SSD tier; 0: none. Must be more than the host tier: what is used again is on both.",
+        0.0, "Space of the SSD tier; 0: none. Must be more than the host tier, because blocks that are used again "
+        "are on both.",
         unit="GiB", low=0.0,
     )
     ssd_cache_dir: str = setting(
@@ -111,12 +112,12 @@ class CacheConfig(_Settings):
     )
     ssd_admission: str = setting(
         "second_touch",
-        "What is written to SSD once it has no free slots: what was loaded, put again or comes back, and what follows "
-        "on it; or all.",
+        "Blocks that are written to SSD once it has no free slots: those with evidence of reuse, or all. See "
+        "[SSD](ssd.md#what-is-written-and-when).",
         choices=("second_touch", "all"),
     )
     ssd_write_mb_per_s: float = setting(
-        0.0, "At most so much is written to SSD, to spare it; 0: no limit.", unit="MiB/s", low=0.0
+        0.0, "Highest rate of writes to SSD, to limit wear; 0: no limit.", unit="MiB/s", low=0.0
     )
     ssd_queue_depth: int = setting(64, "Reads and writes under way on SSD at a time.", low=1, high=4096)
     ssd_io: str = setting(
@@ -124,8 +125,8 @@ class CacheConfig(_Settings):
         choices=("auto", "uring", "threads"),
     )
     enable_gds: bool = setting(
-        False, "GPUDirect Storage: blocks that are on SSD alone go straight to the GPU, not through host memory. See "
-        "[SSD](ssd.md).",
+        False, "GPUDirect Storage: blocks that are on SSD alone are read straight into the GPU, not through host "
+        "memory. See [SSD](ssd.md#gpudirect-storage).",
     )
     ssd_deadline_s: float = setting(
         10.0, "A read or write of SSD that takes longer has failed.", unit="s", low=0.01
@@ -135,12 +136,12 @@ class CacheConfig(_Settings):
         choices=("auto", "always", "never"),
     )
     prefill_tokens_per_s: float = setting(
-        0.0, "How fast the engine computes a prompt, for `load_policy`; 0: as measured with vLLM, and not known "
-        "with other engines, so that all is loaded.",
+        0.0, "Speed of the engine's prefill, for `load_policy`; 0: measured with vLLM; unknown with other engines, so "
+        "that all blocks are loaded.",
         unit="tokens/s", low=0.0,
     )
     namespaces: Mapping[str, Any] | None = setting(
-        None, "What each namespace (`lora:NAME`, `salt:SALT`, or a tenant) may have: `{name: {guaranteed, limit, "
+        None, "Quota of each namespace (`lora:NAME`, `salt:SALT`, or a tenant): `{name: {guaranteed, limit, "
         "priority, ttl_s}}`, shares from 0 to 1 of each tier; `default`: all others together. As a variable: JSON or "
         "YAML. See [namespaces](namespaces.md).",
     )
@@ -148,16 +149,17 @@ class CacheConfig(_Settings):
         0.5, "Share of the host tier that can be pinned (`flexkv pin`).", low=0.0, high=0.9
     )
     trace_path: str = setting(
-        "", "Record what requests ask for, without their tokens, in this file, for `flexkv replay`; empty: do not.",
+        "", "File in which the block keys of all requests are recorded, without their tokens, for `flexkv replay`; "
+        "empty: none.",
         read=expand,
     )
-    trace_max_mb: int = setting(256, "The file is never larger; recording ends there.", unit="MiB", low=1)
+    trace_max_mb: int = setting(256, "Largest size of that file; recording ends there.", unit="MiB", low=1)
     enable_metrics: bool = setting(False, "Serve metrics to Prometheus. See [monitoring](monitoring.md).")
     metrics_host: str = setting(
         "127.0.0.1", "Address to serve them at; 0.0.0.0: all of this machine, for a Prometheus on another."
     )
     py_metrics_port: int = setting(
-        8080, "Port to serve them at; each data-parallel rank adds its number. 0: any that is free; the log tells it.",
+        8080, "Port to serve them at; each data-parallel rank adds its number. 0: any free port; the log has it.",
         low=0, high=65000,
     )
     key_secret: str = setting(
@@ -189,7 +191,7 @@ class CacheConfig(_Settings):
             yield ConfigError(
                 "cpu_cache_gb", self.cpu_cache_gb,
                 f"must leave room in the {limit / (1 << 30):.1f} GiB that this machine or its control group allows: "
-                f"at most {math.floor(limit / (1 << 30) * 100) / 100:g} (GiB), less what the engine needs itself",
+                f"at most {math.floor(limit / (1 << 30) * 100) / 100:g} (GiB), minus the memory of the engine itself",
             )
         if self.ssd_cache_gb and self.ssd_cache_gb <= self.cpu_cache_gb:
             yield ConfigError(
@@ -208,12 +210,12 @@ class CacheConfig(_Settings):
 
     @property
     def quotas(self) -> dict[str, Quota]:
-        """By namespace; ``""``: of all others."""
+        """Quotas by namespace; ``""``: of all others."""
         return read_quotas(self.namespaces or {})
 
     @property
     def ssd_directories(self) -> list[Path]:
-        """Where it is."""
+        """Directories of the SSD tier."""
         return [Path(part.strip()) for part in self.ssd_cache_dir.split(SEPARATOR) if part.strip()]
 
     @property
@@ -229,14 +231,14 @@ class CacheConfig(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TransferConfig(_Settings):
-    """How controller and ranks meet, and how long anything may take."""
+    """Connection of controller and ranks, time limits, copies."""
 
     gpu_register_port: str = setting(
         "", "Unix socket where ranks register, as a path or `ipc://PATH`; empty: chosen by the adapter.",
         read=register_port,
     )
     handshake_timeout_s: float = setting(
-        5.0, "A connection that says nothing is dropped after this.", unit="s", low=0.01
+        5.0, "A connection on which no message arrives is dropped after this time.", unit="s", low=0.01
     )
     op_timeout_s: float = setting(
         20.0, "A transfer fails if it takes longer than this after the engine's step that it waits for, and in any "
@@ -254,7 +256,7 @@ class TransferConfig(_Settings):
     )
     gpu_num_ctas: int = setting(16, "Thread blocks of the copy kernel.", low=1, high=1024)
     enable_layerwise_transfer: bool = setting(
-        False, "SGLang: take a rank's eventfds, and tell it of each layer of a load as soon as the layer is there."
+        False, "SGLang: signal an eventfd of the rank for each layer of a load as soon as the layer has arrived."
     )
     ring_bytes: int = setting(1 << 20, "Size of each shared-memory ring; a power of two.", unit="bytes", low=4096)
 
@@ -266,7 +268,7 @@ class TransferConfig(_Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig(_Settings):
-    """How the engine adapters behave."""
+    """Behaviour of the engine adapters."""
 
     save_mode: str = setting(
         "as_computed",
@@ -276,7 +278,7 @@ class ConnectorConfig(_Settings):
     layerwise_loads: str = setting(
         "auto",
         "Load layer by layer, so that compute of the first layers overlaps the load: auto does so when no other "
-        "request runs, as it would have to wait. Never with full CUDA graphs, which skip vLLM's hooks.",
+        "request runs, because others would have to wait. Never with full CUDA graphs, which skip vLLM's hooks.",
         choices=("auto", "always", "never"),
     )
     audit: bool = setting(
@@ -297,7 +299,7 @@ class FlexKVConfig:
     Attributes
     ----------
     given : mapping of str to str
-        Of each setting that is not left to its default: the place where it was given.
+        For each setting that was given: the place where it was given.
     """
 
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)

@@ -12,7 +12,7 @@ MEANINGLESS: dict[str, str] = {
         ("use_ce_transfer_h2d", "use_ce_transfer_d2h", "transfer_num_cta_h2d", "transfer_num_cta_d2h",
          "ce_segment_threshold", "ce_path_opt", "enable_ce_memcpy2d", "ce_gather_threads", "ce_gather_nt",
          "cudahost_chunk_size_gb", "use_hugepage_tmp_buffer", "kv_shared_across_ranks_mode", "mla_d2h_mode"),
-        "how blocks are copied is chosen by the device agent",
+        "the device agent chooses how blocks are copied",
     ),
     **dict.fromkeys(
         ("cpu_layout", "ssd_layout", "remote_layout", "gds_layout", "index_accel", "swa_multi_group",
@@ -24,12 +24,12 @@ MEANINGLESS: dict[str, str] = {
          "mooncake_store_config_path", "mooncake_config_path", "redis_host", "redis_port", "redis_password",
          "local_ip", "node_ttl_seconds", "layerwise_notify_mode", "layerwise_eventfd_socket",
          "layerwise_eventfd_connect_max_retries", "slru_protected_threshold", "cpp_metrics_port"),
-        "it belongs to something that this version does not have",
+        "it belongs to a part that this version does not have",
     ),
     **dict.fromkeys(
         ("enable_flexkv", "sync_get", "maybe_skip_put", "enable_trace", "transfer_trace", "enable_collective_sync",
          "logging_prefix"),
-        "there is nothing to switch",
+        "this version has no such switch",
     ),
 }
 """Accepted and ignored, with the reason that the log gives."""

@@ -48,8 +48,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "a new process, loads from SSD. Takes 2 minutes on an idle machine, 10 on a busy one.",
     )
     parser.add_argument("--prompts", type=int, default=8, help="prompts to ask (default 8)")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of each (default 2048)")
-    parser.add_argument("--host-prompts", type=int, help="host memory holds so many, SSD all (default: both all)")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of each prompt (default 2048)")
+    parser.add_argument("--host-prompts", type=int,
+                        help="prompts that host memory can hold; SSD holds all (default: all)")
     parser.add_argument("--output", type=Path, default=Path("demo-output"),
                         help="folder for chart and log; nothing in it is overwritten (default %(default)s)")
     parser.add_argument("--model", type=Path, help="folder of a model to use instead of SmolLM2-135M")

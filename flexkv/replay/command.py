@@ -127,21 +127,23 @@ def _slot_bytes(block_tokens: int, model: Model) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="flexkv replay", description="Hit rate that a trace of requests would have had. Beside the eviction "
-        "policies stand opt, which knows the future, and unbounded, which keeps everything.",
+        prog="flexkv replay", description="Compute the hit rate that a trace of requests would have had. Two "
+        "references are added: opt knows the future, unbounded keeps everything.",
     )
     parser.add_argument("trace", nargs="+", type=Path, help="recorded by FlexKV, or JSON lines; may be .gz or .xz")
     parser.add_argument("--block-tokens", type=_block_tokens, metavar="N",
-                        help="of a block of the trace; wins over the trace's own value (but not in traces of FlexKV)")
+                        help="block size of a JSON trace, instead of its own; no effect on traces of FlexKV")
     parser.add_argument("--policy", default=",".join({CacheConfig.eviction_policy: 0, "lru": 0}), metavar="NAME[,NAME]",
                         help=f"all, or of: {', '.join(POLICIES)} (default %(default)s)")
     parser.add_argument("--capacity-tokens", type=_list_of_whole, metavar="N[,N]",
-                        help="of host memory, such as 500k,1M; default: 8 sizes up to all that the trace has")
-    parser.add_argument("--host-gb", type=_positive, metavar="G", help="instead: GiB of host memory, with --model")
-    parser.add_argument("--ssd-gb", type=_positive, metavar="G", help="GiB of SSD below it")
+                        help="sizes of host memory, such as 500k,1M (default: 8 sizes, up to all blocks of the trace)")
+    parser.add_argument("--host-gb", type=_positive, metavar="G",
+                        help="GiB of host memory, instead of --capacity-tokens; needs --model")
+    parser.add_argument("--ssd-gb", type=_positive, metavar="G", help="GiB of SSD; needs --host-gb")
     parser.add_argument("--ssd-admission", choices=("second_touch", "all"), default=CacheConfig.ssd_admission,
-                        help="what is written to SSD (default %(default)s)")
-    parser.add_argument("--model", metavar="NAME", help="tells bytes of KV and speed of prefill, as in docs/sizing.md")
+                        help="blocks that are written to SSD (default %(default)s)")
+    parser.add_argument("--model", metavar="NAME",
+                        help="model that gives KV bytes and prefill speed; see docs/sizing.md")
     parser.add_argument("--kv-bytes-per-token", type=_whole, metavar="N", help="instead of the model's")
     parser.add_argument("--prefill-tokens-per-s", type=_positive, metavar="N", help="instead of the model's")
     parser.add_argument("--jobs", type=_whole, metavar="N", default=len(os.sched_getaffinity(0)),
@@ -152,7 +154,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if args.capacity_tokens and args.host_gb:
         parser.error("--capacity-tokens and --host-gb: give one of them")
     if args.ssd_gb and not args.host_gb:
-        parser.error("--ssd-gb goes with --host-gb")
+        parser.error("--ssd-gb needs --host-gb")
     if args.host_gb and not (args.model or args.kv_bytes_per_token):
         parser.error("--host-gb needs --model or --kv-bytes-per-token")
     if args.host_gb and args.plot:

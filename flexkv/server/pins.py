@@ -36,13 +36,13 @@ def read_tokens(text: str) -> NDArray[np.uint32]:
 
 def pin(argv: list[str]) -> int:
     """Keep a prefix in a running engine's cache."""
-    parser = _parser("pin", "Keep what is cached of a prefix, until it is unpinned or the cache is reset.")
+    parser = _parser("pin", "Keep the cached blocks of a prefix until they are unpinned or the cache is reset.")
     parser.add_argument("--tokens", required=True, help="file of token ids, as numbers; - : standard input")
     parser.add_argument(
         "--namespace", nargs="+", default=[], metavar="NAME",
         help="salt:SALT, lora:NAME=PATH (the LoRA's directory on the engine's machine), or a tenant's NAME",
     )
-    parser.add_argument("--name", default="", help="to unpin it by; without it one is made up")
+    parser.add_argument("--name", default="", help="name for flexkv unpin (default: a generated one)")
     args = parser.parse_args(argv)
     try:
         text = sys.stdin.read() if args.tokens == "-" else Path(args.tokens).read_text()
@@ -56,8 +56,8 @@ def pin(argv: list[str]) -> int:
 
 
 def unpin(argv: list[str]) -> int:
-    """Let a pinned prefix go."""
-    parser = _parser("unpin", "Let a pinned prefix go when its turn comes.")
+    """Release a pinned prefix."""
+    parser = _parser("unpin", "Release a pinned prefix: its blocks may be evicted again.")
     parser.add_argument("--name", required=True)
     args = parser.parse_args(argv)
     for pinned in ask(args.socket, {"command": "unpin", "name": args.name}):
@@ -66,8 +66,8 @@ def unpin(argv: list[str]) -> int:
 
 
 def pins(argv: list[str]) -> int:
-    """List what is pinned."""
-    args = _parser("pins", "List what is pinned.").parse_args(argv)
+    """List the pinned prefixes."""
+    args = _parser("pins", "List the pinned prefixes.").parse_args(argv)
     found = list(ask(args.socket, {"command": "pins"}))
     for pinned in found:
         print(f"{pinned.name}: {pinned.num_blocks} blocks")

@@ -64,7 +64,9 @@ def _date(sequence: int) -> str:
 
 def main(argv: list[str]) -> int:
     """Describe directories, as text or as JSON."""
-    parser = argparse.ArgumentParser(prog="flexkv inspect", description="What directories of the SSD tier hold.")
+    parser = argparse.ArgumentParser(
+        prog="flexkv inspect", description="Show the contents of directories of the SSD tier."
+    )
     parser.add_argument("directory", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)

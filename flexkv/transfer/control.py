@@ -126,7 +126,7 @@ def ask(port: str, request: dict[str, Any], tokens: NDArray[np.uint32] | None = 
     Raises
     ------
     PinError
-        It refuses, with the reason, or nobody answers there.
+        The controller refuses, with the reason, or no controller answers there.
     """
     message = _MAGIC + json.dumps(request, ensure_ascii=False).encode()
     if len(message) > MAX_MESSAGE_BYTES:
@@ -160,7 +160,7 @@ def _exchange(port: str, message: bytes, tokens: NDArray[np.uint32] | None) -> b
     except OSError as error:
         raise PinError(f"no controller answers at {port}: {error.strerror or error}") from error
     except FlexKVError as error:
-        raise PinError(f"no controller answers at {port}: {error}") from error
+        raise PinError(str(error)) from error
     finally:
         for fd in fds:
             os.close(fd)

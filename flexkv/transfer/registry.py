@@ -217,7 +217,7 @@ class Registry:
                 )
             if self._layout.contents[index] != hello.content:
                 raise RegistrationError(
-                    f"rank {rank_id} registers tensors of other shapes than before, for which what is cached is wrong: "
+                    f"rank {rank_id} registered tensors of different shapes; the cached KV does not match: "
                     "start a new KVManager"
                 )
         self._silent.pop(connection.fileno(), None)

@@ -148,7 +148,7 @@ def connect(
             reason = f"the controller at {path} accepts no connections: it is stopped or overloaded"
         except (FileNotFoundError, ConnectionRefusedError):
             connection.close()
-            reason = f"no controller listens at {path}; start KVManager, or check the path"
+            reason = f"no controller listens at {path}; start the engine (or KVManager), or check the path"
             if not wait_for_it:
                 raise RegistrationError(reason) from None
         except BaseException:

@@ -47,7 +47,7 @@ def test_every_command_has_help(command: str) -> None:
         (["replay", "/"], "cannot be read: Is a directory"),
         (["replay", "/dev/zero"], "/dev/zero is not an ordinary file"),
         (["pins", "--socket", "tcp://1.2.3.4:80"], "a path or ipc://PATH"),
-        (["pins", "--socket", "/nope"], "No such file"),
+        (["pins", "--socket", "/nope"], "no controller listens at /nope; start"),
         (["pin", "--socket", "/nope", "--tokens", "/nope"], "/nope cannot be read"),
     ],
 )

@@ -155,7 +155,7 @@ def test_pins_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert len(manager.pins()) == 1
         manager.reset()
     assert command(capsys, "pins", *port)[0] == 1
-    assert "no controller answers" in command(capsys, "pins", *port)[1]
+    assert "no controller listens" in command(capsys, "pins", *port)[1]
 
 
 @pytest.mark.parametrize("letter", ["n", "\\", "\u00e9", '"'])

@@ -115,7 +115,7 @@ WRONG = {
     "--capacity-tokens 1,x": "invalid list of whole numbers",
     "--host-gb -1 --model qwen3-8b": "usage",
     "--host-gb 1": "needs --model",
-    "--ssd-gb 1": "goes with --host-gb",
+    "--ssd-gb 1": "needs --host-gb",
     "--host-gb 1 --capacity-tokens 100": "one of them",
     "--host-gb 1 --model qwen3-8b --plot x.png": "several capacities",
 }
