@@ -1,4 +1,4 @@
-"""Everything that FlexKV raises on purpose. Each message says what is wrong and what to do."""
+"""Exceptions of FlexKV. Each message names the fault, and the remedy where there is one."""
 
 import reprlib
 
@@ -39,11 +39,11 @@ class ConfigError(FlexKVError, ValueError):
     Parameters
     ----------
     key : str
-        The setting, by the name its user gave.
+        The setting, by the name that the user gave.
     value : object
-        What it was set to.
+        The value that was given.
     allowed : str
-        What would be right, or what to do.
+        The allowed values, or the remedy.
     """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
@@ -114,7 +114,7 @@ class CudaError(TransferError):
     Parameters
     ----------
     function, name, text : str
-        What was called, and the error in the driver's words.
+        The function, and the driver's name and text of the error.
     """
 
     def __init__(self, function: str, name: str, text: str) -> None:
@@ -128,11 +128,11 @@ class GdsUnavailableError(FlexKVError, RuntimeError):
 
 
 class AgentLostError(TransferError):
-    """The process at the other end has gone."""
+    """The process at the other end of a ring has ended."""
 
 
 class RingCorruptedError(TransferError):
-    """A shared-memory ring holds what its writer cannot have written."""
+    """A shared-memory ring holds a record that its writer cannot have written."""
 
 
 class StorageError(FlexKVError, RuntimeError):
@@ -162,9 +162,9 @@ class TraceError(FlexKVError, ValueError):
     ----------
     path : str
     line : int
-        From 1; 0: it is not about a line.
+        From 1; 0: the error concerns no single line.
     text : str
-        What is wrong.
+        The fault.
     """
 
     def __init__(self, path: str, line: int, text: str) -> None:
@@ -174,4 +174,4 @@ class TraceError(FlexKVError, ValueError):
 
 
 class InvariantError(FlexKVError, AssertionError):
-    """An internal promise was broken: a bug, here or in a caller that broke a contract."""
+    """An invariant does not hold: a defect of FlexKV, or of a caller that broke a contract."""

@@ -51,7 +51,7 @@ class KVBlocks(Controller):
         """Load blocks ``[start_block, start_block + len(pages))`` of a sequence into ``pages``.
 
         A block that is not ready fails, and with it the task; the others are loaded. ``layerwise``: for
-        ``KVTPClient.follow_load``; what is not in host memory fails, for later loads must not pass this one.
+        ``KVTPClient.follow_load``; blocks that are not in host memory fail, because later loads must not overtake.
         """
         keys, start, pages = span_of(keys, start_block, pages)
         fence, group = fence_of(fence), self._group_of(group)
@@ -132,7 +132,7 @@ class KVBlocks(Controller):
         return self._tasks.match(task_id_of(task_id))
 
     def set_prefill_rate(self, tokens_per_s: float) -> None:
-        """How fast the engine computes prompts, as its adapter measures it; the configuration's rate wins."""
+        """Set the prefill speed that the adapter has measured; ``prefill_tokens_per_s`` of the configuration wins."""
         rate = number_of(tokens_per_s, "tokens_per_s", 0.0, 1e12)
         if self._tiering is not None:
             self._tiering.set_prefill_rate(rate)
@@ -144,9 +144,9 @@ class KVBlocks(Controller):
     ) -> dict[int, KVResponse]:
         """Wait for tasks, at most ``timeout`` seconds; a result is given once.
 
-        A task that still runs then has the status TIMEOUT, goes on, and can be waited for again. So has one that took
-        longer than ``op_timeout_s``, or was cancelled (status CANCELLED), which may still touch its pages for a moment.
-        ``completely`` waits until nothing does.
+        A task that still runs then has the status TIMEOUT; it continues, and can be waited for again. A task that took
+        longer than ``op_timeout_s`` (TIMEOUT) or was cancelled (CANCELLED) may still access its pages for a moment;
+        ``completely`` waits until it does not.
         """
         ids = unique_task_ids_of(task_ids)
         has_ended = self._tasks.is_settled if completely else self._tasks.has_result
@@ -160,6 +160,6 @@ class KVBlocks(Controller):
         return {task_id: self._tasks.take(task_id) for task_id in ids if self._tasks.is_settled(task_id)}
 
     def cancel(self, task_ids: int | Iterable[int]) -> None:
-        """Stop tasks: what has not started never will; what is being copied now is finished first (see ``wait``)."""
+        """Stop tasks: copies that have not started never start, those under way are finished first (see ``wait``)."""
         for task_id in task_ids_of(task_ids):
             self._tasks.cancel(task_id)

@@ -30,7 +30,7 @@ class KVManager(KVBlocks):
         *,
         block_extras: Mapping[int, bytes] | None = None,
     ) -> tuple[int, NDArray[np.bool_]]:
-        """Find what can be loaded, and hold it until ``launch`` or ``cancel``.
+        """Find the blocks that can be loaded, and hold them until ``launch`` or ``cancel``.
 
         Parameters
         ----------
@@ -39,19 +39,19 @@ class KVManager(KVBlocks):
         token_mask : (num_tokens,) bool, optional
             False for the leading tokens whose KV the engine has; a block is loaded only as a whole.
         cpu_only : bool
-            Only what is in host memory now (``prefetch_async`` brings the rest there). So it is for every match where
-            ``enable_layerwise_transfer`` is set: a read of SSD may fail, and layers cannot report that.
+            Only blocks that are in host memory now (``prefetch_async`` reads the rest from SSD). Always so with
+            ``enable_layerwise_transfer``: a read of SSD may fail, and layers cannot report that.
         namespace : sequence of str, optional
-            LoRA, cache salt, tenant: KV is shared only between equal namespaces. The first that the setting
-            ``namespaces`` names is whose quota counts.
+            LoRA, cache salt, tenant: KV is shared only between equal namespaces. The blocks count against the quota
+            of the first entry that the setting ``namespaces`` names.
         block_extras : mapping from block index to bytes, optional
-            What else than tokens a block depends on, such as multimodal content.
+            Content other than tokens that a block depends on, such as a digest of an image.
 
         Returns
         -------
         task_id : int
         mask : (num_tokens,) bool
-            Tokens that ``launch`` will load. ``task_match(task_id)`` tells why no more, and since when.
+            Tokens that ``launch`` will load. ``task_match(task_id)`` has the reason why no more, and its time.
         """
         self._refuse_swa(swa_aware)
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
@@ -74,7 +74,9 @@ class KVManager(KVBlocks):
         *,
         block_extras: Mapping[int, bytes] | None = None,
     ) -> tuple[int, NDArray[np.bool_]]:
-        """Reserve room for what is not cached yet, until ``launch`` or ``cancel``; arguments as ``get_match``.
+        """Reserve slots for the blocks that are not cached yet, until ``launch`` or ``cancel``.
+
+        Arguments as ``get_match``.
 
         Returns
         -------
@@ -107,10 +109,10 @@ class KVManager(KVBlocks):
         slot_mappings : sequence of (k,) int32 or int64
             For each task, the engine's token slot for each token of its mask, in order.
         as_batch : bool
-            Accepted; the data plane takes what is queued together anyway.
+            No effect: the data plane takes all queued ops together in any case.
         layerwise_transfer : bool
-            Loads go layer by layer, and each rank's eventfds of ``counter_id`` (from 0) are told of each layer that is
-            there (``enable_layerwise_transfer``). Layers of a load that fails are never told of.
+            Load layer by layer, and signal each rank's eventfd of ``counter_id`` (from 0) for each layer that has
+            arrived (``enable_layerwise_transfer``). Layers of a load that fails are never signalled.
         fence : int
             Steps of the rank (``KVTPClient.advance_fence``) before which the pages must not be touched; 0: none.
 
@@ -169,8 +171,8 @@ class KVManager(KVBlocks):
     def prefetch_async(
         self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, swa_aware: bool = False
     ) -> int:
-        """Bring blocks of slower tiers into host memory; the task ends when they are there, its mask tells which. No
-        block is brought while a quarter of host memory is being filled so."""
+        """Read blocks of slower tiers into host memory. The task ends when they have arrived; its mask marks them. No
+        block is read while prefetches fill a quarter of host memory."""
         self._refuse_swa(swa_aware)
         tokens = tokens_of(token_ids)
         return self._tasks.prefetch(

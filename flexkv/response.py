@@ -8,18 +8,18 @@ from numpy.typing import NDArray
 
 
 class KVResponseStatus(enum.Enum):
-    """How a task stands."""
+    """State of a task, or its outcome."""
 
     SUCCESS = "success"
     NOTFOUND = "notfound"
-    """No such task: never made, or its result was taken already."""
+    """The task is unknown: it was never made, or its result was returned already."""
     UNREADY = "unready"
     """Not launched yet; or launched before every rank had registered, so that nothing was moved."""
     TIMEOUT = "timeout"
     """The wait, or the transfer itself, took too long."""
     CANCELLED = "cancelled"
     FAILED = "failed"
-    """At least one block was not moved; ``return_mask`` tells which tokens were."""
+    """At least one block was not moved; ``return_mask`` marks the tokens that were moved."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

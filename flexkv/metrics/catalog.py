@@ -11,11 +11,11 @@ class Metric:
     Attributes
     ----------
     name : str
-        A counter is told with ``_total`` behind it.
+        A counter is exported with ``_total`` appended.
     text : str
-        What is counted.
+        The quantity.
     is_counter : bool
-        Since the start; else as it stands.
+        Counts since the start; else the current value.
     """
 
     name: str
@@ -27,14 +27,15 @@ Entry = tuple[Metric, dict[str, str]]
 """A metric, and the labels of one value of it."""
 
 REQUESTS = Metric(
-    "requests", "Requests matched, by outcome (full, partial, miss) and by why no more was found (reason)", True
+    "requests", "Requests matched, by outcome (full, partial, miss) and by the reason why no more blocks were found",
+    True,
 )
 NAMESPACE_BLOCKS = Metric("namespace_blocks", "Blocks by tier and namespace, where namespaces have quotas")
 
 _OF_TIERS = {
     "slots": Metric("slots", "Slots, each of which holds a block, by tier"),
     "free_slots": Metric("free_slots", "Slots that are free, by tier"),
-    "evicted_blocks": Metric("evicted_blocks", "Blocks that had to make room, by tier", True),
+    "evicted_blocks": Metric("evicted_blocks", "Blocks evicted to make room for others, by tier", True),
     "expired_blocks": Metric("expired_blocks", "Blocks not used for longer than their ttl_s, by tier", True),
 }
 _SSD_FAULTS = (
@@ -48,13 +49,13 @@ _PLAIN = {
     "hit_blocks_on_ssd": Metric("hit_blocks_on_ssd", "Of these, blocks that had to be read from SSD", True),
     "indexed_blocks": Metric("indexed_blocks", "Blocks that the index has, on any tier"),
     "index_bytes": Metric("index_bytes", "Memory of the index"),
-    "pinned_blocks": Metric("pinned_blocks", "Blocks that flexkv pin keeps"),
-    "tasks": Metric("tasks", "Tasks that were not collected yet"),
-    "provisional_puts": Metric("provisional_puts", "Saves that wait for the engine to accept the step they are of"),
+    "pinned_blocks": Metric("pinned_blocks", "Pinned blocks"),
+    "tasks": Metric("tasks", "Tasks that run, or whose result was not taken yet"),
+    "provisional_puts": Metric("provisional_puts", "Saves that wait until the engine accepts their step"),
     "in_service": Metric("in_service", "Whether KV can be moved: 0 once the data plane has failed repeatedly"),
     "blocks_being_fetched": Metric("blocks_being_fetched", "Blocks on their way from SSD to host memory"),
     "ssd_written_blocks": Metric("ssd_written_blocks", "Blocks copied from host memory to SSD", True),
-    "ssd_dropped_writes": Metric("ssd_dropped_writes", "Blocks not copied to SSD: too much was queued", True),
+    "ssd_dropped_writes": Metric("ssd_dropped_writes", "Blocks not copied to SSD because the queue was full", True),
     "ssd_queued_blocks": Metric("ssd_queued_blocks", "Blocks that wait to be copied to SSD"),
     "ssd_blocks_being_written": Metric("ssd_blocks_being_written", "Blocks on their way to SSD"),
     "ssd_store_blocks_read": Metric("ssd_read_blocks", "Blocks read from SSD and verified", True),
@@ -63,7 +64,7 @@ _PLAIN = {
     "ssd_store_directories_taken_out": Metric("ssd_outages", "Times a directory was taken out of service", True),
     "ssd_store_directories": Metric("ssd_directories", "Directories of the SSD tier"),
     "ssd_store_directories_usable": Metric("ssd_directories_usable", "Of these, directories in service"),
-    "ssd_store_queued_bytes": Metric("ssd_queued_bytes", "Bytes of reads and writes that the disks were given"),
+    "ssd_store_queued_bytes": Metric("ssd_queued_bytes", "Bytes of reads and writes submitted and not completed"),
     "ssd_store_device_is_ready": Metric("gds_is_ready", "Whether blocks go straight between SSD and GPU"),
 }
 

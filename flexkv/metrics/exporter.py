@@ -124,8 +124,8 @@ class Metrics(Collector):
     def _collect_transfers(self) -> Iterator[Family]:
         names, values = [*self._labels, "kind"], list(self._labels.values())
         seconds = HistogramMetricFamily(
-            PREFIX + "transfer_seconds", "From the order to move blocks until all of them are there, or have failed; "
-            "with what it waited for", labels=[*names, "status"],
+            PREFIX + "transfer_seconds", "From the submission of a transfer until all of its blocks have arrived or "
+            "failed, including the time that it waited", labels=[*names, "status"],
         )
         blocks = CounterMetricFamily(
             PREFIX + "transferred_blocks", "Blocks that were moved, by kind of transfer", labels=names

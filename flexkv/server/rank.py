@@ -73,7 +73,7 @@ class RankClient:
     dp_client_id : int
         Data-parallel rank of the engine.
     device_id : int
-        Device of this rank; tells ranks apart where ``intra_client_id`` is not given.
+        Device of this rank; it also distinguishes ranks where ``intra_client_id`` is not given.
     pp_rank : int
         Pipeline-parallel rank.
     intra_client_id : int, optional
