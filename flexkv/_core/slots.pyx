@@ -5,7 +5,7 @@ a run as long as what is asked, in a bounded stretch, and else takes the free ru
 """
 import numpy as np
 
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
 from flexkv._core.buffers cimport data_of
@@ -26,6 +26,7 @@ cdef extern from *:
     enum: FLEXKV_CHECKS
 
 INT32 = np.dtype(np.int32)
+UINT32 = np.dtype(np.uint32)
 
 cdef enum:
     SEARCH_RUNS = 256          # free runs looked at for one that is long enough
@@ -33,6 +34,8 @@ cdef enum:
 
 cdef class SlotAllocator:
     """Allocator of slots ``0`` to ``capacity - 1``; ``capacity`` can grow up to ``limit``. The caller locks.
+
+    Each slot has a generation, which counts how often it was freed (modulo 2**32).
 
     Raises
     ------
@@ -44,8 +47,10 @@ cdef class SlotAllocator:
     cdef readonly Py_ssize_t num_free
     cdef Arena bits_arena
     cdef Arena summary_arena
+    cdef Arena times_arena
     cdef uint64_t *bits        # bit set: free
     cdef uint64_t *summary     # bit set: the word has a free slot
+    cdef uint32_t *times       # that each slot was freed
     cdef Py_ssize_t hint
 
     def __cinit__(self, Py_ssize_t capacity=0, limit=None):
@@ -56,6 +61,8 @@ cdef class SlotAllocator:
         self.summary_arena = Arena((self.limit // 4096 + 2) * 8)
         self.bits = <uint64_t *>self.bits_arena.data
         self.summary = <uint64_t *>self.summary_arena.data
+        self.times_arena = Arena((self.limit + 1) * 4)
+        self.times = <uint32_t *>self.times_arena.data
         self.grow(capacity)
 
     def grow(self, Py_ssize_t capacity):
@@ -177,10 +184,38 @@ cdef class SlotAllocator:
                     self.set_used(slots[i])
             else:
                 self.num_free += n
+                for i in range(n):
+                    self.times[slots[i]] += 1
         if bad >= 0:
             raise InvariantError(f"slot {slots[bad]} is not in use, and cannot be freed")
         if FLEXKV_CHECKS:
             self.check_integrity()
+
+    def generations(self, const int32_t[::1] slots not None):
+        """(n,) uint32: the generation of each slot; 0 for a negative number, which is no slot."""
+        cdef Py_ssize_t i, n = slots.shape[0]
+        out_array = np.empty(n, UINT32)
+        if n == 0:
+            return out_array
+        cdef uint32_t *out = <uint32_t *>data_of(out_array, True)
+        for i in range(n):
+            if slots[i] >= self.limit:
+                raise ValueError(f"slot {slots[i]}: there are {self.limit}")
+            out[i] = self.times[slots[i]] if slots[i] >= 0 else 0
+        return out_array
+
+    def changed(self, const int32_t[::1] slots not None, const uint32_t[::1] generations not None):
+        """(n,) bool: slots that were freed since they had these generations; None if no slot was."""
+        cdef Py_ssize_t i, n = slots.shape[0], count = 0
+        if generations.shape[0] != n:
+            raise ValueError(f"{generations.shape[0]} generations for {n} slots")
+        for i in range(n):
+            if slots[i] >= self.limit:
+                raise ValueError(f"slot {slots[i]}: there are {self.limit}")
+            count += slots[i] >= 0 and self.times[slots[i]] != generations[i]
+        if count == 0:
+            return None
+        return np.not_equal(self.generations(slots), generations)
 
     def is_free(self, Py_ssize_t slot):
         """Whether ``slot`` is free."""

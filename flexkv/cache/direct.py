@@ -9,13 +9,17 @@ from flexkv.cache.sources import Sources
 from flexkv.cache.tier import SSD, Tier
 
 
-def direct_get(tree: RadixTree, keys: NDArray[np.uint64], match: Match, found: Sources) -> DirectPlan | None:
+def direct_get(
+    tree: RadixTree, below: Tier, keys: NDArray[np.uint64], match: Match, found: Sources
+) -> DirectPlan | None:
     """What of ``found`` is on SSD alone, and nobody fetches; its ``slots`` tell, too."""
     blocks = found.slow[found.slots[found.slow] < 0]
     if len(blocks) == 0:
         return None
     found.slots[blocks] = IN_PLACE
-    return DirectPlan(keys[: blocks[-1] + 1], blocks.astype(np.int32), tree, match.slots[blocks])
+    plan = DirectPlan(keys[: blocks[-1] + 1], blocks.astype(np.int32), tree, match.slots[blocks])
+    plan.read = below.slots.generations(plan.ssd_slots)
+    return plan
 
 
 def direct_put(
@@ -41,8 +45,11 @@ def direct_put(
 
 def lose(below: Tier, plan: DirectPlan | FetchPlan, lost: NDArray[np.bool_]) -> None:
     """Blocks of a plan that could not be read from SSD are not there any more, unless another read has found so."""
+    if plan.read is None:                          # the plan has ended
+        return
     held = np.asarray(plan.tree.slots(plan.keys, SSD))[plan.blocks] == plan.ssd_slots
-    lost = lost & held
+    freed, plan.read = below.slots.changed(plan.ssd_slots, plan.read), None
+    lost = lost & held if freed is None else lost & held & ~freed
     if lost.any():
         plan.tree.drop(plan.keys, plan.by_position(plan.ssd_slots, lost), SSD, failed=True)
         below.slots.free(plan.ssd_slots[lost])

@@ -20,6 +20,7 @@ from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import Fate, StopReason
 from flexkv.cache.sources import find_sources
 from flexkv.cache.tier import HOST, SSD, MakePolicy, SsdTier, Tier, no_slots
+from flexkv.cache.writes import plan_write
 from flexkv.errors import CapacityError
 
 
@@ -131,7 +132,7 @@ class GlobalCacheEngine:
                 self._tree.pin(keys, start, found.stop)
             except MemoryError:                  # CapacityError is one
                 found.give_up(start)
-            fetch, straight = None, direct_get(self._tree, keys, match, found) if direct else None
+            fetch, straight = None, direct_get(self._tree, self._below, keys, match, found) if direct else None
             if len(found.slow) and self._ssd is not None and not direct:
                 short, fetch = self._fetches.begin(
                     self._tree, self._host, self._ssd, keys, match, found.slots, found.slow, group, now
@@ -143,19 +144,30 @@ class GlobalCacheEngine:
             self._use(keys, now, group)
             joins = self._fetches.joins(slots) if len(found.slow) else ()
             return GetPlan(
-                keys, start, found.stop, slots, found.reason, self._tree, fetch, joins, found.since, straight
+                keys, start, found.stop, slots, found.reason, self._tree, fetch, joins, found.since, straight,
+                self._host_slots.generations(slots),
             )
 
-    def end_get(self, plan: GetPlan) -> None:
-        """Release the pins of ``plan``: nothing reads its slots any more. Its fetch goes on."""
+    def end_get(self, plan: GetPlan, loaded: NDArray[np.bool_] | None = None) -> NDArray[np.bool_] | None:
+        """Release the pins of ``plan``: nothing reads its slots any more. Its fetch goes on.
+
+        Returns blocks ((n,) bool) that were ``loaded`` ((n,) bool), from slots that were freed meanwhile: they are not
+        to be used. None: there are none, or the plan has ended already.
+        """
         with self._lock:
+            if self._host.stale.has_ended(plan.read, plan.slots, "read"):
+                return None
+            stale = self._host.stale.of_read(self._host_slots, plan, loaded)
             plan.tree.unpin(plan.keys, plan.start, plan.stop)
             self._sweep_retired()
+            return stale
 
     def end_fetch(self, plan: FetchPlan, arrived: NDArray[np.bool_]) -> None:
         """Blocks that ``arrived`` ((m,) bool) become ready on the host, the others absent on both tiers; nothing
         touches either slot now."""
         with self._lock:
+            if self._host.stale.has_ended(plan.filled, plan.host_slots, "fetch"):
+                return
             self._fetches.remove(plan)
             if self._ssd is not None:
                 self._ssd.planner.read_ended(int(arrived.sum()))
@@ -232,33 +244,17 @@ class GlobalCacheEngine:
         with self._lock:
             if self._ssd is None or not self._ssd.usable():
                 return None
-            now = self._tick()
-            match = self._tree.match(keys, now)
-            keys = keys[: match.num_ready]
-            blocks = np.flatnonzero((match.tiers == HOST) & (self._tree.slots(keys, SSD) < 0))[:limit]
-            if len(blocks) == 0:
-                return None
-            group = self._tree.group_of(keys)
-            taken = self._below.take(self._tree, len(blocks), group, now, keep=keys[: blocks[-1] + 1])
-            if len(taken) == 0:
-                return None
-            blocks = blocks[: len(taken)]
-            keys = keys[: blocks[-1] + 1]
-            plan = WritePlan(keys, blocks.astype(np.int32), self._tree, match.slots[blocks], taken)
-            if not self._below.place(plan, taken, now):
-                return None
-            try:
-                self._tree.pin(keys, int(blocks[0]), len(keys))
-            except MemoryError:                  # CapacityError is one
-                self._below.displace(plan, taken)
-                return None
-            return plan
+            return plan_write(self._tree, self._host, self._below, keys, limit, self._tick())
 
     def end_write(self, plan: WritePlan, written: NDArray[np.bool_]) -> None:
         """Blocks that are ``written`` ((m,) bool) become ready on SSD, the others absent there; nothing touches
         either slot now."""
         with self._lock:
-            self._below.end_writing(plan, plan.ssd_slots, written)
+            if self._host.stale.has_ended(plan.read, plan.host_slots, "write-back"):
+                return
+            stale = self._host.stale.find(self._host_slots, plan.host_slots, plan.read, "write-back")
+            plan.read = None
+            self._below.end_writing(plan, plan.ssd_slots, written if stale is None else written & ~stale)
             plan.tree.unpin(plan.keys, int(plan.blocks[0]), len(plan.keys))
             self._sweep_retired()
 

@@ -45,6 +45,7 @@ class FetchTable:
         except MemoryError:                        # CapacityError is one
             host.displace(plan, taken)
             return int(wanted[0]), None
+        plan.read = ssd.slots.generations(plan.ssd_slots)
         slots[wanted] = taken
         self.add(plan)
         ssd.planner.read_began()

@@ -4,7 +4,7 @@ Plans are not to be changed. They are not frozen, since each request makes some,
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,9 @@ class MatchResult:
     since: float = math.nan
 
 
+Generations = NDArray[np.uint32] | None
+"""Of the slots of a plan, when it was made; a result for slots of another generation is refused."""
+
 NOTHING = MatchResult(0, StopReason.NEVER_SEEN)
 """Of an index that is not there yet."""
 
@@ -50,11 +53,17 @@ class BlocksOfSequence:
         Their positions, ascending.
     tree : RadixTree
         The index the plan was made from; a reset replaces the engine's index, not the plan's.
+    filled : (m,) uint32 or None
+        Generations of the slots that it writes; None: it writes none, or has ended.
+    read : (m,) uint32 or None
+        Generations of the slots that it reads.
     """
 
     keys: NDArray[np.uint64]
     blocks: NDArray[np.int32]
     tree: RadixTree
+    filled: Generations = field(default=None, init=False)
+    read: Generations = field(default=None, init=False)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -201,6 +210,8 @@ class GetPlan:
         As in ``MatchResult``.
     direct : DirectPlan or None
         Blocks that go straight from SSD to the GPU.
+    read : (stop - start,) uint32 or None
+        Generations of ``slots``; None: it has ended.
     """
 
     keys: NDArray[np.uint64]
@@ -213,6 +224,7 @@ class GetPlan:
     joins: tuple[Join, ...] = ()
     since: float = math.nan
     direct: DirectPlan | None = None
+    read: Generations = None
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -18,6 +18,7 @@ from flexkv.cache.plan import BlocksOfSequence, DirectPlan, FetchPlan, PutPlan, 
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import Fate
+from flexkv.cache.stale import StaleResults
 from flexkv.errors import InvariantError
 
 HOST = 0
@@ -43,6 +44,12 @@ class Slots(Protocol):
 
     def free(self, slots: NDArray[np.int32]) -> None:
         """Give slots back."""
+
+    def generations(self, slots: NDArray[np.int32]) -> NDArray[np.uint32]:
+        """(n,) uint32: how often each slot was freed."""
+
+    def changed(self, slots: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
+        """(n,) bool: slots that were freed since they had these generations; None if no slot was."""
 
     def is_free(self, slot: int) -> bool:
         """Whether ``slot`` is free."""
@@ -98,6 +105,7 @@ class Tier:
         self.slots = slots
         self.fate = Fate.EVICTED
         """Of blocks that go when there is no room, and are on no other tier."""
+        self.stale = StaleResults(number)
         self._evicted = self._expired = 0
         self._capacity = max(1, capacity)
         self._make_policy = make_policy
@@ -155,6 +163,7 @@ class Tier:
         except MemoryError:                        # CapacityError is one
             self.slots.free(slots)
             return False
+        plan.filled = self.slots.generations(slots)
         return True
 
     def displace(self, plan: BlocksOfSequence, slots: NDArray[np.int32]) -> None:
@@ -165,14 +174,17 @@ class Tier:
     def end_writing(
         self, plan: PutPlan | FetchPlan | WritePlan | DirectPlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
     ) -> None:
-        """Blocks of a plan that are ``ok`` become ready in their ``slots``, the others absent."""
+        """Blocks of a plan that are ``ok`` become ready in their ``slots``, the others absent. A result for slots that
+        were freed since is refused."""
         # After a reset too: its tree offers nothing, and lets go of a slot when nobody reads it any more.
-        num_written = np.count_nonzero(ok)
-        if num_written:
+        stale = self.stale.find(self.slots, slots, plan.filled, "write")
+        plan.filled = None                           # a second result of this plan is refused
+        ok, failed = (ok, ~ok) if stale is None else (ok & ~stale, ~ok & ~stale)
+        if ok.any():
             plan.tree.set_ready(plan.keys, plan.by_position(slots, ok), self.number)
-        if num_written < len(ok):
-            plan.tree.drop(plan.keys, plan.by_position(slots, ~ok), self.number, failed=True)
-            self.slots.free(slots[~ok])
+        if failed.any():
+            plan.tree.drop(plan.keys, plan.by_position(slots, failed), self.number, failed=True)
+            self.slots.free(slots[failed])
 
     def limit(self, group: int) -> int:
         """How many slots a group can have at most."""
@@ -314,7 +326,10 @@ class Tier:
 
     def stats(self, tree: RadixTree, prefix: str) -> dict[str, int]:
         """Free slots, blocks that have gone since the start, and, where there are quotas, blocks by namespace."""
-        stats = {"free_slots": self.slots.num_free, "evicted_blocks": self._evicted, "expired_blocks": self._expired}
+        stats = {
+            "free_slots": self.slots.num_free, "evicted_blocks": self._evicted, "expired_blocks": self._expired,
+            "stale_results": self.stale.num_blocks,
+        }
         if len(self._quotas) > 1:
             used = tree.ranking(self.number).blocks().sum(axis=1).tolist()
             names = [name or "default" for name in self._quotas.names()]

@@ -37,6 +37,7 @@ _OF_TIERS = {
     "free_slots": Metric("free_slots", "Slots that are free, by tier"),
     "evicted_blocks": Metric("evicted_blocks", "Blocks evicted to make room for others, by tier", True),
     "expired_blocks": Metric("expired_blocks", "Blocks not used for longer than their ttl_s, by tier", True),
+    "stale_results": Metric("stale_results", "Results refused, for slots freed before they came, by tier", True),
 }
 _SSD_FAULTS = (
     "read_errors", "write_errors", "table_errors", "timeouts", "checksum_mismatches", "key_mismatches", "refused",

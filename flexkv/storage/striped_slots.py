@@ -38,6 +38,7 @@ class StripedSlots:
         self._total = sum(directory.num_slots for directory in directories)
         self._in_use = np.zeros(self._total, dtype=np.bool_)
         self._num_in_use = 0
+        self._generations = np.zeros(self._total, dtype=np.uint32)
         self._retired = np.zeros(self._total, dtype=np.bool_)
         self._hidden = [0] * len(directories)               # retired slots that their part thinks free
         self._turn = 0
@@ -123,11 +124,21 @@ class StripedSlots:
             if not self._in_use[slots].all() or len(np.unique(slots)) != len(slots):
                 raise InvariantError("a slot is not in use, and cannot be freed")
             self._in_use[slots] = False
+            self._generations[slots] += np.uint32(1)
             self._num_in_use -= len(slots)
             slots = slots[~self._retired[slots]]
             owner = self.owner(slots)
             for which in np.unique(owner):
                 self._parts[which].free((slots[owner == which] - self._first[which]).astype(np.int32))
+
+    def generations(self, slots: NDArray[np.int32]) -> NDArray[np.uint32]:
+        """(n,) uint32: how often each slot was freed."""
+        return self._generations[slots]
+
+    def changed(self, slots: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
+        """(n,) bool: slots that were freed since they had these generations; None if no slot was."""
+        changed = self._generations[slots] != generations
+        return changed if changed.any() else None
 
     def on_usable(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
         """(n,) bool: those of directories that are not taken out."""

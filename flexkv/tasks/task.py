@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from flexkv._core.block_table import pages_from_slot_mapping
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import NOTHING, GetPlan, MatchResult, PutPlan
-from flexkv.errors import SlotMappingError
+from flexkv.errors import InvariantError, SlotMappingError
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.tasks import reasons
 from flexkv.tasks.arguments import mapping_of
@@ -194,7 +194,9 @@ class KVTask:
             if plan.direct is not None and self.tiering is not None:
                 read = self.graph.ops[0].ok if self.graph is not None else None
                 self.tiering.end_direct_get(self.cache, plan.direct, read)
-            self.cache.end_get(plan)
+            loaded = ok[: len(plan)] if len(ok) >= len(plan) else None
+            if self.cache.end_get(plan, loaded) is not None:
+                raise InvariantError(f"task {self.task_id} read slots that were freed meanwhile")
         elif isinstance(plan, PutPlan) and self.cache is not None:
             self.cache.end_put(plan, ok)
             if self.tiering is not None:

@@ -22,6 +22,8 @@ def test_allocator_agrees_with_set(capacity: int, operations: list[tuple[str, in
     slots = SlotAllocator(capacity, 500)
     free = set(range(capacity))
     held: list[np.ndarray] = []
+    times = np.zeros(500, dtype=np.uint32)
+    everything = np.arange(500, dtype=np.int32)
     for name, n in operations:
         if name == "allocate":
             got = slots.allocate(n)
@@ -33,7 +35,12 @@ def test_allocator_agrees_with_set(capacity: int, operations: list[tuple[str, in
                 held.append(got)
         elif name == "free" and held:
             back = held.pop(n % len(held))
+            before = slots.generations(everything)
             slots.free(back)
+            times[back] += 1
+            changed = slots.changed(everything, before)
+            found = [] if changed is None else np.flatnonzero(changed).tolist()
+            assert found == sorted(back.tolist())
             free |= set(back.tolist())
         elif name == "grow":
             bigger = min(500, slots.capacity + n)
@@ -44,6 +51,7 @@ def test_allocator_agrees_with_set(capacity: int, operations: list[tuple[str, in
             with pytest.raises(InvariantError):
                 slots.free(wrong)
         assert slots.num_free == len(free)
+        assert (slots.generations(everything) == times).all()
     slots.check_integrity()
     assert {slot for slot in range(slots.capacity) if slots.is_free(slot)} == free
     assert slots.num_free + sum(map(len, held)) == slots.capacity
@@ -57,3 +65,17 @@ def test_prefers_a_run_that_is_long_enough() -> None:
     got = slots.allocate(40)
     assert got is not None
     assert got.tolist() == list(range(300, 340))
+
+
+def test_numbers_that_are_no_slots_have_no_generation() -> None:
+    slots = SlotAllocator(3)
+    taken = slots.allocate(3)
+    assert taken is not None
+    slots.free(taken)
+    numbers = np.array([-2, -1, 0], dtype=np.int32)
+    assert slots.generations(numbers).tolist() == [0, 0, 1]
+    assert slots.changed(numbers, np.array([5, 5, 1], dtype=np.uint32)) is None
+    with pytest.raises(ValueError, match="slot 3"):
+        slots.generations(np.array([3], dtype=np.int32))
+    with pytest.raises(ValueError, match="2 generations for 3 slots"):
+        slots.changed(numbers, np.zeros(2, dtype=np.uint32))

@@ -29,7 +29,7 @@ OPERATIONS = st.lists(
             "put", "sink", "sink", "sink", "begin_put", "end_put", "begin_get", "begin_get", "direct_get", "direct_get",
             "direct_put", "end_get", "end_get", "arrive",
             "arrive", "end_fetch", "end_fetch", "write", "write", "begin_write", "end_write", "evict", "evict", "reset",
-            "break", "restart",
+            "break", "restart", "late", "late",
         ]),
         SEQUENCES,
         st.integers(0, 63),
@@ -84,6 +84,7 @@ class Checked:
     gets: list[Get] = field(default_factory=list)
     fetches: dict[int, Fetch] = field(default_factory=dict)
     writes: list[WritePlan] = field(default_factory=list)
+    over: list[PutPlan | GetPlan | FetchPlan | WritePlan] = field(default_factory=list)     # have had their result
 
     def __post_init__(self) -> None:
         self.start()
@@ -163,6 +164,7 @@ class Checked:
                 for slot in plan.direct.ssd_slots[~written[plan.where(plan.direct)]].tolist():
                     self.ssd[slot] = GARBAGE
             self.engine.end_put(plan, written)
+            self.over.append(plan)
 
     def put(self, sequence: Prefix, seed: int) -> None:
         self.begin_put(sequence, 0)
@@ -211,6 +213,7 @@ class Checked:
                     assert self.engine._tree.slots(direct.keys[: position + 1], SSD)[position] not in direct.ssd_slots[
                         direct.blocks == position]
             self.engine.end_get(get.plan)
+            self.over.append(get.plan)
 
     def check_bytes(self, get: Get) -> None:
         blocks = np.arange(get.plan.start, get.plan.stop)
@@ -249,6 +252,7 @@ class Checked:
             del self.fetches[fetch.plan.fetch_id]
             self.lose(fetch.plan.ssd_slots[fetch.failed & self.still(fetch.plan, fetch.losses)])
             self.engine.end_fetch(fetch.plan, fetch.arrived)
+            self.over.append(fetch.plan)
             for position in fetch.plan.blocks[fetch.failed].tolist() if fetch.plan.tree is self.engine._tree else ():
                 assert self.engine.match(fetch.plan.keys[: position + 1]).num_ready <= position
 
@@ -270,6 +274,7 @@ class Checked:
             for ok, host, ssd in zip(written, plan.host_slots.tolist(), plan.ssd_slots.tolist(), strict=True):
                 self.ssd[ssd] = self.host[host] if ok else GARBAGE
             self.engine.end_write(plan, written)
+            self.over.append(plan)
 
     def write(self, sequence: Prefix, seed: int) -> None:
         count = len(self.writes)
@@ -286,6 +291,29 @@ class Checked:
         for _ in range(2):
             self.write(sequence, 0)
         self.evict(sequence, 0)
+
+    def late(self, sequence: Prefix, seed: int) -> None:
+        """A result comes again, for slots that may be others' by now: nothing changes."""
+        if not self.over:
+            return
+        plan, before = self.over[seed % len(self.over)], self.engine.stats()
+        count = len(plan.all_blocks) if isinstance(plan, PutPlan) else len(plan)
+        ok = np.array([seed >> (i % 6) & 1 == 0 for i in range(count)], dtype=np.bool_)
+        if isinstance(plan, PutPlan):
+            self.engine.end_put(plan, ok)
+        elif isinstance(plan, WritePlan):
+            self.engine.end_write(plan, ok)
+        elif isinstance(plan, FetchPlan):
+            self.engine.end_fetch(plan, ok)
+        else:
+            if plan.direct is not None:
+                self.engine.end_direct_get(plan.direct, None, ok[: len(plan.direct)])
+            self.engine.end_get(plan, ok)
+        after = self.engine.stats()
+        refused = sum(after[name] - before[name] for name in ("stale_results", "ssd_stale_results"))
+        assert refused == count
+        assert {**after, "stale_results": 0, "ssd_stale_results": 0} == {
+            **before, "stale_results": 0, "ssd_stale_results": 0}
 
     # ---- the rest ---------------------------------------------------------------------------------------------
 
@@ -313,6 +341,7 @@ class Checked:
         if seed >= 16:
             return
         self.drain()
+        self.over.clear()
         used = [slot for slot in range(NUM_SSD) if not self.slots.is_free(slot) and self.ssd[slot][0] == self.epoch]
         self.start()
         everything = self.slots.allocate(NUM_SSD)

@@ -1,0 +1,160 @@
+"""Results for slots that were freed meanwhile: refused, counted, and without effect on the block that has the slot."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from flexkv._core.slots import SlotAllocator
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.eviction import LRU
+from flexkv.cache.plan import PutPlan
+from flexkv.cache.planner import LoadPlanner
+from flexkv.cache.tier import HOST, SsdTier
+
+from ...property.model_tree import keys_of
+
+
+class Clock:
+    """Moves on with every look."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def engine(num_slots: int = 2, num_ssd: int = 0) -> GlobalCacheEngine:
+    made = GlobalCacheEngine(num_slots, LRU, 1.0, 0.0, clock=Clock(), num_ssd_slots=num_ssd)
+    made.grow(num_slots)
+    if num_ssd:
+        planner = LoadPlanner("always", 1, 1, 0.0, Clock())
+        made.attach_ssd(SsdTier(SlotAllocator(num_ssd), planner, lambda: True, lambda slots: slots >= 0))
+    return made
+
+
+def ones(count: int) -> np.ndarray:
+    return np.ones(count, dtype=np.bool_)
+
+
+def lose(cache: GlobalCacheEngine, plan: PutPlan) -> None:
+    """The fault that the assertion is for: slots of a plan in flight are freed, so that others get them."""
+    plan.tree.drop(plan.keys, plan.by_position(plan.slots), HOST)
+    cache._host_slots.free(plan.slots)
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_late_write_neither_makes_the_new_block_ready_nor_frees_its_slot(
+    ok: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = engine()
+    first = cache.begin_put(keys_of((1, 1)), 0, 2)
+    lose(cache, first)
+    second = cache.begin_put(keys_of((1, 1)), 0, 2)             # the same blocks in the same slots
+    assert sorted(second.slots) == sorted(first.slots)
+    with caplog.at_level(logging.ERROR, "flexkv.cache"):
+        cache.end_put(first, np.full(2, ok))
+    assert "late write of slots [0, 1]" in caplog.text
+    assert cache.match(keys_of((1, 1))).num_ready == 0
+    assert cache.stats()["free_slots"] == 0
+    assert cache.stats()["stale_results"] == 2
+    cache.check_integrity()
+    cache.end_put(second, ones(2))
+    assert cache.match(keys_of((1, 1))).num_ready == 2
+    assert cache.stats()["stale_results"] == 2
+
+
+def test_of_a_late_result_the_blocks_whose_slot_is_still_theirs_count() -> None:
+    cache = engine(3)
+    plan = cache.begin_put(keys_of((1, 2, 3)), 0, 3)
+    last = plan.by_position(plan.slots, np.array([False, False, True]))
+    plan.tree.drop(plan.keys, last, HOST)
+    cache._host_slots.free(plan.slots[2:])
+    other = cache.begin_put(keys_of((4,)), 0, 1)
+    assert other.slots[0] == plan.slots[2]
+    cache.end_put(plan, ones(3))
+    assert cache.match(keys_of((1, 2, 3))).num_ready == 2
+    assert cache.match(keys_of((4,))).num_ready == 0
+    cache.end_put(other, ones(1))
+    cache.check_integrity()
+
+
+def test_a_read_of_a_slot_that_became_anothers_is_reported() -> None:
+    cache = engine()
+    plan = cache.begin_put(keys_of((1, 1)), 0, 2)
+    cache.end_put(plan, ones(2))
+    get = cache.begin_get(keys_of((1, 1)), 0, 2)
+    cache._host_slots.free(get.slots[1:])
+    cache._host_slots.allocate(1)
+    stale = cache.end_get(get, ones(2))
+    assert stale is not None
+    assert stale.tolist() == [False, True]
+    assert cache.stats()["stale_results"] == 1
+
+
+def test_a_block_whose_fetch_failed_is_no_stale_read() -> None:
+    cache = engine(2, num_ssd=2)
+    cache.end_put(put := cache.begin_put(keys_of((1, 1)), 0, 2), ones(2))
+    write = cache.begin_write(keys_of((1, 1)), 2)
+    assert write is not None
+    cache.end_write(write, ones(2))
+    cache._host.evict(cache._tree, 2, 1e6)
+    assert put.filled is None
+    get = cache.begin_get(keys_of((1, 1)), 0, 2)
+    assert get.fetch is not None
+    cache.end_fetch(get.fetch, np.array([True, False]))
+    assert cache.end_get(get, np.array([True, False])) is None
+    assert cache.stats()["stale_results"] == 0
+    cache.check_integrity()
+
+
+def test_what_a_write_back_read_from_anothers_slot_is_not_on_ssd() -> None:
+    cache = engine(2, num_ssd=2)
+    cache.end_put(cache.begin_put(keys_of((1, 1)), 0, 2), ones(2))
+    write = cache.begin_write(keys_of((1, 1)), 2)
+    assert write is not None
+    cache._host_slots.free(write.host_slots[:1])
+    cache._host_slots.allocate(1)
+    cache.end_write(write, ones(2))
+    assert cache.on_ssd(keys_of((1, 1))).tolist() == [False, True]
+    assert cache.stats()["ssd_free_slots"] == 1
+
+
+def test_a_read_error_of_a_slot_that_was_filled_anew_loses_nothing() -> None:
+    """Two gets read a bad block; the first finds it, the block is written again to the same slot, then the second."""
+    cache = engine(2, num_ssd=1)
+    keys = keys_of((1,))
+
+    def store() -> None:
+        cache.end_put(cache.begin_put(keys, 0, 1), ones(1))
+        write = cache.begin_write(keys, 1)
+        assert write is not None
+        cache.end_write(write, ones(1))
+        cache._host.evict(cache._tree, 2, 1e6)
+
+    store()
+    first, second = (cache.begin_get(keys, 0, 1, direct=True) for _ in range(2))
+    assert first.direct is not None
+    assert second.direct is not None
+    cache.end_direct_get(first.direct, 0, ones(1))
+    cache.end_get(first)
+    store()
+    assert cache.on_ssd(keys).all()
+    cache.end_direct_get(second.direct, 0, ones(1))
+    cache.end_get(second)
+    assert cache.on_ssd(keys).all()
+    cache.check_integrity()
+
+
+@pytest.mark.parametrize("end", [
+    lambda cache, plan: cache.end_put(plan, ones(2)), lambda cache, plan: cache.end_put(plan, ~ones(2)),
+])
+def test_a_second_result_of_a_plan_is_refused(end: Callable[[GlobalCacheEngine, PutPlan], None]) -> None:
+    cache = engine()
+    plan = cache.begin_put(keys_of((1, 1)), 0, 2)
+    cache.end_put(plan, ones(2))
+    end(cache, plan)
+    assert cache.match(keys_of((1, 1))).num_ready == 2
+    cache.check_integrity()
