@@ -95,12 +95,12 @@ class SchedulerSide:
             return 0, False
         if request.request_id in self._loaded:              # asked again: nothing of its load was of use
             return 0, False
+        keys = tracked.lookup_keys = tracked.keys()
         match = self._manager.lookup(
-            tracked.keys(), num_computed_tokens // self._block_size, tracked.group, count=not tracked.counted
+            keys, num_computed_tokens // self._block_size, tracked.group, count=not tracked.counted
         )
         if not tracked.counted:
-            wanted = len(tracked.keys())
-            self._log.matched(request.request_id, wanted, num_computed_tokens // self._block_size, match)
+            self._log.matched(request.request_id, len(keys), num_computed_tokens // self._block_size, match)
         tracked.counted = True
         num_new = match.num_ready * self._block_size - num_computed_tokens
         if num_new <= 0:
@@ -166,7 +166,7 @@ class SchedulerSide:
             return
         first = tracked.num_computed // self._block_size
         last = first + -(-num_external_tokens // self._block_size)
-        pages, keys = tracked.pages[first:last].copy(), tracked.keys()[:last]
+        pages, keys = tracked.pages[first:last].copy(), tracked.lookup_keys[:last]
         task_id = self._manager.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise, tracked.group)
         tracked.num_offered = last
         self._loaded.add(request.request_id)
@@ -195,15 +195,7 @@ class SchedulerSide:
         self._time_step(output)
         self._collect()
         self._release_preempted(output)
-        cached = output.scheduled_cached_reqs
-        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        for req_id, new_block_ids, num_computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            computed[req_id] = num_computed
-            tracked = self._requests.get(req_id)
-            if tracked is not None and new_block_ids is not None and req_id not in cached.resumed_req_ids:
-                tracked.add_pages(new_block_ids[0])
+        computed = self._take_pages(output)
         self._begin_step(output, computed)
         if self._config.save_mode == "as_computed":
             for req_id, num_scheduled in output.num_scheduled_tokens.items():
@@ -220,6 +212,32 @@ class SchedulerSide:
         )
         self._loads, self._finishing, self._saved = [], {}, []
         return meta
+
+    def _take_pages(self, output: "SchedulerOutput") -> dict[str, int]:
+        """Take the pages of the step's requests, and return how many tokens of each are computed before it.
+
+        What a step starts or resumes names all of its pages. ``update_state_after_alloc`` may not have named them: a
+        MultiConnector of vLLM 0.23 does so only for what is loaded.
+        """
+        computed = {}
+        for new in output.scheduled_new_reqs:
+            computed[new.req_id] = new.num_computed_tokens
+            tracked, block_ids = self._requests.get(new.req_id), getattr(new, "block_ids", None)
+            if tracked is not None and block_ids:
+                tracked.set_pages(block_ids[0])
+        cached = output.scheduled_cached_reqs
+        for req_id, block_ids, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            computed[req_id] = num_computed
+            tracked = self._requests.get(req_id)
+            if tracked is None or block_ids is None:
+                continue
+            if req_id in cached.resumed_req_ids:
+                tracked.set_pages(block_ids[0])
+            else:
+                tracked.add_pages(block_ids[0])
+        return computed
 
     def _time_step(self, output: "SchedulerOutput") -> None:
         if output.total_num_scheduled_tokens == 0:
@@ -272,8 +290,10 @@ class SchedulerSide:
 
     def _save(self, tracked: TrackedRequest, num_tokens: int) -> None:
         """Save the blocks that are full once the first ``num_tokens`` tokens are computed."""
-        keys = tracked.keys()
-        last = min(num_tokens // self._block_size, len(keys), len(tracked.pages))
+        keys, full = tracked.keys(), num_tokens // self._block_size
+        if full > len(tracked.pages):                       # not all of its pages are known, so none can be told apart
+            return
+        last = min(full, len(keys))
         if last <= tracked.num_offered or not self._may_save or not self._manager.is_ready():
             return
         first, tracked.num_offered = tracked.num_offered, last
@@ -308,8 +328,13 @@ class SchedulerSide:
             self._prefetches.difference_update(self._manager.try_wait(self._prefetches))
 
     def _release_preempted(self, output: "SchedulerOutput") -> None:
-        """Preempted requests lose their pages in the coming step: no save may still read them."""
-        for req_id in output.preempted_req_ids or ():
+        """Preempted requests lose their pages in the coming step: no save may still read them.
+
+        vLLM 0.23 does not list those that a reset of its prefix cache has preempted; their count shows it.
+        """
+        preempted = set(output.preempted_req_ids or ())
+        preempted.update(name for name, tracked in self._requests.items() if tracked.was_preempted())
+        for req_id in preempted:
             self._loaded.discard(req_id)
             tracked = self._requests.get(req_id)
             if tracked is None:
@@ -321,8 +346,7 @@ class SchedulerSide:
                 self._manager.wait(saves, timeout=_DRAIN_TIMEOUT_S, completely=True)
                 self._outstanding -= saves
             tracked.saves.clear()
-            tracked.num_offered = 0
-            tracked.set_pages([])
+            tracked.forget_pages()
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether saves still read the request's blocks; the workers report it when they are done."""

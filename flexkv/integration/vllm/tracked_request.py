@@ -1,5 +1,6 @@
 """What the scheduler side knows of one vLLM request."""
 
+import logging
 import struct
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,11 @@ from flexkv.kvmanager import KVManager
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
+logger = logging.getLogger("flexkv.vllm")
+
 _LORAS = LoraVersions()
+_NO_KEYS = np.empty((0, 2), dtype=np.uint64)
+_NO_KEYS.flags.writeable = False
 
 NEVER_SAVED = int(np.iinfo(np.int32).max)
 """``num_offered`` of a request whose KV was computed with weights that are no longer there."""
@@ -88,6 +93,8 @@ class TrackedRequest:
         What is on SSD was asked for.
     saves : set of int
         Tasks that are not known to have ended.
+    lookup_keys : (n, 2) uint64
+        Keys of the last lookup: a load is of these blocks, whatever becomes of the request afterwards.
     """
 
     def __init__(
@@ -103,7 +110,14 @@ class TrackedRequest:
         self.layerwise = False
         self.prefetched = self.counted = False
         self.saves: set[int] = set()
-        self._start(namespace_of(request, loras))
+        self.lookup_keys = _NO_KEYS
+        self._num_preemptions = self._count_preemptions()
+        self._has_keys = True
+        self.group = 0
+        try:
+            self._start(namespace_of(request, loras))
+        except Exception as error:      # no content of a request may end caching for others  # noqa: BLE001
+            self._give_up(error)
 
     def _start(self, namespace: list[NamespaceEntry] | None) -> None:
         """Begin the keys at the first token."""
@@ -128,8 +142,25 @@ class TrackedRequest:
     def keys(self) -> NDArray[np.uint64]:
         """(n, 2) uint64: keys of all full blocks of tokens that are known now.
 
-        There are none if the content of the LoRA is not known, or has changed while the request was computed.
+        There are none if the content of the LoRA is not known, or has changed while the request was computed; and from
+        then on where keys cannot be computed, such as for a negative token.
         """
+        if not self._has_keys:
+            return _NO_KEYS
+        try:
+            return self._extend()
+        except Exception as error:      # no content of a request may end caching for others  # noqa: BLE001
+            self._give_up(error)
+            return _NO_KEYS
+
+    def _give_up(self, error: Exception) -> None:
+        self._has_keys, self.num_offered = False, NEVER_SAVED
+        logger.warning(
+            "request %s is computed without cached KV, and its KV is not saved: its keys cannot be computed (%s: %s)",
+            self.request.request_id, type(error).__name__, error,
+        )
+
+    def _extend(self) -> NDArray[np.uint64]:
         request, size = self.request, self._block_size
         namespace = self._namespace
         if request.lora_request is not None:
@@ -147,6 +178,20 @@ class TrackedRequest:
             self._last_block = tokens[-size:]
             self._media = _media_before(request, stop * size)
         return self._hasher.keys
+
+    def _count_preemptions(self) -> int:
+        return int(getattr(self.request, "num_preemptions", 0))
+
+    def was_preempted(self) -> bool:
+        """Whether vLLM has preempted the request since ``forget_pages`` was called, or it was first seen."""
+        return self._count_preemptions() != self._num_preemptions
+
+    def forget_pages(self) -> None:
+        """The request was preempted: it has no pages, and is computed anew."""
+        self._num_preemptions = self._count_preemptions()
+        self.set_pages([])
+        if self.num_offered != NEVER_SAVED:
+            self.num_offered = 0
 
     @property
     def pages(self) -> NDArray[np.int32]:
