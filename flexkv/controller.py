@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Self
 
@@ -38,6 +38,9 @@ from flexkv.transfer.socket_file import remove_dead_sockets
 from flexkv.transfer.ssd import MakeStore
 
 logger = logging.getLogger("flexkv.manager")
+
+_MAX_SEEDS = 256
+"""Chain seeds of namespaces that are remembered; to make one costs as much as all checks of a request."""
 
 
 class Controller:
@@ -88,6 +91,7 @@ class Controller:
             policy_class(cache_config.eviction_policy), hit_reward_seconds=cache_config.hit_reward_seconds
         )
         self._quotas = Quotas(cache_config.quotas)
+        self._chain_seed = lru_cache(_MAX_SEEDS)(chain_seed)
         ranks = model_config.tp_size * model_config.pp_size
         if cache_config.enable_gds and ranks > 1:
             raise ConfigError(
@@ -263,18 +267,20 @@ class Controller:
 
     def hasher(self, namespace: Sequence[str] | None = None) -> SequenceHasher:
         """A hasher of growing sequences whose keys this manager understands."""
-        seed = chain_seed(self._domain, namespace_of(namespace), self._cache_config.secret)
-        return SequenceHasher(seed, self._tokens_per_block)
+        return SequenceHasher(self._seed(namespace), self._tokens_per_block)
 
     def _keys(
         self, tokens: ArrayLike, namespace: Sequence[str] | None, extras: Mapping[int, bytes] | None = None
     ) -> NDArray[np.uint64]:
-        seed = chain_seed(self._domain, namespace_of(namespace), self._cache_config.secret)
+        seed = self._seed(namespace)
         tokens, extras = tokens_of(tokens), extras_of(extras)
         try:
             return hash_blocks(tokens, self._tokens_per_block, seed, extras=extras)
         except (ValueError, TypeError) as error:
             raise ArgumentError(f"token_ids: {error}") from error
+
+    def _seed(self, namespace: Sequence[str] | None) -> bytes:
+        return self._chain_seed(self._domain, namespace_of(namespace), self._cache_config.secret)
 
     def group(self, namespace: Sequence[str] | None) -> int:
         """Which quota blocks of this namespace count against: a number that the methods below take as ``group``."""

@@ -39,6 +39,8 @@ from flexkv._core.mapping cimport SharedMapping
 from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import RingCorruptedError
 
+cdef object BOOL = np.dtype(np.bool_)
+
 RING_HEADER_BYTES = FLEXKV_RING_HEADER
 
 FAREWELL = bytes([FLEXKV_FAREWELL])
@@ -159,7 +161,7 @@ cdef class ControllerRings:
         raise RingCorruptedError("the agent's position in the ring of ops is impossible")
 
     def pop_result(self):
-        """The next result, ``(op_id, first, ok, last)`` with ``ok`` (count,) bool, or None.
+        """The next result, ``(op_id, first, ok, last)`` with ``ok`` (count,) bool, read-only, or None.
 
         Raises
         ------
@@ -174,11 +176,9 @@ cdef class ControllerRings:
         if size >= <int64_t>sizeof(msg) and kind == FLEXKV_MSG_RESULT:
             memcpy(&msg, self.buffer, sizeof(msg))
             if size == <int64_t>sizeof(msg) + msg.count:
-                ok = np.empty(msg.count, dtype=np.bool_)
                 for i in range(msg.count):
                     self.buffer[sizeof(msg) + i] = self.buffer[sizeof(msg) + i] == 1
-                if msg.count:
-                    memcpy(<char *><size_t>ok.ctypes.data, self.buffer + sizeof(msg), msg.count)
+                ok = np.frombuffer((<const char *>self.buffer)[sizeof(msg) : size], dtype=BOOL)
                 return msg.op_id, msg.first, ok, bool(msg.last)
         raise RingCorruptedError("the ring of results holds what is no result")
 

@@ -232,5 +232,6 @@ class GetPlan:
     @property
     def match(self) -> MatchResult:
         """What was found."""
-        num_to_fetch = sum(len(plan) for plan in (self.fetch, self.direct) if plan is not None)
+        num_to_fetch = len(self.fetch) if self.fetch is not None else 0
+        num_to_fetch += len(self.direct) if self.direct is not None else 0
         return MatchResult(self.stop, self.reason, num_to_fetch, self.since)

@@ -40,6 +40,8 @@ class Quotas:
 
     def group(self, namespace: Sequence[str] | None) -> int:
         """The group of a request: that of the first entry of its namespace whose kind and name have a quota."""
+        if not namespace:
+            return 0
         owners = (entry.owner for entry in namespace_entries(namespace))
         return next((self._groups[owner] for owner in owners if owner in self._groups), 0)
 

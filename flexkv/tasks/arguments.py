@@ -11,6 +11,8 @@ from flexkv.errors import ArgumentError, SlotMappingError
 
 _UINT64, _INT32 = np.dtype(np.uint64), np.dtype(np.int32)
 
+_TOKEN_DTYPES = (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.uint32))
+
 MAX_STEP = (1 << 63) - 1
 """Largest fence: the largest number that a ring's record holds, less its sign bit."""
 
@@ -117,6 +119,8 @@ def namespace_of(namespace: Sequence[str] | None) -> tuple[NamespaceEntry, ...]:
 
 def tokens_of(token_ids: object) -> NDArray[np.integer]:
     """Token ids, as a (num_tokens,) array of int32, int64 or uint32; else ArgumentError."""
+    if type(token_ids) is np.ndarray and token_ids.ndim == 1 and token_ids.dtype in _TOKEN_DTYPES:
+        return token_ids
     tokens = _array_of(token_ids, "token_ids")
     if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
         raise ArgumentError(f"token_ids are {_shape_of(token_ids)}: give integers of shape (num_tokens,)")

@@ -92,8 +92,8 @@ class TaskTable:
         plan, needs = self._begin_get(cache, keys, start, end, choose, host_only, group)
         found = plan.slots if plan is not None else np.zeros(0, dtype=np.int32)
         count = len(found) if stop is None else stop - start
-        slots = np.full(count, -1, dtype=np.int32)
-        slots[: len(found)] = found
+        absent = np.full(count - len(found), -1, dtype=np.int32)
+        slots = np.concatenate([found, absent]) if len(absent) else found
         first = start if stop is not None or plan is None else plan.start
         return KVTask(
             next(self._transfer.task_ids), cache, epoch, plan, np.arange(first, first + count, dtype=np.int32), slots,

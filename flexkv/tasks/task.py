@@ -205,12 +205,18 @@ class KVTask:
 
 
 def token_mask(
-    blocks: NDArray[np.integer], tokens_per_block: int, num_tokens: int
+    blocks: NDArray[np.integer] | range, tokens_per_block: int, num_tokens: int
 ) -> NDArray[np.bool_]:
-    """(num_tokens,) bool: tokens of blocks at these positions."""
+    """(num_tokens,) bool: tokens of blocks at these positions, which ascend."""
+    mask = np.zeros(num_tokens, dtype=np.bool_)
+    if len(blocks) == 0:
+        return mask
+    first, last = int(blocks[0]), int(blocks[-1])
+    if last - first == len(blocks) - 1:
+        mask[first * tokens_per_block : (last + 1) * tokens_per_block] = True
+        return mask
     whole = np.zeros(num_tokens // tokens_per_block, dtype=np.bool_)
     whole[blocks] = True
-    mask = np.zeros(num_tokens, dtype=np.bool_)
     mask[: len(whole) * tokens_per_block] = np.repeat(whole, tokens_per_block)
     return mask
 
@@ -252,9 +258,10 @@ class EndedTask:
         count = len(task.blocks)
         first = int(task.blocks[0]) if count else 0
         dense = count == 0 or int(task.blocks[-1]) - first == count - 1
+        missing = None if np.count_nonzero(ok) == count else task.blocks[~ok]
         return cls(
-            task.task_id, status, reason, first, first + count, None if dense else task.blocks,
-            None if ok.all() else task.blocks[~ok], task.tokens_per_block, task.num_tokens, task.match,
+            task.task_id, status, reason, first, first + count, None if dense else task.blocks, missing,
+            task.tokens_per_block, task.num_tokens, task.match,
             task.cache if task.loading else None, task.epoch,
         )
 
@@ -264,7 +271,8 @@ class EndedTask:
 
     def response(self) -> KVResponse:
         """As it stands now."""
-        status, reason, blocks = self.status, self.reason, self.positions()
+        status, reason = self.status, self.reason
+        blocks = range(self.first, self.last) if self.blocks is None else self.blocks
         if self.cache is not None and self.cache.epoch != self.epoch and status is KVResponseStatus.SUCCESS:
             status, reason, blocks = KVResponseStatus.CANCELLED, reasons.WAS_RESET, blocks[:0]
         elif self.missing is not None:

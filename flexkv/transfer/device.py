@@ -54,24 +54,52 @@ class Flight:
     cancelled: bool = False
     parts: list["Part"] = field(default_factory=list)
 
-    def answer(self, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+    def answer(self, indices: NDArray[np.intp] | slice, ok: NDArray[np.bool_]) -> None:
         """One rank's results."""
         self.missing[indices] -= 1
         self.ok[indices] &= ok
-        complete = indices[self.missing[indices] == 0]
+        missing = self.missing[indices]
+        if len(missing) and not np.count_nonzero(missing):
+            self.progress(self.op, indices, self.ok[indices])
+            return
+        if isinstance(indices, slice):
+            indices = np.arange(len(self.op))[indices]
+        complete = indices[missing == 0]
         if len(complete):
             self.progress(self.op, complete, self.ok[complete])
 
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """Some blocks of an op, for one rank, small enough for one record."""
+    """Some blocks of an op, for one rank, small enough for one record.
+
+    Attributes
+    ----------
+    first : int
+        The first block, where they follow one another; -1 where they do not. numpy reads and writes a slice several
+        times sooner than a list of indices.
+    answered : int
+        Results that were taken in.
+    """
 
     part_id: int
     flight: Flight
     indices: NDArray[np.intp]
     flags: int
+    first: int = -1
     answered: int = 0
+
+    def rows(self, start: int, stop: int) -> NDArray[np.intp] | slice:
+        """Blocks of the op, for results ``[start, stop)`` of the part."""
+        return self.indices[start:stop] if self.first < 0 else slice(self.first + start, self.first + stop)
+
+
+def _consecutive(indices: NDArray[np.intp]) -> bool:
+    """Whether each of one or more indices is one more than the index before it."""
+    last = len(indices) - 1
+    return int(indices[-1]) - int(indices[0]) == last and (
+        last == 0 or bool(np.count_nonzero(indices[1:] > indices[:-1]) == last)
+    )
 
 
 class AgentLink:
@@ -229,7 +257,7 @@ class AgentLink:
             answered = first + len(ok)
             if last != (answered == len(part.indices)):
                 raise RingCorruptedError(f"part {part_id} ends after {answered} of {len(part.indices)} blocks")
-            part.flight.answer(part.indices[first:answered], ok)
+            part.flight.answer(part.rows(first, answered), ok)
             part.answered = answered
             if last:
                 del self._outstanding[part_id]
@@ -329,19 +357,24 @@ class DeviceExecutor(Executor):
             self._flights[op] = flight
         if sum(link.caught_up for link in links) < self._ranks:
             doomed = op.is_lost = True
+        first = int(indices[0]) if _consecutive(indices) else -1
+        rows = slice(first, first + len(indices)) if first >= 0 else indices
         if doomed:
-            flight.ok[indices] = False
-        flight.missing[indices] = len(links)
+            flight.ok[rows] = False
+        flight.missing[rows] = len(links)
         if not links:
-            progress(op, indices, flight.ok[indices])
+            progress(op, rows, flight.ok[rows])
             return
         flags = doomed * OpFlag.CANCELLED | op.layerwise * OpFlag.LAYERWISE     # numbers: an enum's are slow to make
-        complete = bool(op.started.all())
+        complete = bool(np.count_nonzero(op.started) == len(op))
         for link in links:
             for start in range(0, len(indices), link.rings.max_blocks):
                 piece = indices[start : start + link.rings.max_blocks]
                 last = complete and start + len(piece) == len(indices)
-                part = Part(next(self._part_ids), flight, piece, flags if last else flags | OpFlag.MORE)
+                part = Part(
+                    next(self._part_ids), flight, piece, flags if last else flags | OpFlag.MORE,
+                    first + start if first >= 0 else -1,
+                )
                 flight.parts.append(part)
                 link.submit(part)
 

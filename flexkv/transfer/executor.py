@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from flexkv.transfer.graph import OpKind, TransferOp
 
-Progress = Callable[[TransferOp, NDArray[np.intp], NDArray[np.bool_]], None]
-"""``progress(op, indices, ok)``: these blocks have their result, and nothing touches their slots or pages any more."""
+Progress = Callable[[TransferOp, NDArray[np.intp] | slice, NDArray[np.bool_]], None]
+"""``progress(op, indices, ok)``: these blocks, given by their indices or as a slice, have their result, and nothing
+touches their slots or pages any more."""
 
 
 class Executor(ABC):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from flexkv.errors import InvariantError
 
 _NONE = np.zeros(0, dtype=np.intp)
+_INT32 = np.dtype(np.int32)
 
 
 class OpKind(enum.IntEnum):
@@ -78,6 +79,8 @@ class Dependency:
 
 def _number(name: str, value: int, bits: int) -> int:
     """``value`` as an int; ValueError unless it is a whole number of at most so many bits."""
+    if type(value) is int and 0 <= value < 1 << bits:
+        return value
     try:
         number = operator.index(value)
     except TypeError:
@@ -90,7 +93,7 @@ def _number(name: str, value: int, bits: int) -> int:
 def _int32(name: str, values: NDArray[np.int32]) -> NDArray[np.int32]:
     """Slots or pages as the agents need them; ValueError if a number would change."""
     array = np.ascontiguousarray(values)
-    if array.dtype != np.int32:
+    if array.dtype != _INT32:
         bounds = np.iinfo(np.int32)
         if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < bounds.min or array.max() > bounds.max:
             raise ValueError(f"{name} is {array.dtype} {array.shape}: must be a row of 32-bit whole numbers")
@@ -192,6 +195,11 @@ class TransferOp:
         """Every block has a result."""
         return self.num_resolved == len(self)
 
+    @property
+    def waiting(self) -> NDArray[np.intp]:
+        """(k,) intp: blocks that have not started, ascending."""
+        return (~self.started).nonzero()[0]
+
     def resolve(self, indices: NDArray[np.integer] | slice, ok: NDArray[np.bool_] | bool) -> None:
         """Record results of blocks; each block has one.
 
@@ -200,11 +208,12 @@ class TransferOp:
         InvariantError
             A block had its result already.
         """
-        if self.resolved[indices].any():
+        resolved = self.resolved[indices]
+        if np.count_nonzero(resolved):
             raise InvariantError("a block was given two results")
         self.resolved[indices] = True
         self.ok[indices] = ok
-        self.num_resolved += len(self.resolved[indices])
+        self.num_resolved += len(resolved)
 
     def begin(self) -> None:
         """Register with the ops that this one waits for: see ``heard`` and ``ended``."""
@@ -227,9 +236,9 @@ class TransferOp:
     def startable(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Blocks not started that can start now, and blocks not started that never can."""
         if self.is_refused:
-            return _NONE, np.flatnonzero(~self.started)
+            return _NONE, self.waiting
         if not self.depends_on:
-            return _NONE if self.unmet else np.flatnonzero(~self.started), _NONE
+            return _NONE if self.unmet else self.waiting, _NONE
         doomed = np.zeros(len(self), dtype=np.bool_)
         for dependency in self.depends_on:
             arrived, ended = dependency.op.ok[dependency.theirs], dependency.op.resolved[dependency.theirs]
@@ -289,6 +298,6 @@ class TransferGraph:
         for op in self.ops:
             if any(needed.op in later for needed in op.depends_on):
                 raise InvariantError("an op comes before what it depends on")
-            if op.num_resolved != int(op.resolved.sum()) or (op.ok & ~op.resolved).any():
+            if op.num_resolved != np.count_nonzero(op.resolved) or np.count_nonzero(op.ok > op.resolved):
                 raise InvariantError("the results of an op are inconsistent")
             later.remove(op)

@@ -143,22 +143,24 @@ class Scheduler:
         self, active: _Active, op: TransferOp, startable: NDArray[np.intp], doomed: NDArray[np.intp]
     ) -> None:
         if active.graph.verdict is not None:
-            startable, doomed = startable[:0], np.flatnonzero(~op.started)
+            startable, doomed = startable[:0], op.waiting
         for indices, is_doomed in ((startable, False), (doomed, True)):
             if len(indices):
                 op.started[indices] = True
                 self._executors[op.kind].submit(op, indices, self._progress, is_doomed)
 
-    def _progress(self, op: TransferOp, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+    def _progress(self, op: TransferOp, indices: NDArray[np.intp] | slice, ok: NDArray[np.bool_]) -> None:
         op.resolve(indices, ok)
-        for later, dependency in op.dependents:
-            if not later.done:
-                self._start_blocks(self._active[later.task_id], later, *later.heard(dependency, indices))
+        if op.dependents:
+            which = np.arange(len(op))[indices] if isinstance(indices, slice) else indices
+            for later, dependency in op.dependents:
+                if not later.done:
+                    self._start_blocks(self._active[later.task_id], later, *later.heard(dependency, which))
         if op.done:
             self._end_op(self._active[op.task_id], op)
 
     def _end_op(self, active: _Active, op: TransferOp) -> None:
-        op.status = active.graph.verdict or (OpStatus.DONE if op.ok.all() else OpStatus.FAILED)
+        op.status = active.graph.verdict or (OpStatus.DONE if np.count_nonzero(op.ok) == len(op) else OpStatus.FAILED)
         self._executors[op.kind].forget(op)
         if self._observe is not None:
             try:

@@ -1,0 +1,95 @@
+"""The device executor: which blocks of an op the results of its parts are for."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flexkv.transfer.device import DeviceExecutor, Part, _consecutive
+from flexkv.transfer.graph import OpKind, TransferOp
+from flexkv.transfer.protocol import Hello
+
+
+@dataclass
+class _Rings:
+    max_blocks: int
+
+
+@dataclass(eq=False)
+class _Link:
+    """An agent that keeps what it is given."""
+
+    rings: _Rings
+    hello: Hello = field(default_factory=lambda: Hello(0, 0, 0, 1, 64, 64, bytes(16)))
+    healthy: bool = True
+    caught_up: bool = True
+    parts: list[Part] = field(default_factory=list)
+
+    def submit(self, part: Part) -> None:
+        self.parts.append(part)
+
+
+def _op(count: int) -> TransferOp:
+    numbers = np.arange(count, dtype=np.int32)
+    return TransferOp(OpKind.H2D, numbers, numbers)
+
+
+@pytest.mark.parametrize("order", ["in order", "shuffled", "with gaps", "swapped"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_each_block_gets_the_results_of_its_own_ranks(order: str, ranks: int) -> None:
+    """Whatever blocks are submitted, in parts of 7, and however the ranks' results are cut and mixed."""
+    rng = np.random.default_rng(7)
+    for count in (1, 2, 7, 8, 40):
+        op, executor, links = _op(count), DeviceExecutor(ranks), [_Link(_Rings(7)) for _ in range(ranks)]
+        for link in links:
+            executor.add(link)          # type: ignore[arg-type]
+        indices = np.arange(count)
+        if order == "shuffled":
+            rng.shuffle(indices)
+        elif order == "with gaps":
+            indices = indices[::2]
+        elif order == "swapped" and count > 3:          # first and last as if they followed one another
+            indices[[1, 2]] = indices[[2, 1]]
+        calls = np.zeros(count, dtype=int)
+
+        def progress(op: TransferOp, which: NDArray[np.intp] | slice, ok: NDArray[np.bool_], calls=calls) -> None:
+            assert len(ok) > 0
+            calls[which] += 1
+            op.resolve(which, ok)
+
+        op.started[indices] = True
+        executor.submit(op, indices, progress)
+        good = rng.random((ranks, count)) < 0.8         # by rank and block
+        todo = [(rank, part, 0) for rank, link in enumerate(links) for part in link.parts]
+        while todo:
+            rank, part, first = todo.pop(int(rng.integers(len(todo))))
+            stop = int(rng.integers(first + 1, len(part.indices) + 1))
+            part.flight.answer(part.rows(first, stop), good[rank, part.indices[first:stop]])
+            if stop < len(part.indices):
+                todo.append((rank, part, stop))
+        expected = np.zeros(count, dtype=bool)
+        expected[indices] = good.all(axis=0)[indices]
+        assert op.ok.tolist() == expected.tolist()
+        assert calls.tolist() == [1 if block in indices else 0 for block in range(count)]
+        assert op.num_resolved == len(indices)
+
+
+def test_no_results_are_no_progress() -> None:
+    """Neither by indices nor by a slice."""
+    op, executor, link = _op(3), DeviceExecutor(1), _Link(_Rings(7))
+    executor.add(link)          # type: ignore[arg-type]
+    executor.submit(op, np.arange(3), lambda op, which, ok: pytest.fail("nothing arrived"))
+    link.parts[0].flight.answer(link.parts[0].rows(0, 0), np.zeros(0, dtype=np.bool_))
+    link.parts[0].flight.answer(np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.bool_))
+    assert not op.done
+
+
+@pytest.mark.parametrize(
+    ("indices", "expected"),
+    [([0], True), ([5], True), ([3, 4, 5], True), ([0, 2], False), ([1, 0], False), ([0, 2, 1, 3], False),
+     ([0, 1, 1, 3], False), ([2, 2], False), ([0, 5, 2], False)],
+)
+def test_consecutive(indices: list[int], expected: bool) -> None:
+    """One more each time, and nothing else."""
+    assert _consecutive(np.array(indices)) is expected
