@@ -1,49 +1,24 @@
 """Serves metrics over HTTP, as Prometheus reads them."""
 
-import errno
 import logging
 import threading
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
-from typing import Any
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
-from flexkv.at_fork import close_in_children
 from flexkv.metrics.catalog import entry_of
+from flexkv.metrics.server import MetricsServer
 
 logger = logging.getLogger("flexkv.metrics")
 
 PREFIX = "flexkv_"
 
 _SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-
-_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""``accept`` fails, and the listener stays readable."""
-
-_PAUSE_S = 0.2
-
-
-def _pause_while_exhausted(server: WSGIServer) -> None:
-    """Let the server's thread sleep while the process is out of descriptors: it would spin, since the connection that
-    waits keeps the listener readable."""
-    accept = server.get_request
-
-    def accept_or_pause() -> tuple[Any, Any]:
-        try:
-            return accept()
-        except OSError as error:
-            if error.errno in _EXHAUSTED:
-                time.sleep(_PAUSE_S)
-            raise
-
-    server.get_request = accept_or_pause  # type: ignore[method-assign]
 
 
 class _Transfers:
@@ -95,7 +70,7 @@ class Metrics(Collector):
         self._lock = threading.Lock()
         self._transfers: dict[tuple[str, str], _Transfers] = {}     # by kind and status
         self._address = host, port
-        self._serving: tuple[WSGIServer, threading.Thread] | None = None
+        self._serving: MetricsServer | None = None
         self._changing = threading.Lock()           # for what follows, and _serving
         self._is_closed = False
         self.port: int | None = None
@@ -152,15 +127,13 @@ class Metrics(Collector):
     def _start(self) -> None:
         host, port = self._address
         try:
-            self._serving = server, _ = start_http_server(port, host, self._registry)
+            self._serving = server = MetricsServer(host, port, self._registry)
         except (OSError, ValueError, OverflowError, RuntimeError) as error:     # a name can be no name in many ways
             logger.warning(
                 "no metrics: cannot listen at %s:%d (%s); set metrics_host to an address of this machine and "
                 "py_metrics_port to a port that is free", host, port, error,
             )
             return
-        close_in_children(server.socket)
-        _pause_while_exhausted(server)
         self.port = server.server_port
         logger.info("metrics are at http://%s:%d/metrics", host, self.port)
 
@@ -170,7 +143,4 @@ class Metrics(Collector):
             self._is_closed = True
             serving, self._serving, self.port = self._serving, None, None
         if serving is not None:
-            server, thread = serving
-            server.shutdown()
-            server.server_close()
-            thread.join()
+            serving.close()
