@@ -25,7 +25,7 @@ class MatchResult:
     num_to_fetch : int
         How many of them have to be read from SSD first.
     since : float
-        When the block after them went, in seconds of ``time.monotonic``; nan: it did not, or nobody knows.
+        Time at which the block after them was evicted, in seconds of ``time.monotonic``; nan: not evicted, or unknown.
     """
 
     num_ready: int

@@ -19,7 +19,7 @@ _MAX_BYTES = 70
 
 
 def runtime_directory() -> Path:
-    """Where this user's sockets are: ``$XDG_RUNTIME_DIR/flexkv``, or ``flexkv-UID`` among the temporary files.
+    """Directory of this user's sockets: ``$XDG_RUNTIME_DIR/flexkv``, or ``flexkv-UID`` among the temporary files.
 
     The second is used where the variable is not set, or where its directory cannot be used: it does not exist, is not
     writable, belongs to another user, or has too long a name for a socket. The log names the reason once.
@@ -50,7 +50,7 @@ def runtime_directory() -> Path:
 
 
 def _why_not_base(base: Path) -> str:
-    """Why the directory of the variable cannot be used; empty: it can."""
+    """Reason why the directory of the variable cannot be used; empty: it can."""
     if not base.is_absolute():
         return "it is not an absolute path"
     if len(os.fsencode(base / "flexkv")) > _MAX_BYTES:
@@ -65,7 +65,7 @@ def _why_not_base(base: Path) -> str:
 
 
 def _why_not(directory: Path) -> str:
-    """Make a directory for this user alone; why it cannot be used, or empty."""
+    """Make a directory for this user alone; returns the reason why it cannot be used, or an empty text."""
     try:
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
@@ -94,7 +94,7 @@ def _log_once(text: str) -> None:
 
 
 def cache_directory() -> Path:
-    """Where files are that can be made again: ``$XDG_CACHE_HOME/flexkv``, or ``~/.cache/flexkv``.
+    """Directory of files that can be made again: ``$XDG_CACHE_HOME/flexkv``, or ``~/.cache/flexkv``.
 
     Without a home directory they are in the runtime directory.
     """

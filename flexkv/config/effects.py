@@ -37,7 +37,7 @@ def without_effect(values: Mapping[str, Any], defaults: Mapping[str, Any], given
     values : mapping
         All settings by name.
     given : mapping
-        Of each setting that was given: the place.
+        For each setting that was given: the place.
     """
     for name, place in given.items():
         if name not in _NEEDS or values[name] == defaults[name]:
@@ -49,7 +49,7 @@ def without_effect(values: Mapping[str, Any], defaults: Mapping[str, Any], given
 
 
 def lost_directory(values: Mapping[str, Any], given: Mapping[str, str]) -> ConfigError | None:
-    """The error for a directory of an SSD tier that nobody turned on, nor off."""
+    """The error for a directory of an SSD tier whose size was not given."""
     if "ssd_cache_dir" not in given or "ssd_cache_gb" in given:
         return None
     return ConfigError(

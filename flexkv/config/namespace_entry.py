@@ -1,4 +1,4 @@
-"""Entries of a namespace: what separates the KV of requests with the same tokens."""
+"""Entries of a namespace, which separate the KV of requests with the same tokens."""
 
 from collections.abc import Iterable
 
@@ -18,9 +18,9 @@ class NamespaceEntry(str):
     kind : str
         One of ``KINDS``.
     name : str
-        Whose quota counts, together with the kind.
+        Owner of the quota, together with the kind.
     version : str
-        What else separates KV, such as the version of a LoRA's weights.
+        Further distinction of KV, such as the version of a LoRA's weights.
 
     Raises
     ------
@@ -46,7 +46,7 @@ class NamespaceEntry(str):
 
     @property
     def owner(self) -> tuple[str, str]:
-        """Kind and name, which quotas are given to."""
+        """Kind and name: the owner of a quota."""
         return self.kind, self.name
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Settings that are paths: ``~`` is expanded here, and what cannot be meant is refused."""
+"""Settings that are paths: ``~`` is expanded, and paths that are certainly a mistake are refused."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def expand(key: str, value: object) -> object:
     Raises
     ------
     ConfigError
-        There is no such home directory, or the text is not a path that can be meant.
+        There is no such home directory, or the text is certainly no path.
     """
     if not isinstance(value, str) or not value.strip():
         return value
@@ -55,7 +55,7 @@ def expand_directories(key: str, value: object) -> object:
     Raises
     ------
     ConfigError
-        Another separator was used, or a directory is there twice.
+        Another separator was used, or a directory is named twice.
     """
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         if not all(isinstance(part, str) and SEPARATOR not in part for part in value):

@@ -74,12 +74,12 @@ def _plain(number: str) -> float:
 
 
 def read_value(key: str, value: object, field: dataclasses.Field[Any], kind: type, optional: bool) -> Any:
-    """The value that ``value`` stands for, for a setting of type ``kind``; itself if it stands for nothing else.
+    """Convert a value given as text for a setting of type ``kind``; other values are returned as they are.
 
     Raises
     ------
     ConfigError
-        A path cannot be meant. Everything else is left to ``flexkv.config.field.read_field``.
+        The text is certainly no path. All other checks are made by ``flexkv.config.field.read_field``.
     """
     meta = field.metadata
     if meta["read"] is not None:

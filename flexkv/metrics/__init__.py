@@ -1,1 +1,1 @@
-"""What is counted, for Prometheus."""
+"""Metrics for Prometheus."""

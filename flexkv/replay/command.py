@@ -132,7 +132,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("trace", nargs="+", type=Path, help="recorded by FlexKV, or JSON lines; may be .gz or .xz")
     parser.add_argument("--block-tokens", type=_block_tokens, metavar="N",
-                        help="block size of a JSON trace, instead of its own; no effect on traces of FlexKV")
+                        help="block size of a JSON trace, instead of its own; FlexKV's traces have theirs")
     parser.add_argument("--policy", default=",".join({CacheConfig.eviction_policy: 0, "lru": 0}), metavar="NAME[,NAME]",
                         help=f"all, or of: {', '.join(POLICIES)} (default %(default)s)")
     parser.add_argument("--capacity-tokens", type=_list_of_whole, metavar="N[,N]",

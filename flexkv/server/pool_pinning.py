@@ -24,7 +24,7 @@ _POLL_S = 0.02
 
 
 class PinningAgent(Protocol):
-    """What of ``DeviceAgent`` is needed here."""
+    """The part of ``DeviceAgent`` that pinning uses."""
 
     @property
     def pinning(self) -> bool: ...
@@ -55,7 +55,7 @@ class PoolPinner:
         self._clock = clock
 
     def run(self) -> None:
-        """Pin until all that is populated is pinned, or pinning fails, or the agent or ``pause`` ends it."""
+        """Pin until all populated slots are pinned, pinning fails, or the agent or ``pause`` ends it."""
         agent, began, num_parts, busy_s = self._agent, self._clock(), 0, 0.0
         try:
             while agent.pinning:

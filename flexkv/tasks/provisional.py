@@ -37,8 +37,8 @@ class ProvisionalPuts:
     Parameters
     ----------
     hold_s : float
-        A put that is at rest and has not been accepted for so long is dropped: the engine has forgotten it, and its
-        slots are of no use to anybody until then.
+        A put that is at rest and has not been accepted for so long is dropped: the engine has
+        forgotten it, and its slots would stay reserved.
     """
 
     def __init__(self, hold_s: float) -> None:

@@ -1,4 +1,4 @@
-"""The tasks that are known, and their way through the data plane."""
+"""Table of tasks, from match to result."""
 
 import logging
 import threading
@@ -25,7 +25,7 @@ from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph, TransferO
 logger = logging.getLogger("flexkv.tasks")
 
 _MAX_UNCLAIMED = 4096
-"""Results that nobody claims are dropped, oldest first, beyond this number."""
+"""Maximum number of unclaimed results. Beyond it the oldest are dropped."""
 
 _MAX_MATCHED = 4096
 """Tasks that may wait for their launch. Beyond this number the oldest expire: more requests than any engine runs at a
@@ -81,11 +81,11 @@ class TaskTable:
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int,
         choose: bool = True, host_only: bool = False, group: int = 0,
     ) -> KVTask:
-        """Plan to load blocks ``[start, stop)``; with ``stop`` None as far as they are there, else all of them, -1 if
-        not. The caller must give the task to ``hold`` or ``run``.
+        """Plan to load blocks ``[start, stop)``; with ``stop`` None the leading cached blocks, else all of them, with
+        slot -1 for each that is not cached. The caller must pass the task to ``hold`` or ``run``.
 
-        ``choose``: with ``stop`` None, leave out what is sooner computed than loaded. ``host_only``: only what is in
-        host memory now. ``group``: of the namespace that the sequence belongs to.
+        ``choose``: with ``stop`` None, leave out blocks that are computed faster than loaded. ``host_only``: only
+        blocks in host memory now. ``group``: of the namespace that the sequence belongs to.
         """
         end, choose = len(keys) if stop is None else stop, choose and stop is None
         epoch = cache.epoch if cache is not None else 0          # before the plan: it may be taken for older, not newer
@@ -138,7 +138,7 @@ class TaskTable:
                 self._expire(next(iter(self._matched)))
 
     def discard(self, task: KVTask) -> None:
-        """Give back what a task holds that was neither held nor run."""
+        """Release the blocks and slots of a task that was neither held nor run."""
         task.release(np.zeros(len(task.blocks), dtype=np.bool_))
 
     def matched(self, task_id: int) -> KVTask:
@@ -350,7 +350,7 @@ class TaskTable:
     # ---- results ----------------------------------------------------------------------------------------------
 
     def match(self, task_id: int) -> MatchResult | None:
-        """What a get found; None if it is not known."""
+        """Match of a get; None if the task is not known."""
         task = self._tasks.get(task_id)
         return task.match if task is not None else None
 

@@ -1,4 +1,4 @@
-"""The states of a task, and what each of them holds.
+"""The states of a task, and the blocks and slots that it holds in each.
 
 1. MATCHED: it holds acquired blocks or reserved slots.
 2. RUNNING: the data plane has its graph.
@@ -62,13 +62,13 @@ class KVTask:
         Size of the token mask of the response; 0: no mask.
     tiering : Tiering or None
     needs : tuple of Dependency
-        What its blocks wait for.
+        Dependencies of its blocks.
     loading : bool
         A get; else a put.
     is_provisional : bool
         A put whose blocks become ready only when they are accepted.
     match : MatchResult
-        What a get found.
+        Match of a get.
     graph : TransferGraph or None
         While it runs.
     verdict : KVResponseStatus or None
@@ -147,8 +147,8 @@ class KVTask:
 
         ``num_pages`` returns the pages of the rank that has the fewest; None if that is unknown.
 
-        A graph that was stopped has moved nothing: its caller may have been told so before the last copy, and have
-        given the pages away. Blocks of a put do not outlive a rank that was lost, nor those of any task a reset.
+        A graph that was stopped has moved nothing: its caller may have received that result before the last copy, and
+        reused the pages. Blocks of a put do not outlive a rank that was lost, nor those of any task a reset.
         """
         graph = self.graph
         assert graph is not None  # narrowing: it ran

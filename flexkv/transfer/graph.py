@@ -1,4 +1,4 @@
-"""What is to be moved: ops on lists of blocks, and which waits for which."""
+"""Transfer graphs: ops on lists of blocks, and the order between them."""
 
 import enum
 import operator

@@ -1,4 +1,4 @@
-"""Agents that come and leave: an agent's memory accesses end when it says farewell, or when its process is gone."""
+"""Membership of agents. An agent's memory accesses end with its farewell, or with the end of its process."""
 
 import logging
 from collections.abc import Callable
@@ -21,12 +21,12 @@ _PAUSE_S = 0.5
 
 
 class Membership:
-    """The agents of an engine, from registration until nothing of theirs touches a slot.
+    """The agents of an engine, from registration until they can no longer access a slot.
 
     1. *Connected*: the agent takes ops.
-    2. *Hung up without a farewell*: its process died, or dies now, and its GPU may still write. The graphs with blocks
-       under way there fail at once, so that their waiters go on; their slots stay reserved.
-    3. *At rest*: the agent said farewell, or its process is gone. Its blocks have failed, their slots are given back.
+    2. *Hung up without a farewell*: its process died, or is about to, and its GPU may still write. Graphs with
+       blocks under way there fail at once, so that their waiters continue; their slots stay reserved.
+    3. *At rest*: the agent said farewell, or its process has ended. Its blocks have failed, their slots are free.
 
     Every method is called by the background thread, under the engine's lock or taking it.
 
@@ -83,7 +83,7 @@ class Membership:
         self._watch.pause(fd, _PAUSE_S)
 
     def _hear(self, link: AgentLink) -> None:
-        """The agent said something, or hung up."""
+        """Handle a message or the hang-up of an agent."""
         if link.hear():
             self._locked(partial(self._leave, link))
 
@@ -113,7 +113,7 @@ class Membership:
             self._watch.after(_UNKNOWN_PROCESS_S, lambda: self._locked(partial(self._bury, link)))
 
     def _check(self, link: AgentLink) -> None:
-        """The link's process has ended, unless this is one call too many."""
+        """Handle the end of the link's process; the call may be spurious."""
         if not link.process.is_gone:
             return
         if link in self._dying:
@@ -123,7 +123,7 @@ class Membership:
             self._locked(partial(self._leave, link))
 
     def _bury(self, link: AgentLink) -> None:
-        """Nothing of the agent touches a slot any more."""
+        """The agent can no longer access a slot: fail its blocks, free their slots."""
         if link in self._dying:
             self._dying.remove(link)
         self._watch.remove(link.process.fd)
@@ -131,7 +131,7 @@ class Membership:
         link.close()
 
     def close(self) -> None:
-        """Hang up on all agents; what they had not reported has failed. Under the engine's lock, after its thread."""
+        """Hang up on all agents; blocks that they have not reported fail. Under the engine's lock, after its thread."""
         for link in [*self._device.links, *self._dying]:
             self._device.detach(link)
             link.lose()

@@ -1,4 +1,4 @@
-"""The process at the other end of a Unix socket, watched until it is gone."""
+"""The process at the other end of a Unix socket, watched until it has ended."""
 
 import os
 import select
@@ -36,7 +36,7 @@ class PeerProcess:
     pid : int
         0: in another pid namespace.
     fd : int
-        The pidfd, readable when the process is gone; -1: the kernel gives none. Owned by this object.
+        The pidfd, readable when the process has ended; -1: the kernel provides none. Owned by this object.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -60,7 +60,7 @@ class PeerProcess:
 
     @property
     def is_gone(self) -> bool:
-        """The process has ended, and all that it had is released. False too if that cannot be known."""
+        """Whether the process has ended, with all its resources released; False if that cannot be known."""
         if not self._is_gone and self.fd >= 0:
             poll = select.poll()
             poll.register(self.fd, select.POLLIN)
@@ -68,7 +68,7 @@ class PeerProcess:
         return self._is_gone
 
     def close(self) -> None:
-        """Give the descriptor back. Can be called again."""
+        """Close the descriptor. Can be called again."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)

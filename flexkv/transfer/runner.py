@@ -1,4 +1,4 @@
-"""GraphRunner: runs transfer graphs over executors, for many threads that wait for results."""
+"""Runs transfer graphs over executors, for many threads that wait for results."""
 
 import logging
 import math
@@ -22,8 +22,8 @@ _SPIN_NS = 50_000
 class GraphRunner:
     """Graphs that run, and the threads that wait for them.
 
-    Every method may be called from any thread. No method raises what a callback, an executor or an agent did: such a
-    failure ends what it concerns, and other graphs go on.
+    Every method may be called from any thread. No method raises an exception of a callback, an executor or an
+    agent: such a failure ends the graph or executor that it concerns, and other graphs continue.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class GraphRunner:
         """Run a graph. ``on_done(graph)`` is called once, when it is quiesced: every block has its result, and
         nothing touches its slots or pages any more. ``graph.status`` may be final before.
 
-        A ``background`` graph has no deadline: nobody waits for it, and its executor bounds each block."""
+        A ``background`` graph has no deadline: no caller waits for it, and its executor bounds each block."""
         with self._lock:
             limit_s = math.inf if background else self._config.op_timeout_s
             verdict = OpStatus.CANCELLED if self._closing else OpStatus.FAILED if self._out_of_service else None
@@ -87,7 +87,7 @@ class GraphRunner:
             self._news.notify_all()
 
     def _fire(self) -> None:
-        """Run callbacks that are due, and tell those who wait."""
+        """Run callbacks that are due, and notify waiting threads."""
         fired = False
         while True:
             try:
@@ -114,7 +114,7 @@ class GraphRunner:
         self._fire()
 
     def _drain_executors(self) -> None:
-        """Take in their results, under the lock. One that fails in it takes nothing more, and what it had fails."""
+        """Collect the results of executors, under the lock. One that raises is not used again, and its ops fail."""
         for executor in list(self._watched):
             try:
                 executor.drain()

@@ -41,7 +41,7 @@ class HookGuard(Generic[_Half]):
         self.side: _Half | None = side
 
     def call(self, hook: Callable[[_Half], _Value], otherwise: _Value) -> _Value:
-        """What the hook returns; ``otherwise`` when KV is off, or from now on is."""
+        """Call a hook and return its result; return ``otherwise`` if KV is off, or if the hook fails."""
         if self.side is None:
             return otherwise
         try:
@@ -63,7 +63,7 @@ class HookGuard(Generic[_Half]):
             logger.exception("FlexKV could not be stopped in an orderly way")
 
     def shutdown(self) -> None:
-        """The engine ends: stop the half, if it is there."""
+        """Stop the half at the end of the engine, if there is one."""
         self.call(lambda side: side.shutdown(), None)
 
 
@@ -85,7 +85,7 @@ class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
         super().turn_off(failed)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens can be loaded, and whether others compute meanwhile."""
+        """Number of tokens that can be loaded, and whether the load is asynchronous."""
         nothing: tuple[int | None, bool] = (0, False)
         offer = self.call(lambda side: side.get_num_new_matched_tokens(request, num_computed_tokens), nothing)
         if offer[0]:
@@ -108,7 +108,7 @@ class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
             )
 
     def build_connector_meta(self, output: "SchedulerOutput") -> FlexKVConnectorMetadata:
-        """What the workers must know of the coming step."""
+        """Metadata of the coming step for the workers."""
         self._step += 1
         meta: FlexKVConnectorMetadata | None = self.call(lambda side: side.build_connector_meta(output), None)
         if meta is None:
@@ -171,7 +171,7 @@ class GuardedWorker(HookGuard[WorkerSide | OffWorker]):
             self._lost.add(meta)
 
     def wait_for_layer(self, layer_name: str, find_metadata: Callable[[], FlexKVConnectorMetadata | None]) -> None:
-        """Compute of a layer is about to begin; of the first one: the step's loads that need not wait start too."""
+        """Wait until a layer's loads have arrived. The first call of a step starts the step's loads."""
         if self.side is None or self.call(lambda side: side.between_steps, False):
             self.start_load(find_metadata())
         self.call(lambda side: side.wait_for_layer(layer_name), None)
@@ -194,7 +194,7 @@ class GuardedWorker(HookGuard[WorkerSide | OffWorker]):
 
 
 class LostTransfers:
-    """What a rank without KV must still report, once: loads have failed, saves have ended."""
+    """Transfers that a rank whose KV is off must still report, once: loads as failed, saves as ended."""
 
     def __init__(self) -> None:
         self._step = -1
@@ -203,13 +203,13 @@ class LostTransfers:
         self._pages: set[int] = set()
 
     def take(self, failed: WorkerSide | OffWorker) -> None:
-        """All that a half had under way when it failed."""
+        """Record the transfers that a half had under way when it failed."""
         loads, saves, pages = failed.take_pending()
         self._add(loads, saves)
         self._pages |= pages
 
     def add(self, meta: FlexKVConnectorMetadata) -> None:
-        """What a step begins; a step is counted once."""
+        """Record the transfers that a step begins; each step counts once."""
         if meta.step != self._step:
             self._step = meta.step
             self._add(meta.loads, set(meta.finishing))

@@ -1,4 +1,4 @@
-"""What tells the data-parallel ranks of one vLLM apart: each is a cache of its own."""
+"""Data-parallel ranks of one vLLM: each has a cache, and paths, of its own."""
 
 import dataclasses
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Identity of a vLLM engine's KV: its weights, and all that decides which KV they compute.
+"""Identity of a vLLM engine's KV: its weights, and the configuration that decides their KV.
 
 Decisions and their reasons: docs/design/0014-identity.md.
 """
@@ -37,14 +37,14 @@ _SLACK_NS = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What separates this engine's KV from that of others.
+    """Identity of this engine's KV.
 
     Attributes
     ----------
     weights_id, config_digest : str
         As in ``ModelConfig``.
     unknown : str
-        Why KV must not outlive the engine, and has an identity that is used once; empty: it may.
+        Reason why KV must not outlive the engine, so that its identity is used only once; empty: KV may outlive it.
     """
 
     weights_id: str
@@ -184,7 +184,7 @@ def _layout() -> str:
 
 
 def _processor() -> str:
-    """What of a CPU decides how its attention arranges KV; empty on a GPU, whose name is in ``ModelConfig.engine``."""
+    """Properties of a CPU that decide how attention arranges KV; empty on a GPU (see ``ModelConfig.engine``)."""
     if not current_platform.is_cpu():
         return ""
     return f"{torch.backends.cpu.get_cpu_capability()} amx {torch.cpu._is_amx_tile_supported()}"

@@ -34,7 +34,7 @@ class LoraVersions:
     """Names the content of each LoRA.
 
     vLLM reads an adapter when a request needs it and it is not loaded, and again at each use if its request says
-    ``load_inplace``. The scheduler hears nothing of it. So:
+    ``load_inplace``. The scheduler is not notified of that. So:
 
     1. Files that have not changed since before this object was made have the content that was loaded, whenever that
        was. Their digest is the version.

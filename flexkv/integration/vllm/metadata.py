@@ -1,4 +1,4 @@
-"""What the scheduler tells the workers with each step."""
+"""Metadata that the scheduler sends to the workers with each step."""
 
 from dataclasses import dataclass, field
 

@@ -171,7 +171,7 @@ class StepLedger:
         puts.append(Put(task_id, pages))
 
     def drop_puts(self, task_ids: set[int] | None = None) -> list[int]:
-        """Forget puts that are not decided (None: all), and give their tasks."""
+        """Forget puts that are not decided (None: all), and return their tasks."""
         dropped = []
         for puts in (*(step.puts for step in self._steps), self._next_puts):
             gone = [put.task_id for put in puts if task_ids is None or put.task_id in task_ids]
@@ -183,8 +183,8 @@ class StepLedger:
     # ---- what the engine says ---------------------------------------------------------------------------------
 
     def report(self, invalid: Iterable[int], loaded: Iterable[str], failed: Iterable[str] = ()) -> None:
-        """Report of the oldest step: pages that are invalid, requests whose asynchronous loads have ended, and those
-        of them of which nothing is worth anything."""
+        """Record the report of the oldest step: invalid pages, requests whose asynchronous loads have ended, and those
+        of these requests whose loads have failed completely."""
         if not self._steps:
             return
         step = self._steps[0]
@@ -236,7 +236,7 @@ class StepLedger:
             self._state[array] |= BAD
 
     def _follow(self, step: Step) -> None:
-        """Pages that are written anew are as good as those before them in the request, of this very step too."""
+        """Mark the pages that the step wrote: a page is as good as the pages before it in its request."""
         for write in step.writes:
             self._state[write.pages[write.whole :]] &= _NOT_BAD
         for write in step.writes:
@@ -271,7 +271,7 @@ class StepLedger:
         return int(suspects[0]) if len(suspects) else None
 
     def trust(self, keys: NDArray[np.uint64], num_blocks: int) -> Trust:
-        """Of the first ``num_blocks`` blocks of a sequence, which the engine has in its own cache."""
+        """Trust in the first ``num_blocks`` blocks of a sequence, which the engine has in its own cache."""
         if num_blocks:
             loads = (*self._next_loads, *(load for step in self._steps for load in step.loads))
             if any(load.first < num_blocks and keys[load.first].tobytes() == load.key for load in loads):
