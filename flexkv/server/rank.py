@@ -278,7 +278,8 @@ class RankClient:
     @property
     def is_lost(self) -> bool:
         """There will be no more results: connecting failed, the controller is gone, or this is closed."""
-        return self.error is not None or (self._agent is not None and self._agent.status != 0)
+        ended = self._connected.is_set() and self._agent is not None and self._agent.status != 0
+        return self.error is not None or ended
 
     # ---- what the rank's hooks call ---------------------------------------------------------------------------
 
@@ -350,8 +351,8 @@ class RankClient:
     def wait_results(self, timeout_s: float) -> bool:
         """Wait until ``poll_results`` has something, or never will have again; False after ``timeout_s`` seconds."""
         agent = self._agent
-        if agent is None:
-            return self._connected.wait(timeout_s)
+        if agent is None or not self._connected.is_set():        # at first, and again after ``suspend``
+            return self._connected.wait(min(timeout_s, threading.TIMEOUT_MAX))
         return agent.wait(timeout_s)
 
     def __enter__(self) -> Self:

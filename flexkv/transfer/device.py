@@ -340,7 +340,7 @@ class DeviceExecutor(Executor):
     @property
     def links(self) -> Iterable[AgentLink]:
         """Agents that are connected."""
-        return [link for links in self._links.values() for link in links]
+        return [link for links in list(self._links.values()) for link in links]     # read without the lock, too
 
     def reached(self, op: TransferOp) -> bool:
         """Whether every rank has done the step of the op's fence, so that only the copies take time."""

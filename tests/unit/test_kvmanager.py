@@ -351,7 +351,7 @@ def test_groups_of_tensors_and_sleep(tmp_path: Path) -> None:
         until(lambda: not manager.is_ready())
         task = manager.get_async(tokens_of(3), mapping([6, 7, 8]))
         assert manager.wait(task)[task].status is not Status.SUCCESS
-        with pytest.raises(RegistrationError, match="other shapes"):
+        with pytest.raises(RegistrationError, match="different shapes"):
             register([tensor.reshape(*tensor.shape[:-1], 2, -1) for tensor in make(2)], resume=True)
         client.suspend_gpu_mappings()
         tensors = make(2)

@@ -8,7 +8,8 @@ import pytest
 
 from flexkv.errors import ArgumentError
 from flexkv.response import KVResponseStatus as Status
-from tests.harness import local, tokens_of
+from flexkv.server.client import KVTPClient
+from tests.harness import LAYERS, Tensors, local, make_manager, tokens_of, wait_ready
 
 
 @pytest.mark.parametrize("fence", [2**64, 2**63, -1, 1.5, "3", True])
@@ -40,3 +41,22 @@ def test_a_long_wait_waits(tmp_path: Path, timeout_s: float) -> None:
         manager.put_blocks(hasher.keys, 0, [1])
         waiter.join(10)
         assert ended == [True]
+
+
+def test_a_rank_that_registers_again_is_not_lost_meanwhile(tmp_path: Path) -> None:
+    tensors = Tensors()
+    with KVTPClient(str(tmp_path / "s")) as client:
+        manager = make_manager(tmp_path / "s")
+        client.register_tensors(tensors.specs(), 20.0, keep_alive=tensors)
+        wait_ready(manager)
+        assert client.suspend() == LAYERS
+        manager.shutdown()
+        client.register_tensors(tensors.specs(), 20.0, keep_alive=tensors)       # no controller is there
+        assert not client.is_lost
+        assert not client.wait_results(0.05)
+        manager = make_manager(tmp_path / "s")
+        wait_ready(manager)
+        assert client.is_connected
+        manager.shutdown()
+        assert client.wait_results(10)
+        assert client.is_lost
