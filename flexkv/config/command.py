@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if args.show is not False and not found.problems:
         _show(found)
     if args.check is not False and not found.problems:
-        print(f"ok: {len(found.given)} settings are given, the others have their defaults")
+        print(f"ok; settings given: {len(found.given)}, all others have their defaults")
     return 1 if found.problems else 0
 
 

@@ -37,8 +37,8 @@ def test_check_says_ok(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert main(["config", "--check", str(tmp_path / "c.yaml")]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
-        "ok: 0 settings are given, the others have their defaults",
-        "ok: 2 settings are given, the others have their defaults",
+        "ok; settings given: 0, all others have their defaults",
+        "ok; settings given: 2, all others have their defaults",
     ]
     assert captured.err.startswith("warning: ssd_io (in ")
 

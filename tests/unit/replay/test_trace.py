@@ -1,10 +1,11 @@
 """Keys of a trace, and the order of its requests."""
 
-from hypothesis import given
+from hypothesis import given, settings
 
 from .traces import requests, trace_of
 
 
+@settings(deadline=None)
 @given(requests())
 def test_equal_keys_mean_equal_prefixes(sequences: list[tuple[int, ...]]) -> None:
     trace = trace_of(sequences)
