@@ -242,7 +242,7 @@ class Tiering:
         if self._thread.is_alive():
             logger.warning("the SSD tier has not opened within %g s; it closes when it has", _DRAIN_S)
         writer = self._writer
-        if writer is not None:
+        if writer is not None and self._may_write:
             self._hurry = True
             self._transfer.wake()
             left_s = max(0.0, deadline - time.monotonic())
@@ -251,7 +251,7 @@ class Tiering:
                     "not all was written to SSD within %g s: %d blocks are not there after a restart", _DRAIN_S,
                     writer.num_unwritten() + self._num_early(),
                 )
-        self._is_over = True                   # else a write that is refused at once is planned again, without end
+        self._is_over = True
 
     def set_prefill_rate(self, tokens_per_s: float) -> None:
         """How fast the engine computes prompts, as measured. A rate that is set in the configuration stays."""
@@ -340,8 +340,7 @@ class Tiering:
             self._transfer.wake()
 
     def keep_house(self) -> float:
-        """Write what is queued, as far as it may be now; returns in how many seconds to call again. For the data
-        plane's background thread."""
+        """Write what may be written now; returns in how many seconds to call again. On the background thread."""
         writer = self._writer
         if writer is None or self._transfer is None:
             return _IDLE_S
@@ -350,7 +349,7 @@ class Tiering:
         try:
             if self._early is not None:
                 self._early.replay(writer)
-            while not self._is_over and (plan := writer.next(self._hurry)) is not None:
+            while self._may_write and (plan := writer.next(self._hurry)) is not None:
                 op = TransferOp(
                     OpKind.H2DISK, plan.host_slots, plan.ssd_slots, keys=plan.keys[plan.blocks], parents=plan.parents
                 )
@@ -360,7 +359,14 @@ class Tiering:
                 self._transfer.submit(graph, partial(self._written, plan), background=True)
         finally:
             self._write_lock.release()
+        if self._hurry and writer.idle:        # what was queued has gone meanwhile: no write ends that would tell of it
+            self._transfer.notify()
         return min(_IDLE_S, writer.pause())
+
+    @property
+    def _may_write(self) -> bool:
+        """Not when a write would fail at once: it would be planned again, without end."""
+        return not self._is_over and self._transfer is not None and self._transfer.in_service
 
     def _written(self, plan: WritePlan, graph: TransferGraph) -> None:
         with self._lock:

@@ -255,6 +255,61 @@ def test_a_shutdown_writes_what_was_put_before_the_store_was_open(tmp_path: Path
     assert len(made.store.disk.records) == 15
 
 
+@pytest.mark.parametrize("num_blocks", range(1, 9))
+def test_a_shutdown_ends_with_the_last_write(tmp_path: Path, num_blocks: int) -> None:
+    """Also if the queue is found empty later: a write of as many blocks as there is room for may not be the last one of
+    its sequence."""
+    with stage(tmp_path, ssd_write_mb_per_s=0.001) as made:
+        made.put(1, 1)
+        until(lambda: len(made.store.disk.records) == 1)
+        made.put(num_blocks, 2)                             # waits for the rate, until the shutdown
+        assert made.manager.stats()["ssd_queued_blocks"] == num_blocks
+        before = time.monotonic()
+        made.manager.shutdown()
+        assert time.monotonic() - before < 5.0
+        assert len(made.store.disk.records) == 1 + num_blocks
+
+
+def test_a_shutdown_does_not_wait_for_blocks_that_have_gone(tmp_path: Path) -> None:
+    with stage(tmp_path, ssd_write_mb_per_s=0.001) as made:
+        made.put(1, 1)
+        until(lambda: len(made.store.disk.records) == 1)
+        made.put(5, 2)
+        assert made.manager.stats()["ssd_queued_blocks"] == 5
+        assert made.manager._cache is not None
+        made.manager._cache.reset()                         # the index alone: the queue has them yet
+        before = time.monotonic()
+        made.manager.shutdown()
+        assert time.monotonic() - before < 5.0
+        assert len(made.store.disk.records) == 1
+
+
+def test_out_of_service_what_is_queued_is_not_written_again_and_again(tmp_path: Path) -> None:
+    with stage(tmp_path, ssd_write_mb_per_s=0.001) as made:
+        made.put(1, 1)
+        until(lambda: len(made.store.disk.records) == 1)
+        made.put(5, 2)
+        made.manager._transfer._take_out_of_service()
+        tier, used = made.manager._tiering, next(made.manager._transfer.task_ids)
+        assert tier is not None
+        tier._hurry = True                                  # no limit of the rate
+        asked = threading.Event()
+        keep_house = tier.keep_house
+
+        def keep() -> float:
+            pause = keep_house()
+            asked.set()
+            return pause
+
+        made.manager._tiering.keep_house = keep             # type: ignore[method-assign, union-attr]
+        made.manager._transfer.wake()
+        assert asked.wait(5.0)
+        assert next(made.manager._transfer.task_ids) - used < 10
+        before = time.monotonic()
+        made.manager.shutdown()
+        assert time.monotonic() - before < 5.0
+
+
 def test_a_shutdown_says_how_many_blocks_a_hanging_disk_has_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
