@@ -12,6 +12,7 @@ import pytest
 
 from flexkv.config import process_environment
 from tests.integration.test_vllm import ENVIRONMENT, ROOT, run
+from tests.integration.vllm_session import make_adapter
 
 pytestmark = pytest.mark.vllm
 
@@ -35,26 +36,6 @@ def make(path: Path, more: float = 0.0) -> None:
     """In a process of its own: this one does not load torch's models."""
     command = [sys.executable, "-c", MAKE, str(path), str(more)]
     subprocess.run(command, cwd=ROOT, env=process_environment(**ENVIRONMENT), check=True, timeout=300)
-
-
-def make_adapter(path: Path, seed: int) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    path.mkdir(exist_ok=True)
-    random = torch.Generator().manual_seed(seed)
-    sizes = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
-    tensors = {}
-    for layer in range(3):
-        for name, size in sizes.items():
-            base = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{base}.lora_A.weight"] = torch.randn(8, 128, generator=random) * 0.2
-            tensors[f"{base}.lora_B.weight"] = torch.randn(size, 8, generator=random) * 0.2
-    save_file(tensors, str(path / "adapter_model.safetensors"))
-    (path / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": list(sizes), "base_model_name_or_path": "m",
-    }))
 
 
 PASSES = [{"seed": 3, "count": 1, "length": 500, "tokens": 12}]

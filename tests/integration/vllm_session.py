@@ -29,6 +29,27 @@ def make_model(directory: Path) -> str:
     return str(directory)
 
 
+def make_adapter(path: Path, seed: int) -> None:
+    """A LoRA of that model, with random weights large enough to change its answers."""
+    import torch
+    from safetensors.torch import save_file
+
+    path.mkdir(exist_ok=True)
+    random = torch.Generator().manual_seed(seed)
+    sizes = {"q_proj": 128, "k_proj": 64, "v_proj": 64}
+    tensors = {}
+    for layer in range(3):
+        for name, size in sizes.items():
+            base = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{base}.lora_A.weight"] = torch.randn(8, 128, generator=random) * 0.2
+            tensors[f"{base}.lora_B.weight"] = torch.randn(size, 8, generator=random) * 0.2
+    save_file(tensors, str(path / "adapter_model.safetensors"))
+    (path / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": list(sizes), "base_model_name_or_path": "m",
+    }))
+
+
 def make_prompts(seed: int, count: int, length: int) -> list[list[int]]:
     """Prompts of which each shares a prefix of some length with an earlier one."""
     rng = random.Random(seed)
@@ -41,7 +62,7 @@ def make_prompts(seed: int, count: int, length: int) -> list[list[int]]:
 
 
 class Engine:
-    """A vLLM engine whose scheduler is in this process, and whose worker is not."""
+    """A vLLM engine whose scheduler is in this process, and its worker too."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         from vllm import LLM
@@ -58,15 +79,17 @@ class Engine:
                 kv_connector_extra_config={"audit": True, "cpu_cache_gb": 0.25, **options.get("settings", {})},
             )
         self.lora = options.get("lora")
+        arguments = {
+            "block_size": options["block_size"], "max_model_len": options.get("max_len", 1024),
+            "num_gpu_blocks_override": options["gpu_blocks"], "max_num_seqs": options.get("max_seqs", 4),
+            "enable_chunked_prefill": options.get("chunked", True),
+            "max_num_batched_tokens": options.get("batched_tokens", 1024), "enforce_eager": True,
+            "enable_prefix_caching": True, "disable_log_stats": True, "dtype": "float32", **options.get("llm", {}),
+        }
         with tempfile.TemporaryDirectory() as directory:
             self.llm = LLM(
                 options.get("model") or make_model(Path(directory)), skip_tokenizer_init=True,
-                block_size=options["block_size"], max_model_len=options.get("max_len", 1024),
-                num_gpu_blocks_override=options["gpu_blocks"], max_num_seqs=options.get("max_seqs", 4),
-                enable_chunked_prefill=options.get("chunked", True),
-                max_num_batched_tokens=options.get("batched_tokens", 1024),
-                enforce_eager=True, enable_prefix_caching=True, disable_log_stats=True, kv_transfer_config=transfer,
-                **{"dtype": "float32", **options.get("llm", {})},
+                kv_transfer_config=transfer, **arguments,
             )
         self.engine = self.llm.llm_engine
         self.core = self.engine.engine_core.engine_core

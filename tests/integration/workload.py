@@ -23,8 +23,14 @@ class Asked:
     abort: int
 
 
-def make_requests(count: int, seed: int, length: int = 300, per_step: float = 0.3) -> list[Asked]:
-    """Requests of which most share a prefix with an earlier one, in two salts and two adapters."""
+def make_requests(
+    count: int, seed: int, length: int = 300, per_step: float = 0.3, adapters: tuple[int, ...] = (0, 0, 1),
+    crossing: float = 0.0,
+) -> list[Asked]:
+    """Requests of which most share a prefix with an earlier one, in two salts and some adapters.
+
+    ``crossing``: share of those whose prefix comes from a request with another salt or adapter, perhaps.
+    """
     rng, made = random.Random(seed), []
     step = 0.0
     for i in range(count):
@@ -34,7 +40,10 @@ def make_requests(count: int, seed: int, length: int = 300, per_step: float = 0.
             shared = other.prompt[: rng.randrange(len(other.prompt)) + 1]
         size = max(0, rng.randrange(20, length) - len(shared))
         own = [rng.randrange(*VOCABULARY) for _ in range(size or 1)]
-        salt, lora = (other.salt, other.lora) if other else (rng.choice([None, None, "a", "b"]), rng.choice([0, 0, 1]))
+        if other is None or (crossing and rng.random() < crossing):
+            salt, lora = rng.choice([None, None, "a", "b"]), rng.choice(adapters)
+        else:
+            salt, lora = other.salt, other.lora
         step += rng.expovariate(per_step)
         abort = rng.randrange(1, 12) if rng.random() < 0.1 else 0
         made.append(Asked(f"r{i}", shared + own, rng.randrange(1, 24), salt, lora, int(step), abort))
