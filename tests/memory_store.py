@@ -123,6 +123,10 @@ class MemoryStore:
             host, key = int(host_slots[i]), keys[i].tobytes()
             self._give(Piece(job, i, lambda s=slot, h=host, k=key: self._read(s, h, k), True))
 
+    def erase(self, job: int, slots: NDArray[np.int32]) -> None:
+        for i, slot in enumerate(slots.tolist()):
+            self._give(Piece(job, i, lambda s=slot: (self.disk.records.pop(s, None), True)[1], False))
+
     def _slot(self, host_slot: int) -> memoryview:
         return self._memory[host_slot * self.slot_bytes : (host_slot + 1) * self.slot_bytes]
 

@@ -15,6 +15,9 @@ from flexkv.storage.ssd_directory import SsdDirectory
 READ, WRITE = 0, 1
 """As the queue names them."""
 
+ERASE = 2
+"""Of records alone: no queue has it."""
+
 Result = tuple[int, NDArray[np.intp], NDArray[np.bool_]]
 """Job, indices of its blocks, and whether each of them succeeded."""
 
@@ -130,7 +133,7 @@ class Batches:
         except BaseException:
             self.close()
             raise
-        self.num_ok = {READ: 0, WRITE: 0}
+        self.num_ok = {READ: 0, WRITE: 0, ERASE: 0}
         self._batches: dict[int, Batch] = {}                # by first tag, which only rises: they are in order
         self._jobs: dict[int, set[Batch]] = {}
         self._next_tag = 0                                  # one a block, of 2**64: they do not run out
@@ -175,8 +178,15 @@ class Batches:
         self._next_tag += len(where)
         self._batches[batch.first_tag] = batch
         self._jobs.setdefault(job, set()).add(batch)
-        directory.begin(len(where) * directory.slot_bytes)
+        if kind != ERASE:
+            directory.begin(len(where) * directory.slot_bytes)
         return batch
+
+    def begin_erasing(
+        self, job: int, directory: SsdDirectory, where: NDArray[np.intp], slots: NDArray[np.int32]
+    ) -> Batch:
+        """Records of slots ``where`` of a job are to be emptied now."""
+        return self.begin(ERASE, job, directory, where, slots, slots, np.zeros((len(slots), 2), np.uint64), None)
 
     def end(self, batch: Batch, positions: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
         """These positions of a batch have their result."""
@@ -186,7 +196,8 @@ class Batches:
         num_ok = int(ok.sum())
         self.num_ok[batch.kind] += num_ok
         slot_bytes = batch.directory.slot_bytes
-        batch.directory.end(len(positions) * slot_bytes, num_ok * slot_bytes)
+        if batch.kind != ERASE:
+            batch.directory.end(len(positions) * slot_bytes, num_ok * slot_bytes)
         self.tell(batch.job, batch.indices[positions], ok)
         if batch.ended.all():
             del self._batches[batch.first_tag]

@@ -18,6 +18,7 @@ from flexkv._core.checksum import xxh3_64
 from flexkv._core.io_queue import IoQueue
 from flexkv.errors import StorageError
 from flexkv.storage.file_layer import FileLayer
+from flexkv.storage.record_steps import RecordSteps
 from flexkv.storage.recovered import Recovered, newest_records
 from flexkv.storage.slot_health import SlotHealth
 from flexkv.storage.slot_ledger import SlotLedger
@@ -92,7 +93,7 @@ class SsdStore:
             opened.pop_all()
         self._floor = max(directory.table.header.floor for directory in self._directories)
         self._sequence = max(time.time_ns(), self._floor)   # the last one given; a clock, so that it always rises
-        self._to_record: dict[SsdDirectory, list[tuple[Batch, NDArray[np.intp], NDArray[np.uint64]]]] = {}
+        self._records = RecordSteps(self._ledger, self._domain, self._lock)
         self.event_fd = self._batches.event_fd
         for directory in self._directories:
             directory.is_stuck = partial(self._is_stuck, directory)
@@ -216,6 +217,12 @@ class SsdStore:
             for directory, where in self._begin(job, slots, named, fence):
                 self._submit(self._batches.begin(READ, job, directory, where, slots, host_slots, keys, fence))
 
+    def erase(self, job: int, slots: NDArray[np.int32]) -> None:
+        """Have slots, which the caller has allocated, hold nothing, also after a restart or a loss of power."""
+        with self._lock:
+            for directory, where in self.slots.by_directory(slots, np.ones(len(slots), dtype=np.bool_)):
+                directory.post(partial(self._erase, self._batches.begin_erasing(job, directory, where, slots)))
+
     def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """(n,) bool: after reads that failed, slots whose block is lost, or that had errors."""
         with self._lock:
@@ -232,10 +239,9 @@ class SsdStore:
         with self._lock:
             if not self._closed:
                 self._take()
-                for directory in self._directories:
-                    if directory.hangs(self._deadline_s):
-                        self._health.hung(directory, self._deadline_s)
-                        self._after_take_out(directory, hung=True)
+                for directory in [each for each in self._directories if each.hangs(self._deadline_s)]:
+                    self._health.hung(directory, self._deadline_s)
+                    self._after_take_out(directory, hung=True)
             return self._batches.take_results()
 
     def usable(self) -> bool:
@@ -250,8 +256,7 @@ class SsdStore:
         """Counters since the start, and gauges."""
         return {
             **self._health.log.counts,
-            "blocks_read": self._batches.num_ok[READ],
-            "blocks_written": self._batches.num_ok[WRITE],
+            "blocks_read": self._batches.num_ok[READ], "blocks_written": self._batches.num_ok[WRITE],
             **self.slots.stats(),
             "device_is_ready": int(self.device_is_ready),
         }
@@ -297,11 +302,7 @@ class SsdStore:
     # ---- on a directory's thread, without the lock ------------------------------------------------------------
 
     def _erase_and_submit(self, batch: Batch) -> None:
-        directory = batch.directory
-        slots = batch.slots[self._ledger.recorded[batch.slots]]
-        failed = directory.fails(directory.table.erase, slots - np.int32(directory.first_slot)) if len(slots) else ""
-        if not failed:
-            self._ledger.recorded[slots] = False
+        directory, failed = batch.directory, self._records.empty(batch)
         with self._lock:
             left = batch.left()                             # none, if cancelled meanwhile
             if failed or self._closed or batch.sequence <= self._floor or not self._queues.takes(batch.fence):
@@ -311,14 +312,16 @@ class SsdStore:
             elif len(left):
                 self._submit(batch)
 
-    def _record(self, directory: SsdDirectory) -> None:
-        """Write the records of all that has been moved by now, with as few calls as possible."""
+    def _erase(self, batch: Batch) -> None:
+        directory, failed = batch.directory, self._records.empty(batch, for_good=True)      # though it was stopped
         with self._lock:
-            parts = self._to_record.pop(directory)
-        slots = np.concatenate([batch.slots[positions] for batch, positions, _ in parts])
-        records = np.concatenate([batch.records(positions, sums, self._domain) for batch, positions, sums in parts])
-        self._ledger.recorded[slots] = True
-        failed = directory.fails(directory.table.write, slots - np.int32(directory.first_slot), records)
+            self._ledger.forget(batch.slots)
+            self._end(batch, left := batch.left(), np.full(len(left), not failed))
+            if failed and self._health.fault(directory, batch.slots, "table_errors", failed):
+                self._after_take_out(directory)
+
+    def _record(self, directory: SsdDirectory) -> None:
+        parts, slots, failed = self._records.write(directory)
         with self._lock:
             for batch, positions, checksums in parts:
                 still = ~batch.ended[positions]
@@ -378,10 +381,8 @@ class SsdStore:
         batch.moved[positions[done]] = True
         if done.any():
             directory.succeeded()
-            waiting = self._to_record.setdefault(directory, [])
-            if not waiting:
+            if self._records.add(batch, positions[done], checksums[done]):
                 directory.post(partial(self._record, directory))
-            waiting.append((batch, positions[done], checksums[done]))
         if batch.late.any():
             kept = batch.late & np.isin(batch.tags(), self._queues.busy())
             self._health.hold(directory, batch.slots[kept], batch.tags()[kept])

@@ -20,3 +20,8 @@ def no_such_page(page: int, num_pages: int) -> str:
         f"page {page} of a cache with {num_pages} pages: is the first dimension of the tensors the pages? See page_dim "
         "of tensor_spec"
     )
+
+
+def not_launched(seconds: float) -> str:
+    """Of a task that was matched and never launched."""
+    return f"the task was not launched within {seconds:g} s; match again"

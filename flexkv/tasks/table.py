@@ -14,10 +14,12 @@ from flexkv.cache.plan import NOTHING, GetPlan, MatchResult, PutPlan
 from flexkv.errors import TaskError
 from flexkv.response import KVResponse, KVResponseStatus
 from flexkv.tasks import reasons
+from flexkv.tasks.erasure import erase
 from flexkv.tasks.graphs import arrival_of, graph_of
 from flexkv.tasks.loads import GoodLoads
 from flexkv.tasks.provisional import ProvisionalPuts
 from flexkv.tasks.task import EndedTask, KVTask, TaskStage
+from flexkv.tasks.task_log import TaskLog
 from flexkv.tiering import Tiering
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph, TransferOp
@@ -34,8 +36,6 @@ time, and each holds slots."""
 _LAUNCH_WITHIN_S = 60.0
 """A matched task expires after this time: its engine has forgotten it. An engine launches within a few scheduling
 steps, and those take seconds at most."""
-
-_NOT_LAUNCHED = f"the task was not launched within {_LAUNCH_WITHIN_S:g} s; match again"
 
 
 class TaskTable:
@@ -73,6 +73,7 @@ class TaskTable:
         self._matched: dict[int, float] = {}             # when each was matched, in that order
         self._unclaimed: dict[int, None] = {}            # settled, in that order
         self._good_loads = GoodLoads()
+        self._log = TaskLog()
         self._provisional = ProvisionalPuts(accept_within_s)
 
     # ---- matching ---------------------------------------------------------------------------------------------
@@ -309,21 +310,21 @@ class TaskTable:
         task = self._tasks[task_id]
         del self._matched[task_id]
         if isinstance(task, KVTask):
-            self._settle(
-                task, KVResponseStatus.TIMEOUT, np.zeros(len(task.blocks), dtype=np.bool_), _NOT_LAUNCHED
-            )
+            nothing = np.zeros(len(task.blocks), dtype=np.bool_)
+            self._settle(task, KVResponseStatus.TIMEOUT, nothing, reasons.not_launched(_LAUNCH_WITHIN_S))
 
     def _on_done(self, task: KVTask, graph: TransferGraph) -> None:
         with self._lock:
             if task.stage is TaskStage.SETTLED:
                 return
             status, ok, reason = task.outcome(lambda: self._transfer.num_pages)
-            if graph.ops[-1].counter and status is not KVResponseStatus.SUCCESS:
-                logger.critical(
-                    "task %d failed, and the engine can only be notified of layers that arrived: it waits for the "
-                    "others until its watchdog ends it", task.task_id,
-                )
-            self._settle(task, status, ok, reason)
+            slots = task.to_erase(ok)
+            if len(slots) == 0:
+                if graph.ops[-1].counter and status is not KVResponseStatus.SUCCESS:
+                    self._log.layers_lost(task)
+                return self._settle(task, status, ok, reason)
+        # and look again then: a cancel or a reset may come meanwhile
+        erase(self._transfer, task.task_id, slots, partial(self._on_done, task, graph))
 
     def _settle(self, task: KVTask, status: KVResponseStatus, ok: NDArray[np.bool_], reason: str) -> None:
         """The end of a task. Under the lock. Its result is seen once its blocks are ready, or its slots given back."""
@@ -339,7 +340,7 @@ class TaskTable:
         if task.loading and status is KVResponseStatus.SUCCESS:
             self._good_loads.add(task.task_id, task.epoch)
         if status is KVResponseStatus.FAILED:
-            logger.warning("task %d (%s) failed: %s", task.task_id, "load" if task.loading else "save", reason)
+            self._log.failed(task, reason)
         task.stage, task.graph, task.needs = TaskStage.SETTLED, None, ()
         self._tasks[task.task_id] = EndedTask.of(task, status, ok, reason)
         self._unclaimed[task.task_id] = None

@@ -75,6 +75,8 @@ class KVTask:
         CANCELLED: it was cancelled before it settled, and nothing of it counts.
     reason : str
         Why it failed, where the graph does not say.
+    erased : (k,) bool or None
+        Of a put with ``direct``: blocks whose SSD slots were erased, or could not be.
     """
 
     task_id: int
@@ -94,6 +96,7 @@ class KVTask:
     graph: TransferGraph | None = None
     verdict: KVResponseStatus | None = None
     reason: str = ""
+    erased: NDArray[np.bool_] | None = None
 
     @property
     def is_stale(self) -> bool:
@@ -170,6 +173,19 @@ class KVTask:
                 self._why_not_moved(graph.ops[-1], num_pages())
             )
         return KVResponseStatus.FAILED, ok, f"{int((~ok).sum())} of {len(ok)} blocks were not moved: {reason}"
+
+    def to_erase(self, ok: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """(k,) int32: SSD slots that the store may have recorded, or may yet record, of blocks that are not ``ok``
+        ((m,) bool). To be erased before the task settles: they must not be offered after a restart. Each is returned
+        once."""
+        if self.loading or self.graph is None or not isinstance(self.plan, PutPlan) or self.plan.direct is None:
+            return np.zeros(0, dtype=np.int32)
+        op, direct = self.graph.ops[0], self.plan.direct
+        if self.erased is None:
+            self.erased = np.zeros(len(direct), dtype=np.bool_)
+        left = op.started & ~ok[self.plan.where(direct)] & ~self.erased
+        self.erased |= left
+        return direct.ssd_slots[left]
 
     def _why_not_moved(self, op: TransferOp, num_pages: int | None) -> str:
         page = -1 if op.kind is OpKind.ARRIVAL else int((op.dst if self.loading else op.src).max())

@@ -15,6 +15,7 @@ LONGEST_TICK_S = 1.0
 _SUBJECT = {
     OpKind.D2H: "saving", OpKind.H2D: "loading", OpKind.DISK2H: "reading from SSD", OpKind.H2DISK: "writing to SSD",
     OpKind.DISK2D: "loading from SSD", OpKind.D2DISK: "saving to SSD", OpKind.ARRIVAL: "waiting for",
+    OpKind.ERASE: "erasing on SSD",
 }
 
 

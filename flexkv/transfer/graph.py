@@ -26,6 +26,8 @@ class OpKind(enum.IntEnum):
     DISK2D = 6
     """Straight from SSD to the GPU, by its rank."""
     D2DISK = 7
+    ERASE = 8
+    """Moves nothing: SSD slots (``dst``) hold nothing afterwards, also after a restart."""
 
 
 class OpStatus(enum.Enum):

@@ -55,6 +55,9 @@ class Store(Protocol):
     ) -> None:
         """Read SSD slots into host slots (pages of the GPU), and verify that they hold the blocks of ``keys``."""
 
+    def erase(self, job: int, slots: NDArray[np.int32]) -> None:
+        """Have SSD slots hold nothing, also after a restart."""
+
     def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """(n,) bool: after reads that failed, slots whose block is lost, or that had errors."""
 
@@ -94,7 +97,7 @@ class SsdExecutor(Executor):
     store : Store
     """
 
-    kinds = frozenset({OpKind.DISK2H, OpKind.H2DISK, OpKind.DISK2D, OpKind.D2DISK})
+    kinds = frozenset({OpKind.DISK2H, OpKind.H2DISK, OpKind.DISK2D, OpKind.D2DISK, OpKind.ERASE})
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -106,18 +109,25 @@ class SsdExecutor(Executor):
 
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
         is_read = op.kind in (OpKind.DISK2H, OpKind.DISK2D)
+        if op.kind is OpKind.ERASE and not self._given_up and not doomed:
+            self._store.erase(self._new_job(op, indices, progress), op.dst[indices])
+            return
         if self._given_up or doomed or op.keys is None or (op.parents is None and not is_read):
             progress(op, indices, np.zeros(len(indices), dtype=np.bool_))
             return
-        job = next(self._ids)
-        self._jobs[job] = (op, indices, progress)
-        self._left[job] = len(indices)
+        job = self._new_job(op, indices, progress)
         fence = op.fence if op.kind in (OpKind.DISK2D, OpKind.D2DISK) else None
         src, dst, keys = op.src[indices], op.dst[indices], op.keys[indices]
         if is_read:
             self._store.read(job, src, dst, keys, fence)
         elif op.parents is not None:
             self._store.write(job, dst, src, keys, op.parents[indices], fence)
+
+    def _new_job(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress) -> int:
+        job = next(self._ids)
+        self._jobs[job] = (op, indices, progress)
+        self._left[job] = len(indices)
+        return job
 
     def cancel(self, op: TransferOp) -> None:
         for job, (other, _, _) in list(self._jobs.items()):
