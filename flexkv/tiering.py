@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from flexkv.errors import FlexKVError
 from flexkv.storage.recovered import Recovered
 from flexkv.storage.ssd_store import SsdStore
 from flexkv.transfer.engine import TransferEngine
-from flexkv.transfer.gds import GdsQueue
+from flexkv.transfer.gds import GdsEnd, GdsQueue
 from flexkv.transfer.graph import Dependency, OpKind, TransferGraph, TransferOp
 from flexkv.transfer.ssd import MakeStore, SsdExecutor, Store
 
@@ -93,7 +92,7 @@ class Tiering:
         self._uncleared = False                # there was a reset, and the store was not told, or could not be
         self._transfer: TransferEngine | None = None
         self._store: Store | None = None
-        self._gds: socket.socket | None = None     # of a rank, until the store is open
+        self._gds: GdsEnd | None = None     # of a rank, until the store is open
         self._writer: SsdWriter | None = None
         self._early: EarlyTraffic | None = EarlyTraffic()     # None: the store cannot be opened
         self._thread: threading.Thread | None = None
@@ -125,20 +124,20 @@ class Tiering:
                 self._early = None
         self._on_opened()
 
-    def attach_gds(self, connection: socket.socket) -> None:
-        """A rank can be told to move blocks between SSD and its GPU, over this socket, which belongs to this now."""
+    def attach_gds(self, end: GdsEnd) -> None:
+        """A rank can be told to move blocks between SSD and its GPU, over this socket, which is owned by this now."""
         with self._lock:
             if self._gds is not None:
                 self._gds.close()
-            self._gds = connection
+            self._gds = end
         self._connect_gds()
 
     def _connect_gds(self) -> None:
         with self._lock:
             if self._store is None or self._gds is None:
                 return
-            connection, self._gds = self._gds, None
-            self._store.attach_device(partial(GdsQueue, connection))
+            end, self._gds = self._gds, None
+            self._store.attach_device(partial(GdsQueue, end))
 
     def _bring_up(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
         pool, start = transfer.host_pool, time.monotonic()

@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -152,11 +151,20 @@ class CuFile:
             raise GdsUnavailableError(f"cuFile has failed ({error})") from error
         return results
 
-    def close(self) -> None:
-        """Let go of files and buffer, when nothing is under way any more. Can be called again."""
+    def close(self) -> bool:
+        """Let go of files and buffer, when nothing is under way any more. Can be called again.
+
+        Returns
+        -------
+        bool
+            False: cuFile has failed, and may still read or write.
+        """
+        at_rest = True
         for number, batch in enumerate(self._batches):
-            with suppress(GdsUnavailableError):
+            try:
                 self.wait(number)
+            except GdsUnavailableError:
+                at_rest = False
             self._cufile.batch_io_destroy(batch)
         if self._registered:
             self._cufile.buf_deregister(self._address)
@@ -165,6 +173,7 @@ class CuFile:
         for fd in self._fds:
             os.close(fd)
         self._batches, self._registered, self._handles, self._fds = [], False, [], []
+        return at_rest
 
 
 def _reopened(fd: int) -> int:

@@ -27,6 +27,7 @@ from flexkv.transfer.gds import (
     MAX_MESSAGE_BYTES,
     MOVE,
     MOVE_DTYPE,
+    REST,
     RESULT,
     RESULT_DTYPE,
     STATUS,
@@ -172,7 +173,8 @@ class GdsWorker:
                 try:
                     self._work(staging, cufile)
                 finally:
-                    cufile.close()
+                    if cufile.close():
+                        self._say(REST)
         finally:
             with self._lock:
                 self._staging = None

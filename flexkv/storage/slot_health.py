@@ -10,6 +10,9 @@ from flexkv.storage.fault_log import FaultLog
 from flexkv.storage.ssd_directory import SsdDirectory
 from flexkv.storage.striped_slots import StripedSlots
 
+LATE = np.array([-errno.ETIMEDOUT, -errno.ESHUTDOWN])
+"""Results of accesses that may still be done: by the kernel, after it took too long, or by a rank that hung up."""
+
 _ERRORS_OF_SLOT = 2
 """A slot with so many errors is retired."""
 
@@ -31,7 +34,7 @@ class SlotHealth:
         ))
         self._slots = slots
         self._errors = np.zeros(num_slots, dtype=np.uint8)
-        self._held: dict[int, tuple[SsdDirectory, int]] = {}        # tag of the write -> where it is
+        self._held: dict[int, tuple[SsdDirectory | None, int]] = {}        # tag of the write -> where it is
 
     def had_errors(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
         """(n,) bool."""
@@ -48,7 +51,7 @@ class SlotHealth:
             return False
         num_late = int((results == -errno.ETIMEDOUT).sum())
         out = self._count(directory, num_late, "timeouts", "an access did not end in time")
-        failed = (results < 0) & (results != -errno.ETIMEDOUT) & (results != -errno.ECANCELED)
+        failed = (results < 0) & ~np.isin(results, LATE) & (results != -errno.ECANCELED)
         detail = os.strerror(-int(results[failed][0])) if failed.any() else ""
         return self.fault(directory, slots[failed], kind, detail) or out
 
@@ -76,8 +79,8 @@ class SlotHealth:
 
     # ---- writes that the kernel keeps -------------------------------------------------------------------------
 
-    def hold(self, directory: SsdDirectory, slots: NDArray[np.int32], tags: NDArray[np.uint64]) -> None:
-        """Writes to these slots have failed, and the kernel may still do them."""
+    def hold(self, directory: SsdDirectory | None, slots: NDArray[np.int32], tags: NDArray[np.uint64]) -> None:
+        """Writes to these slots have failed, and may still be done: by the kernel, in this directory, or by a rank."""
         self._held.update((tag, (directory, slot)) for tag, slot in zip(tags.tolist(), slots.tolist(), strict=True))
         self._slots.retire(slots)
 

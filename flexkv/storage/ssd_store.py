@@ -1,6 +1,5 @@
 """The SSD tier: blocks in slots of preallocated files, over one or more directories."""
 
-import errno
 import logging
 import os
 import threading
@@ -20,7 +19,7 @@ from flexkv.errors import StorageError
 from flexkv.storage.file_layer import FileLayer
 from flexkv.storage.record_steps import RecordSteps
 from flexkv.storage.recovered import Recovered, newest_records
-from flexkv.storage.slot_health import SlotHealth
+from flexkv.storage.slot_health import LATE, SlotHealth
 from flexkv.storage.slot_ledger import SlotLedger
 from flexkv.storage.ssd_batch import READ, WRITE, Batch, Batches, Result, check_blocks
 from flexkv.storage.ssd_directory import SsdDirectory, close_directories, open_directories, raise_floor
@@ -342,7 +341,7 @@ class SsdStore:
         for batch, at, positions in self._batches.of_tags(tags):
             finish = self._finish_read if batch.kind == READ else self._finish_write
             at, positions = at[~batch.ended[positions]], positions[~batch.ended[positions]]
-            batch.late[positions] = results[at] == -errno.ETIMEDOUT
+            batch.late[positions] = np.isin(results[at], LATE)
             try:
                 finish(batch, positions, results[at], checksums[at])
             except Exception:                               # each of the others has its result all the same
@@ -385,7 +384,7 @@ class SsdStore:
                 directory.post(partial(self._record, directory))
         if batch.late.any():
             kept = batch.late & np.isin(batch.tags(), self._queues.busy())
-            self._health.hold(directory, batch.slots[kept], batch.tags()[kept])
+            self._health.hold(directory if batch.fence is None else None, batch.slots[kept], batch.tags()[kept])
         out = self._health.judge(directory, batch.slots[positions], results, "write_errors")
         self._fail(batch, positions[~done])
         if out:

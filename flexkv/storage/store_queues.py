@@ -24,10 +24,13 @@ class StoreQueues:
         self.host = host
         self._num_host_slots = num_host_slots
         self._device: Any = None
+        self._dying: list[Any] = []          # closed, and their rank's process may still write
         self._slot_bytes = slot_bytes
 
     def attach(self, device: Any) -> None:
         """A queue with the interface of ``GdsQueue``. The one before, if any, is closed: ``take`` first."""
+        if self._device is not None and not self._device.at_rest:
+            self._dying.append(self._device)
         self._device = device
 
     @property
@@ -62,18 +65,18 @@ class StoreQueues:
 
     def take(self) -> Taken:
         """What has ended."""
-        queues = self._all()
+        queues = [self.host] if self._device is None else [self.host, self._device]
         tags, results, checksums = zip(*[queue.take() for queue in queues], strict=True)
         if self._device is not None and self._device.closed:
+            self._dying.append(self._device)
             self._device = None
         return np.concatenate(tags), np.concatenate(results), np.concatenate(checksums)
 
     def busy(self) -> NDArray[np.uint64]:
-        """Tags of what is under way."""
-        return np.concatenate([queue.busy() for queue in self._all()])
-
-    def _all(self) -> list[Any]:
-        return [self.host] if self._device is None else [self.host, self._device]
+        """Tags of what is under way, and of what a rank that hung up may still do."""
+        self._dying = [queue for queue in self._dying if not queue.at_rest]
+        queues = [self.host, *self._dying] if self._device is None else [self.host, self._device, *self._dying]
+        return np.concatenate([queue.busy() for queue in queues])
 
     def close_device(self) -> None:
         """What the GPU's queue had ends, as ``take`` tells."""

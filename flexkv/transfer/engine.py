@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from flexkv.storage.layout import SlotLayout
 from flexkv.transfer.background import BackgroundThread
 from flexkv.transfer.device import AgentLink
 from flexkv.transfer.executor import Executor
+from flexkv.transfer.gds import GdsEnd
 from flexkv.transfer.membership import Membership
 from flexkv.transfer.pool_growth import PoolGrowth
 from flexkv.transfer.registry import Registry
@@ -82,7 +82,7 @@ class TransferEngine(GraphRunner):
         executors: tuple[Executor, ...] = (),
         housekeeping: Callable[[], float] | None = None,
         on_control: Callable[[bytes, Sequence[int]], bytes] = lambda message, fds: b"{}",
-        on_gds: Callable[[socket.socket], None] | None = None,
+        on_gds: Callable[[GdsEnd], None] | None = None,
         observe: Observe | None = None,
     ) -> None:
         super().__init__(config, ranks, executors, observe)

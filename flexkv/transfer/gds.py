@@ -2,21 +2,25 @@
 
 The rank does it (``flexkv.server.gds``), the controller decides and verifies. A message is one byte that names it, and
 an array: FILES (descriptors come with it), MOVE and CANCEL go to the rank; STATUS (a text: why it cannot; empty: it
-can) and RESULT come back. Either side hangs up when it is over.
+can) and RESULT come back, and REST at the end: nothing more is read or written. Either side hangs up when it is over.
 """
 
 import errno
 import logging
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.transfer.peer_process import PeerProcess
+
 logger = logging.getLogger("flexkv.transfer")
 
-FILES, MOVE, CANCEL, STATUS, RESULT = (bytes([number]) for number in range(1, 6))
+FILES, MOVE, CANCEL, STATUS, RESULT, REST = (bytes([number]) for number in range(1, 7))
 
 MOVE_DTYPE = np.dtype([
     ("tag", "<u8"), ("offset", "<u8"), ("fence", "<u8"), ("file", "<i4"), ("page", "<i4"), ("kind", "<u8"),
@@ -34,12 +38,35 @@ MAX_FILES = 250
 """Descriptors that one message can carry."""
 
 
+_WRITE = 1
+"""As ``IoQueue`` names it."""
+
+_UNKNOWN_PROCESS_S = 10.0
+"""Time from the hang-up of a rank that cannot be watched (no pidfd) until its writes are taken for ended."""
+
+
+@dataclass(slots=True, eq=False)
+class GdsEnd:
+    """The controller's end of a rank's socket of GPUDirect Storage, and the rank's process; owns both."""
+
+    connection: socket.socket
+    process: PeerProcess
+
+    def close(self) -> None:
+        """Hang up. Can be called again."""
+        self.connection.close()
+        self.process.close()
+
+
 class GdsQueue:
     """Reads and writes between files and pages of a rank's GPU, with the interface of ``IoQueue``. The caller locks.
 
+    A rank that hung up may still write to the files: cuFile's writes go on until its process is gone. Until then its
+    writes are late (ESHUTDOWN) and ``busy``, so that no slot of theirs is used for another block.
+
     Parameters
     ----------
-    connection : socket
+    end : GdsEnd
         To the rank; owned by the queue.
     files : sequence of int
         Descriptors; ``submit`` names them by their index.
@@ -54,13 +81,18 @@ class GdsQueue:
         The rank is gone, or cannot; ``take`` has told what became of everything.
     """
 
-    def __init__(self, connection: socket.socket, files: Sequence[int]) -> None:
+    def __init__(self, end: GdsEnd, files: Sequence[int]) -> None:
+        connection = end.connection
         connection.setblocking(False)
+        self._process = end.process
+        self._dying = np.empty(0, dtype=np.uint64)          # what the process may still do, after it hung up
+        self._hung_up_at = 0.0
         self._connection = connection
         self.event_fd = connection.fileno()
         self.ready = self.closed = False
         self._waiting = np.empty(0, dtype=MOVE_DTYPE)
         self._sent = np.empty(0, dtype=np.uint64)
+        self._writes = np.empty(0, dtype=np.uint64)         # of what was sent
         self._cancelled = np.empty(0, dtype=np.uint64)      # before they were sent, and not told yet
         with suppress(OSError):                             # it is gone: ``take`` finds that
             socket.send_fds(connection, [FILES], list(files))
@@ -81,6 +113,7 @@ class GdsQueue:
         if len(moves) and self._send(MOVE, moves):
             self._waiting = self._waiting[len(moves) :]
             self._sent = np.append(self._sent, moves["tag"])
+            self._writes = np.append(self._writes, moves["tag"][moves["kind"] == _WRITE])
 
     def _send(self, name: bytes, content: NDArray[np.generic]) -> bool:
         try:
@@ -103,7 +136,9 @@ class GdsQueue:
         parts = []
         while not self.closed and (message := self._receive()) is not None:
             if message[:1] == RESULT:
-                parts.append(np.frombuffer(message, RESULT_DTYPE, offset=1))
+                parts.append(self._ended(np.frombuffer(message, RESULT_DTYPE, offset=1)))
+            elif message == REST:
+                self._writes = self._writes[:0]
             elif message == STATUS:
                 logger.info("GPUDirect Storage is in service")
                 self.ready = True
@@ -112,15 +147,21 @@ class GdsQueue:
                     logger.error("GPUDirect Storage is not in service: %s", message[1:].decode(errors="replace"))
                 self.close()
         found = np.concatenate([np.empty(0, RESULT_DTYPE), *parts])
-        found = found[np.isin(found["tag"], self._sent)]
-        self._sent = np.setdiff1d(self._sent, found["tag"], assume_unique=True)
         ended = np.zeros(len(self._cancelled), dtype=RESULT_DTYPE)
         ended["tag"], ended["result"] = self._cancelled, -errno.ECANCELED
+        ended["result"][np.isin(self._cancelled, self._dying)] = -errno.ESHUTDOWN
         self._cancelled = self._cancelled[:0]
         if not self.closed:
             self._send_more()
         every = np.concatenate([found, ended])
         return every["tag"].copy(), every["result"].astype(np.int32), every["checksum"].copy()
+
+    def _ended(self, found: NDArray[np.void]) -> NDArray[np.void]:
+        """Results of blocks that the rank had."""
+        found = found[np.isin(found["tag"], self._sent)]
+        self._sent = np.setdiff1d(self._sent, found["tag"], assume_unique=True)
+        self._writes = np.setdiff1d(self._writes, found["tag"], assume_unique=True)
+        return found
 
     def _receive(self) -> bytes | None:
         try:
@@ -132,11 +173,26 @@ class GdsQueue:
 
     def busy(self) -> NDArray[np.uint64]:
         """Tags of what the rank may be at."""
-        return self._sent
+        if len(self._dying):
+            over = time.monotonic() - self._hung_up_at > _UNKNOWN_PROCESS_S if self._process.fd < 0 else False
+            if over or self._process.is_gone:
+                self._dying = self._dying[:0]
+                self._process.close()
+        return np.concatenate([self._sent, self._dying])
+
+    @property
+    def at_rest(self) -> bool:
+        """Closed, and nothing of it is ``busy``."""
+        return self.closed and len(self.busy()) == 0
 
     def close(self) -> None:
-        """Hang up; what is under way ends with ECANCELED. Can be called again."""
+        """Hang up. What is under way ends with ECANCELED, or ESHUTDOWN where the rank may still do it. Can be called
+        again."""
+        if not self.closed:
+            self._dying, self._hung_up_at = self._writes, time.monotonic()
         self._cancelled = np.concatenate([self._cancelled, self._waiting["tag"], self._sent])
         self._waiting, self._sent = self._waiting[:0], self._sent[:0]
         self.ready, self.closed = False, True
         self._connection.close()
+        if len(self.busy()) == 0:
+            self._process.close()

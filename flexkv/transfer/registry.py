@@ -16,7 +16,8 @@ from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
 from flexkv.transfer.control import is_control
 from flexkv.transfer.device import AgentLink
-from flexkv.transfer.peer_process import peer_credentials
+from flexkv.transfer.gds import GdsEnd
+from flexkv.transfer.peer_process import PeerProcess, peer_credentials
 from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, Hello, Welcome, pack_refusal
 from flexkv.transfer.repeated_log import RepeatedLog
 from flexkv.transfer.socket_file import ListeningSocket, socket_path
@@ -81,7 +82,7 @@ class Registry:
         ring_bytes: int,
         on_link: Callable[[AgentLink], None],
         on_control: Callable[[bytes, Sequence[int]], bytes],
-        on_gds: Callable[[socket.socket], None] | None = None,
+        on_gds: Callable[[GdsEnd], None] | None = None,
     ) -> None:
         self._watch = watch
         self._clients = dp_client_ids
@@ -281,7 +282,7 @@ class Registry:
                 raise
             self._give_gds(gds)
 
-    def _give_gds(self, end: socket.socket | None) -> None:
+    def _give_gds(self, end: GdsEnd | None) -> None:
         if end is None or self._on_gds is None:
             return
         try:
@@ -290,7 +291,7 @@ class Registry:
             end.close()
             self._log.write(logging.ERROR, "GPUDirect Storage cannot be used", error)
 
-    def _make_link(self, rank_id: RankId) -> tuple[AgentLink, socket.socket | None]:
+    def _make_link(self, rank_id: RankId) -> tuple[AgentLink, GdsEnd | None]:
         """A link to a rank that has got its WELCOME, and the controller's end of its socket of GPUDirect Storage."""
         connection, hello = self._waiting[rank_id]
         assert self._layout is not None and self._pool is not None  # narrowing; _admit has made sure
@@ -318,7 +319,7 @@ class Registry:
             raise
         for end in gds[1:]:
             end.close()
-        return link, gds[0] if gds else None
+        return link, GdsEnd(gds[0], PeerProcess(connection)) if gds else None
 
     def lost(self, hello: Hello) -> None:
         """The rank's process is gone; it may register again."""

@@ -15,7 +15,8 @@ import pytest
 from flexkv._core.io_queue import IoQueue
 from flexkv.errors import CapacityError
 from flexkv.storage import ssd_store
-from flexkv.transfer.gds import STATUS, GdsQueue
+from flexkv.transfer.gds import STATUS, GdsEnd, GdsQueue
+from flexkv.transfer.peer_process import PeerProcess
 from tests.faulty_files import ThreadQueue
 from tests.tier import Tier, keys_of, opened
 
@@ -295,7 +296,7 @@ def test_a_rank_that_goes_away_before_its_write_begins(tmp_path: Path, caplog: p
     with opened([tmp_path / "a"]) as tier:
         tier.recover()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        tier.store.attach_device(partial(GdsQueue, ours))
+        tier.store.attach_device(partial(GdsQueue, GdsEnd(ours, PeerProcess(ours))))
         theirs.send(STATUS)
         tier.take()
         assert tier.store.device_is_ready
