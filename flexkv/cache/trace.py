@@ -40,6 +40,9 @@ _RECORD = struct.Struct("<IIIId")
 _CHECK = struct.Struct("<Q")
 _PREAMBLE = _RECORD.size + _CHECK.size
 
+_CLOSE_S = 10.0
+"""Longest wait of ``close`` for a disk that hangs."""
+
 _FLUSH_S = 0.5
 """Between two writes. A request costs its caller a copy of its keys; nobody is woken up for it."""
 
@@ -136,7 +139,10 @@ class TraceRecorder:
     def close(self) -> None:
         """See ``Recorder``."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():                  # it writes to the file, which stays open
+            logger.error("%s is not complete: its disk has not answered within %g s", self.path, _CLOSE_S)
+            return
         self._file.close()
         if self.dropped_requests:
             logger.warning("%s lacks %d requests that came too fast", self.path, self.dropped_requests)

@@ -26,6 +26,10 @@ _TELL_S = 0.1
 """A worker tells of its progress, and notices that nobody waits for it any more, so often."""
 
 
+_TERMINATE_S = 10.0
+"""Longest wait for a worker that was terminated; then it is killed."""
+
+
 class WorkerError(FlexKVError, RuntimeError):
     """Replays cannot be spread over processes, or one of these processes ended too early."""
 
@@ -128,7 +132,10 @@ def _workers(shared: "SharedTrace", count: int) -> Iterator[list[Connection]]:
         for process in processes:
             process.terminate()
         for process in processes:
-            process.join()
+            process.join(_TERMINATE_S)
+            if process.is_alive():
+                process.kill()
+                process.join(_TERMINATE_S)
         for connection in connections:
             connection.close()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flexkv.errors import RegistrationError
 from flexkv.transfer.layerwise import MAX_COUNTERS
+from flexkv.transfer.socket_file import listen_at
 
 logger = logging.getLogger("flexkv.client")
 
@@ -21,6 +22,9 @@ _MAX_LAYERS = 253
 
 _PAUSE_S = 0.1
 """After the process ran out of descriptors."""
+
+_CLOSE_S = 10.0
+"""Longest wait for the thread at the end. It takes a connection's messages within their own time limit."""
 
 _live: set[Path] = set()
 
@@ -55,9 +59,10 @@ class LayerSignals:
             )
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            path.unlink(missing_ok=True)    # of a dead process that had this one's number
-            self._listener.bind(str(path))
-            self._listener.listen(4)
+            listen_at(self._listener, path, 4)
+        except RegistrationError:
+            self._listener.close()
+            raise
         except OSError as error:
             self._listener.close()
             raise RegistrationError(
@@ -115,7 +120,10 @@ class LayerSignals:
         """Stop listening."""
         self._closing.set()
         self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():             # the listener stays open: its number must not become another's
+            logger.error("the thread that takes eventfds at %s has not ended within %g s", self._path, _CLOSE_S)
+            return
         self._listener.close()
         self._path.unlink(missing_ok=True)
         _live.discard(self._path)

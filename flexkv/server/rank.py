@@ -37,6 +37,10 @@ CONNECT_TIMEOUT_S = 60.0
 _left_behind: list[tuple[object, ExitStack]] = []
 """Tensors that a GPU which hangs may still touch; kept until the process ends."""
 
+_CLOSE_S = 10.0
+"""Longest wait of ``close`` for the thread that registers and pins. A part is pinned in 10 to 100 ms, so only a driver
+that hangs takes this long."""
+
 _LAYER_GROUPS = 8
 """Of a load layer by layer: compute starts after an eighth of it, and copies stay large."""
 
@@ -373,11 +377,18 @@ class RankClient:
     def _stop(self) -> None:
         """Nothing touches the tensors afterwards."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_CLOSE_S)
+        is_held = self._thread is not None and self._thread.is_alive()
+        if is_held:
+            logger.error("the driver has not pinned a part of the host pool within %g s: agent and tensors stay until "
+                         "this process ends", _CLOSE_S)
         with self._lock:
             gds, self._gds = self._gds, None
-        is_at_rest = gds is None or gds.close()
-        if self._agent is not None:
+        is_at_rest = (gds is None or gds.close()) and not is_held
+        if is_held:
+            _left_behind.append((self._agent, ExitStack()))
+            self._agent, self._thread = None, None
+        elif self._agent is not None:
             is_at_rest = self._agent.close() and is_at_rest
         if not is_at_rest:
             _left_behind.append((self._keep_alive, self._opened.pop_all()))

@@ -20,6 +20,9 @@ OnExtent = Callable[[int, bool], None]
 _PART_BYTES = 64 << 20
 """Memory populated at a time, in bytes. ``close`` waits for one part (10 to 30 ms), so parts are small."""
 
+_CLOSE_S = 10.0
+"""Longest wait of ``close`` for the part that is being populated. Only a kernel that hangs takes this long."""
+
 _HUGE_PAGE_BYTES = 2 << 20
 """Size of the pages that ``MADV_COLLAPSE`` makes (x86-64, and arm64 with 4 KiB pages)."""
 
@@ -158,7 +161,11 @@ class HostPool:
         """Stop growing and give the memory back, as soon as no other process maps it. Can be called again."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_CLOSE_S)
+            if self._thread.is_alive():     # the thread uses descriptor and mapping: both stay, on purpose
+                logger.error("the host pool stays until this process ends: the kernel has not populated a part of it "
+                             "within %g s", _CLOSE_S)
+                return
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

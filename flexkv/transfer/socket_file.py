@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import socket
 import stat
 import threading
@@ -24,7 +25,7 @@ _LOCK_S = 5.0
 _RETRY_S = 0.05
 """Pause between two attempts to connect or to lock: nothing reports when the next can succeed."""
 
-_OURS = ("register-*.sock", "vllm-*.sock")
+_OURS = ("register-*.sock", "vllm-*.sock", "layers-*.sock")
 """Names that FlexKV gives to sockets of its own."""
 
 _KINDS = {
@@ -104,6 +105,8 @@ def remove_dead_sockets(directory: Path) -> list[Path]:
     try:
         with _locked(directory):
             for path in [path for pattern in _OURS for path in directory.glob(pattern)]:
+                if _owner_lives(path):
+                    continue
                 with suppress(OSError, RegistrationError):
                     _refuse_other_files(path)
                     _remove_dead(path)
@@ -111,6 +114,28 @@ def remove_dead_sockets(directory: Path) -> list[Path]:
     except (OSError, RegistrationError) as error:
         logger.debug("dead sockets in %s stay: %s", directory, error)
     return removed
+
+
+def _owner_lives(path: Path) -> bool:
+    """Whether the process is there that the name of a ``layers-`` socket has in it: a probe would disturb it."""
+    number = re.fullmatch(r"layers-(\d{1,10})-.*", path.name)
+    return number is not None and Path("/proc", number[1]).exists()
+
+
+def listen_at(listener: socket.socket, path: Path, backlog: int) -> None:
+    """Bind a socket and listen, in place of a socket of a dead process at the path; a sweep finds it before or after.
+
+    Raises
+    ------
+    RegistrationError
+        The directory is locked by another process for long.
+    OSError
+        The path cannot be used.
+    """
+    with _locked(path.parent):
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        listener.listen(backlog)
 
 
 def connect(
@@ -191,7 +216,8 @@ def _remove_dead(path: Path) -> None:
     RegistrationError
         A process listens there.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
+    kind = socket.SOCK_STREAM if path.name.startswith("layers-") else socket.SOCK_SEQPACKET
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
         code = probe.connect_ex(str(path))
     if code == errno.EPROTOTYPE:
         raise RegistrationError(f"another program listens at {path}: set gpu_register_port to another path")

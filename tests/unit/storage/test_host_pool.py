@@ -6,6 +6,7 @@ import logging
 import mmap
 import os
 import resource
+import threading
 from pathlib import Path
 from typing import cast
 
@@ -217,3 +218,29 @@ def test_slot_layout() -> None:
         SlotLayout.of([4096, 0])
     with pytest.raises(RegistrationError, match="num_head"):
         KVCacheLayout(KVCacheLayoutType.LAYERFIRST, 1, 1, 1, 0, 1)
+
+
+def test_a_kernel_that_hangs_while_it_populates_does_not_hold_up_close(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flexkv.storage.host_pool._CLOSE_S", 0.1)
+    entered, go_on = threading.Event(), threading.Event()
+    pool = HostPool(4096, 4)
+
+    def hang(start: int, size: int) -> None:
+        entered.set()
+        go_on.wait(20)
+        os.posix_fallocate(pool.fd, start, size)
+
+    monkeypatch.setattr(pool, "_allocate", hang)
+    pool.populate(lambda slots, last: None)
+    assert entered.wait(10)
+    pool.close()
+    assert pool.fd >= 0                             # the thread still uses it
+    assert [record.message for record in caplog.records if record.levelno == logging.ERROR] == [
+        "the host pool stays until this process ends: the kernel has not populated a part of it within 0.1 s"]
+    go_on.set()
+    assert pool._thread is not None
+    pool._thread.join(10)
+    pool.close()
+    assert pool.fd == -1

@@ -107,9 +107,13 @@ def test_dead_sockets_are_removed_at_the_next_start(tmp_path: Path, monkeypatch:
     for name in ("vllm-1.sock", "register-3.sock", "notes.sock"):
         dead_socket(runtime / name)
     (runtime / "vllm-2.sock").write_text("a file")
+    mine = f"layers-{os.getpid()}-0-0.sock"
+    for name in ("layers-4194305-0-0.sock", mine):             # the first: beyond every process number
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as gone:
+            gone.bind(str(runtime / name))
     alive = ListeningSocket(runtime / "register-7.sock")
     manager = make_manager(tmp_path / "s")
-    assert sorted(os.listdir(runtime)) == ["notes.sock", "register-7.sock", "vllm-2.sock"]
+    assert sorted(os.listdir(runtime)) == [mine, "notes.sock", "register-7.sock", "vllm-2.sock"]
     manager.shutdown()
     alive.close()
     assert remove_dead_sockets(tmp_path / "nowhere") == []
