@@ -1,4 +1,4 @@
-"""Results for slots that were freed meanwhile: refused, counted, and without effect on the block that has the slot."""
+"""Late results: for slots that were freed meanwhile, and of plans of before a reset."""
 
 import logging
 from collections.abc import Callable
@@ -158,3 +158,57 @@ def test_a_second_result_of_a_plan_is_refused(end: Callable[[GlobalCacheEngine, 
     end(cache, plan)
     assert cache.match(keys_of((1, 1))).num_ready == 2
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("ok", [[True, True], [True, False], [False, False]])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_write_planned_before_a_reset_that_ends_after_it_offers_nothing(ok: list[bool], again: bool) -> None:
+    """The retired tree lets go of the SSD slots when the write ends, once; what was written since the reset stays."""
+    cache = engine(4, num_ssd=4)
+    keys = keys_of((1, 1))
+    cache.end_put(cache.begin_put(keys, 0, 2), ones(2))
+    write = cache.begin_write(keys, 2)
+    assert write is not None
+    cache.reset()
+    assert cache.stats()["free_slots"] == 2                     # the write still reads the others
+    assert cache.stats()["ssd_free_slots"] == 2
+    if again:                                                   # the same sequence, computed anew
+        cache.end_put(cache.begin_put(keys, 0, 2), ones(2))
+        newer = cache.begin_write(keys, 2)
+        assert newer is not None
+        assert not set(newer.ssd_slots) & set(write.ssd_slots)
+        assert not set(newer.host_slots) & set(write.host_slots)
+    cache.end_write(write, np.array(ok))
+    cache.check_integrity()
+    assert not cache._retired
+    assert cache.match(keys).num_ready == (2 if again else 0)
+    assert cache.stats()["ssd_free_slots"] == (2 if again else 4)
+    assert cache.stats()["free_slots"] == (2 if again else 4)
+    cache.end_write(write, np.array(ok))                        # once more changes nothing
+    cache.check_integrity()
+    if again:
+        cache.end_write(newer, ones(2))
+        cache._host.evict(cache._tree, 4, 1e6)
+        assert cache.match(keys).num_to_fetch == 2
+    cache.check_integrity()
+
+
+def test_a_fetch_planned_before_a_reset_that_ends_after_it_offers_nothing() -> None:
+    cache = engine(2, num_ssd=2)
+    keys = keys_of((1, 1))
+    cache.end_put(cache.begin_put(keys, 0, 2), ones(2))
+    write = cache.begin_write(keys, 2)
+    assert write is not None
+    cache.end_write(write, ones(2))
+    cache._host.evict(cache._tree, 2, 1e6)
+    get = cache.begin_get(keys, 0, 2)
+    assert get.fetch is not None
+    cache.reset()
+    assert cache.stats()["free_slots"] == 0
+    cache.end_fetch(get.fetch, ones(2))
+    assert cache.match(keys).num_ready == 0
+    cache.end_get(get, ones(2))
+    assert cache.stats()["free_slots"] == 2
+    assert cache.stats()["ssd_free_slots"] == 2
+    assert cache.stats()["stale_results"] == 0
+    assert not cache._retired
