@@ -4,6 +4,7 @@ Decisions and their reasons: docs/design/0014-identity.md.
 """
 
 import hashlib
+import importlib.util
 import json
 import secrets
 import time
@@ -144,7 +145,7 @@ def config_digest(vllm_config: "VllmConfig") -> str:
         "load": [str(load.load_format), canonical(load.model_loader_extra_config)],
         "dtype": str(model.dtype),
         "kv": [str(cache.cache_dtype), canonical(getattr(cache, "kv_cache_dtype_skip_layers", None)),
-               str(getattr(cache, "kv_cache_layout", None)), _layout()],
+               str(getattr(cache, "kv_cache_layout", None)), _from_environment("VLLM_KV_CACHE_LAYOUT")],
         "lora": str(getattr(lora, "lora_dtype", None)),
         "speculative": [str(getattr(speculative, name, None)) for name in ("method", "num_speculative_tokens")],
         "multimodal": canonical({name: getattr(multimodal, name, None) for name in
@@ -153,6 +154,8 @@ def config_digest(vllm_config: "VllmConfig") -> str:
                    if (section := getattr(vllm_config, name, None)) is not None},
         "additional": canonical(getattr(vllm_config, "additional_config", None)),
         "processor": _processor(),
+        "flashinfer": importlib.util.find_spec("flashinfer") is not None,    # then vLLM may choose its attention
+        "partition": _from_environment("VLLM_PP_LAYER_PARTITION"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -177,14 +180,14 @@ def canonical(value: Any) -> Any:
     return [kind, value.__qualname__ if callable(value) else canonical(getattr(value, "__slots__", None))]
 
 
-def _layout() -> str:
+def _from_environment(name: str) -> str:
     from vllm import envs
 
-    return str(getattr(envs, "VLLM_KV_CACHE_LAYOUT", None))
+    return str(getattr(envs, name, None))
 
 
 def _processor() -> str:
-    """Properties of a CPU that decide how attention arranges KV; empty on a GPU (see ``ModelConfig.engine``)."""
+    """What decides which kernels vLLM takes, and how they arrange KV: the model of the GPU, or a CPU's instructions."""
     if not current_platform.is_cpu():
-        return ""
+        return str(current_platform.get_device_name())
     return f"{torch.backends.cpu.get_cpu_capability()} amx {torch.cpu._is_amx_tile_supported()}"

@@ -86,6 +86,21 @@ def test_what_changes_no_kv_is_the_same_domain(root: Path) -> None:
         assert domain_of(engine_config(root, **options)) == base, options
 
 
+def test_the_gpu_and_the_layers_of_each_pipeline_stage_are_part_of_the_domain(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another GPU has other kernels, which arrange KV otherwise; stages of other sizes hold other layers."""
+    config = engine_config(root)
+    digests = [config_digest(config)]
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,2")
+    digests.append(config_digest(config))
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA B200"):
+        gpu = type("Gpu", (), {"is_cpu": lambda self: False, "get_device_name": lambda self, name=name: name})
+        monkeypatch.setattr(identity, "current_platform", gpu())
+        digests.append(config_digest(config))
+    assert len(set(digests)) == len(digests)
+
+
 def test_a_domain_is_the_same_in_every_process(root: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
