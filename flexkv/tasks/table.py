@@ -259,8 +259,7 @@ class TaskTable:
     # ---- ending -----------------------------------------------------------------------------------------------
 
     def cancel(self, task_id: int, reason: str = reasons.CANCELLED) -> None:
-        """Stop a task. One that was not launched is forgotten; one that runs will settle, and has a result. A
-        provisional put that was not accepted is dropped."""
+        """Stop a task: forget one not launched yet, drop a put not accepted yet; one that runs will settle."""
         with self._lock:
             self._provisional.drop(task_id)
             task = self._tasks.get(task_id)
@@ -269,6 +268,7 @@ class TaskTable:
             if task.stage is TaskStage.MATCHED:
                 del self._tasks[task_id], self._matched[task_id]
                 self.discard(task)
+                self._transfer.notify()
                 return
             if task.verdict is None and task.decided is None:
                 task.verdict, task.reason = KVResponseStatus.CANCELLED, task.reason or reason
@@ -293,8 +293,7 @@ class TaskTable:
             self._provisional.accept(task_id, stop)
 
     def keep_house(self) -> float:
-        """End tasks that were matched and never launched, and puts that were never accepted; returns in how many
-        seconds to call again."""
+        """End tasks never launched and puts never accepted, in time; returns in how many seconds to call again."""
         now = self._clock()
         with self._lock:
             while self._matched:
@@ -312,6 +311,7 @@ class TaskTable:
         if isinstance(task, KVTask):
             nothing = np.zeros(len(task.blocks), dtype=np.bool_)
             self._settle(task, KVResponseStatus.TIMEOUT, nothing, reasons.not_launched(_LAUNCH_WITHIN_S))
+            self._transfer.notify()
 
     def _on_done(self, task: KVTask, graph: TransferGraph) -> None:
         with self._lock:
