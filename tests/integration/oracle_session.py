@@ -8,8 +8,10 @@ FlexKV's index is compared with what the plain engine has computed.
 """
 
 import json
+import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from tests.integration.vllm_session import RESULT, Engine
 from tests.integration.workload import Asked, FailingLoads, make_requests, serve
 
 BLOCK = 32
-PAGES, HOST_BLOCKS = 44, 60
+PAGES, HOST_BLOCKS = 34, 60
 PLAIN_PAGES = 1501
 CORRUPTED = 12
 NUM_ADAPTERS = 2
@@ -30,10 +32,16 @@ MODES = [(loads, scheduling) for loads in ("always", "auto", "never") for schedu
 
 
 def requests_of(mode: str, options: dict[str, Any]) -> list[Asked]:
+    """A third of them ask again, later, for an answer of another length: their whole prompt is to be loaded."""
     seed = 1000 * options.get("seed", 1) + options["modes"].index(mode)
-    return make_requests(
-        options["count"], seed, options.get("length", 400), options.get("per_step", 0.6), (0, 0, 1, 2), crossing=0.2
-    )
+    rng, count = random.Random(seed), options["count"]
+    requests = make_requests(count - count // 3, seed, 400, 0.4, (0, 0, 1, 2), crossing=0.2)
+    arrives = requests[-1].arrives
+    again = [
+        replace(rng.choice(requests), name=f"again{i}", tokens=rng.randrange(1, 24), arrives=arrives + 3 * i, abort=0)
+        for i in range(count // 3)
+    ]
+    return requests + again
 
 
 class OracleEngine(Engine):
