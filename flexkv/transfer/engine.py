@@ -24,6 +24,10 @@ from flexkv.transfer.watch import Watch
 
 logger = logging.getLogger("flexkv.transfer")
 
+_END_S = 10.0
+"""How long a shutdown waits for the data plane's thread. A turn of its loop takes milliseconds, and seconds only on a
+machine without a free processor."""
+
 _FIRST_RESEND_S, _MAX_RESEND_S = 0.001, 0.05
 """Pause between two attempts to send messages that found a ring full; it doubles with each attempt."""
 
@@ -193,7 +197,7 @@ class TransferEngine(GraphRunner):
             self._thread.stop()
             if self._watch is not None and not self._is_shut_down:
                 self._watch.wake()
-            self._thread.join(self._config.handshake_timeout_s)
+            self._thread.join(max(_END_S, self._config.handshake_timeout_s))
             if self._thread.is_alive():
                 raise TransferError(
                     "the data plane's thread does not end: its memory and its descriptors stay as they are. See the "
