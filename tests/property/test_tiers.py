@@ -207,9 +207,10 @@ class Checked:
             self.check_bytes(get)                           # nobody wrote there meanwhile
             if (direct := get.plan.direct) is not None:
                 lost = np.array([seed >> (i % 6) & 1 == 1 for i in range(len(direct))], dtype=np.bool_)
-                self.lose(direct.ssd_slots[lost & self.still(direct, get.losses)])
+                gone = lost & self.still(direct, get.losses)    # else the slot was freed, and holds another copy
+                self.lose(direct.ssd_slots[gone])
                 self.engine.end_direct_get(direct, None, lost)
-                for position in direct.blocks[lost].tolist() if direct.tree is self.engine._tree else ():
+                for position in direct.blocks[gone].tolist() if direct.tree is self.engine._tree else ():
                     assert self.engine._tree.slots(direct.keys[: position + 1], SSD)[position] not in direct.ssd_slots[
                         direct.blocks == position]
             self.engine.end_get(get.plan)
