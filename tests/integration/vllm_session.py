@@ -102,6 +102,16 @@ class Engine:
             return preempt(*args, **kwargs)
 
         self.core.scheduler._preempt_request = counted
+        if self.has_flexkv:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Wait until KV can be saved: these answers are short, and could all be there before the host pool is."""
+        from tests.harness import until
+
+        side = self.flexkv()
+        if hasattr(side, "_manager"):          # caching is not off
+            until(side._manager.is_ready, 60.0)
 
     def params(self, tokens: int) -> Any:
         from vllm import SamplingParams
