@@ -194,7 +194,8 @@ def test_a_store_that_cannot_be_closed_keeps_nothing_else_open(tmp_path: Path) -
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_thread_that_is_stuck_does_not_hold_up_a_shutdown(tmp_path: Path) -> None:
+def test_a_thread_that_is_stuck_does_not_hold_up_a_shutdown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexkv.transfer.engine._END_S", 0.5)
     stuck, release = threading.Event(), threading.Event()
 
     def housekeeping() -> float:
