@@ -112,6 +112,9 @@ class Plane:
     def cancel(self, graph: TransferGraph) -> None:
         self.scheduler.stop_graph(graph, OpStatus.CANCELLED)
 
+    def notify(self) -> None:
+        """Nobody waits here."""
+
 
 @dataclass
 class Known:

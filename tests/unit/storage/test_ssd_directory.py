@@ -173,12 +173,15 @@ def test_a_second_process_is_told_who_has_the_directory(tmp_path: Path) -> None:
 
 def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path) -> None:
     reads, writes = os.pipe()
+    runs = os.eventfd(0)
     with opened([tmp_path / "a"]):
         child = os.fork()
         if child == 0:
             os.close(writes)
+            os.eventfd_write(runs, 1)
             os.read(reads, 1)                                                   # until its parent is done
             os._exit(0)
+        os.eventfd_read(runs)                                                   # the child has left its copies
         with pytest.raises(DirectoryInUseError):                                # the parent has it still
             Tier([tmp_path / "a"])
     with opened([tmp_path / "a"]):
@@ -186,6 +189,7 @@ def test_a_forked_child_does_not_keep_the_directory(tmp_path: Path) -> None:
     os.close(writes)
     os.waitpid(child, 0)
     os.close(reads)
+    os.close(runs)
 
 
 def test_a_full_disk_or_too_many_files_leave_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
