@@ -165,7 +165,7 @@ void flexkv_agent_set_signals(struct flexkv_agent *agent, const struct flexkv_si
 int flexkv_agent_status(struct flexkv_agent *agent);
 
 /* End the thread, wait for it, free everything: 0, and nothing touches pages or slots afterwards. -ETIMEDOUT: the device
- * does not finish what it was given, or a call of its driver does not return. Nothing is freed then, and the memory and the
+ * does not finish its copies, or a call of its driver does not return. Nothing is freed then, and the memory and the
  * descriptors in the options must stay as they are until the process ends. Takes little more than rest_timeout_ms. */
 int flexkv_agent_stop(struct flexkv_agent *agent);
 

@@ -133,7 +133,7 @@ class SsdWriter:
             return max(0.0, self._not_before - self._clock())
 
     def has_room(self, num_blocks: int) -> bool:
-        """Whether the queue can take so many blocks; an empty queue takes as many of them as it has room for."""
+        """Whether the queue has room for the blocks. An empty queue accepts any number, and keeps as many as fit."""
         with self._lock:
             return self._queue.num_blocks == 0 or self._queue.num_blocks + num_blocks <= self._max_queued
 

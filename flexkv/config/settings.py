@@ -113,7 +113,7 @@ class CacheConfig(_Settings):
     ssd_admission: str = setting(
         "second_touch",
         "Blocks that are written to SSD once it has no free slots: those with evidence of reuse, or all. See "
-        "[SSD](ssd.md#what-is-written-and-when).",
+        "[SSD](ssd.md#which-blocks-are-written-and-when).",
         choices=("second_touch", "all"),
     )
     ssd_write_mb_per_s: float = setting(

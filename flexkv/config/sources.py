@@ -28,7 +28,7 @@ _OFF = ("0", "0.0", "false", "no", "off", "none", "")
 
 @dataclass
 class Findings:
-    """What the sources say, and what is wrong with it.
+    """Settings of all sources, and the faults found in them.
 
     Attributes
     ----------

@@ -14,7 +14,7 @@ from flexkv.storage.ssd_directory import DATA_NAME, TABLE_NAME
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """What is in a directory, whether a process uses it or not; nothing is changed.
+    """Contents of a directory, in use or not; nothing is changed.
 
     Returns
     -------

@@ -359,7 +359,7 @@ def raise_floor(directories: Sequence[SsdDirectory], floor: int, seconds: float)
         if error:
             failed.append(f"{directory.path} ({error})")
     if failed:
-        raise StorageError(f"{', '.join(failed)} could not be cleared: remove what is in there before a restart")
+        raise StorageError(f"{', '.join(failed)} could not be cleared: delete the files in it before a restart")
 
 
 def close_directories(directories: Sequence[SsdDirectory], clean: bool) -> None:

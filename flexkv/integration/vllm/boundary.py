@@ -79,7 +79,7 @@ class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
         self._step = 0
 
     def turn_off(self, failed: SchedulerSide | OffScheduler) -> None:
-        """Loads and finished requests that the workers have not heard of are told to them in the next step."""
+        """The next step passes loads and finished requests that are new to the workers."""
         loads, self._finishing = failed.take_pending()
         self._orphans += loads
         super().turn_off(failed)
