@@ -351,7 +351,8 @@ cdef class EvictableNodes(NodeStore):
 
     cdef void free_blocks(self, int32_t node, uint32_t start, int tier, Py_ssize_t want, int group, int32_t *out,
                           Py_ssize_t *count) noexcept nogil:
-        """Free slots of blocks from ``start`` on that are ready and not pinned."""
+        """Free slots of blocks from ``start`` on that are ready and not pinned. Each is a new hole for what stays behind
+        it: the hole before it may be filled again first."""
         cdef Node *p = &self.nodes[node]
         cdef uint32_t i
         if group >= 0 and p.group != group:
@@ -363,8 +364,9 @@ cdef class EvictableNodes(NodeStore):
                 out[count[0]] = self.slots_of(p, tier)[i]
                 count[0] += 1
                 self.clear_slot(node, i, tier)
-                if self.state_of(p)[i] == 0:
+                if self.is_absent(p, i):
                     self.forget(p.keys + 2 * <size_t>i, WHY_EVICTED)
+                    self.note_hole(node)
 
     def expire(self, int tier, double now, Py_ssize_t num_nodes, Py_ssize_t want=1 << 16):
         """Free slots of blocks that their group keeps no longer, looking at the next ``num_nodes`` nodes.

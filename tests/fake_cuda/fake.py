@@ -30,6 +30,7 @@ class FakeCuda:
     """What a test can do to the driver."""
 
     def __init__(self) -> None:
+        self._old_parts: list[tuple[int, int]] = []
         self._library = ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
         for name in ("objects", "bytes", "registered", "calls"):
             getattr(self._library, f"fake_cuda_{name}").restype = ctypes.c_long
@@ -52,14 +53,14 @@ class FakeCuda:
 
     @property
     def parts(self) -> list[tuple[int, int]]:
-        """Address and size of each pinned part, in the order in which they were pinned."""
+        """Address and size of each part pinned since ``checked``, in order; an earlier test may have left others."""
         self._library.fake_cuda_part.restype = size = ctypes.c_size_t
         found, num_bytes = [], ctypes.c_size_t()
         for number in range(256):
             address = int(size(self._library.fake_cuda_part(number, ctypes.byref(num_bytes))).value)
             if address:
                 found.append((address, num_bytes.value))
-        return found
+        return [part for part in found if part not in self._old_parts]
 
     def reset(self) -> None:
         self.fail("", 0, 0)
@@ -71,6 +72,7 @@ class FakeCuda:
     def checked(self) -> Iterator["FakeCuda"]:
         """It does what it should, and at the end everything has been given back: streams, events, memory."""
         self.reset()
+        self._old_parts += self.parts
         before = self.live
         yield self
         self.reset()

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flexkv._core.evictable import Pieces
@@ -136,7 +136,13 @@ class Pair:
         assert self.tree.num_nodes == 0
 
 
+# The first block fails, a part of what is behind it is freed, and the first is written again.
+FILLED_HOLE = [("put", (1, 0, 1, 0, 0), 1), ("put", (1, 0, 0), 0), ("fail", (1,), 0), ("reclaim", (0,), 2),
+               ("put", (1,), 0), ("reclaim", (0,), 1)]
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
+@example(FILLED_HOLE)
 @given(OPERATIONS)
 def test_tree_agrees_with_model(operations: list[tuple[str, Prefix, int]]) -> None:
     pair = Pair()
