@@ -100,7 +100,7 @@ class Controller:
         self._counts = MatchCounts()
         self.metrics = self._make_metrics(model_config, cache_config, dp_client_id)
         self._cache: GlobalCacheEngine | None = None
-        self._is_closed = self._is_told = False
+        self._is_closed = self._has_logged_out_of_service = False
         self._note = note
         self._ranks = ranks
         self._tiering = None
@@ -156,16 +156,12 @@ class Controller:
         """The index, while blocks can be moved."""
         if self._is_closed:
             return None
-        if not self._in_service:
-            if not self._is_told:
-                self._is_told = True
+        if not self._transfer.in_service:
+            if not self._has_logged_out_of_service:
+                self._has_logged_out_of_service = True
                 logger.error("the data plane is out of service: nothing is loaded or saved any more; see the log above")
             return None
         return self._cache
-
-    @property
-    def _in_service(self) -> bool:
-        return bool(getattr(self._transfer, "in_service", True))
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Wait until every rank has registered, so that KV can be loaded and saved.
@@ -181,10 +177,15 @@ class Controller:
             A rank has not registered by then, or the manager was not started or was shut down.
         """
         timeout = seconds_of(timeout, "timeout")
-        if not self._transfer.wait(self.is_ready, timeout if self._transfer.describe_ranks() else 0.0):
+        self._transfer.wait(
+            lambda: self.is_ready() or self._is_closed or not self._transfer.in_service,
+            timeout if self._transfer.describe_ranks() else 0.0,
+        )
+        if not self.is_ready():
             ranks = self._transfer.describe_ranks()
             raise NotReadyError(
-                "the data plane is out of service: see the log" if not self._in_service else
+                "the data plane is out of service: see the log" if not self._transfer.in_service else
+                "the manager was shut down" if self._is_closed else
                 f"{ranks} after {timeout:g} s" if ranks else "the manager is not running: call start()"
             )
 
@@ -321,7 +322,7 @@ class Controller:
             **self._counts.stats(),
             "tasks": len(self._tasks),
             "provisional_puts": self._tasks.num_provisional,
-            "in_service": int(self._in_service),
+            "in_service": int(self._transfer.in_service),
         }
 
     def check_integrity(self) -> None:

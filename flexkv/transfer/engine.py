@@ -219,6 +219,7 @@ class TransferEngine(GraphRunner):
             if self._membership is not None:
                 self._membership.is_closing = True
             unfinished = self._scheduler.running()
+            self._news.notify_all()
         finally:
             self._lock.release()
         if not was_closing:

@@ -55,16 +55,28 @@ def test_it_says_why_a_rank_was_refused(tmp_path: Path) -> None:
             manager.wait_ready(0.05)
 
 
-@pytest.mark.parametrize("was_started", [False, True])
-def test_it_does_not_wait_for_a_manager_that_does_not_run(tmp_path: Path, was_started: bool) -> None:
+@pytest.mark.parametrize(("was_started", "reason"), [(False, "not running"), (True, "was shut down")])
+def test_it_does_not_wait_for_a_manager_that_does_not_run(tmp_path: Path, was_started: bool, reason: str) -> None:
     manager = manager_at(tmp_path / "s")
     if was_started:
         manager.start()
         manager.shutdown()
     before = time.monotonic()
-    with pytest.raises(NotReadyError, match="not running"):
+    with pytest.raises(NotReadyError, match=reason):
         manager.wait_ready(60.0)
     assert time.monotonic() - before < 5.0
+
+
+def test_a_shutdown_ends_it(tmp_path: Path) -> None:
+    manager = manager_at(tmp_path / "s")
+    manager.start()
+    closer = threading.Timer(0.2, manager.shutdown)
+    closer.start()
+    before = time.monotonic()
+    with pytest.raises(NotReadyError, match="was shut down"):
+        manager.wait_ready(60.0)
+    assert time.monotonic() - before < 30.0
+    closer.join()
 
 
 def test_the_context_shuts_down_also_after_an_error(tmp_path: Path) -> None:
