@@ -351,8 +351,8 @@ cdef class EvictableNodes(NodeStore):
 
     cdef void free_blocks(self, int32_t node, uint32_t start, int tier, Py_ssize_t want, int group, int32_t *out,
                           Py_ssize_t *count) noexcept nogil:
-        """Free slots of blocks from ``start`` on that are ready and not pinned. Each is a new hole for what stays behind
-        it: the hole before it may be filled again first."""
+        """Free slots of blocks from ``start`` on that are ready and not pinned. Each freed block is a hole in front of
+        the blocks that stay behind it, because an earlier hole may be filled again first."""
         cdef Node *p = &self.nodes[node]
         cdef uint32_t i
         if group >= 0 and p.group != group:
