@@ -153,7 +153,7 @@ build() { # $1: release or debug
     local sources; sources=$(find csrc flexkv/_core -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -path 'csrc/*' -o -name '*.h' -o -name '*.cu' | sort)
     # shellcheck disable=SC2086
     local stamp; stamp=$PWD-$1-$(cat setup.py pyproject.toml $sources | cksum)
-    if done_already build "$stamp" && "$PYTHON" -c 'import flexkv._core.radix' 2>/dev/null; then return; fi
+    if done_already build "$stamp" && "$PYTHON" -c 'import flexkv._core.index.radix' 2>/dev/null; then return; fi
     step "building ($1)"
     local force=()
     done_already kind "$1" || force=(--force)
@@ -222,7 +222,7 @@ case "${1:-}" in
         "$PYTHON" -m pytest -m "nightly and not gpu" "$@" ;;
     sanitize)   environment; dependencies demo,replay,test; sanitize_with address; sanitize_with thread ;;
     --release)  environment; dependencies torch; run "$PYTHON" -m pip wheel --no-deps --no-build-isolation -w dist . ; ls dist ;;
-    --clean)    rm -rf build dist ./*.egg-info flexkv/_core/*.so flexkv/_core/*.c; rm -f .venv/.flexkv-* ;;
+    --clean)    rm -rf build dist ./*.egg-info; find flexkv/_core -name "*.so" -delete -o -name "*.c" -delete; rm -f .venv/.flexkv-* ;;
     -h|--help)  usage ;;
     *)          usage >&2; die "unknown command: $1" ;;
 esac

@@ -18,28 +18,28 @@ LINK = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 MODULES: dict[str, list[str]] = {
     "arena": [],
     "block_table": [],
-    "chains": [],
-    "checksum": [],
-    "cuda_driver": [],
-    "cuda_memory": [],
-    "device_copy": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
-    "device_staging": [],
-    "evictable": [],
-    "ghosts": [],
-    "hashing": [],
-    "io_queue": [f"csrc/io_{part}.c" for part in ("faulty", "job", "queue", "threads", "uring")],
+    "device.agent": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
+    "device.cuda_driver": [],
+    "device.cuda_memory": [],
+    "device.ring": ["csrc/ring.c"],
+    "device.staging": [],
+    "index.block_keys": [],
+    "index.eviction": [],
+    "index.eviction_queues": [],
+    "index.ghosts": [],
+    "index.nodes": [],
+    "index.radix": [],
+    "index.reuse_statistics": [],
+    "index.slots": [],
+    "io.chains": [],
+    "io.checksum": [],
+    "io.io_queue": [f"csrc/io_{part}.c" for part in ("faulty", "job", "queue", "threads", "uring")],
+    "io.slot_records": [],
     "mapping": [],
-    "nodes": [],
-    "radix": [],
-    "ranking": [],
-    "reuse": [],
-    "ring": ["csrc/ring.c"],
-    "slot_records": [],
-    "slots": [],
 }
 
 # module -> libraries that become part of it, out of sight of others, so that a wheel needs none of them
-STATIC: dict[str, list[str]] = {"io_queue": ["-l:liburing.a", "-Wl,--exclude-libs,ALL"]}
+STATIC: dict[str, list[str]] = {"io.io_queue": ["-l:liburing.a", "-Wl,--exclude-libs,ALL"]}
 
 DIRECTIVES = {
     "language_level": 3,
@@ -57,7 +57,7 @@ setup(
         [
             Extension(
                 f"flexkv._core.{module}",
-                [f"flexkv/_core/{module}.pyx", *sources],
+                [f"flexkv/_core/{module.replace('.', '/')}.pyx", *sources],
                 include_dirs=["csrc"],
                 depends=HEADERS,
                 extra_compile_args=FLAGS,

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flexkv._core.hashing import SequenceHasher, chain_seed, hash_blocks
+from flexkv._core.index.block_keys import SequenceHasher, chain_seed, hash_blocks
 from flexkv.at_exit import close_at_exit
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import policy_class

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.io_queue import IoQueue
+from flexkv._core.io.io_queue import IoQueue
 from flexkv.cache.early_traffic import EarlyTraffic
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
@@ -19,8 +19,8 @@ from flexkv.cache.ssd_writer import SsdWriter
 from flexkv.cache.tier import SsdTier
 from flexkv.config import CacheConfig
 from flexkv.errors import FlexKVError
-from flexkv.storage.recovered import Recovered
-from flexkv.storage.ssd_store import SsdStore
+from flexkv.storage.ssd.recovery import Recovered
+from flexkv.storage.ssd.store import SsdStore
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.gds import GdsEnd, GdsQueue
 from flexkv.transfer.graph import Dependency, OpKind, TransferGraph, TransferOp

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.checksum import xxh3_64
+from flexkv._core.io.checksum import xxh3_64
 
 SECTOR = 512
 

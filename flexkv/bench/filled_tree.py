@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import RadixTree
+from flexkv._core.index.radix import RadixTree
 from flexkv.cache.eviction import LRU
 
 SEQUENCE = 2048

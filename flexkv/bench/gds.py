@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from flexkv._core.cuda_driver import load_driver
+from flexkv._core.device.cuda_driver import load_driver
 from flexkv.bench.pipeline import CASES, KIB, Pipeline, cache_options
 from flexkv.bench.report import Line, line_of
 from flexkv.bench.session import LAYERS, session

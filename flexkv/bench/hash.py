@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flexkv._core.hashing import HAS_SHA_INSTRUCTIONS, chain_seed, hash_blocks
+from flexkv._core.index.block_keys import HAS_SHA_INSTRUCTIONS, chain_seed, hash_blocks
 from flexkv.bench.report import Line, line_of, measure
 
 NUM_TOKENS = 32_768

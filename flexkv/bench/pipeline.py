@@ -11,7 +11,7 @@ import numpy as np
 from flexkv.bench.report import Line, line_of
 from flexkv.bench.session import LAYERS, Session, session
 from flexkv.errors import FlexKVError
-from flexkv.storage.ssd_directory import total_bytes
+from flexkv.storage.ssd.directory import total_bytes
 
 KIB = 1024
 CASES = [(2048 * KIB, 256), (64 * KIB, 4096)]

@@ -8,13 +8,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from flexkv._core.checksum import xxh3_64
-from flexkv._core.radix import RadixTree
+from flexkv._core.index.radix import RadixTree
+from flexkv._core.io.checksum import xxh3_64
 from flexkv.bench.filled_tree import SEQUENCE, random_keys
 from flexkv.bench.report import Line, line_of
-from flexkv.storage.slot_table import RECORD
-from flexkv.storage.ssd_directory import total_bytes
-from flexkv.storage.ssd_store import SsdStore
+from flexkv.storage.ssd.directory import total_bytes
+from flexkv.storage.ssd.slot_table import RECORD
+from flexkv.storage.ssd.store import SsdStore
 
 _SLOT_BYTES = 4096
 """Nothing is read but the table, so small slots do."""

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.checksum import xxh3_64_slots
-from flexkv._core.io_queue import READ, WRITE, IoQueue
+from flexkv._core.io.checksum import xxh3_64_slots
+from flexkv._core.io.io_queue import READ, WRITE, IoQueue
 from flexkv.bench import pipeline
 from flexkv.bench.report import Line
 from flexkv.errors import FlexKVError

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from flexkv._core.cuda_driver import load_driver
-from flexkv._core.device_copy import DeviceAgent
-from flexkv._core.ring import ControllerRings
+from flexkv._core.device.agent import DeviceAgent
+from flexkv._core.device.cuda_driver import load_driver
+from flexkv._core.device.ring import ControllerRings
 from flexkv.bench.report import Line
 from flexkv.config import TransferConfig
 from flexkv.errors import CudaUnavailableError

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import Match, RadixTree
+from flexkv._core.index.radix import Match, RadixTree
 from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan
 from flexkv.cache.sources import Sources
 from flexkv.cache.tier import SSD, Tier

@@ -9,8 +9,8 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import RadixTree
-from flexkv._core.slots import SlotAllocator
+from flexkv._core.index.radix import RadixTree
+from flexkv._core.index.slots import SlotAllocator
 from flexkv.cache.direct import direct_get, lose
 from flexkv.cache.fetches import FetchTable
 from flexkv.cache.pins import Pin, Pins

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import Match, RadixTree
+from flexkv._core.index.radix import Match, RadixTree
 from flexkv.cache.plan import IN_PLACE, FetchPlan, Join
 from flexkv.cache.tier import SsdTier, Tier
 

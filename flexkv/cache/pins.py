@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import RadixTree
+from flexkv._core.index.radix import RadixTree
 from flexkv.cache.quotas import Quotas
 from flexkv.errors import PinError
 

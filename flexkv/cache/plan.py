@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import RadixTree, by_position
+from flexkv._core.index.radix import RadixTree, by_position
 from flexkv.cache.reasons import StopReason
 
 IN_PLACE = -2

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import RadixTree
+from flexkv._core.index.radix import RadixTree
 from flexkv.cache.direct import direct_put
 from flexkv.cache.plan import DirectPlan, PutPlan
 from flexkv.cache.reasons import CAME_BACK, Fate

@@ -2,7 +2,7 @@
 
 import enum
 
-from flexkv._core import radix
+from flexkv._core.index import radix
 
 
 class Fate(enum.IntEnum):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.radix import Match, RadixTree
+from flexkv._core.index.radix import Match, RadixTree
 from flexkv.cache.fetches import FetchTable
 from flexkv.cache.reasons import STOP_REASONS, StopReason
 from flexkv.cache.tier import HOST, SSD, SsdTier

@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.evictable import Pieces
-from flexkv._core.radix import RadixTree
-from flexkv._core.ranking import Ranking
-from flexkv._core.slots import SlotAllocator
+from flexkv._core.index.eviction import Pieces
+from flexkv._core.index.eviction_queues import Ranking
+from flexkv._core.index.radix import RadixTree
+from flexkv._core.index.slots import SlotAllocator
 from flexkv.cache.eviction import Choice, EvictionPolicy
 from flexkv.cache.plan import BlocksOfSequence, DirectPlan, FetchPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner

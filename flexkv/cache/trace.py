@@ -27,7 +27,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.checksum import xxh3_64
+from flexkv._core.io.checksum import xxh3_64
 from flexkv.config import CacheConfig
 from flexkv.errors import TraceError
 

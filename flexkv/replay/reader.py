@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.hashing import chain_seed, hash_blocks
+from flexkv._core.index.block_keys import chain_seed, hash_blocks
 from flexkv.cache.trace import MAGIC, read_recorded
 from flexkv.errors import TraceError, short
 from flexkv.replay.trace import Trace, make_trace

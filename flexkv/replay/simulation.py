@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.slots import SlotAllocator
+from flexkv._core.index.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import policy_class
 from flexkv.cache.planner import LoadPlanner

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.cuda_driver import Device
-from flexkv._core.device_staging import DeviceStaging
-from flexkv._core.io_queue import READ, WRITE
+from flexkv._core.device.cuda_driver import Device
+from flexkv._core.device.staging import DeviceStaging
+from flexkv._core.io.io_queue import READ, WRITE
 from flexkv.errors import FlexKVError, GdsUnavailableError
 from flexkv.server.cufile import MAX_BATCH, NUM_BATCHES, CuFile
 from flexkv.transfer.cuda_kernel import checksum_function, move_function

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.block_table import TensorSpec, layer_spans, regions_from_tensors
-from flexkv._core.cuda_driver import Device, load_driver
-from flexkv._core.device_copy import DeviceAgent
+from flexkv._core.device.agent import DeviceAgent
+from flexkv._core.device.cuda_driver import Device, load_driver
 from flexkv.at_exit import close_at_exit
 from flexkv.config import TransferConfig, load_config
 from flexkv.errors import RegistrationError

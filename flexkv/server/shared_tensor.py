@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from flexkv._core.block_table import TensorSpec
-from flexkv._core.cuda_driver import load_driver
-from flexkv._core.cuda_memory import ImportedMemory, export_memory
+from flexkv._core.device.cuda_driver import load_driver
+from flexkv._core.device.cuda_memory import ImportedMemory, export_memory
 from flexkv.errors import RegistrationError
 from flexkv.server.tensors import tensor_spec, upstream_spec
 from flexkv.storage.layout import KVCacheLayout

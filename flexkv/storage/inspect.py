@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from flexkv.errors import StorageError
-from flexkv.storage.directory_lock import owner_of
-from flexkv.storage.slot_table import SlotTable
-from flexkv.storage.ssd_directory import DATA_NAME, TABLE_NAME
+from flexkv.storage.ssd.directory import DATA_NAME, TABLE_NAME
+from flexkv.storage.ssd.directory_lock import owner_of
+from flexkv.storage.ssd.slot_table import SlotTable
 
 
 def describe(directory: Path) -> dict[str, Any]:

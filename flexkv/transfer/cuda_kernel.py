@@ -5,7 +5,7 @@ import logging
 import os
 from pathlib import Path
 
-from flexkv._core.cuda_driver import Device, kernel_source
+from flexkv._core.device.cuda_driver import Device, kernel_source
 from flexkv.config import cache_directory
 from flexkv.errors import CudaError, CudaUnavailableError
 

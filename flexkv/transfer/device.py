@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.ring import ControllerRings
+from flexkv._core.device.ring import ControllerRings
 from flexkv.errors import RingCorruptedError
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.graph import OpKind, TransferOp

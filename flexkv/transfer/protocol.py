@@ -8,7 +8,7 @@ side hangs up when it is over. A hang-up without a farewell is the death of a pr
 import struct
 from dataclasses import astuple, dataclass, field
 
-from flexkv._core.ring import FAREWELL, RING_HEADER_BYTES
+from flexkv._core.device.ring import FAREWELL, RING_HEADER_BYTES
 from flexkv.errors import RegistrationError
 
 __all__ = ["FAREWELL", "MAX_MESSAGE_BYTES", "NUM_FDS", "Hello", "Welcome", "pack_refusal"]

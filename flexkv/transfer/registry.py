@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
-from flexkv._core.ring import ControllerRings
+from flexkv._core.device.ring import ControllerRings
 from flexkv.at_fork import close_in_children
 from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.storage.host_pool import HostPool

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flexkv.cache.tier import Slots
 from flexkv.config import CacheConfig
-from flexkv.storage.recovered import Recovered
+from flexkv.storage.ssd.recovery import Recovered
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.gds import GdsQueue
 from flexkv.transfer.graph import OpKind, OpStatus, TransferOp

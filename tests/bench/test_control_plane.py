@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from flexkv._core.hashing import chain_seed, hash_blocks
+from flexkv._core.index.block_keys import chain_seed, hash_blocks
 from flexkv.bench import api, evict, hash, insert, match, memory, recover
 from flexkv.bench.filled_tree import NEW, SEQUENCE, SHARED, FilledTree
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv._core.io_queue import READ, WRITE, IoQueue
+from flexkv._core.io.io_queue import READ, WRITE, IoQueue
 from flexkv.bench import pipeline, ssd
 from flexkv.bench.pipeline import Pipeline
 from flexkv.bench.session import LAYERS, session

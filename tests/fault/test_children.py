@@ -7,11 +7,11 @@ from pathlib import Path
 
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
-from tests.harness import Tensors, local, mapping, tokens_of, until
+from tests.support.harness import Tensors, local, mapping, tokens_of, until
 
 PARENT = """
 import os, sys
-from tests.harness import *
+from tests.support.harness import *
 from pathlib import Path
 manager = make_manager(Path(sys.argv[1]), cache={"enable_metrics": True, "py_metrics_port": 0})
 wait_ready(manager)

@@ -20,7 +20,7 @@ from flexkv.storage.host_pool import HostPool
 from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
 from flexkv.transfer.protocol import Hello
 from flexkv.transfer.registry import Registry
-from tests.harness import (
+from tests.support.harness import (
     LAYERS,
     TOKENS,
     RankProcess,

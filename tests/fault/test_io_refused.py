@@ -11,7 +11,7 @@ import pytest
 REFUSED = """
 import ctypes, mmap, os, select, struct, sys
 import numpy as np
-from flexkv._core.io_queue import READ, IoQueue
+from flexkv._core.io.io_queue import READ, IoQueue
 code, path = int(sys.argv[1]), sys.argv[2]
 SETUP = 425
 program = b"".join(struct.pack("HBBI", *step) for step in (
@@ -56,7 +56,7 @@ def test_where_io_uring_is_refused_threads_do_it(tmp_path: Path, code: int, blam
 UNREGISTERED = """
 import ctypes, mmap, os, resource, select, sys
 import numpy as np
-from flexkv._core.io_queue import READ, WRITE, IoQueue
+from flexkv._core.io.io_queue import READ, WRITE, IoQueue
 SIZE = 1 << 20
 libc = ctypes.CDLL(None, use_errno=True)
 header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()

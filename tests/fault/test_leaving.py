@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv._core.device_copy import DeviceAgent
+from flexkv._core.device.agent import DeviceAgent
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.errors import RegistrationError, TransferError
 from flexkv.kvmanager import KVManager
@@ -27,8 +27,8 @@ from flexkv.server.client import KVTPClient
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.graph import OpKind, TransferOp
-from tests.fake_cuda.fake import fake_cuda
-from tests.harness import (
+from tests.native.fake_cuda.fake import fake_cuda
+from tests.support.harness import (
     Tensors,
     local,
     make_manager,
@@ -80,7 +80,7 @@ def test_slots_of_a_rank_that_hung_up_wait_for_its_process(
 
 HEIR = """
 import os, sys, time
-from tests.harness import *
+from tests.support.harness import *
 tensors = Tensors()
 client = KVTPClient(sys.argv[1])
 client.register_tensors(tensors.specs(), 20.0, keep_alive=tensors)

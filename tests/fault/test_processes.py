@@ -15,7 +15,7 @@ from flexkv.errors import RegistrationError
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
 from flexkv.transfer.device import Flight
-from tests.harness import (
+from tests.support.harness import (
     PAGES,
     RankProcess,
     Tensors,
@@ -77,7 +77,7 @@ def test_rank_killed_in_a_transfer(tmp_path: Path) -> None:
 
 CONTROLLER = """
 import sys
-from tests.harness import *
+from tests.support.harness import *
 manager = make_manager(Path(sys.argv[1]))
 wait_ready(manager)
 hasher = manager.hasher()

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from flexkv.config import CacheConfig
-from flexkv.storage.ssd_store import SsdStore
+from flexkv.storage.ssd.store import SsdStore
 from tests.faulty_files import FaultyFiles, ThreadQueue
-from tests.ssd_engine import Engine, length_of
+from tests.support.ssd_engine import Engine, length_of
 
 TURNS = int(os.environ.get("CAPACITY_TURNS", "20"))
 SIZES = (1_000_000, 1_500_000, 700_001, 1_200_000)

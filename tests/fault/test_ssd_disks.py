@@ -1,6 +1,6 @@
 """The SSD store while things go wrong: on disks that fail or are full.
 
-Every block that a read calls good is compared with what was written under its key (``tests.tier``).
+Every block that a read calls good is compared with what was written under its key (``tests.support.ssd_store``).
 """
 
 import errno
@@ -18,9 +18,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv._core.io_queue import FAILS, READ, SHORT, WRITE, FaultyIoQueue
+from flexkv._core.io.io_queue import FAILS, READ, SHORT, WRITE, FaultyIoQueue
 from tests.faulty_files import FaultyFiles, wait_until
-from tests.tier import METHODS, SLOT_BYTES, Tier, check_what_is_offered, content_of, hanging_queue, keys_of, one_thread
+from tests.support.ssd_store import (
+    METHODS,
+    SLOT_BYTES,
+    Tier,
+    check_what_is_offered,
+    content_of,
+    hanging_queue,
+    keys_of,
+    one_thread,
+)
 
 SLOTS = 12
 
@@ -193,7 +202,7 @@ class Refusing:
 def test_a_real_disk_that_is_full(tmp_path: Path) -> None:
     """A small tmpfs, in a mount namespace of its own."""
     code = (
-        "import sys; from pathlib import Path; from tests.tier import Tier\n"
+        "import sys; from pathlib import Path; from tests.support.ssd_store import Tier\n"
         "path = Path(sys.argv[1])\n"
         "try: Tier([path / 'a'], 1000)\n"
         "except Exception as error: print(type(error).__name__, error)\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.faulty_files import FaultyFiles
-from tests.tier import Tier, one_thread
+from tests.support.ssd_store import Tier, one_thread
 
 
 def erase(tier: Tier, slots: np.ndarray) -> np.ndarray:

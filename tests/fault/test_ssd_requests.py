@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from flexkv.config import CacheConfig
-from flexkv.storage.ssd_store import SsdStore
+from flexkv.storage.ssd.store import SsdStore
 from tests.faulty_files import FaultyFiles, ThreadQueue
-from tests.ssd_engine import Engine, length_of
+from tests.support.ssd_engine import Engine, length_of
 
 HOT = range(0, 16, 4)           # they share nothing
 ROUNDS = 15

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ssd_engine import MAX_BLOCKS, SHARED, Engine, length_of
+from tests.support.ssd_engine import MAX_BLOCKS, SHARED, Engine, length_of
 
 SLOT_BYTES = int(os.environ.get("RESTART_SLOT_KB", "4")) << 10
 SSD_BYTES = int(float(os.environ.get("RESTART_GB", "0.03")) * (1 << 30))

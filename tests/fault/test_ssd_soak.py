@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.io_queue import FAILS, HANGS, READ, SHORT, WRITE, FaultyIoQueue
+from flexkv._core.io.io_queue import FAILS, HANGS, READ, SHORT, WRITE, FaultyIoQueue
 from tests.faulty_files import FaultyFiles, ThreadQueue, wait_until
-from tests.tier import SLOT_BYTES, Tier, content_of
+from tests.support.ssd_store import SLOT_BYTES, Tier, content_of
 
 READS = int(os.environ.get("SOAK_READS", "20000"))
 

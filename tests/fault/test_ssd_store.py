@@ -1,6 +1,6 @@
 """The SSD store while things go wrong: killed, without power, files cut, changed or removed.
 
-Every block that a read calls good is compared with what was written under its key (``tests.tier``).
+Every block that a read calls good is compared with what was written under its key (``tests.support.ssd_store``).
 """
 
 import errno
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv._core.io_queue import IoQueue
+from flexkv._core.io.io_queue import IoQueue
 from flexkv.errors import StorageError
 from tests.faulty_files import FaultyFiles, ThreadQueue
-from tests.tier import Tier, check_what_is_offered, one_thread
+from tests.support.ssd_store import Tier, check_what_is_offered, one_thread
 
 SLOTS = 12
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flexkv.response import KVResponseStatus as Status
-from tests.harness import LAYERS, PAGE_SHAPE
-from tests.ssd_stage import SSD_SLOTS, Stage, stage
+from tests.support.harness import LAYERS, PAGE_SHAPE
+from tests.support.ssd_stage import SSD_SLOTS, Stage, stage
 
 WORKERS = 3
 REQUESTS = 400

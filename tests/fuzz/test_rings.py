@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from flexkv._core.block_table import regions_from_tensors
-from flexkv._core.device_copy import DeviceAgent
-from flexkv._core.ring import FAREWELL, RING_HEADER_BYTES, ControllerRings
+from flexkv._core.device.agent import DeviceAgent
+from flexkv._core.device.ring import FAREWELL, RING_HEADER_BYTES, ControllerRings
 from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import TransferError
 from flexkv.server.client import KVTPClient
 from tests.fuzz.rounds import Leaks, mutated, rounds
-from tests.harness import Tensors, check_drained, make_manager, tokens_of, until, wait_ready
+from tests.support.harness import Tensors, check_drained, make_manager, tokens_of, until, wait_ready
 
 SLOT, SLOTS, DATA = 8192, 16, 4096
 TAIL_AT = 128

@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from random import Random
 
-from flexkv._core.checksum import xxh3_64
+from flexkv._core.io.checksum import xxh3_64
 from flexkv.errors import FlexKVError, StorageError
 from flexkv.storage.inspect import describe
-from flexkv.storage.slot_table import HEADER_BYTES, RECORD, Header
-from flexkv.storage.ssd_directory import DATA_NAME, TABLE_NAME
-from tests.tier import SLOT_BYTES, Tier
+from flexkv.storage.ssd.directory import DATA_NAME, TABLE_NAME
+from flexkv.storage.ssd.slot_table import HEADER_BYTES, RECORD, Header
+from tests.support.ssd_store import SLOT_BYTES, Tier
 
 from .budget import case, mutated, seeds
 

@@ -20,7 +20,7 @@ from flexkv.server.handshake import join_controller
 from flexkv.transfer.control import ask
 from flexkv.transfer.protocol import Hello, Welcome, pack_refusal
 from tests.fuzz.rounds import Leaks, mutated, rounds
-from tests.harness import local, make_manager, mapping, tokens_of, until
+from tests.support.harness import local, make_manager, mapping, tokens_of, until
 
 HELLO = Hello(0, 0, 1, 1, 10, 1024, bytes(16)).pack()
 REQUESTS = [

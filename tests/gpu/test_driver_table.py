@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv._core.cuda_driver import load_driver
+from flexkv._core.device.cuda_driver import load_driver
 from flexkv.server.shared_tensor import TensorSharedHandle
 from flexkv.transfer.cuda_kernel import compiled_kernel
 from tests.gpu.exporter import Exporter, check, mapped_memory

@@ -17,7 +17,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
 from flexkv.server.tensors import tensor_spec
-from tests.harness import LAYERS, TOKENS, mapping, tokens_of, until
+from tests.support.harness import LAYERS, TOKENS, mapping, tokens_of, until
 
 pytestmark = pytest.mark.gpu
 

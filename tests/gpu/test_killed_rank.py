@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flexkv.response import KVResponseStatus as Status
-from tests.harness import make_manager, mapping, tokens_of, until, wait_ready
+from tests.support.harness import make_manager, mapping, tokens_of, until, wait_ready
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +24,7 @@ import torch
 from flexkv.server.client import KVTPClient
 from flexkv.server.tensors import tensor_spec
 from tests.gpu.test_killed_rank import PAGES
-from tests.harness import LAYERS, TOKENS
+from tests.support.harness import LAYERS, TOKENS
 tensors = [torch.full((PAGES, 2, TOKENS, 8, 32768), -1, dtype=torch.int16, device="cuda") for _ in range(LAYERS)]
 torch.cuda.synchronize()
 client = KVTPClient(sys.argv[1])

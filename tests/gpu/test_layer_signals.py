@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexkv.response import KVResponseStatus as Status
-from tests.harness import TOKENS, until
+from tests.support.harness import TOKENS, until
 from tests.unit.server.test_layer_signals import COUNTERS, LAYERS, LAYOUT, PAGES, Rank, same
 
 pytestmark = pytest.mark.gpu

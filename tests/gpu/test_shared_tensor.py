@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexkv._core.cuda_driver import load_driver
+from flexkv._core.device.cuda_driver import load_driver
 from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
 from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.response import KVResponseStatus as Status
@@ -16,7 +16,7 @@ from flexkv.server.client import KVTPClient
 from flexkv.server.shared_tensor import TensorSharedHandle
 from flexkv.server.tensors import tensor_spec
 from tests.gpu.exporter import Exporter, check, mapped_memory
-from tests.harness import LAYERS, TOKENS, check_drained, make_manager, mapping, tokens_of, until
+from tests.support.harness import LAYERS, TOKENS, check_drained, make_manager, mapping, tokens_of, until
 
 pytestmark = pytest.mark.gpu
 

@@ -27,9 +27,9 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from tests.harness import until
 from tests.integration import paged_model
 from tests.integration.paged_model import BLOCK, LAYERS, Chunk
+from tests.support.harness import until
 
 NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
 HASH = __import__("vllm.utils.hashing", fromlist=["sha256"]).sha256

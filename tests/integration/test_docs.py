@@ -17,7 +17,7 @@ import pytest
 from flexkv.config import cache_directory, process_environment
 from flexkv.demo.model import prepare_model
 from flexkv.storage.inspect import main as inspect
-from tests.harness import until
+from tests.support.harness import until
 from tests.unit.test_docs import ROOT, blocks_of, check_output
 
 pytestmark = pytest.mark.vllm

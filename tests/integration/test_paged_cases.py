@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from tests.harness import until
 from tests.integration.paged_engine import PagedEngine
 from tests.integration.paged_model import BLOCK, answer
 from tests.integration.workload import NO_PAGE, make_requests, serve, wrong_answers
+from tests.support.harness import until
 
 PREFIX = list(range(3, 3 + 4 * BLOCK))
 LONG = PREFIX + list(range(100, 100 + 6 * BLOCK + 5))

@@ -13,7 +13,7 @@ from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
-from tests.harness import LAYERS, PAGES, Tensors, mapping, tokens_of, until, wait_ready
+from tests.support.harness import LAYERS, PAGES, Tensors, mapping, tokens_of, until, wait_ready
 
 HOST_SLOTS = 40
 PAGE_SHAPE = (2, 16, 2, 64)             # blocks of 24 KiB

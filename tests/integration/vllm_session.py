@@ -107,7 +107,7 @@ class Engine:
 
     def wait_ready(self) -> None:
         """Wait until KV can be saved: these answers are short, and could all be there before the host pool is."""
-        from tests.harness import until
+        from tests.support.harness import until
 
         side = self.flexkv()
         if hasattr(side, "_manager"):          # caching is not off
@@ -125,7 +125,7 @@ class Engine:
 
     def wait_ssd(self) -> None:
         """Wait until the SSD tier is open, and what it kept is in the index."""
-        from tests.harness import until
+        from tests.support.harness import until
 
         manager = self.flexkv()._manager
         until(lambda: manager.is_ready() and "ssd_written_blocks" in manager.stats(), 60.0)
@@ -181,7 +181,7 @@ class Engine:
 
     def settle_ssd(self, manager: Any) -> None:
         """Wait until nothing is read from or written to SSD, nor queued for it."""
-        from tests.harness import until
+        from tests.support.harness import until
 
         names = ("blocks_being_fetched", "ssd_queued_blocks", "ssd_blocks_being_written")
         until(lambda: not any(manager.stats().get(name, 0) for name in names), 30.0)

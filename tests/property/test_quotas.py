@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from flexkv._core.slots import SlotAllocator
+from flexkv._core.index.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import POLICIES
 from flexkv.cache.plan import GetPlan, PutPlan

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flexkv._core.evictable import Pieces
-from flexkv._core.radix import RadixTree
+from flexkv._core.index.eviction import Pieces
+from flexkv._core.index.radix import RadixTree
 from flexkv.errors import InvariantError
 
 from .examples import EXAMPLES

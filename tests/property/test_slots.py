@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexkv._core.slots import SlotAllocator
+from flexkv._core.index.slots import SlotAllocator
 from flexkv.errors import InvariantError
 
 from .examples import EXAMPLES

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.faulty_files import FaultyFiles, ThreadQueue
-from tests.tier import Tier
+from tests.support.ssd_store import Tier
 
 from .examples import EXAMPLES
 

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from flexkv._core.slots import SlotAllocator
+from flexkv._core.index.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
 from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.tier import SSD, SsdTier
-from flexkv.storage.recovered import Recovered
+from flexkv.storage.ssd.recovery import Recovered
 
 from .examples import EXAMPLES
 from .model_tree import Prefix, keys_of

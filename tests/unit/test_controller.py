@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv._core.hashing import chain_seed, hash_blocks
+from flexkv._core.index.block_keys import chain_seed, hash_blocks
 from flexkv.tasks.arguments import namespace_of
 from flexkv.transfer.engine import TransferEngine
-from tests.harness import TOKENS, local, mapping, tokens_of
+from tests.support.harness import TOKENS, local, mapping, tokens_of
 
 
 def test_out_of_service_nothing_is_found_or_saved_and_the_log_says_so_once(

@@ -16,7 +16,7 @@ from flexkv.errors import ConfigError, PinError
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.transfer.control import ask
-from tests.harness import TOKENS, Tensors, local, make_manager, mapping, tokens_of, until
+from tests.support.harness import TOKENS, Tensors, local, make_manager, mapping, tokens_of, until
 
 NAMESPACES = {"calm": {"guaranteed": 0.5}, "flood": {"limit": 0.5}, "default": {"priority": -1}}
 

@@ -15,7 +15,7 @@ from flexkv.errors import SlotMappingError
 from flexkv.response import KVResponseStatus as Status
 from flexkv.tasks.task import KVTask
 from flexkv.transfer.graph import TransferGraph
-from tests.harness import PAGES, TOKENS, local, mapping, remote, result_of, tokens_of
+from tests.support.harness import PAGES, TOKENS, local, mapping, remote, result_of, tokens_of
 
 
 def test_round_trip_in_one_process(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_upstream_registration_of_token_slots(tmp_path: Path) -> None:
     from flexkv import KVTPClient
     from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
     from flexkv.errors import RegistrationError
-    from tests.harness import make_manager, wait_ready
+    from tests.support.harness import make_manager, wait_ready
 
     manager = make_manager(tmp_path / "s")
     tensors = [torch.randint(0, 1000, (10 * TOKENS, 2, 8), dtype=torch.int16) for _ in range(4)]
@@ -321,7 +321,7 @@ def test_groups_of_tensors_and_sleep(tmp_path: Path) -> None:
     from flexkv import KVTPClient
     from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
     from flexkv.errors import RegistrationError
-    from tests.harness import make_manager, until, wait_ready
+    from tests.support.harness import make_manager, until, wait_ready
 
     def make(seed: int) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -366,7 +366,7 @@ def test_groups_of_tensors_and_sleep(tmp_path: Path) -> None:
 
 
 def test_before_the_ranks_are_there_nothing_is_found(tmp_path: Path) -> None:
-    from tests.harness import make_manager
+    from tests.support.harness import make_manager
 
     manager = make_manager(tmp_path / "s")
     try:
@@ -383,7 +383,7 @@ def test_before_the_ranks_are_there_nothing_is_found(tmp_path: Path) -> None:
 
 def test_each_match_is_recorded_by_its_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "tests.harness.CacheConfig", partial(CacheConfig, trace_path=str(tmp_path / "trace"))
+        "tests.support.harness.CacheConfig", partial(CacheConfig, trace_path=str(tmp_path / "trace"))
     )
     asked = [tokens_of(5), tokens_of(3, seed=1), tokens_of(5)]
     with local(tmp_path) as (manager, _, _):

@@ -8,9 +8,9 @@ import pytest
 from flexkv.cache.reasons import StopReason
 from flexkv.config import CacheConfig, TransferConfig
 from flexkv.response import KVResponseStatus as Status
-from tests.harness import TOKENS, until
-from tests.memory_store import Disk, MemoryStore
-from tests.ssd_stage import HOST_SLOTS, SLOT_BYTES, stage
+from tests.support.harness import TOKENS, until
+from tests.support.memory_store import Disk, MemoryStore
+from tests.support.ssd_stage import HOST_SLOTS, SLOT_BYTES, stage
 
 
 def test_what_left_host_memory_comes_back_from_ssd(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from flexkv import KVManager, KVTPClient
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
-from tests.harness import until
+from tests.support.harness import until
 
 
 @pytest.fixture

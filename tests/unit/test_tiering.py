@@ -15,10 +15,10 @@ from flexkv.cache.reasons import StopReason
 from flexkv.config import CacheConfig
 from flexkv.errors import StorageError
 from flexkv.response import KVResponseStatus as Status
-from flexkv.storage.recovered import Recovered
-from tests.harness import until
-from tests.memory_store import Disk, MemoryStore
-from tests.ssd_stage import SLOT_BYTES, Stage, stage
+from flexkv.storage.ssd.recovery import Recovered
+from tests.support.harness import until
+from tests.support.memory_store import Disk, MemoryStore
+from tests.support.ssd_stage import SLOT_BYTES, Stage, stage
 
 
 def written(tmp_path: Path) -> Disk:
@@ -99,7 +99,7 @@ def test_nothing_of_before_a_reset_is_there_if_the_store_opens_meanwhile(
                 reset()
 
     monkeypatch.setattr(tiering.Tiering, "grow", remember)
-    monkeypatch.setattr("tests.ssd_stage.MemoryStore", ResetStore)
+    monkeypatch.setattr("tests.support.ssd_stage.MemoryStore", ResetStore)
     with stage(tmp_path, disk) as made:
         assert made.ready(5, 1) == 0
         assert not disk.records

@@ -10,7 +10,7 @@ import pytest
 from flexkv import KVManager, KVTPClient
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.errors import FlexKVError, NotReadyError, RegistrationError
-from tests.harness import TOKENS, Tensors
+from tests.support.harness import TOKENS, Tensors
 
 
 def manager_at(port: Path, ranks: int = 1) -> KVManager:

@@ -3,9 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.ghosts import Ghosts
-from flexkv._core.ranking import RETURN_DTYPE
-from flexkv._core.reuse import NUM_QUEUES, ReuseStatistics, remember
+from flexkv._core.index.eviction_queues import RETURN_DTYPE
+from flexkv._core.index.ghosts import Ghosts
+from flexkv._core.index.reuse_statistics import NUM_QUEUES, ReuseStatistics, remember
 from flexkv.cache.eviction.policy import Choice, EvictionPolicy
 
 _GHOST_SHARE = 8
@@ -18,7 +18,8 @@ _MIN_GHOSTS = 8192
 class Adaptive(EvictionPolicy):
     """What gives the fewest hits per block and second goes first, as learned from what came back and when.
 
-    Until there is something to go by it is LRU. ``flexkv._core.reuse`` has the statistics, and their sources.
+    Until there is something to go by it is LRU. ``flexkv._core.index.reuse_statistics`` has the statistics, and their
+    sources.
     """
 
     num_queues = NUM_QUEUES

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.ghosts import Ghosts
+from flexkv._core.index.ghosts import Ghosts
 from flexkv.cache.eviction.policy import Choice, EvictionPolicy
 
 RECENT, FREQUENT = 0, 1

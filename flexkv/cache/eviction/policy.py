@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.ghosts import Ghosts
+from flexkv._core.index.ghosts import Ghosts
 
 
 @dataclass(slots=True)
@@ -76,14 +76,15 @@ class EvictionPolicy(ABC):
 
         Parameters
         ----------
-        events : (n,) of ``flexkv._core.ranking.EVENT_DTYPE``
+        events : (n,) of ``flexkv._core.index.eviction_queues.EVENT_DTYPE``
             Times are in seconds on the engine's clock. Not to be kept. To be changed in place: ``rank`` (of new ones:
             when they came to the tier); ``queue``, ``lives`` (how often it is spared), ``mark`` (the policy's own, 0 at
             first).
         """
 
     def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:  # noqa: B027
-        """What came back: (n,) of ``flexkv._core.ranking.RETURN_DTYPE``, in the events that ``place`` gets next."""
+        """What came back, in the events that ``place`` gets next: (n,) of
+        ``flexkv._core.index.eviction_queues.RETURN_DTYPE``."""
 
     def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
         """From where to evict. Called until enough is free, and again when something may go from a queue from which
@@ -99,4 +100,4 @@ class EvictionPolicy(ABC):
         return Choice(int(np.isfinite(heads).argmax()))
 
     def evicted(self, pieces: NDArray[np.void]) -> None:  # noqa: B027
-        """What went: (n,) of ``flexkv._core.evictable.PIECE_DTYPE``. Need not be overridden."""
+        """What went: (n,) of ``flexkv._core.index.eviction.PIECE_DTYPE``. Need not be overridden."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.block_table import TensorSpec
-from flexkv._core.checksum import xxh3_64
+from flexkv._core.io.checksum import xxh3_64
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.hashing import SequenceHasher
+from flexkv._core.index.block_keys import SequenceHasher
 from flexkv.config.namespace_entry import NamespaceEntry
 from flexkv.integration.vllm.lora_versions import LoraVersions
 from flexkv.kvmanager import KVManager

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexkv._core.evictable import PIECE_DTYPE, Pieces
-from flexkv._core.ghosts import Ghosts
-from flexkv._core.radix import RadixTree
-from flexkv._core.ranking import EVENT_DTYPE, RETURN_DTYPE
-from flexkv._core.reuse import NUM_QUEUES, ReuseStatistics, remember
+from flexkv._core.index.eviction import PIECE_DTYPE, Pieces
+from flexkv._core.index.eviction_queues import EVENT_DTYPE, RETURN_DTYPE
+from flexkv._core.index.ghosts import Ghosts
+from flexkv._core.index.radix import RadixTree
+from flexkv._core.index.reuse_statistics import NUM_QUEUES, ReuseStatistics, remember
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU, POLICIES, Adaptive, EvictionPolicy
 from flexkv.config import CacheConfig

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flexkv._core.radix import RadixTree
-from flexkv._core.slots import SlotAllocator
+from flexkv._core.index.radix import RadixTree
+from flexkv._core.index.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU, policy_class
 from flexkv.cache.plan import IN_PLACE

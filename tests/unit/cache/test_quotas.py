@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from flexkv._core.slots import SlotAllocator
+from flexkv._core.index.slots import SlotAllocator
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.planner import LoadPlanner

@@ -17,8 +17,8 @@ from flexkv.cache.trace import NullRecorder, TraceRecorder, make_recorder, read_
 from flexkv.config import CacheConfig
 from flexkv.errors import TraceError
 from flexkv.replay.reader import read_trace
-from tests.harness import until
 from tests.property.model_tree import Prefix, keys_of
+from tests.support.harness import until
 
 MIB = 1 << 20
 SEQUENCES: list[Prefix] = [(1, 2, 3), (1, 2, 4), (1, 5), (), (6, 7, 8, 9), (6,), (1, 2, 3, 10, 11)]

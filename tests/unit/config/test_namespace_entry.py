@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexkv._core.hashing import chain_seed
+from flexkv._core.index.block_keys import chain_seed
 from flexkv.cache.quotas import Quotas
 from flexkv.config.namespace_entry import KINDS, NamespaceEntry, namespace_entries, parse_owner
 from flexkv.config.namespaces import Quota, read_quotas

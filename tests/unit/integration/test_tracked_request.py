@@ -14,7 +14,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, StreamingUpdate
 
-from flexkv._core.hashing import SequenceHasher, chain_seed
+from flexkv._core.index.block_keys import SequenceHasher, chain_seed
 from flexkv.integration.vllm.tracked_request import (
     NEVER_SAVED,
     TrackedRequest,
@@ -22,7 +22,7 @@ from flexkv.integration.vllm.tracked_request import (
     is_cacheable,
     namespace_of,
 )
-from tests.vllm_stub import request
+from tests.support.vllm_stub import request
 
 BLOCK = 4
 MANAGER: Any = SimpleNamespace(

@@ -18,8 +18,8 @@ from flexkv._core.block_table import TensorSpec
 from flexkv.config import TransferConfig
 from flexkv.errors import ConfigError
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl, _register_port, _settings
-from tests.harness import until
-from tests.vllm_stub import request, step, vllm_config
+from tests.support.harness import until
+from tests.support.vllm_stub import request, step, vllm_config
 
 
 def start(tmp_path: Path, role: str) -> tuple[Any, Any, KVTPClient]:

@@ -15,8 +15,8 @@ from flexkv.config import CacheConfig, domain
 from flexkv.integration.vllm import identity
 from flexkv.integration.vllm.identity import canonical, config_digest, identify, process_started_ns
 from flexkv.integration.vllm.vllm_v1_adapter import _model_config
+from tests.support.vllm_stub import vllm_config
 from tests.unit.config.test_weights import TIME_NS, hub, in_tensor, model, same_time
-from tests.vllm_stub import vllm_config
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 128,

@@ -9,8 +9,8 @@ import pytest
 
 from flexkv.config import ConnectorConfig
 from flexkv.integration.vllm.scheduler import SchedulerSide
-from tests.harness import TOKENS, until
-from tests.ssd_stage import Stage, stage
+from tests.support.harness import TOKENS, until
+from tests.support.ssd_stage import Stage, stage
 
 BLOCKS = 5
 

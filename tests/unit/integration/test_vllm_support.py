@@ -28,7 +28,7 @@ from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.support import unsupported, unsupported_layers, unsupported_tensors
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl
 from flexkv.integration.vllm.worker import WorkerSide
-from tests.vllm_stub import request, step, vllm_config
+from tests.support.vllm_stub import request, step, vllm_config
 
 CPU_MLA = {"model_config__use_mla": True, "attention_config__backend": SimpleNamespace(name="CPU_MLA")}
 REFUSED: list[tuple[dict[str, Any], str]] = [

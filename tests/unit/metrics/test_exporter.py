@@ -15,10 +15,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from flexkv.metrics.catalog import NOT_TOLD, entry_of
 from flexkv.metrics.exporter import Metrics
 from flexkv.response import KVResponseStatus as Status
-from flexkv.storage.ssd_directory import DATA_NAME
+from flexkv.storage.ssd.directory import DATA_NAME
 from flexkv.tiering import make_ssd_store
-from tests.harness import TOKENS, local, mapping, tokens_of, until
-from tests.ssd_stage import stage
+from tests.support.harness import TOKENS, local, mapping, tokens_of, until
+from tests.support.ssd_stage import stage
 
 ON = {"enable_metrics": True, "py_metrics_port": 0}
 
@@ -107,7 +107,7 @@ from pathlib import Path
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
 os.mkdir(sys.argv[1])
 from flexkv.response import KVResponseStatus as Status
-from tests.harness import local, mapping, tokens_of
+from tests.support.harness import local, mapping, tokens_of
 from tests.unit.metrics.test_exporter import ON, scrape, value
 with local(Path(sys.argv[2]), cache=ON) as (manager, _, tensors):
     if sys.argv[3] == "gone":

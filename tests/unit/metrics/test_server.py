@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
 from flexkv.metrics.server import MAX_CONNECTIONS, MetricsServer
-from tests.harness import until
+from tests.support.harness import until
 
 
 @contextmanager

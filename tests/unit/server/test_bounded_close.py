@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flexkv.server import rank
-from tests.harness import Tensors, make_manager
+from tests.support.harness import Tensors, make_manager
 
 
 @pytest.mark.parametrize("way", ["close", "suspend"])

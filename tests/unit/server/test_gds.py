@@ -13,18 +13,18 @@ import pytest
 from numpy.typing import NDArray
 
 from flexkv._core.block_table import regions_from_tensors
-from flexkv._core.checksum import xxh3_64
-from flexkv._core.cuda_driver import load_driver
-from flexkv._core.device_staging import DeviceStaging
+from flexkv._core.device.cuda_driver import load_driver
+from flexkv._core.device.staging import DeviceStaging
+from flexkv._core.io.checksum import xxh3_64
 from flexkv.config import CacheConfig, ModelConfig
 from flexkv.errors import ConfigError, GdsUnavailableError
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server import gds
 from flexkv.transfer.cuda_kernel import checksum_function, move_function
-from tests.fake_cuda.fake import FakeCuda, FakeCuFile, fake_cuda, fake_cufile
-from tests.harness import Tensors, until
-from tests.ssd_engine import MAX_BLOCKS, Engine, length_of
+from tests.native.fake_cuda.fake import FakeCuda, FakeCuFile, fake_cuda, fake_cufile
+from tests.support.harness import Tensors, until
+from tests.support.ssd_engine import MAX_BLOCKS, Engine, length_of
 
 HOST_SLOTS = 8
 SSD_BYTES = 512 * 4096

@@ -17,8 +17,8 @@ from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
 from flexkv.transfer.layerwise import build_layerwise_eventfd_socket_path
-from tests.fake_cuda.fake import FakeCuda, fake_cuda
-from tests.harness import TOKENS, check_drained, make_manager, mapping, tokens_of, until, wait_ready
+from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
+from tests.support.harness import TOKENS, check_drained, make_manager, mapping, tokens_of, until, wait_ready
 
 LAYERS, PAGES, COUNTERS = 12, 24, 3
 LAYOUT = KVCacheLayout(KVCacheLayoutType.LAYERFIRST, LAYERS, PAGES, TOKENS, 2, 64)

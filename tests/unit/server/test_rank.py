@@ -9,7 +9,7 @@ import pytest
 from flexkv.errors import ArgumentError
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
-from tests.harness import LAYERS, Tensors, local, make_manager, tokens_of, wait_ready
+from tests.support.harness import LAYERS, Tensors, local, make_manager, tokens_of, wait_ready
 
 
 @pytest.mark.parametrize("fence", [2**64, 2**63, -1, 1.5, "3", True])

@@ -16,15 +16,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexkv._core.block_table import TensorSpec
-from flexkv._core.cuda_driver import load_driver
-from flexkv._core.cuda_memory import ImportedMemory
+from flexkv._core.device.cuda_driver import load_driver
+from flexkv._core.device.cuda_memory import ImportedMemory
 from flexkv.common.memory_handle import TensorSharedHandle
 from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
 from flexkv.errors import CudaError, FlexKVError, RegistrationError
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
-from tests.fake_cuda.fake import FakeCuda, fake_cuda
-from tests.harness import LAYERS, PAGE_SHAPE, PAGES, TOKENS, check_drained, make_manager, mapping, tokens_of, until
+from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
+from tests.support.harness import (
+    LAYERS,
+    PAGE_SHAPE,
+    PAGES,
+    TOKENS,
+    check_drained,
+    make_manager,
+    mapping,
+    tokens_of,
+    until,
+)
 
 BYTES = 1 << 20
 OFFSET = 4096

@@ -13,13 +13,13 @@ from typing import cast
 import numpy as np
 import pytest
 
-from flexkv._core.io_queue import IoQueue
+from flexkv._core.io.io_queue import IoQueue
 from flexkv._core.mapping import SharedMapping
 from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import CapacityError, RegistrationError
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import KVCacheLayout, KVCacheLayoutType, SlotLayout
-from tests.harness import until
+from tests.support.harness import until
 
 
 def test_pool_grows_in_the_background_and_is_shared() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flexkv.cli import main
-from tests.tier import SLOT_BYTES, opened
+from tests.support.ssd_store import SLOT_BYTES, opened
 
 
 def test_inspect_tells_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from flexkv.errors import ArgumentError, FlexKVError, SlotMappingError, TaskErro
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.transfer.layerwise import MAX_COUNTERS
-from tests.harness import PAGES, TOKENS, Tensors, local, mapping, tokens_of
+from tests.support.harness import PAGES, TOKENS, Tensors, local, mapping, tokens_of
 
 NO_TEXT = "\ud800"
 RAGGED = [[1], [2, 3]]

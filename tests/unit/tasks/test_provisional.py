@@ -11,8 +11,8 @@ from flexkv.cache.reasons import StopReason
 from flexkv.errors import ArgumentError
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
-from tests.harness import PAGES, Tensors, local, tokens_of, until
-from tests.ssd_stage import stage
+from tests.support.harness import PAGES, Tensors, local, tokens_of, until
+from tests.support.ssd_stage import stage
 
 
 def keys_of(manager: KVManager, num_blocks: int, seed: int = 0) -> NDArray[np.uint64]:

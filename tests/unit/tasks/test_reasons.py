@@ -8,7 +8,7 @@ import pytest
 from flexkv import KVManager, KVTPClient, tensor_spec
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.response import KVResponseStatus as Status
-from tests.harness import TOKENS, local, mapping, tokens_of
+from tests.support.harness import TOKENS, local, mapping, tokens_of
 
 
 def test_what_is_launched_before_a_rank_has_registered_is_not_a_success(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flexkv._core.radix import RadixTree
+from flexkv._core.index.radix import RadixTree
 from flexkv.cache.plan import DirectPlan, PutPlan
 from flexkv.response import KVResponseStatus as Status
 from flexkv.tasks import reasons

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import local, tokens_of, until
+from tests.support.harness import local, tokens_of, until
 
 
 @pytest.mark.parametrize("end", ["cancel", "expire", "reset", "shutdown"])

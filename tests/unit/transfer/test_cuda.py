@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv._core.cuda_driver import load_driver
-from flexkv._core.device_copy import STRATEGIES
+from flexkv._core.device.agent import STRATEGIES
+from flexkv._core.device.cuda_driver import load_driver
 from flexkv.errors import RegistrationError
 from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
 from flexkv.transfer.cuda_kernel import compiled_kernel
-from tests.fake_cuda.fake import FakeCuda, fake_cuda
-from tests.harness import PAGES, Tensors, local, make_manager, mapping, result_of, tokens_of, until
+from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
+from tests.support.harness import PAGES, Tensors, local, make_manager, mapping, result_of, tokens_of, until
 
 SHAPES = {"aligned": (2, 4, 2, 64), "words": (2, 4, 1, 2), "odd": (3, 1, 5), "large": (2, 4, 2, 4096)}
 
@@ -355,7 +355,7 @@ def test_blocks_wait_for_their_part_of_the_pool(tmp_path: Path, cuda: FakeCuda, 
 
 
 def test_a_driver_without_batches(tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flexkv._core import cuda_driver
+    from flexkv._core.device import cuda_driver
 
     cuda.fail("cuMemcpyBatchAsync", 0, code=500)
     monkeypatch.setattr("flexkv.server.rank.load_driver", cuda_driver.Driver)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flexkv.response import KVResponseStatus as Status
-from tests.fake_cuda.fake import FakeCuda, fake_cuda
-from tests.harness import Tensors, local, tokens_of, until
+from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
+from tests.support.harness import Tensors, local, tokens_of, until
 from tests.unit.transfer.test_cuda import saved, stream_of
 
 

@@ -10,8 +10,8 @@ from flexkv.kvmanager import KVManager
 from flexkv.response import KVResponseStatus as Status
 from flexkv.server.client import KVTPClient
 from flexkv.storage.host_pool import HostPool, OnExtent
-from tests.fake_cuda.fake import FakeCuda, fake_cuda
-from tests.harness import PAGES, Tensors, make_manager, mapping, tokens_of, until
+from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
+from tests.support.harness import PAGES, Tensors, make_manager, mapping, tokens_of, until
 
 SHAPE = (2, 4, 2, 4096)
 SLOT_BYTES = 3 * 2 * 4 * 2 * 4096 * 2

@@ -9,7 +9,7 @@ import pytest
 from flexkv.response import KVResponseStatus as Status
 from flexkv.transfer.deadline import LONGEST_WAIT, Deadline, waits
 from flexkv.transfer.graph import Dependency, OpKind, TransferGraph, TransferOp
-from tests.harness import local, tokens_of, until
+from tests.support.harness import local, tokens_of, until
 
 IDS = np.arange(4, dtype=np.int32)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv.storage.striped_slots import StripedSlots
+from flexkv.storage.ssd.striped_slots import StripedSlots
 from flexkv.transfer import gds
 from flexkv.transfer.gds import REST, RESULT, RESULT_DTYPE, STATUS, GdsEnd, GdsQueue
 from flexkv.transfer.peer_process import PeerProcess
 from tests.faulty_files import wait_until
-from tests.tier import Tier, keys_of
+from tests.support.ssd_store import Tier, keys_of
 
 
 class Rank:

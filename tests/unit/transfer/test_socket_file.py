@@ -15,7 +15,7 @@ from flexkv.server.client import KVTPClient
 from flexkv.transfer import socket_file
 from flexkv.transfer.control import ask
 from flexkv.transfer.socket_file import ListeningSocket, connect, remove_dead_sockets
-from tests.harness import Tensors, make_manager
+from tests.support.harness import Tensors, make_manager
 
 
 def dead_socket(path: Path) -> None:

@@ -16,7 +16,7 @@ from flexkv.transfer.background import BackgroundThread
 from flexkv.transfer.peer_process import PeerProcess
 from flexkv.transfer.repeated_log import RepeatedLog
 from flexkv.transfer.watch import Watch
-from tests.harness import until
+from tests.support.harness import until
 
 
 @pytest.fixture

@@ -1,0 +1,16 @@
+from types import TracebackType
+
+from flexkv._core.device.cuda_driver import Device
+
+def export_memory(device: Device, ptr: int) -> tuple[bytes | int, int, int]: ...
+
+class ImportedMemory:
+    device: Device
+    address: int
+    num_bytes: int
+    def __init__(self, device: Device, handle: bytes | int, num_bytes: int) -> None: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> ImportedMemory: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,372 @@
+"""The order in which the nodes of one tier go: a heap for each queue of each quota group.
+
+A node is in the heap of its queue while blocks of it may go: it has ready blocks and nothing below it is on the tier.
+Its rank is kept while it may not go, so that it needs no policy when the last node below it has gone. Nodes that were
+used, or came to the tier, are listed until the policy is told of them; only then do they get a rank. So what a put or
+an eviction costs does not depend on how much is cached.
+"""
+import numpy as np
+
+from libc.math cimport INFINITY
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memset
+
+from flexkv._core.arena cimport Arena
+from flexkv._core.buffers cimport data_of
+from flexkv._core.index.ghosts cimport Ghost, Ghosts
+from flexkv.errors import InvariantError
+
+EVENT_DTYPE = np.dtype(
+    [
+        ("first_key", "u8"), ("last_access", "f8"), ("rank", "f8"), ("node", "i4"), ("hits", "u4"),
+        ("new_hits", "u4"), ("depth", "u4"), ("length", "u4"), ("children", "u4"), ("mark", "u4"),
+        ("group", "u2"), ("queue", "u1"), ("lives", "u1"), ("is_new", "?"),
+        ("has_copy", "?"),
+    ],
+    align=True,
+)
+
+assert EVENT_DTYPE.itemsize == sizeof(Event)
+
+RETURN_DTYPE = np.dtype([("value", "f8"), ("event", "u4"), ("mark", "u4"), ("blocks", "u4")], align=True)
+
+assert RETURN_DTYPE.itemsize == sizeof(Return)
+
+cdef enum:
+    FEW = 1024                         # events that one array is kept for: making one takes as long as filling it
+
+INT64, FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
+
+
+cdef class Ranking:
+    """Heaps of one tier. What is ``cdef`` is called by the tree; the caller locks.
+
+    A heap that cannot grow for want of memory leaves a node out: it does not go until it is used again.
+    """
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(self.num_heaps):
+            free(self.heaps[i].entries)
+        free(self.heaps)
+        free(self.num_active)
+
+    cdef void bind(self, Node *nodes, int tier, int32_t max_nodes):
+        self.nodes = nodes
+        self.tier = tier
+        self.bit = <uint8_t>(1 << tier)
+        self.changed_arena = Arena(sizeof(int32_t) * <size_t>max_nodes)
+        self.changed = <int32_t *>self.changed_arena.data
+
+    cdef int configure(self, int num_groups, int num_queues) except -1:
+        """Make queues; only while nothing is in them, or to add groups."""
+        cdef int num_heaps = num_groups * num_queues, i
+        if self.num_queues and num_queues != self.num_queues and any(
+                self.heaps[i].blocks for i in range(self.num_heaps)):
+            raise InvariantError("the queues of a tier cannot be changed while it holds blocks")
+        if num_heaps < self.num_heaps:
+            raise InvariantError(f"{num_groups} groups: they can only become more")
+        cdef int old_groups = self.num_heaps // max(self.num_queues, 1)
+        cdef int *num_active = <int *>realloc(self.num_active, sizeof(int) * num_groups)
+        if num_active != NULL:
+            self.num_active = num_active
+        cdef Heap *heaps = <Heap *>realloc(self.heaps, sizeof(Heap) * num_heaps)
+        if heaps != NULL:
+            self.heaps = heaps
+        if heaps == NULL or num_active == NULL:
+            raise MemoryError("no memory for the index")
+        memset(heaps + self.num_heaps, 0, sizeof(Heap) * (num_heaps - self.num_heaps))
+        memset(num_active + old_groups, 0, sizeof(int) * (num_groups - old_groups))
+        self.num_heaps, self.num_queues = num_heaps, num_queues
+        return 0
+
+    # ---- called by the tree -----------------------------------------------------------------------------------
+
+    cdef inline Heap *heap_of(self, Node *p) noexcept nogil:
+        return &self.heaps[p.group * self.num_queues + p.queue[self.tier]]
+
+    cdef inline void count(self, Node *p, int64_t blocks) noexcept nogil:
+        """So many blocks of a node have come to the tier (or, if negative, have gone)."""
+        self.heap_of(p).blocks += blocks
+
+    cdef void change(self, int32_t node, bint is_new) noexcept nogil:
+        """The policy has to be told of a node."""
+        cdef Node *p = &self.nodes[node]
+        if is_new:
+            p.is_new |= self.bit
+            p.came_as = p.keys[0]
+            p.placed &= ~self.bit
+            p.parked &= ~self.bit
+            p.mark[self.tier] = 0
+            p.lives[self.tier] = 0
+            p.hits_told[self.tier] = p.hits
+        if not p.changed & self.bit:
+            p.changed |= self.bit
+            self.changed[self.num_changed] = node
+            self.num_changed += 1
+
+    cdef void settle(self, int32_t node) noexcept nogil:
+        """Put a node into its heap, to its place there, or out of it, as it is now."""
+        cdef Node *p = &self.nodes[node]
+        cdef int t = self.tier
+        cdef Heap *heap
+        cdef Entry *grown
+        cdef Entry entry
+        cdef int32_t at
+        if p.ready[t] == 0 or p.live_children[t] > 0 or not p.placed & self.bit or p.parked & self.bit:
+            self.remove(node)
+            return
+        heap = self.heap_of(p)
+        at = p.heap_at[t] - 1
+        if at >= 0:
+            entry = heap.entries[at]
+            if entry.rank == p.rank[t]:
+                return
+            entry.rank = p.rank[t]
+        else:
+            if heap.size == heap.capacity:
+                grown = <Entry *>realloc(heap.entries, sizeof(Entry) * <size_t>(2 * heap.capacity + 64))
+                if grown == NULL:
+                    p.parked |= self.bit
+                    return
+                heap.entries = grown
+                heap.capacity = 2 * heap.capacity + 64
+            at = heap.size
+            heap.size += 1
+            self.num_active[p.group] += heap.size == 1
+            entry.rank = p.rank[t]
+            entry.node = node
+        entry.order = self.order
+        self.order += 1
+        self.up(heap, at, entry)
+
+    cdef void remove(self, int32_t node) noexcept nogil:
+        """Take a node out of its heap, if it is in it."""
+        cdef Node *p = &self.nodes[node]
+        cdef int32_t at = p.heap_at[self.tier] - 1
+        cdef Heap *heap
+        if at < 0:
+            return
+        heap = self.heap_of(p)
+        p.heap_at[self.tier] = 0
+        heap.size -= 1
+        self.num_active[p.group] -= heap.size == 0
+        if at < heap.size:
+            self.up(heap, at, heap.entries[heap.size])
+
+    cdef void move(self, int32_t node, uint8_t queue) noexcept nogil:
+        """To another queue, with all its blocks; to be settled then."""
+        cdef Node *p = &self.nodes[node]
+        if p.queue[self.tier] != queue:
+            self.remove(node)
+            self.count(p, -<int64_t>p.resident[self.tier])
+            p.queue[self.tier] = queue
+            self.count(p, p.resident[self.tier])
+
+    cdef void split(self, int32_t head, int32_t tail) noexcept nogil:
+        """``head`` was cut off the front of ``tail``: it is ranked as that is."""
+        cdef Node *h = &self.nodes[head]
+        cdef Node *p = &self.nodes[tail]
+        cdef int t = self.tier
+        h.rank[t], h.mark[t], h.queue[t], h.lives[t] = p.rank[t], p.mark[t], p.queue[t], p.lives[t]
+        h.hits_told[t] = p.hits_told[t]
+        h.placed |= p.placed & self.bit
+        if p.changed & self.bit:
+            self.change(head, False)
+        h.is_new |= p.is_new & self.bit
+        h.came_as = p.came_as
+        self.settle(head)
+        self.settle(tail)
+
+    # ---- the heap ---------------------------------------------------------------------------------------------
+
+    cdef inline void up(self, Heap *heap, int32_t at, Entry entry) noexcept nogil:
+        """Place an entry at ``at``, where there is a hole, or nearer to the top, or, if need be, further down."""
+        cdef int32_t above
+        cdef Entry *entries = heap.entries
+        while at > 0:
+            above = (at - 1) >> 2
+            if not goes_first(&entry, &entries[above]):
+                break
+            entries[at] = entries[above]
+            self.nodes[entries[at].node].heap_at[self.tier] = at + 1
+            at = above
+        self.down(heap, at, entry)
+
+    cdef inline void down(self, Heap *heap, int32_t at, Entry entry) noexcept nogil:
+        cdef Entry *entries = heap.entries
+        cdef int32_t first, best, i
+        while True:
+            first = 4 * at + 1
+            if first >= heap.size:
+                break
+            best = first
+            for i in range(first + 1, min(first + 4, heap.size)):
+                if goes_first(&entries[i], &entries[best]):
+                    best = i
+            if not goes_first(&entries[best], &entry):
+                break
+            entries[at] = entries[best]
+            self.nodes[entries[at].node].heap_at[self.tier] = at + 1
+            at = best
+        entries[at] = entry
+        self.nodes[entry.node].heap_at[self.tier] = at + 1
+
+    # ---- the policy -------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self):
+        """Nodes that the policy has to be told of."""
+        return self.num_changed
+
+    def drain(self):
+        """Nodes that were used, or came to the tier, since the last call; (n,) of ``EVENT_DTYPE``. The policy ranks
+        them, and gives them back to ``place``. The rank of new ones is when they came, in seconds, and
+        their key that of the first block that came with them, though they may have been split since. ``has_copy``: what
+        the tier holds of it is ready on the tier below as well. The array is good until the next call."""
+        if self.few_events is None:
+            self.few_events = np.empty(FEW, EVENT_DTYPE)
+        events_array = self.few_events if self.num_changed <= FEW else np.empty(self.num_changed, EVENT_DTYPE)
+        cdef Event *events = <Event *>data_of(events_array, True)
+        cdef int32_t i, n = 0
+        cdef int t = self.tier
+        cdef Node *p
+        cdef Event *e
+        with nogil:
+            for i in range(self.num_changed):
+                p = &self.nodes[self.changed[i]]
+                p.changed &= ~self.bit
+                if p.length == 0 or p.resident[t] == 0:            # it has gone meanwhile
+                    continue
+                e = &events[n]
+                n += 1
+                e.first_key, e.last_access, e.rank = p.came_as, p.last_access, p.rank[t]
+                e.node, e.hits, e.new_hits = self.changed[i], p.hits, p.hits - p.hits_told[t]
+                e.depth, e.length, e.children, e.mark = p.depth, p.length, p.live_children[t], p.mark[t]
+                e.group, e.queue, e.lives, e.is_new = p.group, p.queue[t], p.lives[t], (p.is_new & self.bit) != 0
+                e.has_copy = t + 1 < MAX_TIERS and p.ready[t + 1] >= p.resident[t]
+                p.hits_told[t] = p.hits
+                p.is_new &= ~self.bit
+            self.num_changed = 0
+        return events_array[:n]
+
+    def returned(self, events, Ghosts ghosts not None):
+        """Which pieces of ``ghosts`` are back in new nodes of ``events``, as ``drain`` gave them; they are no ghosts
+        any more. (n,) of ``RETURN_DTYPE``: number of the event, and of the piece ``value``, ``mark`` and the
+        blocks that are back."""
+        cdef const Event *told = <const Event *>data_of(events)
+        cdef Py_ssize_t i, n = len(events), count = 0, limit = 0
+        cdef uint32_t block, step
+        cdef uint64_t at
+        cdef Ghost *ghost
+        cdef Node *p
+        for i in range(n):
+            limit += told[i].length if told[i].is_new else 0
+        returns_array = np.empty(min(limit, <Py_ssize_t>(ghosts.last - ghosts.first)), RETURN_DTYPE)
+        cdef Return *returns = <Return *>data_of(returns_array, True)
+        with nogil:
+            for i in range(n):
+                if not told[i].is_new:
+                    continue
+                p = &self.nodes[told[i].node]
+                block = 0
+                while block < p.length:
+                    at = ghosts.find(p.keys[2 * block])
+                    if not ghosts.table[at]:
+                        break
+                    ghost = &ghosts.ring[ghosts.table[at] - 1]
+                    step = min(ghost.blocks, p.length - block)
+                    returns[count].value, returns[count].mark = ghost.value, ghost.mark
+                    returns[count].event, returns[count].blocks = <uint32_t>i, step
+                    count += 1
+                    block += step
+                    ghosts.remove(at)
+        return returns_array[:count]
+
+    def place(self, events):
+        """Take over ``rank``, ``queue``, ``mark`` and ``lives`` of what ``drain`` gave."""
+        cdef const Event *placed = <const Event *>data_of(events)
+        cdef Py_ssize_t i, n = len(events)
+        cdef int t = self.tier
+        cdef const Event *e
+        cdef Node *p
+        for i in range(n):
+            if placed[i].queue >= self.num_queues:
+                raise InvariantError(f"queue {placed[i].queue}: there are {self.num_queues}")
+        with nogil:
+            for i in range(n):
+                e = &placed[i]
+                p = &self.nodes[e.node]
+                self.move(e.node, e.queue)
+                p.rank[t], p.mark[t], p.lives[t] = e.rank, e.mark, e.lives
+                p.placed |= self.bit
+                self.settle(e.node)
+
+    def blocks(self):
+        """(groups, queues) int64: blocks that each queue has on the tier."""
+        out = np.empty((self.num_heaps // self.num_queues, self.num_queues), INT64)
+        cdef int64_t *counts = <int64_t *>data_of(out, True)
+        cdef int i
+        for i in range(self.num_heaps):
+            counts[i] = self.heaps[i].blocks
+        return out
+
+    def any_may_go(self, int group):
+        """Whether any node of a group may go."""
+        return self.num_active[group] > 0
+
+    def queues(self, int group):
+        """Of each queue of a group: its blocks ((queues,) int64), as ``blocks`` has them, and the lowest rank
+        ((queues,) float64), infinite where nothing may go."""
+        cdef const Heap *heaps = &self.heaps[group * self.num_queues]
+        blocks, heads = np.empty(self.num_queues, INT64), np.empty(self.num_queues, FLOAT64)
+        cdef int64_t *counts = <int64_t *>data_of(blocks, True)
+        cdef double *ranks = <double *>data_of(heads, True)
+        cdef int i
+        for i in range(self.num_queues):
+            counts[i] = heaps[i].blocks
+            ranks[i] = heaps[i].entries[0].rank if heaps[i].size else INFINITY
+        return blocks, heads
+
+    def check_integrity(self, Py_ssize_t num_nodes):
+        """Raise InvariantError unless the heaps hold what they should, in order."""
+        cdef int32_t node, at
+        cdef Py_ssize_t i, in_heaps = 0
+        cdef int t = self.tier, active
+        cdef Heap *heap
+        cdef Node *p
+        counted = np.zeros(self.num_heaps, dtype=np.int64)
+        for node in range(1, <int32_t>num_nodes):
+            p = &self.nodes[node]
+            if p.length == 0:
+                if p.heap_at[t]:
+                    raise InvariantError(f"node {node} is free, and in a heap")
+                continue
+            counted[p.group * self.num_queues + p.queue[t]] += p.resident[t]
+            able = p.ready[t] > 0 and p.live_children[t] == 0 and p.placed & self.bit and not p.parked & self.bit
+            if bool(able) != (p.heap_at[t] > 0):
+                raise InvariantError(f"node {node} is wrongly in a heap, or not in one")
+            in_heaps += p.heap_at[t] > 0
+            if p.resident[t] and not p.placed & self.bit and not p.changed & self.bit:
+                raise InvariantError(f"node {node} has no rank, and will get none")
+        for i in range(self.num_heaps):
+            heap = &self.heaps[i]
+            if heap.blocks != counted[i]:
+                raise InvariantError(f"queue {i}: {counted[i]} blocks, and {heap.blocks} counted")
+            in_heaps -= heap.size
+            for at in range(heap.size):
+                p = &self.nodes[heap.entries[at].node]
+                if p.heap_at[t] != at + 1 or p.rank[t] != heap.entries[at].rank or (
+                        at and goes_first(&heap.entries[at], &heap.entries[(at - 1) >> 2])):
+                    raise InvariantError(f"queue {i}: place {at} is wrong")
+        if in_heaps:
+            raise InvariantError("a heap holds what it should not")
+        for i in range(self.num_heaps // self.num_queues):
+            active = sum(self.heaps[i * self.num_queues + queue].size > 0 for queue in range(self.num_queues))
+            if active != self.num_active[i]:
+                raise InvariantError(f"group {i}: {active} queues may go, {self.num_active[i]} counted")
+
+
+cdef inline bint goes_first(const Entry *a, const Entry *b) noexcept nogil:
+    return a.rank < b.rank or (a.rank == b.rank and <int32_t>(a.order - b.order) < 0)

@@ -1,0 +1,91 @@
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+
+from flexkv._core.arena cimport Arena
+from flexkv._core.index.node cimport MAX_TIERS, Node
+from flexkv._core.index.eviction_queues cimport Ranking
+
+# Why a block that was once here is not.
+cdef enum:
+    WHY_EVICTED = 1
+    WHY_FAILED = 2
+    WHY_EXPIRED = 3
+    WHY_OVER_QUOTA = 4
+    WHY_NOT_ADMITTED = 5
+
+# In Node.changed, beside the bits of the tiers: the number of the node is in the list of holes, also once it is free.
+cdef enum:
+    HAS_HOLE = 128
+
+cdef struct Forgotten:                # of 64 bits: what is known of a block that is not here
+    uint32_t fingerprint              # of its key
+    uint32_t fate                     # why, in the lowest 4 bits; above it when, in seconds since the tree was made
+
+
+cdef class NodeStore:
+    cdef readonly int num_tiers
+    cdef readonly Py_ssize_t max_blocks
+    cdef readonly Py_ssize_t num_blocks
+    cdef readonly Py_ssize_t num_nodes
+    cdef Arena arena
+    cdef Arena forgotten_arena
+    cdef Node *nodes
+    cdef Forgotten *forgotten
+    cdef double began                 # the first time that the tree was told, in seconds
+    cdef double latest                # the last one
+    cdef uint64_t forgotten_mask
+    cdef size_t forgotten_present     # bytes of it that were made present
+    cdef int32_t max_nodes
+    cdef int32_t used_nodes
+    cdef int32_t free_node
+    cdef int32_t *table
+    cdef uint64_t table_mask
+    cdef uint64_t table_factor        # random and odd
+    cdef int table_shift              # 64 - log2 of its size
+    cdef Py_ssize_t block_storage     # blocks allocated in all nodes
+    cdef Arena holes_arena
+    cdef int32_t *holes               # nodes of which a block may have gone from all tiers, with blocks behind it
+    cdef readonly Py_ssize_t num_holes
+    cdef Py_ssize_t hole_hand         # where the next search among them starts
+    cdef uintptr_t present_end        # memory of the heap up to here was used before
+    cdef Ranking ranking0             # of each tier: told apart without the GIL
+    cdef Ranking ranking1
+    cdef Ranking ranking2
+
+    cdef int32_t *slots_of(self, Node *node, int tier) noexcept nogil
+    cdef uint32_t *pins_of(self, Node *node) noexcept nogil
+    cdef uint8_t *state_of(self, Node *node) noexcept nogil
+    cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil
+    cdef void copy_blocks(self, Node *dst, uint32_t dst_at, Node *src, uint32_t src_at, uint32_t count) noexcept nogil
+
+    cdef uint64_t home(self, const uint64_t *key) noexcept nogil
+    cdef int32_t find(self, const uint64_t *key) noexcept nogil
+    cdef int table_add(self, int32_t extra) except -1 nogil
+    cdef void table_put(self, int32_t node) noexcept nogil
+    cdef void table_remove(self, int32_t node) noexcept nogil
+    cdef int32_t new_node(self, uint32_t capacity) except -1 nogil
+    cdef void free_node_at(self, int32_t node) noexcept nogil
+    cdef void link(self, int32_t node, int32_t parent) noexcept nogil
+    cdef void unlink(self, int32_t node) noexcept nogil
+
+    cdef Py_ssize_t advance(self, const uint64_t *keys, Py_ssize_t n, Py_ssize_t pos, int32_t *node) noexcept nogil
+    cdef void settle(self, int32_t node, int tier) noexcept nogil
+    cdef void unsettle(self, int32_t node, int tier) noexcept nogil
+    cdef void change(self, int32_t node, int tier, bint is_new) noexcept nogil
+    cdef void count(self, Node *p, int tier, int64_t blocks) noexcept nogil
+    cdef void went_live(self, int32_t node, int tier) noexcept nogil
+    cdef void went_dead(self, int32_t node, int tier) noexcept nogil
+    cdef void set_slot(self, int32_t node, uint32_t i, int tier, int32_t slot) noexcept nogil
+    cdef void clear_slot(self, int32_t node, uint32_t i, int tier) noexcept nogil
+    cdef int split(self, int32_t node, uint32_t at) except -1 nogil
+    cdef int32_t grow_leaf(self, int32_t node, uint32_t extra) except -1 nogil
+    cdef int append(self, int32_t last, const uint64_t *keys, const int32_t *slots, Py_ssize_t count, int tier,
+                    double now, uint16_t group) except -1 nogil
+    cdef void note_hole(self, int32_t node) noexcept nogil
+    cdef bint is_absent(self, Node *p, uint32_t i) noexcept nogil
+    cdef bint trim(self, int32_t node) noexcept nogil
+    cdef void prune(self, int32_t node) noexcept nogil
+    cdef int check_node(self, int32_t node, list held) except -1
+    cdef void forget(self, const uint64_t *key, uint32_t why) noexcept nogil
+    cdef uint32_t recall(self, const uint64_t *key) noexcept nogil
+    cdef void prepare_to_forget(self) noexcept nogil
+    cdef void tick(self, double now) noexcept nogil

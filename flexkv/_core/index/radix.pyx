@@ -1,0 +1,522 @@
+"""The one index: a path-compressed radix tree over chained block keys that answers for every tier in one walk.
+
+A key names a block *and its whole prefix*, so two facts keep the tree simple and fast. A node is found by the key of
+its first block alone, in one hash table for the whole tree; and if block *i* of a sequence equals block *i* of a node,
+all blocks before it do too, so the point where they part is found by bisection.
+
+A node holds arrays: keys, and for each tier the slot of each block (-1: absent), pins and ready bits. A block is
+*absent*, *writing* (it has a slot) or *ready* on each tier. A block that is absent everywhere stays in the tree only
+while something below it, or a pin, needs it.
+
+No method locks: the caller holds one lock around all of them.
+"""
+import numpy as np
+
+from libc.math cimport INFINITY, NAN
+from libc.string cimport memcpy, memset
+
+from flexkv._core.buffers cimport data_of
+from flexkv._core.index.eviction cimport EvictableNodes
+from flexkv._core.index.node cimport Node
+from flexkv._core.index.nodes cimport WHY_EXPIRED, WHY_FAILED, Forgotten
+from flexkv.errors import CapacityError, InvariantError
+
+cdef extern from *:
+    """
+    #ifdef FLEXKV_DEBUG
+    #define FLEXKV_CHECKS 1
+    #else
+    #define FLEXKV_CHECKS 0
+    #endif
+    """
+    enum: FLEXKV_CHECKS
+
+INT8, INT32 = np.dtype(np.int8), np.dtype(np.int32)      # an array is made sooner of a dtype than of its name
+
+cdef enum:
+    ROOT = 0
+    MAX_PINS = 0xffffffff
+
+cdef enum:                             # why a match stops; of a block that is not here, its fate + MISSING
+    FULL_HIT = 0
+    NOT_READY = 1
+    MISSING = 2
+
+(REASON_FULL_HIT, REASON_NOT_READY, REASON_NEVER_SEEN, REASON_EVICTED, REASON_FAILED, REASON_EXPIRED,
+ REASON_OVER_QUOTA, REASON_NOT_ADMITTED) = range(8)
+
+
+cdef class Match:
+    """What one walk found for ``num_blocks`` keys.
+
+    Attributes
+    ----------
+    num_ready : int
+        Leading blocks that are ready on at least one tier.
+    slots : ndarray of int32, shape (num_ready,)
+        Slot of each block on its best (lowest-numbered) ready tier.
+    tiers : ndarray of int8, shape (num_ready,)
+        That tier.
+    reason : int
+        Why the match stops after ``num_ready`` blocks: one of ``REASON_*``.
+    since : float
+        When the block after them went, in seconds; nan where that does not apply.
+    """
+    cdef readonly Py_ssize_t num_blocks, num_ready
+    cdef readonly int reason
+    cdef readonly double since
+    cdef readonly object slots, tiers
+
+    def __init__(self, Py_ssize_t num_blocks, Py_ssize_t num_ready, int reason, slots, tiers, double since=NAN):
+        self.since = since
+        self.num_blocks = num_blocks
+        self.num_ready = num_ready
+        self.reason = reason
+        self.slots = slots
+        self.tiers = tiers
+
+
+def by_position(Py_ssize_t n, const int32_t[::1] blocks not None, const int32_t[::1] slots not None,
+                const uint8_t[::1] chosen=None):
+    """(n,) int32: the slots ((m,) int32) of blocks at these positions ((m,) int32), -1 elsewhere; of those ``chosen``
+    ((m,) bool) alone, if it is given."""
+    cdef Py_ssize_t i, m = blocks.shape[0]
+    cdef bint all_of_them = chosen is None
+    if slots.shape[0] != m or not (all_of_them or chosen.shape[0] == m):
+        raise ValueError(f"{slots.shape[0]} slots for {m} blocks, or not as many to choose from")
+    placed_array = np.empty(n, INT32)
+    cdef int32_t *placed = <int32_t *>data_of(placed_array, True)
+    memset(placed, 0xff, 4 * n)
+    for i in range(m):
+        if not 0 <= blocks[i] < n:
+            raise ValueError(f"block {blocks[i]} of {n}")
+        if all_of_them or chosen[i]:
+            placed[blocks[i]] = slots[i]
+    return placed_array
+
+
+cdef class RadixTree(EvictableNodes):
+    """Radix tree of at most ``max_blocks`` blocks on ``num_tiers`` tiers (tier 0 is the fastest).
+
+    ``keys`` arguments are C-contiguous ``uint64`` arrays of shape (n, 2), as the hashing module makes them.
+
+    Raises
+    ------
+    CapacityError
+        From ``insert`` and ``pin``, when a fixed limit is reached; nothing has changed then.
+    InvariantError
+        A caller broke the contract of a method; nothing has changed then.
+    """
+
+    def match(self, const uint64_t[:, ::1] keys not None, double now=-INFINITY, int group=-1):
+        """Leading blocks of ``keys`` that are ready, the best source of each, and why the match stops there.
+
+        ``now``: seconds; what its group keeps no longer is not offered, nor what ``group``, who asks, does not: what
+        was found on disk is another's until it is used. Reads only: it changes, counts and evicts nothing.
+        """
+        if group >= self.num_groups:
+            raise ValueError(f"group {group}: there are {self.num_groups}")
+        cdef Py_ssize_t n = keys.shape[0], ready = 0
+        cdef uint32_t reason
+        slots_array, tiers_array = np.empty(n, INT32), np.empty(n, INT8)
+        cdef int32_t *slots = <int32_t *>data_of(slots_array, True)
+        cdef int8_t *tiers = <int8_t *>data_of(tiers_array, True)
+        if n == 0:
+            return Match(0, 0, FULL_HIT, slots_array, tiers_array)
+        with nogil:
+            reason = self.match_ready(&keys[0, 0], n, now, group, slots, tiers, &ready)
+        since = self.began + (reason >> 4) if reason & 15 > MISSING else NAN
+        return Match(n, ready, reason & 15, slots_array[:ready], tiers_array[:ready], since)
+
+    cdef uint32_t match_ready(self, const uint64_t *keys, Py_ssize_t n, double now, int group, int32_t *slots,
+                              int8_t *tiers, Py_ssize_t *num_ready) noexcept nogil:
+        """Returns why it stops, in the lowest 4 bits, and when that came to be."""
+        cdef Py_ssize_t pos = 0, m, i
+        cdef int32_t node = ROOT
+        cdef Node *p
+        cdef uint8_t *state
+        cdef int t
+        while pos < n:
+            m = self.advance(keys, n, pos, &node)
+            if m == 0:
+                break
+            p = &self.nodes[node]
+            if self.expires_at(p, group) < now:
+                num_ready[0] = pos
+                return MISSING + WHY_EXPIRED | <uint32_t>max(0.0, self.expires_at(p, group) - self.began) << 4
+            if p.ready[0] == p.length:
+                memcpy(slots + pos, self.slots_of(p, 0), 4 * m)
+                memset(tiers + pos, 0, m)
+            else:
+                state = self.state_of(p)
+                for i in range(m):
+                    if state[i] == 0:
+                        num_ready[0] = pos + i
+                        for t in range(self.num_tiers):
+                            if self.slots_of(p, t)[i] >= 0:
+                                return NOT_READY
+                        return MISSING + self.recall(keys + 2 * (pos + i))
+                    t = 0
+                    while not state[i] >> t & 1:
+                        t += 1
+                    tiers[pos + i] = <int8_t>t
+                    slots[pos + i] = self.slots_of(p, t)[i]
+            pos += m
+            if m < p.length:
+                break
+        num_ready[0] = pos
+        return FULL_HIT if pos == n else MISSING + self.recall(keys + 2 * pos)
+
+    def absent(self, const uint64_t[:, ::1] keys not None):
+        """Positions (int32, ascending) of the blocks that have a slot on no tier, neither ready nor being written."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m, i, count = 0
+        cdef int32_t node = ROOT
+        cdef Node *p
+        cdef int t
+        out_array = np.empty(n, INT32)
+        cdef int32_t *out = <int32_t *>data_of(out_array, True)
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                p = &self.nodes[node]
+                if p.resident[0] < p.length:
+                    for i in range(m):
+                        for t in range(self.num_tiers):
+                            if self.slots_of(p, t)[i] >= 0:
+                                break
+                        else:
+                            out[count] = <int32_t>(pos + i)
+                            count += 1
+                pos += m
+                if m < p.length:
+                    break
+            for i in range(pos, n):
+                out[count] = <int32_t>i
+                count += 1
+        return out_array[:count]
+
+    def num_fitting(self, const uint64_t[:, ::1] keys not None):
+        """How many leading blocks of ``keys`` are in the tree, or could be added to it."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m
+        cdef int32_t node = ROOT
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                pos += m
+                if m == 0 or m < self.nodes[node].length:
+                    break
+        return min(n, pos + max(self.max_blocks - self.num_blocks, 0))
+
+    def slots(self, const uint64_t[:, ::1] keys not None, int tier):
+        """(n,) int32: the slot of each block of ``keys`` on ``tier``, ready or being written; -1 where it has none."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m
+        cdef int32_t node = ROOT
+        self.check_tier(tier)
+        out_array = np.full(n, -1, dtype=np.int32)
+        cdef int32_t[::1] out = out_array
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                memcpy(&out[pos], self.slots_of(&self.nodes[node], tier), 4 * m)
+                pos += m
+                if m < self.nodes[node].length:
+                    break
+        return out_array
+
+    def insert(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier, double now,
+               int group=0):
+        """Give blocks slots on ``tier``, in state *writing*; blocks that the tree lacks are added.
+
+        Parameters
+        ----------
+        keys : (n, 2) uint64
+            From the first block of the sequence.
+        slots : (n,) int32
+            -1 leaves a block that is in the tree as it is.
+        now : float
+            Seconds, for the age of what is added.
+        group : int
+            Quota group of what is added.
+        """
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m = 0, i
+        cdef int32_t node = ROOT
+        self.check_tier(tier)
+        if slots.shape[0] != n:
+            raise ValueError(f"{slots.shape[0]} slots for {n} keys")
+        if not 0 <= group < self.num_groups:
+            raise ValueError(f"group {group}: there are {self.num_groups}")
+        cdef const int32_t *mine
+        cdef int clash = 0
+        if n == 0:
+            return
+        cdef const int32_t *wanted = &slots[0]
+        with nogil:
+            self.tick(now)
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                mine = self.slots_of(&self.nodes[node], tier)
+                for i in range(m):
+                    clash |= (wanted[pos + i] >= 0) & (mine[i] >= 0)
+                pos += m
+                if m < self.nodes[node].length:
+                    break
+            for i in range(pos, n):
+                clash |= wanted[i] < 0
+        if clash:
+            raise InvariantError("insert: a block has a slot on the tier already, or a new block got none")
+        if self.num_blocks + n - pos > self.max_blocks:
+            raise CapacityError(f"the index is full: {self.max_blocks} blocks")
+        with nogil:
+            if pos < n:
+                if node != ROOT and m > 0 and m < self.nodes[node].length:
+                    self.split(node, <uint32_t>m)
+                    node = self.nodes[node].parent
+                self.append(node, &keys[pos, 0], wanted + pos, n - pos, tier, now, <uint16_t>group)
+            self.fill(&keys[0, 0], pos, wanted, tier)
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+
+    cdef void fill(self, const uint64_t *keys, Py_ssize_t n, const int32_t *slots, int tier) noexcept nogil:
+        cdef Py_ssize_t pos = 0, m, i
+        cdef int32_t node = ROOT
+        while pos < n:
+            m = self.advance(keys, n, pos, &node)
+            for i in range(m):
+                if slots[pos + i] >= 0:
+                    self.set_slot(node, <uint32_t>i, tier, slots[pos + i])
+            pos += m
+
+    def set_ready(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier):
+        """Blocks whose write on ``tier`` into ``slots`` is complete become ready (-1: leave alone).
+
+        Returns
+        -------
+        int
+            Blocks made ready. A block that is not in the tree with that very slot, in state writing, is left alone.
+        """
+        return self.finish(keys, slots, tier, True, 0)
+
+    def drop(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier,
+             bint failed=False):
+        """Blocks that hold ``slots`` on ``tier`` (-1: leave alone) become absent there, whatever their state.
+
+        ``failed`` is remembered as the reason. Returns the number of blocks dropped; the caller frees the slots.
+        """
+        return self.finish(keys, slots, tier, False, WHY_FAILED if failed else 0)
+
+    cdef Py_ssize_t finish(self, const uint64_t[:, ::1] keys, const int32_t[::1] slots, int tier, bint ready,
+                           uint32_t why) except -1:
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m, count = 0
+        cdef int32_t node = ROOT, last = ROOT
+        cdef Node *p
+        self.check_tier(tier)
+        if slots.shape[0] != n:
+            raise ValueError(f"{slots.shape[0]} slots for {n} keys")
+        with nogil:
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                last = node
+                if ready:
+                    count += self.mark_ready(node, m, &slots[pos], tier)
+                else:
+                    count += self.mark_absent(node, m, &slots[pos], tier, why)
+                p = &self.nodes[node]
+                pos += m
+                if m < p.length:
+                    break
+            if not ready:
+                self.prune(last)
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+        return count
+
+    cdef Py_ssize_t mark_ready(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier) noexcept nogil:
+        cdef Node *p = &self.nodes[node]
+        cdef const int32_t *mine = self.slots_of(p, tier)
+        cdef uint8_t *state = self.state_of(p)
+        cdef uint8_t changed, bit = 1 << tier
+        cdef Py_ssize_t i, count = 0
+        for i in range(m):                             # without branches, so that it runs as vectors
+            changed = (slots[i] >= 0) & (mine[i] == slots[i]) & ~(state[i] >> tier) & 1
+            state[i] |= changed * bit
+            count += changed
+        p.ready[tier] += <uint32_t>count
+        self.unpark(node, tier)
+        return count
+
+    cdef Py_ssize_t mark_absent(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier,
+                                uint32_t why) noexcept nogil:
+        cdef Node *p = &self.nodes[node]
+        cdef Py_ssize_t i, count = 0
+        for i in range(m):
+            if slots[i] >= 0 and self.slots_of(p, tier)[i] == slots[i]:
+                self.clear_slot(node, <uint32_t>i, tier)
+                if why:
+                    self.forget(p.keys + 2 * i, why)
+                count += 1
+        if count:
+            self.unpark(node, tier)
+            self.note_hole(node)
+        return count
+
+    def pin(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
+        """Keep blocks [start, stop) of the sequence from eviction until ``unpin`` of the same range."""
+        self.add_pins(keys, start, stop, 1)
+
+    def unpin(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
+        self.add_pins(keys, start, stop, -1)
+
+    cdef int add_pins(self, const uint64_t[:, ::1] keys, Py_ssize_t start, Py_ssize_t stop, int delta) except -1:
+        cdef Py_ssize_t pos = 0, m, i
+        cdef int32_t node = ROOT
+        cdef Node *p
+        cdef uint32_t *pins
+        cdef bint bad = False
+        cdef int apply, t
+        if not 0 <= start <= stop <= keys.shape[0]:
+            raise ValueError(f"blocks [{start}, {stop}) of {keys.shape[0]}")
+        if start == stop:
+            return 0
+        with nogil:
+            for apply in range(2):                     # check all, then change all
+                pos = 0
+                while pos < stop:
+                    m = self.advance(&keys[0, 0], stop, pos, &node)
+                    if m == 0:
+                        bad = True
+                        break
+                    p = &self.nodes[node]
+                    pins = self.pins_of(p)
+                    for i in range(max(start - pos, 0), m):
+                        if not apply:
+                            bad |= pins[i] == (<uint32_t>MAX_PINS if delta > 0 else 0)
+                        else:
+                            p.pinned -= pins[i] > 0
+                            pins[i] += <uint32_t>delta
+                            p.pinned += pins[i] > 0
+                    if apply and p.parked:
+                        for t in range(self.num_tiers):
+                            self.unpark(node, t)
+                    pos += m
+                if bad:
+                    break
+            if not bad and delta < 0:
+                self.prune(node)
+        if bad:
+            raise InvariantError("pin or unpin of a block that is not in the tree, not pinned, or pinned too often")
+        if FLEXKV_CHECKS:
+            self.check_integrity()
+        return 0
+
+    def hold(self, const uint64_t[:, ::1] keys not None):
+        """Pin blocks, from the first of a sequence on, and keep them from going out of date, until ``let_go`` of the
+        same blocks. A node is held as a whole: it is split where they end."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m
+        cdef int32_t node = ROOT
+        self.add_pins(keys, 0, n, 1)
+        try:
+            with nogil:
+                while pos < n:
+                    m = self.advance(&keys[0, 0], n, pos, &node)
+                    if m < self.nodes[node].length:
+                        self.split(node, <uint32_t>m)
+                    pos += m
+        except BaseException:
+            self.add_pins(keys, 0, n, -1)
+            raise
+        self.add_holds(keys, 1)
+
+    def let_go(self, const uint64_t[:, ::1] keys not None):
+        """Undo ``hold``; returns how many blocks nobody holds any more."""
+        cdef Py_ssize_t count = self.add_holds(keys, -1)
+        self.add_pins(keys, 0, keys.shape[0], -1)
+        return count
+
+    def unheld(self, const uint64_t[:, ::1] keys not None):
+        """How many of these blocks are in the tree and held by nobody."""
+        return self.add_holds(keys, 0)
+
+    cdef Py_ssize_t add_holds(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil:
+        """Returns of how many blocks it is the first hold, or the last; with 0, how many have none."""
+        cdef Py_ssize_t pos = 0, m, count = 0
+        cdef int32_t node = ROOT
+        cdef Node *p
+        while pos < keys.shape[0]:
+            m = self.advance(&keys[0, 0], keys.shape[0], pos, &node)
+            if m == 0:
+                break
+            p = &self.nodes[node]
+            count += m if p.holds == (1 if delta < 0 else 0) else 0
+            p.holds += delta
+            pos += m
+            if m < p.length:
+                break
+        return count
+
+    def touch(self, const uint64_t[:, ::1] keys not None, double now, bint hit=True, int group=-1):
+        """Record a use at ``now`` (seconds) of all blocks of ``keys`` that are in the tree. A node that is used in
+        part is split, so that all blocks of a node have one history. ``group``: whose they are from now on."""
+        cdef Py_ssize_t n = keys.shape[0], pos = 0, m
+        cdef int32_t node = ROOT
+        cdef Node *p
+        cdef int t
+        if group >= self.num_groups:
+            raise ValueError(f"group {group}: there are {self.num_groups}")
+        with nogil:
+            self.tick(now)
+            while pos < n:
+                m = self.advance(&keys[0, 0], n, pos, &node)
+                if m == 0:
+                    break
+                if m < self.nodes[node].length:
+                    self.split(node, <uint32_t>m)
+                    for t in range(self.num_tiers):
+                        if self.nodes[node].resident[t]:
+                            self.change(node, t, False)    # the policy may want to know what was left aside
+                    node = self.nodes[node].parent
+                p = &self.nodes[node]
+                if hit:
+                    p.hits += 1
+                p.last_access = max(p.last_access, now)
+                if group >= 0 and p.group != group:
+                    self.regroup(node, <uint16_t>group)
+                for t in range(self.num_tiers):
+                    if p.resident[t]:
+                        self.change(node, t, False)
+                pos += m
+
+    def resident(self, int tier):
+        """Blocks that hold a slot on ``tier``."""
+        self.check_tier(tier)
+        return int(self.ranking(tier).blocks().sum())
+
+    @property
+    def memory_bytes(self):
+        """Bytes in use: node places, block arrays, key table, and the record of what was evicted."""
+        return (
+            self.used_nodes * sizeof(Node) + self.block_storage * (16 + 4 * self.num_tiers + 5)
+            + (self.table_mask + 1) * 4 + (self.forgotten_mask + 1) * sizeof(Forgotten)
+        )
+
+    def group_of(self, const uint64_t[:, ::1] keys not None):
+        """The quota group of a sequence; 0 where none of it is in the tree."""
+        cdef int32_t node = self.find(&keys[0, 0]) if keys.shape[0] else ROOT
+        return self.nodes[node].group if node > ROOT else 0
+
+    def fate(self, const uint64_t[:, ::1] keys not None, Py_ssize_t position):
+        """Why a block that is not in the tree has gone (``Fate``); 0 if it was never there, or that is forgotten."""
+        return self.recall(&keys[position, 0]) & 15 if 0 <= position < keys.shape[0] else 0
+
+    def remember(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, int why):
+        """Blocks from ``start`` on, which are not in the tree, were not stored: keep why, for those who ask."""
+        cdef Py_ssize_t i
+        for i in range(start, keys.shape[0]):
+            self.forget(&keys[i, 0], why)

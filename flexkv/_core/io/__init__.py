@@ -1,0 +1,1 @@
+"""Reads and writes of files: the I/O queue, slot records, checksums."""

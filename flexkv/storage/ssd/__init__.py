@@ -1,0 +1,1 @@
+"""The SSD tier: data files and slot tables in one or more directories."""

@@ -1,0 +1,239 @@
+"""Blocks of one job in one directory, on their way."""
+
+import os
+import select
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.storage.ssd.directory import SsdDirectory
+from flexkv.storage.ssd.slot_table import RECORD
+
+READ, WRITE = 0, 1
+"""As the queue names them."""
+
+ERASE = 2
+"""Of records alone: no queue has it."""
+
+Result = tuple[int, NDArray[np.intp], NDArray[np.bool_]]
+"""Job, indices of its blocks, and whether each of them succeeded."""
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """What the queue is given at a time. A block is known by its position here, and to the caller by its index.
+
+    Attributes
+    ----------
+    first_tag : int
+        What the queue knows the block at position 0 by; the others follow.
+    kind : int
+    job : int
+    directory : SsdDirectory
+    indices : (n,) intp
+        Of the caller's job.
+    slots, host_slots : (n,) int32
+    keys, parents : (n, 2) uint64
+    fence : int or None
+        Not None: ``host_slots`` are pages of a GPU, which may be touched from this step of its rank on.
+    stopped : bool
+        Start nothing more. The pages of a GPU may be another's by now: what is still written of them is not recorded.
+    sequence : int
+        Of the first block's record.
+    submitted : bool
+        The queue has it.
+    moved : (n,) bool
+        The data is written, the record is not yet.
+    late : (n,) bool
+        It took too long, and the kernel may still have its host slot; so a read has no result yet.
+    ended : (n,) bool
+        The caller has been told.
+    """
+
+    first_tag: int
+    kind: int
+    job: int
+    directory: SsdDirectory
+    indices: NDArray[np.intp]
+    slots: NDArray[np.int32]
+    host_slots: NDArray[np.int32]
+    keys: NDArray[np.uint64]
+    fence: int | None = None
+    parents: NDArray[np.uint64] = field(default_factory=lambda: np.empty((0, 2), dtype=np.uint64))
+    sequence: int = 0
+    submitted: bool = False
+    stopped: bool = False
+    moved: NDArray[np.bool_] = field(init=False)
+    late: NDArray[np.bool_] = field(init=False)
+    ended: NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.moved = np.zeros(len(self.indices), dtype=np.bool_)
+        self.late = np.zeros(len(self.indices), dtype=np.bool_)
+        self.ended = np.zeros(len(self.indices), dtype=np.bool_)
+
+    def tags(self) -> NDArray[np.uint64]:
+        """(n,) what the queue knows each block by."""
+        return np.uint64(self.first_tag) + np.arange(len(self.indices), dtype=np.uint64)
+
+    def records(
+        self, positions: NDArray[np.intp], checksums: NDArray[np.uint64], domain: int
+    ) -> NDArray[np.void]:
+        """What the slot table is to say of these positions."""
+        records = np.zeros(len(positions), dtype=RECORD)
+        records["key"], records["parent"] = self.keys[positions], self.parents[positions]
+        records["checksum"], records["domain"], records["length"] = checksums, domain, self.directory.slot_bytes
+        records["sequence"] = self.sequence + positions
+        return records
+
+    def left(self) -> NDArray[np.intp]:
+        """Positions that have no result yet."""
+        return np.flatnonzero(~self.ended)
+
+
+def check_blocks(
+    slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: Sequence[NDArray[np.uint64]], num_slots: int,
+    num_host_slots: int,
+) -> None:
+    """ValueError if arrays do not fit together, or a slot is not there."""
+    for each in keys:
+        if not len(slots) == len(host_slots) == len(each) or each.shape[1:] != (2,):
+            raise ValueError(f"{len(slots)} slots, {len(host_slots)} host slots, keys of shape {each.shape}")
+    for name, numbers, limit in (("slot", slots, num_slots), ("host slot", host_slots, num_host_slots)):
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= limit):
+            raise ValueError(f"{name}s {numbers.min()} to {numbers.max()}: there are {limit}")
+
+
+class Batches:
+    """Batches that are under way, and results that nobody has taken yet. The caller locks.
+
+    Parameters
+    ----------
+    queue_fd : int
+        Readable when the queue has something.
+
+    Attributes
+    ----------
+    event_fd : int
+        Readable when there are results, or the queue has something.
+    num_ok : dict
+        Blocks that succeeded, by kind.
+    """
+
+    def __init__(self, queue_fd: int) -> None:
+        self._epoll = select.epoll()
+        self.event_fd = self._epoll.fileno()
+        self._told_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            for fd in (self._told_fd, queue_fd):
+                self.watch(fd)
+        except BaseException:
+            self.close()
+            raise
+        self.num_ok = {READ: 0, WRITE: 0, ERASE: 0}
+        self._batches: dict[int, Batch] = {}                # by first tag, which only rises: they are in order
+        self._jobs: dict[int, set[Batch]] = {}
+        self._next_tag = 0                                  # one a block, of 2**64: they do not run out
+        self._results: list[Result] = []
+
+    def watch(self, queue_fd: int) -> None:
+        """``event_fd`` is readable when this is, too, until it is closed."""
+        self._epoll.register(queue_fd, select.EPOLLIN)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(list(self._batches.values()))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def of_tags(self, tags: NDArray[np.uint64]) -> Iterator[tuple[Batch, NDArray[np.intp], NDArray[np.intp]]]:
+        """Each batch under way that some of ``tags`` are of, where in ``tags`` those are, and their positions in it."""
+        batches = list(self._batches.values())
+        which = np.searchsorted(np.fromiter(self._batches, np.uint64, len(batches)), tags, side="right") - 1
+        for i in np.unique(which[which >= 0]):
+            positions = (tags - np.uint64(batches[i].first_tag)).astype(np.intp)
+            at = np.flatnonzero((which == i) & (positions < len(batches[i].indices)))    # else of one that has ended
+            if len(at):
+                yield batches[i], at, positions[at]
+
+    def late(self) -> list[Batch]:
+        """Those with blocks that are late."""
+        return [batch for batch in self._batches.values() if batch.late.any()]
+
+    def of_job(self, job: int) -> list[Batch]:
+        """What of a job is under way."""
+        return list(self._jobs.get(job, ()))
+
+    def begin(
+        self, kind: int, job: int, directory: SsdDirectory, where: NDArray[np.intp], slots: NDArray[np.int32],
+        host_slots: NDArray[np.int32], keys: NDArray[np.uint64], fence: int | None,
+    ) -> Batch:
+        """Blocks ``where`` of a job are under way now."""
+        batch = Batch(
+            self._next_tag, kind, job, directory, where, slots[where], host_slots[where], keys[where], fence
+        )
+        self._next_tag += len(where)
+        self._batches[batch.first_tag] = batch
+        self._jobs.setdefault(job, set()).add(batch)
+        if kind != ERASE:
+            directory.begin(len(where) * directory.slot_bytes)
+        return batch
+
+    def begin_erasing(
+        self, job: int, directory: SsdDirectory, where: NDArray[np.intp], slots: NDArray[np.int32]
+    ) -> Batch:
+        """Records of slots ``where`` of a job are to be emptied now."""
+        return self.begin(ERASE, job, directory, where, slots, slots, np.zeros((len(slots), 2), np.uint64), None)
+
+    def end(self, batch: Batch, positions: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+        """These positions of a batch have their result."""
+        if len(positions) == 0:
+            return
+        batch.ended[positions], batch.late[positions] = True, False
+        num_ok = int(ok.sum())
+        self.num_ok[batch.kind] += num_ok
+        slot_bytes = batch.directory.slot_bytes
+        if batch.kind != ERASE:
+            batch.directory.end(len(positions) * slot_bytes, num_ok * slot_bytes)
+        self.tell(batch.job, batch.indices[positions], ok)
+        if batch.ended.all():
+            del self._batches[batch.first_tag]
+            self._jobs[batch.job].discard(batch)
+            if not self._jobs[batch.job]:
+                del self._jobs[batch.job]
+
+    def tell(self, job: int, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+        """A result for whoever asks next."""
+        if len(indices):
+            self._results.append((job, indices, ok))
+            self.wake()
+
+    def wake(self) -> None:
+        """Make ``event_fd`` readable."""
+        if self._told_fd >= 0:
+            os.eventfd_write(self._told_fd, 1)
+
+    def take_results(self) -> list[Result]:
+        """Results that have not been taken."""
+        self.quiet()
+        results, self._results = self._results, []
+        return results
+
+    def quiet(self) -> None:
+        """Results alone do not make ``event_fd`` readable until there are more."""
+        if self._told_fd >= 0:
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._told_fd)
+
+    def wait(self, seconds: float) -> None:
+        """Until ``event_fd`` is readable, or for so long. Without the lock."""
+        self._epoll.poll(seconds)
+
+    def close(self) -> None:
+        """Close ``event_fd``; once."""
+        self._epoll.close()
+        os.close(self._told_fd)
+        self._told_fd = -1

@@ -1,0 +1,178 @@
+"""The file that holds the bytes of slots: really allocated, and moved past the page cache where that is possible."""
+
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import secrets
+from pathlib import Path
+
+from flexkv.errors import CapacityError, StorageError
+from flexkv.storage.ssd.file_layer import FileLayer, open_private
+
+logger = logging.getLogger("flexkv.storage")
+
+PROBE_BYTES = 4096
+"""Behind the last slot: where it is tried whether the disk works."""
+
+_STEP_BYTES = 1 << 30
+"""Allocated at a time."""
+
+_DROP_BYTES = 64 << 20
+"""Without O_DIRECT, so much may be in the page cache."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_AT_EMPTY_PATH = 0x1000                    # <fcntl.h>
+_STATX_DIOALIGN = 0x2000                   # <linux/stat.h>, Linux 6.1
+_DIO_OFFSET_ALIGN = 156                    # offset of stx_dio_offset_align in struct statx
+_MAX_ALIGNMENT = 4096                      # slots and host memory are multiples of it
+
+
+def allocate(files: FileLayer, fd: int, path: Path, num_bytes: int) -> None:
+    """Give a file ``num_bytes`` bytes that the file system has set aside; a longer one is cut.
+
+    Raises
+    ------
+    CapacityError
+        The disk is full or a quota is; the file is as long as it was.
+    """
+    before = os.fstat(fd).st_size
+    if before > num_bytes:
+        files.ftruncate(fd, num_bytes)
+    done = 0
+    try:
+        while done < num_bytes:
+            step = min(_STEP_BYTES, num_bytes - done)
+            files.posix_fallocate(fd, done, step)
+            done += step
+    except OSError as error:
+        files.ftruncate(fd, min(before, num_bytes))
+        if error.errno not in _FULL:
+            raise
+        room = os.statvfs(path.parent)
+        missing = max(num_bytes - os.fstat(fd).st_blocks * 512 - room.f_bavail * room.f_frsize, 4096)
+        raise CapacityError(
+            f"{path.parent} has no room for {num_bytes} bytes of the SSD tier ({error.strerror}): at least {missing} "
+            f"bytes ({missing / (1 << 30):.2f} GiB) are missing; set ssd_cache_gb lower"
+        ) from error
+
+
+class DataFile:
+    """Slots of one directory; slot i is bytes [i*slot_bytes, (i+1)*slot_bytes).
+
+    Attributes
+    ----------
+    fd : int
+    is_direct : bool
+        Opened with O_DIRECT. If not, the log says why, and what was moved is dropped from the page cache now and then.
+
+    Parameters
+    ----------
+    path : Path
+    num_bytes : int
+        Size, the probe's page included.
+    files : FileLayer
+
+    Raises
+    ------
+    CapacityError
+        As ``allocate``; a file that was made here is removed.
+    StorageError
+        The file cannot be opened.
+    """
+
+    def __init__(self, path: Path, num_bytes: int, files: FileLayer) -> None:
+        self._path = path
+        self._files = files
+        self._probe_offset = num_bytes - PROBE_BYTES
+        self._page = mmap.mmap(-1, PROBE_BYTES)         # aligned, as O_DIRECT needs it
+        self._unsynced = 0
+        made = not path.exists()
+        try:
+            fd = open_private(path, 0)
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be opened: {error.strerror}; remove it, or set ssd_cache_dir to another directory"
+            ) from error
+        try:
+            allocate(files, fd, path, num_bytes)
+        except BaseException:
+            if made:
+                path.unlink()
+            raise
+        finally:
+            os.close(fd)
+        self.fd, reason = _open_direct(path, self._probe_offset)
+        self.is_direct = not reason
+        if reason:
+            logger.warning("%s is used through the page cache: %s", path, reason)
+
+    def probe(self) -> None:
+        """Write a page, and read it back; OSError if that does not work."""
+        content = secrets.token_bytes(PROBE_BYTES)
+        self._page[:] = content
+        written = self._files.pwrite(self.fd, self._page, self._probe_offset)
+        self._files.fdatasync(self.fd)
+        self._page[:] = bytes(PROBE_BYTES)
+        self._files.preadv(self.fd, [self._page], self._probe_offset)
+        if written != PROBE_BYTES or self._page[:] != content:
+            raise OSError(errno.EIO, "what was written is not what is read")
+
+    def moved(self, num_bytes: int) -> None:
+        """Keep the page cache from growing without bound; waits for the disk now and then."""
+        self._unsynced += num_bytes
+        if self.is_direct or self._unsynced < _DROP_BYTES:
+            return
+        self._unsynced = 0
+        try:
+            self._files.fdatasync(self.fd)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError as error:                        # what is lost by it has a wrong checksum when it is read
+            logger.error("%s cannot be synced: %s", self._path, error.strerror)
+
+    def close(self) -> None:
+        """Close the file; once."""
+        os.close(self.fd)
+        self._page.close()
+
+
+def _open_direct(path: Path, page_offset: int) -> tuple[int, str]:
+    """A descriptor, with O_DIRECT if a page can be read that way; else why not."""
+    reason = ""
+    try:
+        fd = open_private(path, os.O_DIRECT)
+    except OSError as error:
+        return open_private(path, 0), f"no O_DIRECT there ({error.strerror})"
+    alignment = offset_alignment(fd)
+    if not 0 < alignment <= _MAX_ALIGNMENT:
+        reason = f"O_DIRECT there needs an alignment of {alignment} bytes" if alignment else "no O_DIRECT there"
+    else:
+        try:
+            with mmap.mmap(-1, PROBE_BYTES) as page:
+                os.preadv(fd, [page], page_offset)
+        except OSError as error:
+            reason = f"reading with O_DIRECT fails ({error.strerror})"
+    if reason:
+        os.close(fd)
+        fd = open_private(path, 0)
+    return fd, reason
+
+
+def offset_alignment(fd: int) -> int:
+    """What offsets of O_DIRECT must be multiples of: as statx says, else the device's logical block, else a page."""
+    statx = getattr(ctypes.CDLL(None), "statx", None)
+    buffer = ctypes.create_string_buffer(256)
+    if statx is not None and statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer) == 0:
+        mask = int.from_bytes(buffer.raw[:4], "little")
+        if mask & _STATX_DIOALIGN:
+            return int.from_bytes(buffer.raw[_DIO_OFFSET_ALIGN : _DIO_OFFSET_ALIGN + 4], "little")
+    device = os.fstat(fd).st_dev
+    node = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    for queue in (node / "queue", node / "../queue"):       # a partition has none of its own
+        try:
+            return int((queue / "logical_block_size").read_text())
+        except (OSError, ValueError):
+            continue
+    return PROBE_BYTES

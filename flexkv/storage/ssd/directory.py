@@ -1,0 +1,371 @@
+"""One directory of the SSD tier: lock, slot table, data file, and whether the disk works."""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from flexkv.errors import CapacityError, StorageError
+from flexkv.storage.ssd.data_file import PROBE_BYTES, DataFile, allocate
+from flexkv.storage.ssd.directory_lock import DirectoryLock
+from flexkv.storage.ssd.file_layer import FileLayer, open_private
+from flexkv.storage.ssd.slot_table import HEADER_BYTES, RECORD, Header, SlotTable
+
+logger = logging.getLogger("flexkv.storage")
+
+TABLE_NAME = "flexkv.table"
+DATA_NAME = "flexkv.data"
+
+_LOCK_BYTES = 4096
+"""Counted for the lock file, which says who has it."""
+
+_EXTENT_BYTES = 32
+"""Counted for each slot: slots that are written here and there end up as an extent each, and the file system counts the
+blocks where it notes them (ext4: 12 bytes an extent, in blocks that may be half full)."""
+
+_EXTENTS_BYTES = 1 << 16
+"""Counted for the first of these blocks of each file, and for what the allocation was cut into."""
+
+_ERRORS_IN_ROW = 16
+"""After so many, without a success in between, the directory is taken out."""
+
+_FIRST_BANDWIDTH = 1e9
+"""Bytes a second that a directory is thought to move until it has been measured."""
+
+_CLOSE_S = 10.0
+"""Disks that have not answered after so long, while they are closed, hang."""
+
+
+def total_bytes(num_slots: int, slot_bytes: int) -> int:
+    """The most bytes that all files of a directory with so many slots take on a disk."""
+    fixed = _LOCK_BYTES + _EXTENTS_BYTES + PROBE_BYTES
+    return fixed + SlotTable.num_bytes(num_slots) + num_slots * (slot_bytes + _EXTENT_BYTES)
+
+
+def slots_that_fit(num_bytes: int, slot_bytes: int) -> int:
+    """The most slots whose files take ``num_bytes`` bytes or less."""
+    num_slots = max(0, (num_bytes - total_bytes(0, slot_bytes)) // (slot_bytes + 64 + _EXTENT_BYTES))
+    while num_slots and total_bytes(num_slots, slot_bytes) > num_bytes:
+        num_slots -= 1
+    return num_slots
+
+
+class SsdDirectory:
+    """Slots ``first_slot`` to ``first_slot + num_slots - 1`` of a store.
+
+    Steps that may wait for the disk are posted, and run one after another on the directory's own thread, so a disk
+    that hangs holds up nobody else. The other methods are called under the store's lock, and do not wait.
+
+    Attributes
+    ----------
+    table : SlotTable
+    data : DataFile
+    usable : bool
+        Whether it takes work: not after many errors in a row, until a probe succeeds.
+    queued_bytes : int
+        Given to the queue, and not ended.
+    is_stuck : callable () -> bool
+        Whether the kernel keeps an access to the data file, so that the queue takes no other. Asked by the directory's
+        thread.
+
+    Raises
+    ------
+    DirectoryInUseError, StorageError
+        As ``DirectoryLock``, ``DataFile``.
+    CapacityError
+        There is no room, or ``num_bytes`` does not hold a slot.
+    """
+
+    def __init__(
+        self, path: Path, first_slot: int, num_bytes: int, slot_bytes: int, files: FileLayer, probe_s: float
+    ) -> None:
+        self.path = path
+        self.first_slot = first_slot
+        self.num_slots = slots_that_fit(num_bytes, slot_bytes)
+        self.slot_bytes = slot_bytes
+        self.usable = True
+        self.queued_bytes = 0
+        self.is_stuck: Callable[[], bool] = lambda: False
+        self._files = files
+        self._probe_s = probe_s
+        self._errors_in_row = 0
+        self._moved_bytes, self._busy_s, self._busy_since = 0.0, 0.0, 0.0
+        self._steps: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._step_began: float | None = None
+        if self.num_slots < 1:
+            raise CapacityError(
+                f"{num_bytes} bytes for {path} hold no slot of {slot_bytes} bytes: set ssd_cache_gb higher"
+            )
+        self._lock = DirectoryLock(path)
+        self._table_fd = -1
+        try:
+            self._open()
+            self._thread = threading.Thread(target=self._work, name=f"flexkv-ssd-{first_slot}", daemon=True)
+            self._thread.start()
+        except OSError as error:
+            self._release()
+            raise _unusable(path, error) from error
+        except BaseException:
+            self._release()
+            raise
+
+    # ---- opening and closing ----------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        table_path, data_path = self.path / TABLE_NAME, self.path / DATA_NAME
+        self._table_fd = open_private(table_path, 0)
+        self.table = SlotTable(self._table_fd, self._files)
+        before = os.fstat(self._table_fd).st_size
+        header = self.table.load()
+        if header is None or header.slot_bytes != self.slot_bytes or not data_path.exists():
+            if before:
+                logger.warning("%s is made anew: %s", self.path, self._why_not(header))
+                self._files.ftruncate(self._table_fd, 0)
+                self._files.fdatasync(self._table_fd)
+            header = None
+        elif header.num_slots != self.num_slots:
+            logger.info("%s had %d slots, and gets %d", self.path, header.num_slots, self.num_slots)
+        if header is not None and not header.clean:
+            logger.info("%s was not closed; what was being written is left out", self.path)
+        if header is not None and header.num_slots > self.num_slots:
+            self.table.update(num_slots=self.num_slots)         # before its records go
+        if header is not None:                                  # what is behind the last record is no record
+            kept = min(header.num_slots, self.num_slots)
+            self._files.ftruncate(self._table_fd, HEADER_BYTES + kept * RECORD.itemsize)
+        self._allocate(table_path, data_path, before)
+        floor = 0 if header is None else header.floor
+        self.table.store(Header(self.slot_bytes, self.num_slots, floor))
+
+    def _why_not(self, header: Header | None) -> str:
+        if header is None:
+            return "its table has no header that this version can read"
+        if header.slot_bytes != self.slot_bytes:
+            return f"its slots have {header.slot_bytes} bytes, and {self.slot_bytes} are wanted"
+        return "its data file is gone"
+
+    def _allocate(self, table_path: Path, data_path: Path, table_before: int) -> None:
+        allocate(self._files, self._table_fd, table_path, SlotTable.num_bytes(self.num_slots))
+        try:
+            self.data = DataFile(data_path, self.num_slots * self.slot_bytes + PROBE_BYTES, self._files)
+        except BaseException:
+            self._files.ftruncate(self._table_fd, min(table_before, SlotTable.num_bytes(self.num_slots)))
+            raise
+
+    def _release(self) -> None:
+        if self._table_fd >= 0:
+            os.close(self._table_fd)
+        if hasattr(self, "data"):
+            self.data.close()
+        self._lock.release()
+
+    def begin_close(self, clean: bool) -> None:
+        """Have the thread end; if ``clean``, say in the table that nothing was under way."""
+        if clean:
+            self.post(self._seal)
+        self.post(None)
+
+    def end_close(self, seconds: float) -> None:
+        """Wait for the thread, no longer than that, and close the files."""
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            logger.error("%s: the disk hangs; its files stay open until this process ends", self.path)
+            return
+        self._release()
+
+    def _seal(self) -> None:
+        try:
+            self._files.fdatasync(self.data.fd)
+            self.table.sync()
+            self.table.update(clean=True)
+        except OSError as error:
+            logger.error("%s cannot be closed well: %s", self.path, error.strerror)
+
+    # ---- the thread -------------------------------------------------------------------------------------------
+
+    def post(self, step: Callable[[], None] | None) -> None:
+        """Run a step on the directory's thread; None: end it."""
+        self._steps.put(step)
+
+    def forget(self, floor: int) -> None:
+        """Records with a sequence up to ``floor`` are void from now on; waits for the disk. On the directory's thread,
+        or before it has anything to do."""
+        self.table.update(floor=max(floor, self.table.header.floor))
+
+    def promise(self, step: Callable[[], None]) -> Future[None]:
+        """Run a step on the directory's thread; the future knows when it is done, and what it raised."""
+        future: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                step()
+                future.set_result(None)
+            except OSError as error:
+                future.set_exception(error)
+
+        self.post(run)
+        return future
+
+    def fails(self, change: Callable[..., None], *what: NDArray[Any]) -> str:
+        """Change the table; what is wrong if that fails, for any reason: no job may wait for ever. Else empty."""
+        try:
+            change(*what)
+        except OSError as error:
+            return str(error)
+        except Exception as error:
+            logger.exception("%s: the slot table was not changed", self.path)
+            return repr(error)
+        return ""
+
+    def hangs(self, seconds: float) -> bool:
+        """Whether a step has been under way for longer."""
+        began = self._step_began
+        return began is not None and time.monotonic() - began > seconds
+
+    def _work(self) -> None:
+        while True:
+            try:
+                step = self._steps.get(timeout=None if self.usable else self._probe_s)
+            except queue.Empty:
+                step = self._probe
+            if step is None:
+                return
+            self._step_began = time.monotonic()
+            try:
+                step()
+            except Exception:
+                logger.exception("%s: a step failed", self.path)
+            self._step_began = None
+
+    # ---- health -----------------------------------------------------------------------------------------------
+
+    def succeeded(self) -> None:
+        """An access was good."""
+        self._errors_in_row = 0
+
+    def failed(self, count: int) -> bool:
+        """So many accesses were not; True if the directory is taken out because of it."""
+        self._errors_in_row += count
+        return self._errors_in_row >= _ERRORS_IN_ROW and self.take_out(f"{self._errors_in_row} errors in a row")
+
+    def take_out(self, why: str) -> bool:
+        """Take no more work until a probe succeeds; False if that is so already."""
+        if not self.usable:
+            return False
+        self.usable = False
+        logger.error("%s is taken out: %s; it is tried every %g s", self.path, why, self._probe_s)
+        self.post(lambda: None)                             # wakes the thread, which probes from now on
+        return True
+
+    def _probe(self) -> None:
+        if self.is_stuck():                                 # the disk may work, but the queue takes nothing for it
+            return
+        try:
+            self.data.probe()
+            self.table.update()
+        except OSError:
+            return
+        self._errors_in_row = 0
+        self.usable = True
+        logger.warning("%s works again", self.path)
+
+    # ---- load -------------------------------------------------------------------------------------------------
+
+    def begin(self, num_bytes: int) -> None:
+        """So many bytes were given to the queue."""
+        if self.queued_bytes == 0:
+            self._busy_since = time.monotonic()
+        self.queued_bytes += num_bytes
+
+    def end(self, num_bytes: int, moved_bytes: int) -> None:
+        """So many bytes are not queued any more, and some of them were moved."""
+        now = time.monotonic()
+        self._busy_s += now - self._busy_since
+        self._moved_bytes += moved_bytes
+        self._busy_since = now
+        self.queued_bytes -= num_bytes
+        if self._busy_s > 1.0:                              # older measurements count half
+            self._busy_s, self._moved_bytes = self._busy_s / 2, self._moved_bytes / 2
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second, of late; as first thought until there is something to go by."""
+        return (self._moved_bytes + _FIRST_BANDWIDTH / 100) / (self._busy_s + 0.01)
+
+
+def open_directories(
+    paths: Sequence[Path], capacity_bytes: int, slot_bytes: int, files: FileLayer, probe_s: float
+) -> list[SsdDirectory]:
+    """Open all directories, with an even share of the capacity and numbers of slots that follow one another.
+
+    The highest floor of any of them becomes that of all: one that was not there when everything was forgotten is told,
+    so that it knows by itself the next time.
+
+    Raises
+    ------
+    CapacityError, StorageError, DirectoryInUseError
+        As ``SsdDirectory``; those that are open are closed again.
+    """
+    if not paths or capacity_bytes // slot_bytes >= 1 << 31:
+        raise CapacityError(
+            f"{len(paths)} directories, {capacity_bytes} bytes: set ssd_cache_dir to one or more directories, and "
+            f"ssd_cache_gb to less than 2**31 slots of {slot_bytes} bytes"
+        )
+    opened: list[SsdDirectory] = []
+    try:
+        for path in paths:
+            first = sum(directory.num_slots for directory in opened)
+            opened.append(SsdDirectory(Path(path), first, capacity_bytes // len(paths), slot_bytes, files, probe_s))
+        floor = max(directory.table.header.floor for directory in opened)
+        for directory in opened:
+            if directory.table.header.floor < floor:
+                directory.forget(floor)
+    except OSError as error:
+        close_directories(opened, clean=False)
+        raise _unusable(directory.path, error) from error
+    except BaseException:
+        close_directories(opened, clean=False)
+        raise
+    return opened
+
+
+def _unusable(path: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{path} cannot be used for the SSD tier: {error.strerror}; see the kernel's log for its disk, or set "
+        f"ssd_cache_dir to other directories"
+    )
+
+
+def raise_floor(directories: Sequence[SsdDirectory], floor: int, seconds: float) -> None:
+    """Have all directories forget what they hold, at the same time; wait no longer than so many seconds.
+
+    Raises
+    ------
+    StorageError
+        Not all of them could be told.
+    """
+    told = [directory.promise(partial(directory.forget, floor)) for directory in directories]
+    wait(told, seconds)
+    failed = []
+    for directory, future in zip(directories, told, strict=True):
+        error = future.exception() if future.done() else "the disk hangs"
+        if error:
+            failed.append(f"{directory.path} ({error})")
+    if failed:
+        raise StorageError(f"{', '.join(failed)} could not be cleared: delete the files in it before a restart")
+
+
+def close_directories(directories: Sequence[SsdDirectory], clean: bool) -> None:
+    """End all threads, and close all files but those of disks that hang; bounded for all together."""
+    for directory in directories:
+        directory.begin_close(clean)
+    deadline = time.monotonic() + _CLOSE_S
+    for directory in directories:
+        directory.end_close(max(0.0, deadline - time.monotonic()))

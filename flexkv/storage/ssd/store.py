@@ -1,0 +1,399 @@
+"""The SSD tier: blocks in slots of preallocated files, over one or more directories."""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.io.checksum import xxh3_64
+from flexkv._core.io.io_queue import IoQueue
+from flexkv.errors import StorageError
+from flexkv.storage.ssd.batches import READ, WRITE, Batch, Batches, Result, check_blocks
+from flexkv.storage.ssd.directory import SsdDirectory, close_directories, open_directories, raise_floor
+from flexkv.storage.ssd.file_layer import FileLayer
+from flexkv.storage.ssd.queues import StoreQueues
+from flexkv.storage.ssd.record_steps import RecordSteps
+from flexkv.storage.ssd.recovery import Recovered, newest_records
+from flexkv.storage.ssd.slot_health import LATE, SlotHealth
+from flexkv.storage.ssd.slot_ledger import SlotLedger
+from flexkv.storage.ssd.striped_slots import Parts, StripedSlots
+
+logger = logging.getLogger("flexkv.storage")
+
+
+class SsdStore:
+    """Blocks on disk: fixed slots, a record beside each, and a queue that moves bytes.
+
+    A block is written in this order: the slot's record is emptied, the data is written, the record is written. So
+    after a kill at any moment a slot holds the old block, the new one, or none. A block is read only if the slot's
+    record names its key, and is good only if what was read has the checksum in that record.
+
+    May be used from any thread. Nothing waits for a disk but the constructor, ``recover``, ``clear`` and ``close``.
+    ``event_fd`` is readable when ``results`` has something to do; it should be called once a second even so, for that
+    is when a disk that hangs is noticed.
+
+    Parameters
+    ----------
+    directories : sequence of Path
+    capacity_bytes : int
+        For all files in all directories; shared out evenly.
+    slot_bytes : int
+        A multiple of 4096.
+    domain : bytes
+        Identity of what makes KV comparable: blocks of others are not offered, and their slots are free.
+    memory : buffer
+        Host slots: slot i is bytes [i*slot_bytes, (i+1)*slot_bytes).
+    make_queue : callable
+        ``IoQueue`` or its like.
+    deadline_s : float
+        An access that takes longer has failed.
+    probe_s : float
+        A directory that was taken out is tried every so often.
+    files : FileLayer
+    queue_options
+        For ``make_queue``.
+
+    Raises
+    ------
+    CapacityError, StorageError, DirectoryInUseError, OSError
+        As ``open_directories`` and ``make_queue``, or there are too many open files; nothing is left open then.
+    """
+
+    def __init__(
+        self, directories: Sequence[Path], capacity_bytes: int, slot_bytes: int, domain: bytes, memory: Any, *,
+        make_queue: Callable[..., Any] = IoQueue, deadline_s: float = 10.0, probe_s: float = 5.0,
+        files: FileLayer = os, **queue_options: Any,
+    ) -> None:
+        if slot_bytes < 1 or slot_bytes % 4096:
+            raise ValueError(f"slots of {slot_bytes} bytes: must be a multiple of 4096")
+        self.slot_bytes, self._deadline_s = slot_bytes, deadline_s
+        self._domain = xxh3_64(domain)
+        self._lock, self._closed = threading.Lock(), False
+        with ExitStack() as opened:
+            self._directories = open_directories(directories, capacity_bytes, slot_bytes, files, probe_s)
+            opened.callback(close_directories, self._directories, clean=False)
+            self.slots = StripedSlots(self._directories)
+            self.num_slots = self.slots.capacity
+            self._ledger = SlotLedger(self.num_slots)
+            self._health = SlotHealth(self.slots, self.num_slots)
+            fds = [directory.data.fd for directory in self._directories]
+            queue = make_queue(fds, memory, deadline_s=deadline_s, **queue_options)
+            opened.callback(queue.close)
+            self._queues = StoreQueues(queue, memoryview(memory).nbytes // slot_bytes, slot_bytes)
+            self._batches = Batches(queue.event_fd)
+            opened.pop_all()
+        self._floor = max(directory.table.header.floor for directory in self._directories)
+        self._sequence = max(time.time_ns(), self._floor)   # the last one given; a clock, so that it always rises
+        self._records = RecordSteps(self._ledger, self._domain, self._lock)
+        self.event_fd = self._batches.event_fd
+        for directory in self._directories:
+            directory.is_stuck = partial(self._is_stuck, directory)
+
+    # ---- start, end -------------------------------------------------------------------------------------------
+
+    def register(self, upto_bytes: int) -> None:
+        """So many bytes of the host memory exist by now."""
+        self._queues.host.register(upto_bytes)
+
+    def recover(self) -> Recovered:
+        """Read the tables: the newest block of each key of this domain, the oldest first.
+
+        To be called before anything else; InvariantError if slots are in use. The slots of what is found are in use
+        after it: the caller frees those that it does not want.
+        """
+        slots, records, used, last_sequence = newest_records(self._directories, self._domain, self._floor)
+        with self._lock:
+            self._ledger.recorded[used] = True
+            self._ledger.learn(slots, records["key"], records["checksum"])
+            self._sequence = max(self._sequence, last_sequence)
+        self.slots.take_only(slots)
+        return Recovered(np.ascontiguousarray(records["key"]), np.ascontiguousarray(records["parent"]), slots)
+
+    def attach_device(self, make_queue: Callable[[list[int]], Any]) -> None:
+        """Move blocks between the files, whose descriptors it gives, and the pages of a GPU, with what is like a
+        ``GdsQueue``. The store owns it, and closes the one before."""
+        queue = make_queue([directory.data.fd for directory in self._directories])
+        with self._lock:
+            self._queues.close_device()
+            if self._closed:
+                queue.close()
+                return
+            self._take()
+            self._queues.attach(queue)
+            self._batches.watch(queue.event_fd)
+
+    @property
+    def device_is_ready(self) -> bool:
+        """Whether blocks can be moved between files and the pages of a GPU now."""
+        return self._queues.device_is_ready
+
+    def clear(self) -> None:
+        """Forget every block, also after a restart; what is under way fails. Waits for the disks, up to the deadline.
+
+        Raises
+        ------
+        StorageError
+            A directory could not be told: after a restart it may offer what it holds. Until then it does not.
+        """
+        with self._lock:
+            if self._closed:
+                raise StorageError("the SSD tier is closed: clear it before, or remove what is in its directories")
+            self._floor = self._sequence = max(self._sequence, time.time_ns())      # above other directories', too
+            self._ledger.forget(slice(None))
+            for batch in self._batches:
+                self._stop(batch)
+        raise_floor(self._directories, self._floor, self._deadline_s)
+
+    def close(self) -> None:
+        """Cancel what has not begun, wait (bounded) for the rest, and leave the tables in good order. Can be called
+        again. ``results`` still tells what had not been told.
+
+        Raises
+        ------
+        TransferError
+            The kernel keeps accesses of a disk that hangs: the host memory must not be used again. Files stay open.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for batch in self._batches:
+                self._stop(batch)
+        deadline = time.monotonic() + self._deadline_s
+        while len(self._batches) and (left := deadline - time.monotonic()) > 0:
+            self._batches.wait(min(left, 0.1))
+            with self._lock:
+                self._take()
+        with self._lock:
+            clean = len(self._batches) == 0
+            for batch in self._batches:
+                self._fail(batch, batch.left())
+            self._batches.close()
+            self._queues.close_device()
+        self._queues.host.close()
+        close_directories(self._directories, clean)
+
+    # ---- jobs -------------------------------------------------------------------------------------------------
+
+    def write(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        parents: NDArray[np.uint64], fence: int | None = None,
+    ) -> None:
+        """Write blocks from host slots to slots, which the caller has allocated; what they held is forgotten. With a
+        ``fence``, ``host_slots`` are pages of the GPU, and may be touched from that step of its rank on."""
+        check_blocks(slots, host_slots, (keys, parents), self.num_slots, self._queues.places(fence))
+        if len(np.unique(slots)) != len(slots):
+            raise ValueError("a slot is given twice")
+        with self._lock:
+            able = ~self._ledger.writing[slots] & ~self.slots.is_retired(slots) & keys.any(axis=1)
+            for directory, where in self._begin(job, slots, able, fence):
+                batch = self._batches.begin(WRITE, job, directory, where, slots, host_slots, keys, fence)
+                batch.parents = parents[where]
+                batch.sequence = self._sequence + 1
+                self._sequence += len(where)
+                self._ledger.writing[batch.slots] = True
+                self._ledger.forget(batch.slots)
+                directory.post(partial(self._erase_and_submit, batch))
+
+    def read(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        fence: int | None = None,
+    ) -> None:
+        """Read blocks from slots to host slots. A block is good only if it is the one that ``keys`` names; with a
+        ``fence``, as in ``write``, one that is not may have been written to its page."""
+        check_blocks(slots, host_slots, (keys,), self.num_slots, self._queues.places(fence))
+        with self._lock:
+            named = self._ledger.holds(slots, keys)
+            self._health.log.add("key_mismatches", int((~named).sum()), "SSD tier")
+            for directory, where in self._begin(job, slots, named, fence):
+                self._submit(self._batches.begin(READ, job, directory, where, slots, host_slots, keys, fence))
+
+    def erase(self, job: int, slots: NDArray[np.int32]) -> None:
+        """Have slots, which the caller has allocated, hold nothing, also after a restart or a loss of power."""
+        with self._lock:
+            for directory, where in self.slots.by_directory(slots, np.ones(len(slots), dtype=np.bool_)):
+                directory.post(partial(self._erase, self._batches.begin_erasing(job, directory, where, slots)))
+
+    def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(n,) bool: after reads that failed, slots whose block is lost, or that had errors."""
+        with self._lock:
+            return ~self._ledger.holds(slots, keys) | self._health.had_errors(slots)
+
+    def cancel(self, job: int) -> None:
+        """What has not begun fails; what is under way is finished. An unknown job is left alone."""
+        with self._lock:
+            for batch in self._batches.of_job(job):
+                self._stop(batch)
+
+    def results(self) -> list[Result]:
+        """(job, indices, ok) of blocks that have ended, each told once. Nothing touches their host slots any more."""
+        with self._lock:
+            if not self._closed:
+                self._take()
+                for directory in [each for each in self._directories if each.hangs(self._deadline_s)]:
+                    self._health.hung(directory, self._deadline_s)
+                    self._after_take_out(directory, hung=True)
+            return self._batches.take_results()
+
+    def usable(self) -> bool:
+        """Whether there is a directory that takes reads and writes."""
+        return not self._closed and any(directory.usable for directory in self._directories)
+
+    def usable_slots(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(n,) bool: slots of directories that take reads and writes."""
+        return self.slots.on_usable(slots) & (not self._closed)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, and gauges."""
+        return {
+            **self._health.log.counts,
+            "blocks_read": self._batches.num_ok[READ], "blocks_written": self._batches.num_ok[WRITE],
+            **self.slots.stats(),
+            "device_is_ready": int(self.device_is_ready),
+        }
+
+    # ---- what is under way; under the lock --------------------------------------------------------------------
+
+    def _begin(self, job: int, slots: NDArray[np.int32], able: NDArray[np.bool_], fence: int | None) -> Parts:
+        """The indices of each directory; those that cannot be done fail here."""
+        usable = self.usable_slots(slots)
+        self._health.log.add("refused", int((~usable).sum()), "SSD tier", "a directory is taken out")
+        able = able & usable & self._queues.takes(fence)
+        failed = np.flatnonzero(~able)
+        self._batches.tell(job, failed, np.zeros(len(failed), dtype=np.bool_))
+        return self.slots.by_directory(slots, able)
+
+    def _submit(self, batch: Batch) -> None:
+        try:
+            self._queues.submit(batch, self._directories.index(batch.directory))
+        except Exception:                                   # memory, say: it took none of them
+            logger.exception("%s: %d blocks are not moved", batch.directory.path, len(batch.slots))
+            self._fail(batch, batch.left())
+
+    def _stop(self, batch: Batch) -> None:
+        batch.stopped = True
+        if batch.submitted:
+            self._queues.cancel(batch)
+            self._batches.wake()
+        else:
+            self._fail(batch, batch.left())
+
+    def _is_stuck(self, directory: SsdDirectory) -> bool:
+        with self._lock:
+            return self._health.holds(directory) or any(batch.directory is directory for batch in self._batches.late())
+
+    def _fail(self, batch: Batch, positions: NDArray[np.intp]) -> None:
+        self._end(batch, positions, np.zeros(len(positions), dtype=np.bool_))
+
+    def _end(self, batch: Batch, positions: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+        if batch.kind == WRITE:
+            self._ledger.writing[batch.slots[positions]] = False
+        self._batches.end(batch, positions, ok)
+
+    # ---- on a directory's thread, without the lock ------------------------------------------------------------
+
+    def _erase_and_submit(self, batch: Batch) -> None:
+        directory, failed = batch.directory, self._records.empty(batch)
+        with self._lock:
+            left = batch.left()                             # none, if cancelled meanwhile
+            if failed or self._closed or batch.sequence <= self._floor or not self._queues.takes(batch.fence):
+                self._fail(batch, left)
+                if failed and self._health.fault(directory, batch.slots[left], "table_errors", failed):
+                    self._after_take_out(directory)
+            elif len(left):
+                self._submit(batch)
+
+    def _erase(self, batch: Batch) -> None:
+        directory, failed = batch.directory, self._records.empty(batch, for_good=True)      # though it was stopped
+        with self._lock:
+            self._ledger.forget(batch.slots)
+            self._end(batch, left := batch.left(), np.full(len(left), not failed))
+            if failed and self._health.fault(directory, batch.slots, "table_errors", failed):
+                self._after_take_out(directory)
+
+    def _record(self, directory: SsdDirectory) -> None:
+        parts, slots, failed = self._records.write(directory)
+        with self._lock:
+            for batch, positions, checksums in parts:
+                still = ~batch.ended[positions]
+                ok = not failed and batch.sequence > self._floor
+                if ok:
+                    self._ledger.learn(batch.slots[positions][still], batch.keys[positions][still], checksums[still])
+                self._end(batch, positions[still], np.full(int(still.sum()), ok))
+            if failed and self._health.fault(directory, slots, "table_errors", failed):
+                self._after_take_out(directory)
+        directory.data.moved(len(slots) * self.slot_bytes)
+
+    # ---- results ----------------------------------------------------------------------------------------------
+
+    def _take(self) -> None:
+        """Take in what the queue has done."""
+        self._batches.quiet()
+        tags, results, checksums = self._queues.take()
+        for batch, at, positions in self._batches.of_tags(tags):
+            finish = self._finish_read if batch.kind == READ else self._finish_write
+            at, positions = at[~batch.ended[positions]], positions[~batch.ended[positions]]
+            batch.late[positions] = np.isin(results[at], LATE)
+            try:
+                finish(batch, positions, results[at], checksums[at])
+            except Exception:                               # each of the others has its result all the same
+                logger.exception("%s: %d blocks are lost", batch.directory.path, len(at))
+                self._fail(batch, positions[~(batch.ended | batch.late)[positions]])
+        busy = self._queues.busy()
+        for batch in self._batches.late():
+            self._fail(batch, np.flatnonzero(batch.late & ~np.isin(batch.tags(), busy)))
+        self._health.let_go(busy)
+
+    def _finish_read(
+        self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
+    ) -> None:
+        directory, slots = batch.directory, batch.slots[positions]
+        done, right = results == 0, checksums == self._ledger.checksums[slots]
+        named = self._ledger.holds(slots, batch.keys[positions])    # it may have been rewritten or cleared meanwhile
+        ok = done & named & right
+        late = batch.late[positions]                        # told when the kernel has let go of their memory
+        self._end(batch, positions[~late], ok[~late])
+        if not directory.data.is_direct:
+            directory.post(partial(directory.data.moved, len(positions) * self.slot_bytes))
+        if ok.any():
+            directory.succeeded()
+        if not ok.all():
+            wrong = slots[done & named & ~right]
+            self._ledger.forget(wrong)
+            self._health.log.add("key_mismatches", int((done & ~named).sum()), directory.path)
+            out = self._health.judge(directory, slots, results, "read_errors")
+            if self._health.fault(directory, wrong, "checksum_mismatches", f"slots {wrong[:4]}") or out:
+                self._after_take_out(directory)
+
+    def _finish_write(
+        self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
+    ) -> None:
+        directory, done = batch.directory, (results == 0) & (batch.fence is None or not batch.stopped)
+        batch.moved[positions[done]] = True
+        if done.any():
+            directory.succeeded()
+            if self._records.add(batch, positions[done], checksums[done]):
+                directory.post(partial(self._record, directory))
+        if batch.late.any():
+            kept = batch.late & np.isin(batch.tags(), self._queues.busy())
+            self._health.hold(directory if batch.fence is None else None, batch.slots[kept], batch.tags()[kept])
+        out = self._health.judge(directory, batch.slots[positions], results, "write_errors")
+        self._fail(batch, positions[~done])
+        if out:
+            self._after_take_out(directory)
+
+    def _after_take_out(self, directory: SsdDirectory, hung: bool = False) -> None:
+        """End what waits for a directory; what has been moved too, if its thread hangs before the records."""
+        for batch in self._batches:
+            if batch.directory is directory:
+                if hung:
+                    self._fail(batch, np.flatnonzero(batch.moved & ~batch.ended))
+                self._stop(batch)
