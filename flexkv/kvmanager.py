@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flexkv.controller.kvblocks import KVBlocks
+from flexkv.controller.response import KVResponse, KVResponseStatus
+from flexkv.controller.tasks.arguments import part_of_mapping, task_ids_of, tokens_and_start, tokens_of
 from flexkv.errors import ArgumentError, FlexKVError, SlotMappingError
-from flexkv.kvblocks import KVBlocks
-from flexkv.response import KVResponse, KVResponseStatus
-from flexkv.tasks.arguments import fence_of, integer_of, part_of_mapping, task_ids_of, tokens_and_start, tokens_of
-from flexkv.transfer.layerwise import MAX_COUNTERS
+from flexkv.protocol.layer_signals import MAX_COUNTERS
+from flexkv.protocol.numbers import fence_of, integer_of
 
 
 class KVManager(KVBlocks):

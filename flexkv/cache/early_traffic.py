@@ -5,8 +5,8 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.cache.admission.write_back import SsdWriter
 from flexkv.cache.plan import PutPlan
-from flexkv.cache.ssd_writer import SsdWriter
 
 _MAX_KEYS = 1 << 22
 """Maximum total length of the recorded sequences: 64 MiB of keys. Beyond it the oldest are dropped, as their blocks are

@@ -13,7 +13,7 @@ from flexkv._core.index.radix import RadixTree
 from flexkv._core.index.slots import SlotAllocator
 from flexkv.cache.direct import direct_get, lose
 from flexkv.cache.fetches import FetchTable
-from flexkv.cache.pins import Pin, Pins
+from flexkv.cache.pins import Pins
 from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
 from flexkv.cache.puts import plan_put
 from flexkv.cache.quotas import Quotas
@@ -22,6 +22,7 @@ from flexkv.cache.sources import find_sources
 from flexkv.cache.tier import HOST, SSD, MakePolicy, SsdTier, Tier, no_slots
 from flexkv.cache.writes import plan_write
 from flexkv.errors import CapacityError
+from flexkv.protocol.requests import Pin
 
 
 class GlobalCacheEngine:

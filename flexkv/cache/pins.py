@@ -1,6 +1,5 @@
 """Prefixes that users have pinned: their blocks stay until they are unpinned, or the cache is reset."""
 
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,19 +7,12 @@ from numpy.typing import NDArray
 from flexkv._core.index.radix import RadixTree
 from flexkv.cache.quotas import Quotas
 from flexkv.errors import PinError
+from flexkv.protocol.requests import Pin
 
 _MAX_PINS = 256
 """So that a list of them fits one message of the controller's socket."""
 
 _MAX_NAME_BYTES = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """A pinned prefix: its name, and how many blocks it keeps."""
-
-    name: str
-    num_blocks: int
 
 
 class Pins:

@@ -13,9 +13,9 @@ from flexkv._core.index.eviction import Pieces
 from flexkv._core.index.eviction_queues import Ranking
 from flexkv._core.index.radix import RadixTree
 from flexkv._core.index.slots import SlotAllocator
+from flexkv.cache.admission.load_or_compute import LoadPlanner
 from flexkv.cache.eviction import Choice, EvictionPolicy
 from flexkv.cache.plan import BlocksOfSequence, DirectPlan, FetchPlan, PutPlan, WritePlan
-from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import Fate
 from flexkv.cache.stale import StaleResults

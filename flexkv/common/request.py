@@ -1,5 +1,5 @@
 """Upstream's path to the responses."""
 
-from flexkv.response import KVResponse, KVResponseStatus
+from flexkv.controller.response import KVResponse, KVResponseStatus
 
 __all__ = ["KVResponse", "KVResponseStatus"]

@@ -1,5 +1,5 @@
 """Upstream's path to the layouts."""
 
-from flexkv.storage.layout import KVCacheLayout, KVCacheLayoutType
+from flexkv.rank.kv_layout import KVCacheLayout, KVCacheLayoutType
 
 __all__ = ["KVCacheLayout", "KVCacheLayoutType"]

@@ -1,1 +1,1 @@
-"""What runs in other processes than the controller."""
+"""Upstream's import path of the client that a rank uses."""

@@ -1,6 +1,5 @@
-"""Layouts: of an engine's KV tensors, and of a slot."""
+"""The layout of a slot."""
 
-import enum
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,37 +13,6 @@ SEGMENT_ALIGNMENT_BYTES = 64
 """A cache line: two ranks never write the same one."""
 
 
-class KVCacheLayoutType(enum.Enum):
-    """Order of the outer dimensions of an engine's KV cache."""
-
-    LAYERFIRST = "LAYERFIRST"
-    BLOCKFIRST = "BLOCKFIRST"
-
-
-@dataclass(frozen=True)
-class KVCacheLayout:
-    """What an engine says of its KV cache (upstream's signature). The tensors' own strides are what is used; this is
-    checked against them."""
-
-    type: KVCacheLayoutType
-    num_layer: int
-    num_block: int
-    tokens_per_block: int
-    num_head: int
-    head_size: int
-    kv_dim: int = 2
-    num_kv_heads: int = 1
-    _kv_shape: tuple[int, ...] | None = None
-    layer_groups: object = None
-    tp_size: int = 1
-    is_mla: bool | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("num_layer", "num_block", "tokens_per_block", "num_head", "head_size"):
-            if getattr(self, name) < 1:
-                raise RegistrationError(f"KVCacheLayout.{name} is {getattr(self, name)}; it must be at least 1")
-
-
 @dataclass(frozen=True)
 class SlotLayout:
     """One slot: a segment for each rank, in order of rank.
@@ -54,7 +22,7 @@ class SlotLayout:
     segment_bytes : tuple of int
         Bytes of a block on each rank.
     contents : tuple of bytes
-        What each rank's bytes mean (``flexkv.server.tensors.content_digest``).
+        What each rank's bytes mean (``flexkv.rank.tensors.content_digest``).
     """
 
     segment_bytes: tuple[int, ...]

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterable
 
-from flexkv.transfer.graph import OpKind, TransferGraph, TransferOp
+from flexkv.protocol.ring import OpKind
+from flexkv.transfer.graph import TransferGraph, TransferOp
 
 LONGEST_WAIT = 10
 """Longest time that a transfer may take in all, in multiples of its limit. It bounds the wait for a step that the

@@ -1,6 +1,5 @@
 """Device executor: gives ops to the agents of the ranks, and collects what they report."""
 
-import enum
 import itertools
 import logging
 import os
@@ -15,10 +14,11 @@ from numpy.typing import NDArray
 
 from flexkv._core.device.ring import ControllerRings
 from flexkv.errors import RingCorruptedError
+from flexkv.protocol.peer_process import PeerProcess
+from flexkv.protocol.registration import FAREWELL, MAX_MESSAGE_BYTES, Hello
+from flexkv.protocol.ring import OpFlag, OpKind
 from flexkv.transfer.executor import Executor, Progress
-from flexkv.transfer.graph import OpKind, TransferOp
-from flexkv.transfer.peer_process import PeerProcess
-from flexkv.transfer.protocol import FAREWELL, MAX_MESSAGE_BYTES, Hello
+from flexkv.transfer.graph import TransferOp
 from flexkv.transfer.repeated_log import RepeatedLog
 
 logger = logging.getLogger("flexkv.transfer")
@@ -27,14 +27,6 @@ logger = logging.getLogger("flexkv.transfer")
 _LOADS = frozenset({OpKind.H2D, OpKind.DISK2D})
 _SAVES = frozenset({OpKind.D2H, OpKind.D2DISK})
 """Ops that wait for fences of loads, of saves."""
-
-
-class OpFlag(enum.IntFlag):
-    """``enum flexkv_op_flag``: do not copy, only report; span after span; not the last part of the op."""
-
-    CANCELLED = 1
-    LAYERWISE = 2
-    MORE = 4
 
 
 @dataclass(eq=False, slots=True)

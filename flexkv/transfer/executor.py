@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.transfer.graph import OpKind, TransferOp
+from flexkv.protocol.ring import OpKind
+from flexkv.transfer.graph import TransferOp
 
 Progress = Callable[[TransferOp, NDArray[np.intp] | slice, NDArray[np.bool_]], None]
 """``progress(op, indices, ok)``: these blocks, given by their indices or as a slice, have their result, and nothing

@@ -8,26 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.errors import InvariantError
+from flexkv.protocol.ring import OpKind
 
 _NONE = np.zeros(0, dtype=np.intp)
 _INT32 = np.dtype(np.int32)
-
-
-class OpKind(enum.IntEnum):
-    """From where to where. The first two are numbers of the device agent's protocol (csrc/agent.h); the others are not
-    sent to agents."""
-
-    D2H = 1
-    H2D = 2
-    DISK2H = 3
-    H2DISK = 4
-    ARRIVAL = 5
-    """Moves nothing: a block arrives when those have that it depends on."""
-    DISK2D = 6
-    """Straight from SSD to the GPU, by its rank."""
-    D2DISK = 7
-    ERASE = 8
-    """Moves nothing: SSD slots (``dst``) hold nothing afterwards, also after a restart."""
 
 
 class OpStatus(enum.Enum):

@@ -12,15 +12,15 @@ from functools import partial
 from flexkv._core.device.ring import ControllerRings
 from flexkv.at_fork import close_in_children
 from flexkv.errors import FlexKVError, RegistrationError
+from flexkv.protocol.peer_process import PeerProcess, peer_credentials
+from flexkv.protocol.registration import MAX_MESSAGE_BYTES, Hello, Welcome, pack_refusal
+from flexkv.protocol.requests import is_request
+from flexkv.protocol.sockets import ListeningSocket, socket_path
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
-from flexkv.transfer.control import is_control
+from flexkv.storage.ssd.gds_queue import GdsEnd
 from flexkv.transfer.device import AgentLink
-from flexkv.transfer.gds import GdsEnd
-from flexkv.transfer.peer_process import PeerProcess, peer_credentials
-from flexkv.transfer.protocol import MAX_MESSAGE_BYTES, Hello, Welcome, pack_refusal
 from flexkv.transfer.repeated_log import RepeatedLog
-from flexkv.transfer.socket_file import ListeningSocket, socket_path
 from flexkv.transfer.watch import Watch
 
 logger = logging.getLogger("flexkv.transfer")
@@ -166,7 +166,7 @@ class Registry:
         stays = False
         try:
             message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-            if is_control(message):
+            if is_request(message):
                 self._answer(connection, message, fds)
             elif message:
                 self._admit(connection, Hello.unpack(message))

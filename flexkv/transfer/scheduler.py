@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.errors import InvariantError
+from flexkv.protocol.ring import OpKind
 from flexkv.transfer.deadline import LONGEST_TICK_S, Deadline, waits
 from flexkv.transfer.executor import Executor
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import OpStatus, TransferGraph, TransferOp
 from flexkv.transfer.repeated_log import RepeatedLog
 
 logger = logging.getLogger("flexkv.transfer")

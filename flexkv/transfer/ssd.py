@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from flexkv.cache.tier import Slots
 from flexkv.config import CacheConfig
+from flexkv.protocol.ring import OpKind
+from flexkv.storage.ssd.gds_queue import GdsQueue
 from flexkv.storage.ssd.recovery import Recovered
 from flexkv.transfer.executor import Executor, Progress
-from flexkv.transfer.gds import GdsQueue
-from flexkv.transfer.graph import OpKind, OpStatus, TransferOp
+from flexkv.transfer.graph import OpStatus, TransferOp
 
 logger = logging.getLogger("flexkv.transfer")
 

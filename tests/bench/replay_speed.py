@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from flexkv.cache.eviction import POLICIES
-from flexkv.replay.reader import read_trace
-from flexkv.replay.simulation import Simulation
-from flexkv.replay.trace import Trace
+from flexkv.tools.replay.reader import read_trace
+from flexkv.tools.replay.simulation import Simulation
+from flexkv.tools.replay.trace import Trace
 
 _RUNS = 3
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.block_keys import chain_seed, hash_blocks
-from flexkv.bench import api, evict, hash, insert, match, memory, recover
-from flexkv.bench.filled_tree import NEW, SEQUENCE, SHARED, FilledTree
+from flexkv.tools.bench import api, evict, hash, insert, match, memory, recover
+from flexkv.tools.bench.filled_tree import NEW, SEQUENCE, SHARED, FilledTree
 
 pytestmark = pytest.mark.bench
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from flexkv._core.io.io_queue import READ, WRITE, IoQueue
-from flexkv.bench import pipeline, ssd
-from flexkv.bench.pipeline import Pipeline
-from flexkv.bench.session import LAYERS, session
+from flexkv.tools.bench import pipeline, ssd
+from flexkv.tools.bench.pipeline import Pipeline
+from flexkv.tools.bench.session import LAYERS, session
 
 pytestmark = pytest.mark.bench
 

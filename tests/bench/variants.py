@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.cache.eviction import POLICIES
-from flexkv.replay.bounds import optimal_hits
-from flexkv.replay.reader import read_trace
-from flexkv.replay.simulation import Simulation
-from flexkv.replay.trace import Trace, make_trace
+from flexkv.tools.replay.bounds import optimal_hits
+from flexkv.tools.replay.reader import read_trace
+from flexkv.tools.replay.simulation import Simulation
+from flexkv.tools.replay.trace import Trace, make_trace
 
 Point = tuple[Trace, list[int]]
 """A trace, and capacities in blocks."""

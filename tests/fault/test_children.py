@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
+from flexkv.controller.response import KVResponseStatus as Status
+from flexkv.rank.tp_client import KVTPClient
 from tests.support.harness import Tensors, local, mapping, tokens_of, until
 
 PARENT = """

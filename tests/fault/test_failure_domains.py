@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError
 from flexkv.kvmanager import KVManager
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
+from flexkv.protocol.registration import Hello
+from flexkv.protocol.ring import OpKind
+from flexkv.rank.tp_client import KVTPClient
 from flexkv.storage.host_pool import HostPool
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
-from flexkv.transfer.protocol import Hello
+from flexkv.transfer.graph import OpStatus, TransferGraph, TransferOp
 from flexkv.transfer.registry import Registry
 from tests.support.harness import (
     LAYERS,

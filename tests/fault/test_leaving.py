@@ -19,14 +19,15 @@ import pytest
 
 from flexkv._core.device.agent import DeviceAgent
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError, TransferError
 from flexkv.kvmanager import KVManager
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server import rank as rank_module
-from flexkv.server.client import KVTPClient
+from flexkv.protocol.ring import OpKind
+from flexkv.rank import rank as rank_module
+from flexkv.rank.tp_client import KVTPClient
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.executor import Executor, Progress
-from flexkv.transfer.graph import OpKind, TransferOp
+from flexkv.transfer.graph import TransferOp
 from tests.native.fake_cuda.fake import fake_cuda
 from tests.support.harness import (
     Tensors,
@@ -143,7 +144,7 @@ def test_a_rank_that_cannot_be_an_agent_says_farewell(tmp_path: Path, monkeypatc
                 if wrong:
                     patched.setattr(rank_module, "DeviceAgent", partial(agent_with, agent, wrong))
                 else:
-                    patched.setattr("flexkv.server.handshake.check_sealed", lambda *args: 1 // 0)
+                    patched.setattr("flexkv.rank.handshake.check_sealed", lambda *args: 1 // 0)
                 with rank_of(tmp_path, tensors) as client, pytest.raises(RegistrationError):
                     client.wait_connected(10.0)
             until(lambda: not list(manager._transfer._device.links))

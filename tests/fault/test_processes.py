@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
+from flexkv.rank.tp_client import KVTPClient
 from flexkv.transfer.device import Flight
 from tests.support.harness import (
     PAGES,

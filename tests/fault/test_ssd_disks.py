@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from flexkv._core.io.io_queue import FAILS, READ, SHORT, WRITE, FaultyIoQueue
-from tests.faulty_files import FaultyFiles, wait_until
+from tests.support.faulty_files import FaultyFiles, wait_until
 from tests.support.ssd_store import (
     METHODS,
     SLOT_BYTES,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.faulty_files import FaultyFiles
+from tests.support.faulty_files import FaultyFiles
 from tests.support.ssd_store import Tier, one_thread
 
 

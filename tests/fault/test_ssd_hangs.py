@@ -8,7 +8,7 @@ import pytest
 
 from flexkv._core.io.io_queue import HANGS, READ, WRITE, FaultyIoQueue, IoQueue
 from flexkv.errors import StorageError
-from tests.faulty_files import FaultyFiles, wait_until
+from tests.support.faulty_files import FaultyFiles, wait_until
 from tests.support.ssd_store import METHODS, Tier, check_what_is_offered, hanging_queue
 
 SLOTS = 12

@@ -11,7 +11,7 @@ import pytest
 
 from flexkv.config import CacheConfig
 from flexkv.storage.ssd.store import SsdStore
-from tests.faulty_files import FaultyFiles, ThreadQueue
+from tests.support.faulty_files import FaultyFiles, ThreadQueue
 from tests.support.ssd_engine import Engine, length_of
 
 HOT = range(0, 16, 4)           # they share nothing

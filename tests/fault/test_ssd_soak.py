@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.io.io_queue import FAILS, HANGS, READ, SHORT, WRITE, FaultyIoQueue
-from tests.faulty_files import FaultyFiles, ThreadQueue, wait_until
+from tests.support.faulty_files import FaultyFiles, ThreadQueue, wait_until
 from tests.support.ssd_store import SLOT_BYTES, Tier, content_of
 
 READS = int(os.environ.get("SOAK_READS", "20000"))

@@ -18,7 +18,7 @@ import pytest
 
 from flexkv._core.io.io_queue import IoQueue
 from flexkv.errors import StorageError
-from tests.faulty_files import FaultyFiles, ThreadQueue
+from tests.support.faulty_files import FaultyFiles, ThreadQueue
 from tests.support.ssd_store import Tier, check_what_is_offered, one_thread
 
 SLOTS = 12

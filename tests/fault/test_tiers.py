@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv.response import KVResponseStatus as Status
+from flexkv.controller.response import KVResponseStatus as Status
 from tests.support.harness import LAYERS, PAGE_SHAPE
 from tests.support.ssd_stage import SSD_SLOTS, Stage, stage
 

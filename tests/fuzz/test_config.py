@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from flexkv.cli.config import main
 from flexkv.config import FlexKVConfig, directories, engine_config, load_config, runtime_directory
-from flexkv.config.command import main
 from flexkv.config.sources import FIELDS
 from flexkv.config.upstream import MEANINGLESS, UNAVAILABLE
 from flexkv.errors import ConfigError

@@ -13,7 +13,7 @@ from flexkv._core.device.agent import DeviceAgent
 from flexkv._core.device.ring import FAREWELL, RING_HEADER_BYTES, ControllerRings
 from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import TransferError
-from flexkv.server.client import KVTPClient
+from flexkv.rank.tp_client import KVTPClient
 from tests.fuzz.rounds import Leaks, mutated, rounds
 from tests.support.harness import Tensors, check_drained, make_manager, tokens_of, until, wait_ready
 

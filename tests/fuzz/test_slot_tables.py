@@ -8,8 +8,8 @@ from pathlib import Path
 from random import Random
 
 from flexkv._core.io.checksum import xxh3_64
+from flexkv.cli.inspect import describe
 from flexkv.errors import FlexKVError, StorageError
-from flexkv.storage.inspect import describe
 from flexkv.storage.ssd.directory import DATA_NAME, TABLE_NAME
 from flexkv.storage.ssd.slot_table import HEADER_BYTES, RECORD, Header
 from tests.support.ssd_store import SLOT_BYTES, Tier

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import FlexKVError, PinError
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.handshake import join_controller
-from flexkv.transfer.control import ask
-from flexkv.transfer.protocol import Hello, Welcome, pack_refusal
+from flexkv.protocol.registration import Hello, Welcome, pack_refusal
+from flexkv.protocol.requests import ask
+from flexkv.rank.handshake import join_controller
 from tests.fuzz.rounds import Leaks, mutated, rounds
 from tests.support.harness import local, make_manager, mapping, tokens_of, until
 

@@ -10,9 +10,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from flexkv.cache.trace import _HEADER, _RECORD, MAGIC, _checked, read_recorded
 from flexkv.errors import TraceError
-from flexkv.replay.reader import read_trace
+from flexkv.metrics.request_trace import _HEADER, _RECORD, MAGIC, _checked, read_recorded
+from flexkv.tools.replay.reader import read_trace
 
 from .budget import case, mutated, seeds
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flexkv.errors import RegistrationError
-from flexkv.server.shared_tensor import TensorSharedHandle
+from flexkv.rank.shared_tensor import TensorSharedHandle
 
 
 def check(result: Any) -> Any:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flexkv._core.device.cuda_driver import load_driver
-from flexkv.server.shared_tensor import TensorSharedHandle
-from flexkv.transfer.cuda_kernel import compiled_kernel
+from flexkv.rank.kernels import compiled_kernel
+from flexkv.rank.shared_tensor import TensorSharedHandle
 from tests.gpu.exporter import Exporter, check, mapped_memory
 
 pytestmark = pytest.mark.gpu

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from flexkv.config import CacheConfig, ModelConfig
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
-from flexkv.server.tensors import tensor_spec
+from flexkv.rank.tensors import tensor_spec
+from flexkv.rank.tp_client import KVTPClient
 from tests.support.harness import LAYERS, TOKENS, mapping, tokens_of, until
 
 pytestmark = pytest.mark.gpu

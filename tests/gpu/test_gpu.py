@@ -15,10 +15,10 @@ import torch
 from flexkv._core.block_table import TensorSpec
 from flexkv._core.device.agent import STRATEGIES
 from flexkv.config import TransferConfig
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
-from flexkv.server.tensors import tensor_spec
+from flexkv.rank.tensors import tensor_spec
+from flexkv.rank.tp_client import KVTPClient
 from tests.support.harness import LAYERS, TOKENS, check_drained, make_manager, mapping, result_of, tokens_of, until
 
 pytestmark = pytest.mark.gpu

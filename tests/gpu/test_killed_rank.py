@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv.response import KVResponseStatus as Status
+from flexkv.controller.response import KVResponseStatus as Status
 from tests.support.harness import make_manager, mapping, tokens_of, until, wait_ready
 
 pytestmark = pytest.mark.gpu
@@ -21,8 +21,8 @@ KILLS = 5
 RANK = """
 import sys
 import torch
-from flexkv.server.client import KVTPClient
-from flexkv.server.tensors import tensor_spec
+from flexkv.rank.tp_client import KVTPClient
+from flexkv.rank.tensors import tensor_spec
 from tests.gpu.test_killed_rank import PAGES
 from tests.support.harness import LAYERS, TOKENS
 tensors = [torch.full((PAGES, 2, TOKENS, 8, 32768), -1, dtype=torch.int16, device="cuda") for _ in range(LAYERS)]

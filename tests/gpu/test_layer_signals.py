@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexkv.response import KVResponseStatus as Status
+from flexkv.controller.response import KVResponseStatus as Status
 from tests.support.harness import TOKENS, until
-from tests.unit.server.test_layer_signals import COUNTERS, LAYERS, LAYOUT, PAGES, Rank, same
+from tests.unit.rank.test_layer_signals import COUNTERS, LAYERS, LAYOUT, PAGES, Rank, same
 
 pytestmark = pytest.mark.gpu
 

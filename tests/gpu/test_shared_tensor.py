@@ -10,11 +10,11 @@ import torch
 
 from flexkv._core.device.cuda_driver import load_driver
 from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import FlexKVError, RegistrationError
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
-from flexkv.server.shared_tensor import TensorSharedHandle
-from flexkv.server.tensors import tensor_spec
+from flexkv.rank.shared_tensor import TensorSharedHandle
+from flexkv.rank.tensors import tensor_spec
+from flexkv.rank.tp_client import KVTPClient
 from tests.gpu.exporter import Exporter, check, mapped_memory
 from tests.support.harness import LAYERS, TOKENS, check_drained, make_manager, mapping, tokens_of, until
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from flexkv.bench import start
-from flexkv.transfer.graph import OpKind
+from flexkv.protocol.ring import OpKind
+from flexkv.tools.bench import start
 
 pytestmark = pytest.mark.gpu
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from flexkv.cli.inspect import main as inspect
 from flexkv.config import cache_directory, process_environment
-from flexkv.demo.model import prepare_model
-from flexkv.storage.inspect import main as inspect
+from flexkv.tools.demo.model import prepare_model
 from tests.support.harness import until
 from tests.unit.test_docs import ROOT, blocks_of, check_output
 

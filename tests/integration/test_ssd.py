@@ -10,9 +10,9 @@ import pytest
 
 from flexkv.cache.reasons import StopReason
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
+from flexkv.rank.tp_client import KVTPClient
 from tests.support.harness import LAYERS, PAGES, Tensors, mapping, tokens_of, until, wait_ready
 
 HOST_SLOTS = 40

@@ -187,7 +187,7 @@ class Engine:
         until(lambda: not any(manager.stats().get(name, 0) for name in names), 30.0)
 
     def report(self) -> dict[str, Any]:
-        from flexkv.demo.session import audit_counts
+        from flexkv.tools.demo.session import audit_counts
 
         side = self.flexkv()
         manager = side._manager

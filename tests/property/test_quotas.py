@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
+from flexkv.cache.admission.load_or_compute import LoadPlanner
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import POLICIES
 from flexkv.cache.plan import GetPlan, PutPlan
-from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import StopReason
 from flexkv.cache.sources import absent_blocks

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.faulty_files import FaultyFiles, ThreadQueue
+from tests.support.faulty_files import FaultyFiles, ThreadQueue
 from tests.support.ssd_store import Tier
 
 from .examples import EXAMPLES

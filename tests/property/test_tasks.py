@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
+from flexkv.controller.response import KVResponseStatus as Status
+from flexkv.controller.tasks.table import TaskTable
+from flexkv.controller.tasks.task import KVTask
 from flexkv.errors import TaskError
-from flexkv.response import KVResponseStatus as Status
-from flexkv.tasks.table import TaskTable
-from flexkv.tasks.task import KVTask
+from flexkv.protocol.ring import OpKind
 from flexkv.transfer.executor import Executor, Progress
-from flexkv.transfer.graph import OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import OpStatus, TransferGraph, TransferOp
 from flexkv.transfer.scheduler import Scheduler
 
 from .examples import EXAMPLES

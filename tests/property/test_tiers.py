@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
+from flexkv.cache.admission.load_or_compute import LoadPlanner
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
-from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.tier import SSD, SsdTier
 from flexkv.storage.ssd.recovery import Recovered
 

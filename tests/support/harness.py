@@ -15,7 +15,7 @@ import numpy as np
 from flexkv._core.block_table import TensorSpec
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.kvmanager import KVManager
-from flexkv.server.client import KVTPClient, OpResult
+from flexkv.rank.tp_client import KVTPClient, OpResult
 
 TOKENS = 4
 LAYERS = 3

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
 from flexkv.errors import StorageError
+from flexkv.storage.ssd.gds_queue import GdsQueue
 from flexkv.storage.ssd.recovery import Recovered
-from flexkv.transfer.gds import GdsQueue
 
 Key = bytes
 

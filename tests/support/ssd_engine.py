@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.config import CacheConfig, ModelConfig
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
+from flexkv.rank.tp_client import KVTPClient
 from tests.support.harness import LAYERS, TOKENS, Tensors, until, wait_ready
 
 SHARED = 3

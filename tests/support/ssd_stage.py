@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
+from flexkv.rank.tp_client import KVTPClient
 from flexkv.transfer.ssd import MakeStore
 from tests.support.harness import LAYERS, TOKENS, Tensors, until, wait_ready
 from tests.support.memory_store import Disk, MemoryStore

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from flexkv._core.io.io_queue import FaultyIoQueue
 from flexkv.storage.ssd.directory import total_bytes
 from flexkv.storage.ssd.store import SsdStore
-from tests.faulty_files import FaultyFiles, ThreadQueue
+from tests.support.faulty_files import FaultyFiles, ThreadQueue
 
 SLOT_BYTES = 4096
 HOST_SLOTS = 64

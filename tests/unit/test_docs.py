@@ -22,7 +22,7 @@ import pytest
 
 from flexkv.config import load_config, settings
 from flexkv.config.sources import process_environment
-from tests.unit.replay.traces import SEQUENCES, mooncake, write
+from tests.unit.tools.replay.traces import SEQUENCES, mooncake, write
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from flexkv.cache.reasons import StopReason
-from flexkv.cache.trace import read_recorded
 from flexkv.config import CacheConfig
+from flexkv.controller.response import KVResponseStatus as Status
+from flexkv.controller.tasks.task import KVTask
 from flexkv.errors import SlotMappingError
-from flexkv.response import KVResponseStatus as Status
-from flexkv.tasks.task import KVTask
+from flexkv.metrics.request_trace import read_recorded
 from flexkv.transfer.graph import TransferGraph
 from tests.support.harness import PAGES, TOKENS, local, mapping, remote, result_of, tokens_of
 

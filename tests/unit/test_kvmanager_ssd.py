@@ -7,7 +7,7 @@ import pytest
 
 from flexkv.cache.reasons import StopReason
 from flexkv.config import CacheConfig, TransferConfig
-from flexkv.response import KVResponseStatus as Status
+from flexkv.controller.response import KVResponseStatus as Status
 from tests.support.harness import TOKENS, until
 from tests.support.memory_store import Disk, MemoryStore
 from tests.support.ssd_stage import HOST_SLOTS, SLOT_BYTES, stage
@@ -298,7 +298,7 @@ def test_a_match_in_host_memory_only(tmp_path: Path, layerwise: bool) -> None:
 
 
 def test_a_sequence_of_half_the_host_tier_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexkv.tiering._BATCH_BYTES", SLOT_BYTES)
+    monkeypatch.setattr("flexkv.controller.tiering._BATCH_BYTES", SLOT_BYTES)
     with stage(tmp_path) as made:
         made.store.held = True                              # so that nothing leaves the queue but one batch
         made.put(HOST_SLOTS // 2, 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flexkv.cache.plan import MatchResult
 from flexkv.cache.reasons import StopReason
-from flexkv.response import KVResponse, KVResponseStatus
+from flexkv.controller.response import KVResponse, KVResponseStatus
 
 logger = logging.getLogger("flexkv.vllm")
 

@@ -27,7 +27,7 @@ from flexkv.integration.vllm.support import (
 )
 from flexkv.integration.vllm.worker import WorkerSide, find_metadata
 from flexkv.kvmanager import KVManager
-from flexkv.server.client import KVTPClient
+from flexkv.rank.tp_client import KVTPClient
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from flexkv.config import ConnectorConfig
 from flexkv.errors import RegistrationError
 from flexkv.integration.vllm.audit import PageAudit
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob
-from flexkv.server.client import KVTPClient, OpResult
-from flexkv.server.tensors import tensor_spec
-from flexkv.transfer.graph import OpKind
+from flexkv.protocol.ring import OpKind
+from flexkv.rank.tensors import tensor_spec
+from flexkv.rank.tp_client import KVTPClient, OpResult
 
 if TYPE_CHECKING:
     import torch

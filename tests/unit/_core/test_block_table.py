@@ -17,7 +17,7 @@ from flexkv._core.block_table import (
     regions_from_tensors,
 )
 from flexkv.errors import RegistrationError, SlotMappingError
-from flexkv.server.tensors import tensor_spec
+from flexkv.rank.tensors import tensor_spec
 
 L, B, H, N, C = 3, 5, 2, 4, 6
 LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]

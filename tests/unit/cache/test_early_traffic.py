@@ -4,7 +4,7 @@ import numpy as np
 
 from flexkv.cache.early_traffic import EarlyTraffic
 from tests.property.model_tree import keys_of
-from tests.unit.cache.test_ssd_writer import World
+from tests.unit.cache.admission.test_write_back import World
 
 
 def test_events_are_replayed_as_the_queue_has_room() -> None:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.radix import RadixTree
 from flexkv._core.index.slots import SlotAllocator
+from flexkv.cache.admission.load_or_compute import LoadPlanner
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
-from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import StopReason
 from flexkv.cache.tier import SsdTier

@@ -5,11 +5,11 @@ import pytest
 
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
-from flexkv.cache.pins import Pin
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import StopReason
 from flexkv.config.namespaces import Quota
 from flexkv.errors import PinError
+from flexkv.protocol.requests import Pin
 from tests.property.model_tree import keys_of
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.slots import SlotAllocator
+from flexkv.cache.admission.load_or_compute import LoadPlanner
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import PutPlan
-from flexkv.cache.planner import LoadPlanner
 from flexkv.cache.tier import HOST, SsdTier
 
 from ...property.model_tree import keys_of

@@ -9,8 +9,8 @@ import pytest
 
 from flexkv.cache.plan import MatchResult
 from flexkv.cache.reasons import StopReason
+from flexkv.controller.response import KVResponse, KVResponseStatus
 from flexkv.integration.vllm.request_log import RequestLog
-from flexkv.response import KVResponse, KVResponseStatus
 
 
 @pytest.fixture

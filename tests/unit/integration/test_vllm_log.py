@@ -37,7 +37,7 @@ def vllm_logging(**settings: Any) -> Iterator[None]:
 
 
 def speak() -> None:
-    log = logging.getLogger("flexkv.tiering")
+    log = logging.getLogger("flexkv.controller")
     log.debug("a detail")
     log.info("SSD tier: %d slots", 7)
     log.warning("line one\nline two")
@@ -57,9 +57,9 @@ def test_lines_have_time_process_and_name_in_vllms_format(capsys: pytest.Capture
         assert len(said) == 3
         process = r"\(\w+ pid=\d+\) "
         time = r"\d\d-\d\d \d\d:\d\d:\d\d"
-        assert re.fullmatch(process + rf"INFO {time} \[flexkv\.tiering:\d+\] SSD tier: 7 slots", said[0])
-        assert re.fullmatch(process + r"WARNING .* \[flexkv\.tiering:\d+\] line one", said[1])
-        assert re.fullmatch(process + r"WARNING .* \[flexkv\.tiering:\d+\] line two", said[2])
+        assert re.fullmatch(process + rf"INFO {time} \[flexkv\.controller:\d+\] SSD tier: 7 slots", said[0])
+        assert re.fullmatch(process + r"WARNING .* \[flexkv\.controller:\d+\] line one", said[1])
+        assert re.fullmatch(process + r"WARNING .* \[flexkv\.controller:\d+\] line two", said[2])
         logging.getLogger("vllm.engine").info("hello")
         assert re.fullmatch(process + r"INFO .* \[test_vllm_log\.py:\d+\] hello", lines(capsys)[0])       # as before
 
@@ -103,12 +103,12 @@ def test_another_format_than_vllms_text_stays(capsys: pytest.CaptureFixture[str]
         THEIRS.handlers[0].setFormatter(Json())
         follow_vllm_log("INFO")
         speak()
-        assert lines(capsys)[0] == '["flexkv.tiering", "SSD tier: 7 slots"]'
+        assert lines(capsys)[0] == '["flexkv.controller", "SSD tier: 7 slots"]'
 
 
 def test_without_vllms_configuration_no_handler_is_added(capsys: pytest.CaptureFixture[str]) -> None:
     with vllm_logging(configure_logging=False):
         follow_vllm_log("INFO")
-        logging.getLogger("flexkv.tiering").info("SSD tier")
+        logging.getLogger("flexkv.controller").info("SSD tier")
         assert OURS.handlers == []
         assert capsys.readouterr() == ("", "")

@@ -11,8 +11,8 @@ from flexkv.errors import RegistrationError
 from flexkv.integration.vllm.audit import PageAudit
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob
 from flexkv.integration.vllm.worker import WorkerSide, page_spec
-from flexkv.server.client import OpResult
-from flexkv.transfer.graph import OpKind
+from flexkv.protocol.ring import OpKind
+from flexkv.rank.tp_client import OpResult
 
 
 class FakeClient:

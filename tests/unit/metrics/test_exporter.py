@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from flexkv.controller.response import KVResponseStatus as Status
+from flexkv.controller.tiering import make_ssd_store
 from flexkv.metrics.catalog import NOT_TOLD, entry_of
 from flexkv.metrics.exporter import Metrics
-from flexkv.response import KVResponseStatus as Status
 from flexkv.storage.ssd.directory import DATA_NAME
-from flexkv.tiering import make_ssd_store
 from tests.support.harness import TOKENS, local, mapping, tokens_of, until
 from tests.support.ssd_stage import stage
 
@@ -106,7 +106,7 @@ import os, shutil, sys
 from pathlib import Path
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
 os.mkdir(sys.argv[1])
-from flexkv.response import KVResponseStatus as Status
+from flexkv.controller.response import KVResponseStatus as Status
 from tests.support.harness import local, mapping, tokens_of
 from tests.unit.metrics.test_exporter import ON, scrape, value
 with local(Path(sys.argv[2]), cache=ON) as (manager, _, tensors):

@@ -17,8 +17,9 @@ from flexkv._core.io.io_queue import IoQueue
 from flexkv._core.mapping import SharedMapping
 from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import CapacityError, RegistrationError
+from flexkv.rank.kv_layout import KVCacheLayout, KVCacheLayoutType
 from flexkv.storage.host_pool import HostPool
-from flexkv.storage.layout import KVCacheLayout, KVCacheLayoutType, SlotLayout
+from flexkv.storage.layout import SlotLayout
 from tests.support.harness import until
 
 

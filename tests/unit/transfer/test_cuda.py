@@ -11,11 +11,11 @@ import pytest
 
 from flexkv._core.device.agent import STRATEGIES
 from flexkv._core.device.cuda_driver import load_driver
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError
 from flexkv.kvmanager import KVManager
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
-from flexkv.transfer.cuda_kernel import compiled_kernel
+from flexkv.rank.kernels import compiled_kernel
+from flexkv.rank.tp_client import KVTPClient
 from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
 from tests.support.harness import PAGES, Tensors, local, make_manager, mapping, result_of, tokens_of, until
 
@@ -358,7 +358,7 @@ def test_a_driver_without_batches(tmp_path: Path, cuda: FakeCuda, monkeypatch: p
     from flexkv._core.device import cuda_driver
 
     cuda.fail("cuMemcpyBatchAsync", 0, code=500)
-    monkeypatch.setattr("flexkv.server.rank.load_driver", cuda_driver.Driver)
+    monkeypatch.setattr("flexkv.rank.rank.load_driver", cuda_driver.Driver)
     tensors = Tensors(device=0)
     assert not cuda_driver.Driver().has_batch_copy
     with local(tmp_path, tensors=tensors, gpu_strategy="batch") as (manager, _, _):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv.response import KVResponseStatus as Status
+from flexkv.controller.response import KVResponseStatus as Status
 from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
 from tests.support.harness import Tensors, local, tokens_of, until
 from tests.unit.transfer.test_cuda import saved, stream_of

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
-from flexkv.response import KVResponseStatus as Status
-from flexkv.server.client import KVTPClient
+from flexkv.rank.tp_client import KVTPClient
 from flexkv.storage.host_pool import HostPool, OnExtent
 from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
 from tests.support.harness import PAGES, Tensors, make_manager, mapping, tokens_of, until

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv.response import KVResponseStatus as Status
+from flexkv.controller.response import KVResponseStatus as Status
+from flexkv.protocol.ring import OpKind
 from flexkv.transfer.deadline import LONGEST_WAIT, Deadline, waits
-from flexkv.transfer.graph import Dependency, OpKind, TransferGraph, TransferOp
+from flexkv.transfer.graph import Dependency, TransferGraph, TransferOp
 from tests.support.harness import local, tokens_of, until
 
 IDS = np.arange(4, dtype=np.int32)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flexkv.protocol.registration import Hello
+from flexkv.protocol.ring import OpKind
 from flexkv.transfer.device import DeviceExecutor, Part, _consecutive
-from flexkv.transfer.graph import OpKind, TransferOp
-from flexkv.transfer.protocol import Hello
+from flexkv.transfer.graph import TransferOp
 
 
 @dataclass

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from flexkv.config import TransferConfig
 from flexkv.errors import InvariantError
+from flexkv.protocol.ring import OpKind
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.executor import Executor, Progress
-from flexkv.transfer.graph import Dependency, OpKind, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph, TransferOp
 from flexkv.transfer.scheduler import Scheduler
 
 IDS = np.arange(4, dtype=np.int32)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from flexkv.transfer import background, peer_process
+from flexkv.protocol import peer_process
+from flexkv.protocol.peer_process import PeerProcess
+from flexkv.transfer import background
 from flexkv.transfer.background import BackgroundThread
-from flexkv.transfer.peer_process import PeerProcess
 from flexkv.transfer.repeated_log import RepeatedLog
 from flexkv.transfer.watch import Watch
 from tests.support.harness import until

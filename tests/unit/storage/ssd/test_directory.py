@@ -15,7 +15,7 @@ from flexkv._core.io.io_queue import IoQueue
 from flexkv.errors import CapacityError, DirectoryInUseError, StorageError
 from flexkv.storage.ssd import data_file
 from flexkv.storage.ssd.directory import slots_that_fit, total_bytes
-from tests.faulty_files import FaultyFiles
+from tests.support.faulty_files import FaultyFiles
 from tests.support.ssd_store import SLOT_BYTES, Tier, opened
 
 

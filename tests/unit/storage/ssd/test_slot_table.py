@@ -9,7 +9,7 @@ import pytest
 
 from flexkv._core.io import slot_records
 from flexkv.storage.ssd.slot_table import HEADER_BYTES, RECORD, Header, SlotTable
-from tests.faulty_files import FaultyFiles
+from tests.support.faulty_files import FaultyFiles
 from tests.support.ssd_store import keys_of
 
 NUM = 100

@@ -14,10 +14,11 @@ import pytest
 
 from flexkv._core.io.io_queue import IoQueue
 from flexkv.errors import CapacityError
+from flexkv.protocol.gds import STATUS
+from flexkv.protocol.peer_process import PeerProcess
 from flexkv.storage.ssd import store as ssd_store
-from flexkv.transfer.gds import STATUS, GdsEnd, GdsQueue
-from flexkv.transfer.peer_process import PeerProcess
-from tests.faulty_files import ThreadQueue
+from flexkv.storage.ssd.gds_queue import GdsEnd, GdsQueue
+from tests.support.faulty_files import ThreadQueue
 from tests.support.ssd_store import Tier, keys_of, opened
 
 QUEUES = {

@@ -1,5 +1,0 @@
-"""``flexkv bench``: what the control plane costs, beside a ceiling measured in the same run."""
-
-from flexkv.bench.command import main
-
-__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""The command ``flexkv``, one file a command."""

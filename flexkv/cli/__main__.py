@@ -1,0 +1,7 @@
+"""``python -m flexkv.cli``."""
+
+import sys
+
+from flexkv.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Decides for one engine: the index, its tasks, its tiers, and the ranks that register."""

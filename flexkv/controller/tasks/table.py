@@ -1,0 +1,400 @@
+"""Table of tasks, from match to result."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.plan import NOTHING, GetPlan, MatchResult, PutPlan
+from flexkv.controller.response import KVResponse, KVResponseStatus
+from flexkv.controller.tasks import reasons
+from flexkv.controller.tasks.erasure import erase
+from flexkv.controller.tasks.graphs import arrival_of, graph_of
+from flexkv.controller.tasks.loads import GoodLoads
+from flexkv.controller.tasks.provisional import ProvisionalPuts
+from flexkv.controller.tasks.task import EndedTask, KVTask, TaskStage
+from flexkv.controller.tasks.task_log import TaskLog
+from flexkv.controller.tiering import Tiering
+from flexkv.errors import TaskError
+from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph, TransferOp
+
+logger = logging.getLogger("flexkv.controller")
+
+_MAX_UNCLAIMED = 4096
+"""Maximum number of unclaimed results. Beyond it the oldest are dropped."""
+
+_MAX_MATCHED = 4096
+"""Tasks that may wait for their launch. Beyond this number the oldest expire: more requests than any engine runs at a
+time, and each holds slots."""
+
+_LAUNCH_WITHIN_S = 60.0
+"""A matched task expires after this time: its engine has forgotten it. An engine launches within a few scheduling
+steps, and those take seconds at most."""
+
+
+class TaskTable:
+    """The tasks that are known, and their way through the data plane.
+
+    Thread safe. One lock makes every transition of a task; it is taken before the index's and the data plane's, never
+    after. A graph is submitted without it: if it is cancelled between its making and its submission, the data plane
+    starts nothing of it.
+
+    Parameters
+    ----------
+    transfer : TransferEngine
+    dp_client_id : int
+        Whose ranks move the blocks.
+    tokens_per_block : int
+    tiering : Tiering or None
+        The tiers below host memory.
+    accept_within_s : float
+        A provisional put that is not accepted for so long after it is at rest is dropped.
+    clock : callable
+        Seconds, monotonic.
+    """
+
+    def __init__(
+        self, transfer: TransferEngine, dp_client_id: int, tokens_per_block: int, tiering: Tiering | None = None,
+        accept_within_s: float = 20.0, clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transfer = transfer
+        self._tiering = tiering
+        self._dp_client_id = dp_client_id
+        self._tokens_per_block = tokens_per_block
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._tasks: dict[int, KVTask | EndedTask] = {}
+        self._matched: dict[int, float] = {}             # when each was matched, in that order
+        self._unclaimed: dict[int, None] = {}            # settled, in that order
+        self._good_loads = GoodLoads()
+        self._log = TaskLog()
+        self._provisional = ProvisionalPuts(accept_within_s)
+
+    # ---- matching ---------------------------------------------------------------------------------------------
+
+    def new_get(
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int,
+        choose: bool = True, host_only: bool = False, group: int = 0,
+    ) -> KVTask:
+        """Plan to load blocks ``[start, stop)``; with ``stop`` None the leading cached blocks, else all of them, with
+        slot -1 for each that is not cached. The caller must pass the task to ``hold`` or ``run``.
+
+        ``choose``: with ``stop`` None, leave out blocks that are computed faster than loaded. ``host_only``: only
+        blocks in host memory now. ``group``: of the namespace that the sequence belongs to.
+        """
+        end, choose = len(keys) if stop is None else stop, choose and stop is None
+        epoch = cache.epoch if cache is not None else 0          # before the plan: it may be taken for older, not newer
+        plan, needs = self._begin_get(cache, keys, start, end, choose, host_only, group)
+        found = plan.slots if plan is not None else np.zeros(0, dtype=np.int32)
+        count = len(found) if stop is None else stop - start
+        absent = np.full(count - len(found), -1, dtype=np.int32)
+        slots = np.concatenate([found, absent]) if len(absent) else found
+        first = start if stop is not None or plan is None else plan.start
+        return KVTask(
+            next(self._transfer.task_ids), cache, epoch, plan, np.arange(first, first + count, dtype=np.int32), slots,
+            self._tokens_per_block, num_tokens, self._tiering, needs, match=plan.match if plan is not None else NOTHING,
+        )
+
+    def _begin_get(
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, choose: bool,
+        host_only: bool, group: int,
+    ) -> tuple[GetPlan | None, tuple[Dependency, ...]]:
+        if cache is None:
+            return None, ()
+        if self._tiering is None:
+            return cache.begin_get(keys, start, stop, choose, group=group), ()
+        return self._tiering.begin_get(cache, keys, start, stop, choose, host_only, group)
+
+    def new_put(
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, num_tokens: int,
+        group: int = 0, provisional: bool = False,
+    ) -> KVTask:
+        """Reserve slots for the absent blocks of ``[start, stop)``. The caller must give the task to ``hold``, ``run``
+        or ``discard``."""
+        plan: PutPlan | None = None
+        blocks = slots = np.zeros(0, dtype=np.int32)
+        epoch = cache.epoch if cache is not None else 0
+        if cache is not None:
+            # A block that goes straight to SSD is recorded there before it can be accepted.
+            direct = self._tiering is not None and self._tiering.saves_directly and not provisional
+            plan = cache.begin_put(keys, start, stop, group, direct)
+            blocks, slots = plan.all_blocks, plan.all_slots
+        return KVTask(
+            next(self._transfer.task_ids), cache, epoch, plan, blocks, slots, self._tokens_per_block, num_tokens,
+            self._tiering, loading=False, is_provisional=provisional,
+        )
+
+    def hold(self, task: KVTask) -> None:
+        """Keep a task until it is launched or cancelled, or expires."""
+        with self._lock:
+            self._tasks[task.task_id] = task
+            self._matched[task.task_id] = self._clock()
+            while len(self._matched) > _MAX_MATCHED:
+                self._expire(next(iter(self._matched)))
+
+    def discard(self, task: KVTask) -> None:
+        """Release the blocks and slots of a task that was neither held nor run."""
+        task.release(np.zeros(len(task.blocks), dtype=np.bool_))
+
+    def matched(self, task_id: int) -> KVTask:
+        """The task, if it waits for its launch.
+
+        Raises
+        ------
+        TaskError
+            It is not known, or was launched or ended already.
+        """
+        task = self._tasks.get(task_id)
+        if isinstance(task, KVTask) and task.stage is TaskStage.MATCHED:
+            return task
+        state = "not known: match first, or it expired or was cancelled" if task is None else (
+            f"ended already: {task.reason}" if isinstance(task, EndedTask) and task.reason else "launched already"
+        )
+        raise TaskError(f"task {task_id} is {state}")
+
+    # ---- running ----------------------------------------------------------------------------------------------
+
+    def launch(
+        self, tasks: Sequence[tuple[KVTask, NDArray[np.int32]]], fence: int, layerwise: bool = False, counter: int = 0
+    ) -> None:
+        """Run held tasks, each with its pages ((m,) int32).
+
+        Raises
+        ------
+        TaskError
+            One of them was launched or ended meanwhile, or is given twice; none was launched.
+        """
+        with self._lock:
+            seen: set[int] = set()
+            for task, _ in tasks:
+                if task.task_id in seen or self.matched(task.task_id) is not task:
+                    raise TaskError(f"task {task.task_id} is given twice: launch each task once")
+                seen.add(task.task_id)
+            graphs = [self._begin(task, pages, fence, layerwise, counter) for task, pages in tasks]
+        for (task, _), graph in zip(tasks, graphs, strict=True):
+            self._submit(task, graph)
+
+    def run(
+        self, task: KVTask, pages: NDArray[np.int32], fence: int, layerwise: bool = False, after: Sequence[int] = ()
+    ) -> None:
+        """Run a task that is not held: move its blocks between their slots and ``pages`` ((m,) int32).
+
+        ``after``: loads that must have succeeded, else all blocks fail.
+        """
+        with self._lock:
+            graph = self._begin(task, pages, fence, layerwise, after=after)
+        self._submit(task, graph)
+
+    def _begin(
+        self, task: KVTask, pages: NDArray[np.int32], fence: int, layerwise: bool = False, counter: int = 0,
+        after: Sequence[int] = (),
+    ) -> TransferGraph | None:
+        """Make a task RUNNING. Under the lock."""
+        self._tasks[task.task_id] = task
+        self._matched.pop(task.task_id, None)
+        task.stage = TaskStage.RUNNING
+        if len(task.blocks) == 0:
+            self._settle(task, *task.empty_outcome())
+            return None
+        loads, are_good = self._loads(task, after)
+        task.graph = graph_of(task, pages, self._dp_client_id, fence, layerwise, counter, loads)
+        if task.is_stale or not are_good:            # the rank still learns that these pages were not moved
+            task.graph.verdict = OpStatus.FAILED
+            task.reason = reasons.WAS_RESET if task.is_stale else reasons.LOAD_FAILED
+        if task.is_provisional:
+            self._provisional.begin(task.task_id)
+        return task.graph
+
+    def _loads(self, task: KVTask, after: Sequence[int]) -> tuple[list[TransferOp], bool]:
+        """Ops of those loads that run; False if another one is not known to have succeeded, in this epoch."""
+        ops, are_good = [], True
+        for task_id in after:
+            load = self._tasks.get(task_id)
+            if isinstance(load, KVTask) and load.loading and load.graph is not None and load.epoch == task.epoch:
+                ops.append(load.graph.ops[-1])
+            elif not self._good_loads.has(task_id, task.epoch):
+                are_good = False
+        return ops, are_good
+
+    def _submit(self, task: KVTask, graph: TransferGraph | None) -> None:
+        if graph is None:
+            return
+        try:
+            self._transfer.submit(graph, partial(self._on_done, task))
+        except Exception:
+            logger.exception("task %d could not be handed to the data plane", task.task_id)
+            self._transfer.cancel(graph)
+            if graph.status is OpStatus.PENDING:           # it was not taken, so nothing will end it
+                with self._lock:
+                    nothing = np.zeros(len(task.blocks), dtype=np.bool_)
+                    self._settle(task, KVResponseStatus.FAILED, nothing, reasons.INTERNAL)
+
+    def prefetch(
+        self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int, start: int = 0,
+        group: int = 0, host_only: bool = False,
+    ) -> int:
+        """A task that ends when all blocks that are on any tier are in host memory, however long that takes to load;
+        ``host_only``: only blocks that are there now."""
+        host_only = host_only or (self._tiering is not None and self._tiering.loads_directly)   # need not come there
+        task = self.new_get(cache, keys, start, None, num_tokens, choose=False, host_only=host_only, group=group)
+        with self._lock:
+            self._tasks[task.task_id] = task
+            task.stage = TaskStage.RUNNING
+            if len(task.blocks) == 0:
+                self._settle(task, *task.empty_outcome())
+                return task.task_id
+            if not task.needs:
+                self._settle(task, KVResponseStatus.SUCCESS, np.ones(len(task.blocks), dtype=np.bool_), "")
+                return task.task_id
+            task.graph = arrival_of(task)
+        self._submit(task, task.graph)
+        return task.task_id
+
+    # ---- ending -----------------------------------------------------------------------------------------------
+
+    def cancel(self, task_id: int, reason: str = reasons.CANCELLED) -> None:
+        """Stop a task: forget one not launched yet, drop a put not accepted yet; one that runs will settle."""
+        with self._lock:
+            self._provisional.drop(task_id)
+            task = self._tasks.get(task_id)
+            if not isinstance(task, KVTask):
+                return
+            if task.stage is TaskStage.MATCHED:
+                del self._tasks[task_id], self._matched[task_id]
+                self.discard(task)
+                self._transfer.notify()
+                return
+            if task.verdict is None and task.decided is None:
+                task.verdict, task.reason = KVResponseStatus.CANCELLED, task.reason or reason
+            graph = task.graph
+        if graph is not None:
+            self._transfer.cancel(graph)
+
+    def reset(self) -> list[int]:
+        """The index was reset: nothing that was planned before succeeds or becomes ready any more. Returns the ids of
+        tasks that still run."""
+        with self._lock:
+            self._good_loads.clear()
+            self._provisional.drop_all()
+            unsettled = self.unsettled()
+        for task_id in unsettled:
+            self.cancel(task_id, reasons.WAS_RESET)
+        return unsettled
+
+    def accept(self, task_id: int, stop: float) -> None:
+        """Blocks of a provisional put at positions before ``stop`` are accepted, the others dropped."""
+        with self._lock:
+            self._provisional.accept(task_id, stop)
+
+    def keep_house(self) -> float:
+        """End tasks never launched and puts never accepted, in time; returns in how many seconds to call again."""
+        now = self._clock()
+        with self._lock:
+            while self._matched:
+                task_id, since = next(iter(self._matched.items()))
+                if since + _LAUNCH_WITHIN_S > now:
+                    break
+                self._expire(task_id)
+            if dropped := self._provisional.expire(now):
+                logger.warning("%d saves were dropped: the engine did not accept them in time", dropped)
+        return 1.0
+
+    def _expire(self, task_id: int) -> None:
+        task = self._tasks[task_id]
+        del self._matched[task_id]
+        if isinstance(task, KVTask):
+            nothing = np.zeros(len(task.blocks), dtype=np.bool_)
+            self._settle(task, KVResponseStatus.TIMEOUT, nothing, reasons.not_launched(_LAUNCH_WITHIN_S))
+            self._transfer.notify()
+
+    def _on_done(self, task: KVTask, graph: TransferGraph) -> None:
+        with self._lock:
+            if task.stage is TaskStage.SETTLED:
+                return
+            status, ok, reason = task.outcome(lambda: self._transfer.num_pages)
+            slots = task.to_erase(ok)
+            if len(slots) == 0:
+                if graph.ops[-1].counter and status is not KVResponseStatus.SUCCESS:
+                    self._log.layers_lost(task)
+                return self._settle(task, status, ok, reason)
+        # and look again then: a cancel or a reset may come meanwhile
+        erase(self._transfer, task.task_id, slots, partial(self._on_done, task, graph))
+
+    def _settle(self, task: KVTask, status: KVResponseStatus, ok: NDArray[np.bool_], reason: str) -> None:
+        """The end of a task. Under the lock. Its result is seen once its blocks are ready, or its slots given back."""
+        try:
+            if task.is_provisional:
+                self._provisional.rest(task, ok, self._clock())
+            else:
+                task.release(ok)
+        except Exception:
+            logger.exception("task %d could not give back its blocks", task.task_id)
+            status, reason = KVResponseStatus.FAILED, reasons.INTERNAL
+            ok = np.zeros(len(task.blocks), dtype=np.bool_)
+        if task.loading and status is KVResponseStatus.SUCCESS:
+            self._good_loads.add(task.task_id, task.epoch)
+        if status is KVResponseStatus.FAILED:
+            self._log.failed(task, reason)
+        task.stage, task.graph, task.needs = TaskStage.SETTLED, None, ()
+        self._tasks[task.task_id] = EndedTask.of(task, status, ok, reason)
+        self._unclaimed[task.task_id] = None
+        while len(self._unclaimed) > _MAX_UNCLAIMED:
+            oldest = next(iter(self._unclaimed))
+            del self._unclaimed[oldest], self._tasks[oldest]
+
+    # ---- results ----------------------------------------------------------------------------------------------
+
+    def match(self, task_id: int) -> MatchResult | None:
+        """Match of a get; None if the task is not known."""
+        task = self._tasks.get(task_id)
+        return task.match if task is not None else None
+
+    def blocks(self, task_id: int) -> NDArray[np.int32]:
+        """(m,) int32: positions of the blocks that a task moves; empty if it is not known."""
+        task = self._tasks.get(task_id)
+        if isinstance(task, EndedTask):
+            return task.positions()
+        return task.blocks if task is not None else np.zeros(0, dtype=np.int32)
+
+    def unsettled(self) -> list[int]:
+        """Ids of the tasks that hold acquired blocks or slots, but for puts that wait for their acceptance."""
+        with self._lock:
+            return [task_id for task_id, task in self._tasks.items() if isinstance(task, KVTask)]
+
+    def wait(self, ids: Sequence[int], timeout: float, settled: Callable[[int], bool] | None = None) -> bool:
+        """Wait until ``settled`` (default: has a result) holds for all ids, at most ``timeout`` seconds."""
+        done = settled or self.has_result
+        return self._transfer.wait(lambda: all(done(task_id) for task_id in ids), timeout)
+
+    def is_settled(self, task_id: int) -> bool:
+        """Whether nothing can touch the task's pages and slots any more; an unknown task is settled."""
+        return not isinstance(self._tasks.get(task_id), KVTask)
+
+    def has_result(self, task_id: int) -> bool:
+        """Whether waiting longer makes no difference: it ended, is not known, or was never launched."""
+        task = self._tasks.get(task_id)
+        return not isinstance(task, KVTask) or task.stage is TaskStage.MATCHED or task.early_result is not None
+
+    def take(self, task_id: int) -> KVResponse:
+        """The result as it stands; one that is settled is forgotten."""
+        with self._lock:
+            task = self._tasks.get(task_id)
+            if task is None:
+                return KVResponse(KVResponseStatus.NOTFOUND, task_id, reason="no such task, or its result was taken")
+            if isinstance(task, EndedTask):
+                del self._tasks[task_id], self._unclaimed[task_id]
+            return task.response()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def num_provisional(self) -> int:
+        """Provisional puts whose blocks are neither ready nor dropped."""
+        return len(self._provisional)

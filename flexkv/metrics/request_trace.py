@@ -1,0 +1,260 @@
+"""Records what requests ask for, for ``flexkv replay``: times and keys, never tokens.
+
+A file starts with a header, and then has one record for each request (little-endian):
+
+=======  ==========================================================================================
+header   ``<8sII d Q``: magic, version, tokens of a block, start (Unix time, s), check
+record   ``<IIII d Q``: blocks shared, of which record (from 0), blocks that follow, 0, seconds since
+         the start, check; then 64 bits of the key of each block that follows
+=======  ==========================================================================================
+
+Keys are chained over the prefix, so a request that begins as an earlier one is that one's first blocks, and new ones.
+``check`` is XXH3-64 of all other bytes of header or record: a record that was torn by a crash ends the trace. An
+earlier record that is not remembered any more costs space, nothing else.
+"""
+
+import logging
+import os
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.io.checksum import xxh3_64
+from flexkv.config import CacheConfig
+from flexkv.errors import TraceError
+
+logger = logging.getLogger("flexkv.metrics")
+
+MAGIC = b"FlexKVtr"
+VERSION = 1
+_HEADER = struct.Struct("<8sIId")
+_RECORD = struct.Struct("<IIIId")
+_CHECK = struct.Struct("<Q")
+_PREAMBLE = _RECORD.size + _CHECK.size
+
+_CLOSE_S = 10.0
+"""Longest wait of ``close`` for a disk that hangs."""
+
+_FLUSH_S = 0.5
+"""Between two writes. A request costs its caller a copy of its keys; nobody is woken up for it."""
+
+_QUEUED_KEYS = 4 << 20
+"""So many keys (32 MiB) may wait to be written; requests beyond are dropped and counted."""
+
+_MAX_SECONDS = 1e12
+"""Largest time of a record that is read. No recorder runs for 30,000 years."""
+
+_REMEMBERED_BITS = 20
+"""Of the number of keys that are remembered, to find what a request shares with an earlier one (12 MiB)."""
+
+
+class Recorder(Protocol):
+    """What ``KVManager`` tells of each request. Thread safe; never raises, never waits for a disk."""
+
+    def record(self, keys: NDArray[np.uint64]) -> None:
+        """A request came, whose whole blocks have these keys ((n, 2) uint64, chained)."""
+
+    def close(self) -> None:
+        """Write what is queued. Can be called again."""
+
+
+class NullRecorder:
+    """Records nothing."""
+
+    def record(self, keys: NDArray[np.uint64]) -> None:
+        """See ``Recorder``."""
+
+    def close(self) -> None:
+        """See ``Recorder``."""
+
+
+def make_recorder(config: CacheConfig) -> Recorder:
+    """What ``trace_path`` asks for.
+
+    Raises
+    ------
+    TraceError
+        The file cannot be made.
+    """
+    if not config.trace_path:
+        return NullRecorder()
+    return TraceRecorder(Path(config.trace_path), config.tokens_per_block, config.trace_max_mb << 20)
+
+
+class TraceRecorder:
+    """Writes a trace in the background.
+
+    Parameters
+    ----------
+    path : Path
+        Where the file goes; if there is one, ``.1`` is appended, and so on: nothing is overwritten.
+    block_tokens : int
+    max_bytes : int
+        The file is never larger; recording ends there.
+    clock : callable
+        Seconds, monotonic.
+    """
+
+    def __init__(
+        self, path: Path, block_tokens: int, max_bytes: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._file, self.path = _new_file(path)
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._start = clock()
+        self._lock = threading.Lock()
+        self._queue: deque[tuple[float, NDArray[np.uint64]]] = deque()
+        self._queued_keys = 0
+        self.dropped_requests = 0
+        self._keys = np.zeros(1 << _REMEMBERED_BITS, dtype=np.uint64)
+        self._records = np.zeros(1 << _REMEMBERED_BITS, dtype=np.uint32)
+        self._num_records = self._written_bytes = 0
+        self._is_over = False
+        self._stop = threading.Event()
+        self._write(_checked(_HEADER.pack(MAGIC, VERSION, block_tokens, time.time())))
+        self._thread = threading.Thread(target=self._run, name="flexkv.metrics", daemon=True)
+        self._thread.start()
+        logger.info("recording requests in %s", self.path)
+
+    def record(self, keys: NDArray[np.uint64]) -> None:
+        """See ``Recorder``."""
+        if self._is_over:
+            return
+        halves = np.array(keys[:, 0])
+        with self._lock:
+            if self._queued_keys + len(halves) > _QUEUED_KEYS:
+                self.dropped_requests += 1
+                return
+            self._queued_keys += len(halves)
+            self._queue.append((self._clock() - self._start, halves))
+
+    def close(self) -> None:
+        """See ``Recorder``."""
+        self._stop.set()
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():                  # it writes to the file, which stays open
+            logger.error("%s is not complete: its disk has not answered within %g s", self.path, _CLOSE_S)
+            return
+        self._file.close()
+        if self.dropped_requests:
+            logger.warning("%s lacks %d requests that came too fast", self.path, self.dropped_requests)
+            self.dropped_requests = 0
+
+    def _run(self) -> None:
+        while not self._stop.wait(_FLUSH_S):
+            self._write_queued()
+        self._write_queued()
+        self._is_over = True
+
+    def _write_queued(self) -> None:
+        while self._queue and not self._is_over:
+            with self._lock:
+                seconds, keys = self._queue.popleft()
+                self._queued_keys -= len(keys)
+            self._write(self._pack(seconds, keys))
+
+    def _pack(self, seconds: float, keys: NDArray[np.uint64]) -> bytes:
+        """A record. A key that is remembered stands for all before it, since keys are chained."""
+        places = (keys & np.uint64(len(self._keys) - 1)).astype(np.intp)
+        known = np.flatnonzero(self._keys[places] == keys)
+        shared = int(known[-1]) + 1 if len(known) else 0
+        base = int(self._records[places[shared - 1]]) if shared else 0
+        self._keys[places[shared:]] = keys[shared:]
+        self._records[places[shared:]] = self._num_records
+        self._num_records += 1
+        new = keys[shared:].astype("<u8")
+        return _checked(_RECORD.pack(shared, base, len(new), 0, seconds), new.tobytes())
+
+    def _write(self, record: bytes) -> None:
+        if self._written_bytes + len(record) > self._max_bytes:
+            self._end(f"it has reached trace_max_mb ({self._max_bytes >> 20} MiB)")
+            return
+        try:
+            if self._file.write(record) < len(record):
+                self._end("the disk is full")
+            self._written_bytes += len(record)
+        except OSError as error:
+            self._end(f"it cannot be written: {error.strerror}")
+
+    def _end(self, why: str) -> None:
+        self._is_over = True
+        with self._lock:
+            self._queue.clear()
+        logger.warning("recording in %s has ended: %s", self.path, why)
+
+
+def _new_file(path: Path) -> tuple[BinaryIO, Path]:
+    """A file that was not there. Its owner alone may read it: keys tell who asks the same."""
+    number = 0
+    while True:
+        chosen = path if number == 0 else path.with_name(f"{path.name}.{number}")
+        try:
+            fd = os.open(chosen, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            why = f"cannot be made: {error.strerror}; set trace_path to another one"
+            raise TraceError(str(chosen), 0, why) from error
+        else:
+            return open(fd, "wb", buffering=0), chosen
+
+
+def _checked(fields: bytes, payload: bytes = b"") -> bytes:
+    return fields + _CHECK.pack(xxh3_64(fields + payload)) + payload
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recorded:
+    """What a file holds.
+
+    Attributes
+    ----------
+    block_tokens : int
+    seconds : list of float
+        Of each request, since the start.
+    sequences : list of (k,) uint64
+        64 bits of the key of each of its blocks.
+    """
+
+    block_tokens: int
+    seconds: list[float]
+    sequences: list[NDArray[np.uint64]]
+
+
+def read_recorded(content: bytes) -> Recorded | None:
+    """All whole records, as far as they go; None: it does not start with a header of this version."""
+    view = memoryview(content)
+    start = _HEADER.size + _CHECK.size
+    if len(view) < start or _checked(content[: _HEADER.size]) != content[:start]:
+        return None
+    magic, version, block_tokens, _ = _HEADER.unpack_from(view)
+    if magic != MAGIC or version != VERSION:
+        return None
+    seconds: list[float] = []
+    sequences: list[NDArray[np.uint64]] = []
+    while start + _PREAMBLE <= len(view):
+        shared, base, count, _, second = _RECORD.unpack_from(view, start)
+        stop = start + _PREAMBLE + 8 * count
+        if stop > len(view) or _checked(view[start : start + _RECORD.size].tobytes(),
+                                        view[start + _PREAMBLE : stop].tobytes()) != view[start:stop]:
+            break
+        if shared and (base >= len(sequences) or shared > len(sequences[base])):
+            break
+        if not abs(second) <= _MAX_SECONDS:                 # NaN too
+            break
+        new = np.frombuffer(view, dtype="<u8", count=count, offset=start + _PREAMBLE).astype(np.uint64)
+        sequences.append(np.concatenate([sequences[base][:shared], new]) if shared else new)
+        seconds.append(second)
+        start = stop
+    return Recorded(block_tokens, seconds, sequences)

@@ -1,0 +1,1 @@
+"""What processes say to each other: messages, sockets and rings, with their versions and limits."""

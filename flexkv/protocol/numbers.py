@@ -1,0 +1,28 @@
+"""Numbers that cross a border between processes, checked where a caller gives them."""
+
+import numpy as np
+
+from flexkv.errors import ArgumentError
+
+MAX_STEP = (1 << 63) - 1
+"""Largest fence: the largest number that a ring's record holds, less its sign bit."""
+
+
+def integer_of(value: object, name: str, low: int, high: int) -> int:
+    """A Python or numpy integer in ``[low, high]``, as ``int``; else ArgumentError."""
+    if type(value) is int and low <= value <= high:
+        return value
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise ArgumentError(f"{name} is {shortened(value)}: give an integer from {low} to {high}")
+    return int(value)
+
+
+def fence_of(value: object) -> int:
+    """A step of the ranks; else ArgumentError."""
+    return integer_of(value, "fence", 0, MAX_STEP)
+
+
+def shortened(value: object) -> str:
+    """A value as ASCII for a message, cut after 80 characters."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

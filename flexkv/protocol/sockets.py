@@ -1,0 +1,258 @@
+"""Unix sockets in the file system: made, found and removed without harm to other files and other processes."""
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from flexkv.at_fork import close_in_children
+from flexkv.config import register_port
+from flexkv.errors import RegistrationError
+
+logger = logging.getLogger("flexkv.protocol")
+
+_LOCK_S = 5.0
+"""Maximum wait for another start in the same directory; a start holds the lock for milliseconds."""
+
+_RETRY_S = 0.05
+"""Pause between two attempts to connect or to lock: nothing reports when the next can succeed."""
+
+_OURS = ("register-*.sock", "vllm-*.sock", "layers-*.sock")
+"""Names that FlexKV gives to sockets of its own."""
+
+_KINDS = {
+    stat.S_IFREG: "an ordinary file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}
+
+
+def socket_path(port: str) -> Path:
+    """File of a port, given as a path or as upstream's ``ipc://`` address; ConfigError for another address."""
+    return Path(str(register_port("gpu_register_port", port)).removeprefix("ipc://"))
+
+
+class ListeningSocket:
+    """A non-blocking listening socket, for this user alone. The socket file of a controller that died is replaced.
+
+    Probe, removal, ``bind`` and ``listen`` are done under a lock of the directory, so that of two starts one fails.
+
+    Parameters
+    ----------
+    path : Path
+
+    Attributes
+    ----------
+    path : Path
+    socket : socket
+
+    Raises
+    ------
+    RegistrationError
+        Another controller listens there, the path names something that is no socket of this user, or the place cannot
+        be used. Nothing has changed then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            _refuse_other_files(path)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+            close_in_children(self.socket)
+        except OSError as error:
+            raise _unusable(path, error) from error
+        try:
+            with _locked(path.parent):
+                _refuse_other_files(path)
+                if path.exists():
+                    _remove_dead(path)
+                self.socket.bind(str(path))
+                os.chmod(path, 0o600)     # before listen: nobody can have connected yet
+                self.socket.listen(64)
+            self.socket.setblocking(False)
+            self._file = _identity(path)
+        except OSError as error:
+            self.socket.close()
+            raise _unusable(path, error) from error
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def close(self) -> None:
+        """Stop listening, and remove the file unless another process has replaced it. Can be called again."""
+        if self.socket.fileno() < 0:
+            return
+        self.socket.close()
+        with suppress(OSError, RegistrationError), _locked(self.path.parent):
+            if _identity(self.path) == self._file:
+                self.path.unlink()
+
+
+def remove_dead_sockets(directory: Path) -> list[Path]:
+    """Remove sockets that controllers of this user left in ``directory`` when they died; returns their paths.
+
+    A socket is dead if no process listens at it while no start can be under way.
+    """
+    removed = []
+    try:
+        with _locked(directory):
+            for path in [path for pattern in _OURS for path in directory.glob(pattern)]:
+                if _owner_lives(path):
+                    continue
+                with suppress(OSError, RegistrationError):
+                    _refuse_other_files(path)
+                    _remove_dead(path)
+                    removed.append(path)
+    except (OSError, RegistrationError) as error:
+        logger.debug("dead sockets in %s stay: %s", directory, error)
+    return removed
+
+
+def _owner_lives(path: Path) -> bool:
+    """Whether the process is there that the name of a ``layers-`` socket has in it: a probe would disturb it."""
+    number = re.fullmatch(r"layers-(\d{1,10})-.*", path.name)
+    return number is not None and Path("/proc", number[1]).exists()
+
+
+def listen_at(listener: socket.socket, path: Path, backlog: int) -> None:
+    """Bind a socket and listen, in place of a socket of a dead process at the path; a sweep finds it before or after.
+
+    Raises
+    ------
+    RegistrationError
+        The directory is locked by another process for long.
+    OSError
+        The path cannot be used.
+    """
+    with _locked(path.parent):
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+        listener.listen(backlog)
+
+
+def connect(
+    path: Path, deadline: float, closing: threading.Event | None = None, wait_for_it: bool = False
+) -> socket.socket:
+    """Connect to a controller, by ``deadline`` (``time.monotonic``), or until ``closing`` is set.
+
+    A controller that is stopped or overloaded, and whose queue of connections is full, cannot hold up the caller for
+    longer.
+
+    Parameters
+    ----------
+    wait_for_it : bool
+        Also while no controller listens there yet.
+
+    Returns
+    -------
+    socket
+        Non-blocking.
+
+    Raises
+    ------
+    RegistrationError
+        No controller listens at the path, it accepts no connection in time, or ``closing`` was set.
+    OSError
+        The path cannot be reached.
+    """
+    while closing is None or not closing.is_set():
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            connection.connect(str(path))
+            return connection
+        except BlockingIOError:
+            connection.close()
+            reason = f"the controller at {path} accepts no connections: it is stopped or overloaded"
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            reason = f"no controller listens at {path}; start the engine (or KVManager), or check the path"
+            if not wait_for_it:
+                raise RegistrationError(reason) from None
+        except BaseException:
+            connection.close()
+            raise
+        if time.monotonic() >= deadline:
+            raise RegistrationError(reason)
+        if closing is None:
+            time.sleep(_RETRY_S)
+        else:
+            closing.wait(_RETRY_S)
+    raise RegistrationError("closed while connecting")
+
+
+def _unusable(path: Path, error: OSError) -> RegistrationError:
+    return RegistrationError(
+        f"cannot listen at {path}: {error.strerror or error}; set gpu_register_port to a path of at most 107 bytes in "
+        "a directory of this user"
+    )
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Raise RegistrationError if the path names anything but a socket of this user."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no socket")
+        raise RegistrationError(f"{path} is {kind}, and stays as it is: set gpu_register_port to the path of a socket")
+    if status.st_uid != os.getuid():
+        raise RegistrationError(f"{path} is a socket of user {status.st_uid}: set gpu_register_port to another path")
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove a socket at which no process listens. Under the lock of its directory.
+
+    Raises
+    ------
+    RegistrationError
+        A process listens there.
+    """
+    kind = socket.SOCK_STREAM if path.name.startswith("layers-") else socket.SOCK_SEQPACKET
+    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as probe:
+        code = probe.connect_ex(str(path))
+    if code == errno.EPROTOTYPE:
+        raise RegistrationError(f"another program listens at {path}: set gpu_register_port to another path")
+    if code in (0, errno.EAGAIN):
+        raise RegistrationError(f"another controller listens at {path}: give each its gpu_register_port")
+    if code != errno.ECONNREFUSED:
+        raise OSError(code, os.strerror(code))
+    path.unlink()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock (flock) of a directory: no file is needed for it, and the kernel drops it with the process."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not _retry(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB), _LOCK_S):
+            raise RegistrationError(f"{directory} has been locked by another process for {_LOCK_S:g} s: try again, or "
+                                    "set gpu_register_port to a path in another directory")
+        yield
+    finally:
+        os.close(fd)
+
+
+def _retry(attempt: Callable[[], None], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            attempt()
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_RETRY_S)

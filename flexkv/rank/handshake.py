@@ -1,0 +1,90 @@
+"""A rank finds its controller, introduces itself, and gets what its agent needs."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from flexkv._core.sealed_memory import check_sealed
+from flexkv.errors import RegistrationError
+from flexkv.protocol.registration import FAREWELL, MAX_MESSAGE_BYTES, NUM_FDS, Hello, Welcome
+from flexkv.protocol.sockets import connect
+
+
+def join_controller(
+    path: Path, hello: Hello, deadline: float, closing: threading.Event
+) -> tuple[socket.socket, Welcome, list[int]]:
+    """Connect and be welcomed, by ``deadline`` (``time.monotonic``), or until ``closing`` is set.
+
+    Returns
+    -------
+    connection : socket
+    welcome : Welcome
+    fds : list of int
+        As they come with a Welcome; sizes and seals of the memory are checked.
+
+    Raises
+    ------
+    RegistrationError
+        No controller is there, it refuses, it does not answer, or other ranks do not come.
+    """
+    connection = connect(path, deadline, closing, wait_for_it=True)
+    fds: list[int] = []
+    try:
+        message = _introduce(connection, hello, deadline, closing, fds)
+        welcome = Welcome.unpack(message)
+        if len(fds) not in (NUM_FDS, NUM_FDS + 1):
+            raise RegistrationError(
+                f"{len(fds)} of {NUM_FDS} descriptors came from the controller: raise this process's limit of open "
+                "files (ulimit -n)"
+            )
+        if welcome.segment_bytes != hello.segment_bytes:
+            raise RegistrationError(
+                f"the controller expects {welcome.segment_bytes} bytes a block; {hello.segment_bytes} were registered"
+            )
+        check_sealed(fds[0], welcome.pool_bytes, "the host pool")
+        check_sealed(fds[1], 2 * welcome.ring_bytes, "the memory of the rings")
+    except BaseException:
+        abandon(connection, fds)
+        raise
+    return connection, welcome, fds
+
+
+def abandon(connection: socket.socket | None, fds: Sequence[int]) -> None:
+    """Close what came from a controller, if this process touches no slot. Without the farewell, the controller would
+    wait for the end of this process."""
+    for fd in fds:
+        os.close(fd)
+    if connection is not None:
+        with suppress(OSError):
+            connection.send(FAREWELL)
+        connection.close()
+
+
+def _introduce(
+    connection: socket.socket, hello: Hello, deadline: float, closing: threading.Event, fds: list[int]
+) -> bytes:
+    connection.settimeout(0.2)
+    connection.send(hello.pack())
+    while not closing.is_set():
+        connection.settimeout(min(0.2, max(0.01, deadline - time.monotonic())))
+        try:
+            message, received, _, _ = socket.recv_fds(
+                connection, MAX_MESSAGE_BYTES, NUM_FDS + 1, socket.MSG_CMSG_CLOEXEC
+            )
+        except TimeoutError:
+            if time.monotonic() >= deadline:
+                raise RegistrationError(
+                    "the controller has not answered in time: a rank did not register, or the controller is stopped"
+                ) from None
+            continue
+        except ConnectionError as error:
+            raise RegistrationError(f"the controller hung up ({error.strerror}): see its log") from error
+        fds += received
+        if not message:
+            raise RegistrationError("the controller hung up: see its log")
+        return message
+    raise RegistrationError("closed while connecting")

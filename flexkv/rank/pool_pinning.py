@@ -1,0 +1,79 @@
+"""Pinning of the host pool by a rank, without holding up the engine."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from flexkv.errors import CudaError
+
+logger = logging.getLogger("flexkv.rank")
+
+PAUSE_FACTOR = 4.0
+"""Pause after a part, as a multiple of the time that the part took. While a part is pinned the driver holds a lock that
+kernel launches need; with this pause they find it free four fifths of the time (docs/design/0016-pool-start.md)."""
+
+MAX_PAUSE_S = 0.25
+"""Longest pause, in seconds: a part that took long on a busy machine must not delay the others by minutes."""
+
+_FAST_PARTS = 4
+"""Parts at the start that are pinned without a pause, so that the first blocks can be saved at once."""
+
+_POLL_S = 0.02
+"""Interval at which the extent of populated memory is read, in seconds: a tenth of the time that 1 GiB takes."""
+
+
+class PinningAgent(Protocol):
+    """The part of ``DeviceAgent`` that pinning uses."""
+
+    @property
+    def pinning(self) -> bool: ...
+
+    @property
+    def pinned_slots(self) -> int: ...
+
+    def pin_next(self) -> bool: ...
+
+
+class PoolPinner:
+    """Pins the pool part by part, following the controller that populates it, with a pause after each part.
+
+    Parameters
+    ----------
+    agent : PinningAgent
+    pause : callable
+        ``pause(seconds) -> bool``: waits, at most so long; True: stop for good (``threading.Event.wait``).
+    clock : callable
+        Seconds.
+    """
+
+    def __init__(
+        self, agent: PinningAgent, pause: Callable[[float], bool], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._agent = agent
+        self._pause = pause
+        self._clock = clock
+
+    def run(self) -> None:
+        """Pin until all populated slots are pinned, pinning fails, or the agent or ``pause`` ends it."""
+        agent, began, num_parts, busy_s = self._agent, self._clock(), 0, 0.0
+        try:
+            while agent.pinning:
+                start = self._clock()
+                pinned = agent.pin_next()
+                took = self._clock() - start
+                num_parts, busy_s = num_parts + pinned, busy_s + took * pinned
+                if pinned and num_parts <= _FAST_PARTS:
+                    took = 0.0
+                if self._pause(min(PAUSE_FACTOR * took, MAX_PAUSE_S) if pinned else _POLL_S):
+                    return
+        except CudaError as error:
+            logger.warning(
+                "the host pool cannot be pinned beyond slot %d, so copies from and to the rest are slow: %s; raise the "
+                "limit of locked memory (ulimit -l) or set cpu_cache_gb lower", agent.pinned_slots, error,
+            )
+        if num_parts:
+            logger.info(
+                "%d slots of the host pool pinned in %.1f s, in %d parts (%.1f s without pauses)",
+                agent.pinned_slots, self._clock() - began, num_parts, busy_s,
+            )

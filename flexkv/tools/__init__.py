@@ -1,0 +1,1 @@
+"""Programs beside the product: benchmarks, replay of traces, the demo."""

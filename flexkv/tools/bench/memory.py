@@ -1,0 +1,27 @@
+"""How much memory the index takes."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from flexkv.tools.bench.filled_tree import FilledTree
+from flexkv.tools.bench.report import Line
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise AssertionError("/proc/self/status has no VmRSS")
+    return int(found[1]) * 1024
+
+
+def run(num_blocks: int) -> Iterator[Line]:
+    """Bytes a block, with three tiers: as the index counts them, and as the process grew."""
+    before = resident_bytes()
+    filled = FilledTree(num_blocks)
+    grown = resident_bytes() - before - sum(keys.nbytes for keys in filled.sequences)
+    blocks = filled.tree.num_blocks
+    size = f"{blocks / 1e6:.3g} M blocks, three tiers"
+    yield Line("memory", f"index; {size}", round(filled.tree.memory_bytes / blocks, 2), "bytes/block")
+    yield Line("memory", f"growth of the process; {size}", round(grown / blocks, 2), "bytes/block")

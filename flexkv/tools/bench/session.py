@@ -1,0 +1,144 @@
+"""A KVManager and one rank in another process, for benches of what a user of KVManager sees."""
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.block_table import TensorSpec
+from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.controller.response import KVResponse, KVResponseStatus
+from flexkv.kvmanager import KVManager
+from flexkv.rank.tensors import tensor_spec
+from flexkv.rank.tp_client import KVTPClient
+
+TOKENS_PER_BLOCK = 16
+LAYERS = 4
+
+
+def _layers(num_blocks: int, layer_bytes: int, on_gpu: bool) -> tuple[list[Any], list[TensorSpec]]:
+    rng = np.random.default_rng(0)
+    layers: list[Any] = [rng.integers(0, 256, (num_blocks, layer_bytes), dtype=np.uint8) for _ in range(LAYERS)]
+    if not on_gpu:
+        return layers, [TensorSpec(a.ctypes.data, a.shape, a.strides, 1) for a in layers]
+    import torch
+
+    layers = [torch.from_numpy(layer).cuda() for layer in layers]
+    torch.cuda.synchronize()
+    return layers, [tensor_spec(layer) for layer in layers]
+
+
+def _rank(pipe: Connection, port: str, num_blocks: int, layer_bytes: int, on_gpu: bool) -> None:
+    layers, specs = _layers(num_blocks, layer_bytes, on_gpu)
+    content = [layer.clone() if on_gpu else layer.copy() for layer in layers]
+    client = KVTPClient(port)
+    client.register_tensors(specs, keep_alive=layers)
+    client.wait_connected(30.0)
+    pipe.send("registered")
+    for question in iter(pipe.recv, "stop"):
+        client.poll_results()
+        if question == "clear":
+            for layer in layers:
+                layer[:] = 0
+            if on_gpu:
+                layers[0].sum().item()                 # it is done
+            pipe.send(None)
+        elif question == "compare":
+            pipe.send(all(bool((a == b).all()) for a, b in zip(layers, content, strict=True)))
+    client.close()
+
+
+class Session:
+    """One sequence whose KV is in the rank's pages, in order, and was put.
+
+    Attributes
+    ----------
+    tokens : (num_blocks * TOKENS_PER_BLOCK,) int64
+    slots : (num_blocks * TOKENS_PER_BLOCK,) int64
+        Where the rank has the KV of each token.
+    """
+
+    def __init__(self, manager: KVManager, pipe: Connection, num_blocks: int) -> None:
+        self.manager = manager
+        self.num_blocks = num_blocks
+        self._pipe = pipe
+        self._rng = np.random.default_rng(1)
+        self.tokens = self.other_tokens()
+        self.slots = np.arange(len(self.tokens))
+
+    def other_tokens(self) -> NDArray[np.int64]:
+        """A sequence as long that was never seen."""
+        return self._rng.integers(0, 128_000, self.num_blocks * TOKENS_PER_BLOCK)
+
+    def ask(self, question: str) -> object:
+        """Have the rank do something with its pages."""
+        self._pipe.send(question)
+        return self._pipe.recv()
+
+    def put(self, tokens: NDArray[np.int64]) -> None:
+        """Save all pages as KV of ``tokens``."""
+        self.wait(self.manager.put_async(tokens, self.slots))
+
+    def wait(self, task_id: int) -> KVResponse:
+        """The result of a task; it must be a success."""
+        response = self.manager.wait([task_id])[task_id]
+        if response.status is not KVResponseStatus.SUCCESS:
+            raise AssertionError(f"a task ended with {response.status}")
+        return response
+
+    def get(self, num_blocks: int) -> float:
+        """Load leading blocks; microseconds from match to bytes in place."""
+        tokens = self.tokens[: num_blocks * TOKENS_PER_BLOCK]
+        start = time.perf_counter_ns()
+        task_id, mask = self.manager.get_match(tokens)
+        self.manager.launch([task_id], [self.slots[: len(tokens)]])
+        self.wait(task_id)
+        took = (time.perf_counter_ns() - start) / 1e3
+        if not mask.all():
+            raise AssertionError(f"{mask.sum()} of {len(mask)} tokens were found")
+        return took
+
+    def checked_get(self) -> float:
+        """Load everything into cleared pages, and have the rank compare; microseconds of the load."""
+        self.ask("clear")
+        took = self.get(self.num_blocks)
+        if self.ask("compare") is not True:
+            raise AssertionError("bytes differ")
+        return took
+
+
+@contextmanager
+def session(num_blocks: int, layer_bytes: int, on_gpu: bool = False, **cache: Any) -> Iterator[Session]:
+    """A session whose bytes are checked before and after; ``cache``: of ``CacheConfig``."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        port = f"{directory}/register.sock"
+        config = CacheConfig(tokens_per_block=TOKENS_PER_BLOCK, **cache)
+        manager = KVManager(
+            ModelConfig(num_layers=LAYERS, model_id="bench"), config, gpu_register_port=port,
+            transfer_config=TransferConfig(),
+        )
+        manager.start()
+        pipe, theirs = context.Pipe()
+        rank = context.Process(target=_rank, args=(theirs, port, num_blocks, layer_bytes, on_gpu), daemon=True)
+        rank.start()
+        try:
+            if not pipe.poll(60) or pipe.recv() != "registered":
+                raise AssertionError("the rank did not register")
+            while manager.stats().get("num_slots", 0) < (config.num_cpu_blocks or 1):
+                time.sleep(0.01)                       # the pool grows
+            found = Session(manager, pipe, num_blocks)
+            found.put(found.tokens)
+            found.checked_get()
+            yield found
+            found.checked_get()
+            pipe.send("stop")
+        finally:
+            manager.shutdown()
+            rank.join(10)

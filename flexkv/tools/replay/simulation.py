@@ -1,0 +1,112 @@
+"""Sends the requests of a trace through the real control plane. No KV is moved: every transfer ends at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.index.slots import SlotAllocator
+from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.write_back import SsdWriter
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.eviction import policy_class
+from flexkv.cache.tier import SsdTier
+from flexkv.config import CacheConfig
+from flexkv.tools.replay.trace import Trace
+
+_QUEUE_SHARE = 2
+"""One part in so many of the host tier may be queued for SSD at a time, as in service."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a replay gave, in blocks.
+
+    Attributes
+    ----------
+    hits : int
+        Leading blocks of requests that were there.
+    host_hits : int
+        Those of them that were in host memory.
+    ssd_written : int
+    """
+
+    hits: int = 0
+    host_hits: int = 0
+    ssd_written: int = 0
+
+
+class Simulation:
+    """A control plane without a data plane, on the trace's clock.
+
+    Tiers are used to the last slot: in service, one or two percent are kept free ahead of need (``evict_ratio``).
+
+    Parameters
+    ----------
+    policy : str
+        Name of an eviction policy.
+    host_blocks, ssd_blocks : int
+        Capacities; no SSD tier if ``ssd_blocks`` is 0.
+    write_all : bool
+        What is written to SSD, as ``SsdWriter``.
+    """
+
+    def __init__(self, policy: str, host_blocks: int, ssd_blocks: int = 0, write_all: bool = False) -> None:
+        self._now = 0.0
+        self._cache, self._writer = _control_plane(policy, host_blocks, ssd_blocks, write_all, lambda: self._now)
+        self._outcome = Outcome()
+
+    def run(self, trace: Trace, progress: Callable[[int], object] = lambda count: None) -> Outcome:
+        """Replay all requests; ``progress`` is told how many more were."""
+        ok = np.ones(int(np.diff(trace.starts).max(initial=0)), dtype=np.bool_)
+        starts, keys = trace.starts.tolist(), trace.keys
+        for i, self._now in enumerate(trace.seconds.tolist()):
+            self._request(keys[starts[i] : starts[i + 1]], ok)
+            progress(1)
+        self._cache.check_integrity()
+        return self._outcome
+
+    def _request(self, keys: NDArray[np.uint64], ok: NDArray[np.bool_]) -> None:
+        cache, writer = self._cache, self._writer
+        plan = cache.begin_get(keys, 0, len(keys), choose=False)
+        self._outcome.hits += plan.stop
+        self._outcome.host_hits += plan.stop
+        if plan.fetch is not None:
+            self._outcome.host_hits -= len(plan.fetch)
+            cache.end_fetch(plan.fetch, ok[: len(plan.fetch)])
+        cache.end_get(plan)
+        if writer is not None and plan.stop:
+            writer.hit(plan.keys)
+            self._write(writer, ok)
+        if plan.stop < len(keys):
+            put = cache.begin_put(keys, plan.stop, len(keys))
+            cache.end_put(put, ok[: len(put)])
+            if writer is not None:
+                writer.put(put)
+                self._write(writer, ok)
+
+    def _write(self, writer: SsdWriter, ok: NDArray[np.bool_]) -> None:
+        while (plan := writer.next()) is not None:
+            writer.ended(plan, ok[: len(plan)])
+            self._outcome.ssd_written += len(plan)
+
+
+def _control_plane(
+    policy: str, host_blocks: int, ssd_blocks: int, write_all: bool, clock: Callable[[], float]
+) -> tuple[GlobalCacheEngine, SsdWriter | None]:
+    cache = GlobalCacheEngine(
+        host_blocks, partial(policy_class(policy), hit_reward_seconds=CacheConfig.hit_reward_seconds), clock=clock,
+        num_ssd_slots=ssd_blocks,
+    )
+    cache.grow(host_blocks)
+    if ssd_blocks == 0:
+        return cache, None
+    planner = LoadPlanner("always", 1, 1, 0.0, clock)
+    cache.attach_ssd(SsdTier(SlotAllocator(ssd_blocks), planner, lambda: True, lambda slots: slots >= 0))
+    writer = SsdWriter(
+        cache, write_all=write_all, batch_blocks=ssd_blocks, max_in_flight_blocks=ssd_blocks,
+        max_queued_blocks=max(1, host_blocks // _QUEUE_SHARE), blocks_per_s=0.0, clock=clock,
+    )
+    return cache, writer

@@ -1,0 +1,57 @@
+"""Results that are given before a task has settled, and what a settled task keeps."""
+
+import numpy as np
+import pytest
+
+from flexkv._core.index.radix import RadixTree
+from flexkv.cache.plan import DirectPlan, PutPlan
+from flexkv.controller.response import KVResponseStatus as Status
+from flexkv.controller.tasks import reasons
+from flexkv.controller.tasks.task import EndedTask, KVTask, TaskStage
+from flexkv.protocol.ring import OpKind
+from flexkv.transfer.graph import OpStatus, TransferGraph, TransferOp
+from tests.property.model_tree import keys_of
+
+IDS = np.arange(3, dtype=np.int32)
+
+
+def running_put(direct: bool) -> KVTask:
+    tree, keys = RadixTree(10), keys_of((1, 2, 3))
+    straight = DirectPlan(keys, IDS, tree, IDS) if direct else None
+    plan = PutPlan(keys, IDS[:0] if direct else IDS, tree, IDS[:0] if direct else IDS, direct=straight)
+    task = KVTask(7, None, 0, plan, IDS, IDS, 4, 12, loading=False, stage=TaskStage.RUNNING)
+    task.graph = TransferGraph(7, [TransferOp(OpKind.D2H, IDS, IDS)])
+    return task
+
+
+@pytest.mark.parametrize("verdict", [OpStatus.TIMEOUT, OpStatus.CANCELLED])
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_put_straight_to_ssd_has_no_result_before_it_is_at_rest(direct: bool, verdict: OpStatus) -> None:
+    task = running_put(direct)
+    assert task.graph is not None
+    task.graph.verdict = verdict
+    if direct:
+        assert task.early_result is None
+        assert (task.response().status, task.response().reason) == (Status.TIMEOUT, reasons.STILL_RUNS)
+    else:
+        assert task.early_result is not None
+    task.graph.ops[0].resolve(np.arange(3), True)             # though every block was copied
+    status, ok, reason = task.outcome(lambda: None)
+    assert status is (Status.TIMEOUT if verdict is OpStatus.TIMEOUT else Status.CANCELLED)
+    assert not ok.any()
+    assert reason
+
+
+def test_a_settled_task_keeps_its_result_alone() -> None:
+    task = running_put(False)
+    ended = EndedTask.of(task, Status.FAILED, np.array([True, False, True]), "why")
+    assert ended.blocks is None
+    assert ended.positions().tolist() == [0, 1, 2]
+    response = ended.response()
+    assert (response.status, response.reason) == (Status.FAILED, "why")
+    assert response.return_mask is not None
+    assert response.return_mask.tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    whole = EndedTask.of(task, Status.SUCCESS, np.ones(3, dtype=np.bool_), "")
+    assert whole.missing is None
+    held = [getattr(whole, name) for name in EndedTask.__slots__]
+    assert not any(isinstance(each, (TransferGraph, PutPlan, np.ndarray)) for each in held)

@@ -1,0 +1,62 @@
+"""Arguments of a rank's hooks: a bad one fails its call alone."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexkv.controller.response import KVResponseStatus as Status
+from flexkv.errors import ArgumentError
+from flexkv.rank.tp_client import KVTPClient
+from tests.support.harness import LAYERS, Tensors, local, make_manager, tokens_of, wait_ready
+
+
+@pytest.mark.parametrize("fence", [2**64, 2**63, -1, 1.5, "3", True])
+@pytest.mark.parametrize("kind", ["load", "save"])
+def test_a_bad_fence_is_an_error_and_later_ones_advance(tmp_path: Path, kind: str, fence: Any) -> None:
+    with local(tmp_path) as (manager, client, _):
+        with pytest.raises(ArgumentError, match="fence is"):
+            client.advance_fence(**{"save": 7, "load": 7, kind: fence})
+        hasher = manager.hasher()
+        hasher.extend(tokens_of(1))
+        held = manager.put_blocks(hasher.keys, 0, [1], fence=1)
+        assert held is not None
+        assert manager.wait(held, 0.05)[held].status is Status.TIMEOUT        # nothing has changed
+        client.advance_fence(**{kind: 1})
+        client.advance_fence(save=1)
+        assert manager.wait(held, 10)[held].status is Status.SUCCESS
+
+
+@pytest.mark.parametrize("timeout_s", [1e7, 1e300, float("inf")])
+def test_a_long_wait_waits(tmp_path: Path, timeout_s: float) -> None:
+    with local(tmp_path) as (manager, client, _):
+        ended: list[bool] = []
+        waiter = threading.Thread(target=lambda: ended.append(client.wait_results(timeout_s)))
+        waiter.start()
+        waiter.join(0.05)
+        assert not ended
+        hasher = manager.hasher()
+        hasher.extend(tokens_of(1))
+        manager.put_blocks(hasher.keys, 0, [1])
+        waiter.join(10)
+        assert ended == [True]
+
+
+def test_a_rank_that_registers_again_is_not_lost_meanwhile(tmp_path: Path) -> None:
+    tensors = Tensors()
+    with KVTPClient(str(tmp_path / "s")) as client:
+        manager = make_manager(tmp_path / "s")
+        client.register_tensors(tensors.specs(), 20.0, keep_alive=tensors)
+        wait_ready(manager)
+        assert client.suspend() == LAYERS
+        manager.shutdown()
+        client.register_tensors(tensors.specs(), 20.0, keep_alive=tensors)       # no controller is there
+        assert not client.is_lost
+        assert not client.wait_results(0.05)
+        manager = make_manager(tmp_path / "s")
+        wait_ready(manager)
+        assert client.is_connected
+        manager.shutdown()
+        assert client.wait_results(10)
+        assert client.is_lost
