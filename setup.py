@@ -31,7 +31,6 @@ MODULES: dict[str, list[str]] = {
     "index.radix": [],
     "index.reuse_statistics": [],
     "index.slots": [],
-    "io.chains": [],
     "io.checksum": [],
     "io.io_queue": [f"csrc/io_{part}.c" for part in ("faulty", "job", "queue", "threads", "uring")],
     "io.slot_records": [],

@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,42 +19,13 @@ from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import Fate
 from flexkv.cache.stale import StaleResults
 from flexkv.errors import InvariantError
+from flexkv.storage.store import Slots
 
 HOST = 0
 """Tier number of CPU memory in the index."""
 
 SSD = 1
 """Tier number of local SSD in the index."""
-
-
-class Slots(Protocol):
-    """The interface of ``SlotAllocator``."""
-
-    @property
-    def num_free(self) -> int:
-        """Slots that can be had."""
-
-    @property
-    def capacity(self) -> int:
-        """All slots."""
-
-    def allocate(self, count: int) -> NDArray[np.int32] | None:
-        """Take ``count`` slots; None if fewer are free."""
-
-    def free(self, slots: NDArray[np.int32]) -> None:
-        """Give slots back."""
-
-    def generations(self, slots: NDArray[np.int32]) -> NDArray[np.uint32]:
-        """(n,) uint32: how often each slot was freed."""
-
-    def changed(self, slots: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
-        """(n,) bool: slots that were freed since they had these generations; None if no slot was."""
-
-    def is_free(self, slot: int) -> bool:
-        """Whether ``slot`` is free."""
-
-    def check_integrity(self) -> None:
-        """Raise InvariantError if a count is wrong."""
 
 
 MakePolicy = Callable[[int], EvictionPolicy]

@@ -34,8 +34,8 @@ from flexkv.metrics.match_counts import MatchCounts
 from flexkv.metrics.request_trace import make_recorder
 from flexkv.protocol.requests import Pin
 from flexkv.protocol.sockets import remove_dead_sockets
+from flexkv.storage.store import MakeStore
 from flexkv.transfer.engine import TransferEngine
-from flexkv.transfer.ssd import MakeStore
 
 logger = logging.getLogger("flexkv.controller")
 

@@ -20,12 +20,13 @@ from flexkv.cache.tier import SsdTier
 from flexkv.config import CacheConfig
 from flexkv.errors import FlexKVError
 from flexkv.protocol.ring import OpKind
+from flexkv.storage.recovered import Recovered
 from flexkv.storage.ssd.gds_queue import GdsEnd, GdsQueue
-from flexkv.storage.ssd.recovery import Recovered
 from flexkv.storage.ssd.store import SsdStore
+from flexkv.storage.store import MakeStore, Store
 from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.executors.store import StoreExecutor
 from flexkv.transfer.graph import Dependency, TransferGraph, TransferOp
-from flexkv.transfer.ssd import MakeStore, SsdExecutor, Store
 
 logger = logging.getLogger("flexkv.controller")
 
@@ -36,15 +37,14 @@ _IN_FLIGHT_BYTES = 128 << 20
 """Written at a time: as many host slots are pinned for it."""
 
 _QUEUE_SHARE = 2
-"""One part in so many of the host tier may be queued to be written: it must still be there when its turn comes. No
-less, since one long prompt is queued at once, and is of little use without its end."""
+"""At most 1/2 of the host slots may wait for write-back; a block evicted before its turn is lost. Not less, because a
+long prompt is queued as a whole."""
 
 _WRITE_SHARE = 4
-"""And one in so many be written at a time: a disk that is slow or hangs must leave room to those who load and save."""
+"""At most 1/4 of the host slots are written at a time: a slow disk must leave room for loads and saves."""
 
 _FETCH_SHARE = 4
-"""Where one part in so many of the host tier is being read into, no prefetch begins: many queued requests must leave
-room to those that run, and would push out each other's blocks."""
+"""No prefetch begins while 1/4 of the host slots are being read into: running requests need room."""
 
 _IDLE_S = 1.0
 """Between two looks at the queue when nothing happens."""
@@ -146,7 +146,7 @@ class Tiering:
         store = self._make_store(self._config, pool.slot_bytes, hashlib.sha256(identity).digest(), pool.memory)
         try:
             found = store.recover()
-            is_wanted = transfer.add_executor(SsdExecutor(store))
+            is_wanted = transfer.add_executor(StoreExecutor(store))
         except BaseException:
             store.close()
             raise

@@ -13,8 +13,8 @@ from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
 from flexkv.storage.ssd.gds_queue import GdsEnd
 from flexkv.transfer.background import BackgroundThread
-from flexkv.transfer.device import AgentLink
 from flexkv.transfer.executor import Executor
+from flexkv.transfer.executors.agent_link import AgentLink
 from flexkv.transfer.membership import Membership
 from flexkv.transfer.pool_growth import PoolGrowth
 from flexkv.transfer.registry import Registry

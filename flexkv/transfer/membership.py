@@ -5,7 +5,8 @@ from collections.abc import Callable
 from functools import partial
 
 from flexkv.errors import RingCorruptedError
-from flexkv.transfer.device import AgentLink, DeviceExecutor
+from flexkv.transfer.executors.agent_link import AgentLink
+from flexkv.transfer.executors.device import DeviceExecutor
 from flexkv.transfer.graph import OpStatus
 from flexkv.transfer.scheduler import Scheduler
 from flexkv.transfer.watch import Watch

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from flexkv.transfer.device import AgentLink
+from flexkv.transfer.executors.agent_link import AgentLink
 
 
 class PoolGrowth:

@@ -19,7 +19,7 @@ from flexkv.protocol.sockets import ListeningSocket, socket_path
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
 from flexkv.storage.ssd.gds_queue import GdsEnd
-from flexkv.transfer.device import AgentLink
+from flexkv.transfer.executors.agent_link import AgentLink
 from flexkv.transfer.repeated_log import RepeatedLog
 from flexkv.transfer.watch import Watch
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from flexkv.config import TransferConfig
 from flexkv.protocol.ring import OpKind
-from flexkv.transfer.device import DeviceExecutor
 from flexkv.transfer.executor import ArrivalExecutor, Executor
+from flexkv.transfer.executors.device import DeviceExecutor
 from flexkv.transfer.graph import OpStatus, TransferGraph
 from flexkv.transfer.repeated_log import RepeatedLog
 from flexkv.transfer.scheduler import Observe, OnDone, Scheduler

@@ -14,7 +14,7 @@ import pytest
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError
 from flexkv.rank.tp_client import KVTPClient
-from flexkv.transfer.device import Flight
+from flexkv.transfer.executors.agent_link import Flight
 from tests.support.harness import (
     PAGES,
     RankProcess,

@@ -14,7 +14,7 @@ from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
 from flexkv.cache.tier import SSD, SsdTier
-from flexkv.storage.ssd.recovery import Recovered
+from flexkv.storage.recovered import Recovered
 
 from .examples import EXAMPLES
 from .model_tree import Prefix, keys_of

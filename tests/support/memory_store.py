@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
 from flexkv.errors import StorageError
-from flexkv.storage.ssd.gds_queue import GdsQueue
-from flexkv.storage.ssd.recovery import Recovered
+from flexkv.storage.recovered import Recovered
+from flexkv.storage.store import Store
 
 Key = bytes
 
@@ -42,7 +42,7 @@ class Piece:
     is_read: bool
 
 
-class MemoryStore:
+class MemoryStore(Store):
     """Twin of ``SsdStore``.
 
     Parameters
@@ -82,18 +82,6 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._waiting: list[Piece] = []
         self._results: list[tuple[int, NDArray[np.intp], NDArray[np.bool_]]] = []
-
-    device_is_ready = False
-
-    def attach_device(self, make_queue: Callable[[list[int]], GdsQueue]) -> None:
-        """It has no files for it."""
-        make_queue([]).close()
-
-    def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        raise NotImplementedError
-
-    def register(self, upto_bytes: int) -> None:
-        """Nothing to do."""
 
     def recover(self) -> Recovered:
         used = sorted(self.disk.records)

@@ -13,7 +13,7 @@ from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
 from flexkv.rank.tp_client import KVTPClient
-from flexkv.transfer.ssd import MakeStore
+from flexkv.storage.store import MakeStore
 from tests.support.harness import LAYERS, TOKENS, Tensors, until, wait_ready
 from tests.support.memory_store import Disk, MemoryStore
 

@@ -16,8 +16,7 @@ LAYERS = [
     {"config", "_core"},
     {"protocol"},
     {"storage", "rank"},
-    {"cache"},
-    {"transfer"},
+    {"cache", "transfer"},
     {"metrics"},
     {"controller"},
     {"server"},
@@ -80,6 +79,21 @@ def test_imports_go_down(path: Path) -> None:
         theirs = layer(name)
         same = name.split(".")[1:2] == module_name(path).split(".")[1:2]
         assert theirs is None or theirs < mine or same, f"{module_name(path)} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rank_is_apart_and_tools_are_beside(path: Path) -> None:
+    """A rank runs in another process than the controller; what is for developers is not needed by the product."""
+    mine = module_name(path).split(".")[1:2]
+    for name in imports(path):
+        theirs = name.split(".")[1:2]
+        assert mine != ["rank"] or theirs not in (["cache"], ["storage"], ["transfer"], ["controller"]), name
+        assert theirs != ["tools"] or mine in (["tools"], ["cli"]), name
+
+
+def test_every_folder_says_what_belongs_there() -> None:
+    for path in PACKAGE.rglob("__init__.py"):
+        assert (ast.get_docstring(ast.parse(path.read_text())) or "").endswith("."), path
 
 
 def test_every_folder_of_the_package_has_a_layer() -> None:

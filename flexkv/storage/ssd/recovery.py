@@ -1,50 +1,16 @@
-"""What a store found when it started."""
+"""Reads the slot tables of all directories at the start."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.io.chains import LeafPaths, leaf_paths, newest
+from flexkv.storage.recovered import newest
 from flexkv.storage.ssd.directory import SsdDirectory
 from flexkv.storage.ssd.slot_table import choose
 
 logger = logging.getLogger("flexkv.storage")
-
-
-@dataclass(frozen=True)
-class Recovered:
-    """Blocks on disk, the oldest first. Their slots are in use; who does not want a block frees its slot.
-
-    Attributes
-    ----------
-    keys, parents : (n, 2) uint64
-        A parent of zeros: the first block of a sequence.
-    slots : (n,) int32
-    """
-
-    keys: NDArray[np.uint64]
-    parents: NDArray[np.uint64]
-    slots: NDArray[np.int32]
-    _paths: LeafPaths = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_paths", leaf_paths(self.keys, self.parents))
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-    def paths(self) -> Iterator[NDArray[np.intp]]:
-        """Indices of the blocks of each sequence, from its first block to a last one, those that ended longest ago
-        first. A block that several sequences share is in the paths of all of them."""
-        return iter(self._paths)
-
-    @property
-    def cut_off(self) -> NDArray[np.intp]:
-        """Indices of blocks that no path leads to, because one before them is gone: no prompt can reach them."""
-        return self._paths.cut_off
 
 
 def newest_records(

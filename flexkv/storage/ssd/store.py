@@ -16,20 +16,22 @@ from numpy.typing import NDArray
 from flexkv._core.io.checksum import xxh3_64
 from flexkv._core.io.io_queue import IoQueue
 from flexkv.errors import StorageError
+from flexkv.storage.recovered import Recovered
 from flexkv.storage.ssd.batches import READ, WRITE, Batch, Batches, Result, check_blocks
 from flexkv.storage.ssd.directory import SsdDirectory, close_directories, open_directories, raise_floor
 from flexkv.storage.ssd.file_layer import FileLayer
 from flexkv.storage.ssd.queues import StoreQueues
 from flexkv.storage.ssd.record_steps import RecordSteps
-from flexkv.storage.ssd.recovery import Recovered, newest_records
+from flexkv.storage.ssd.recovery import newest_records
 from flexkv.storage.ssd.slot_health import LATE, SlotHealth
 from flexkv.storage.ssd.slot_ledger import SlotLedger
 from flexkv.storage.ssd.striped_slots import Parts, StripedSlots
+from flexkv.storage.store import Store
 
 logger = logging.getLogger("flexkv.storage")
 
 
-class SsdStore:
+class SsdStore(Store):
     """Blocks on disk: fixed slots, a record beside each, and a queue that moves bytes.
 
     A block is written in this order: the slot's record is emptied, the data is written, the record is written. So
@@ -67,6 +69,8 @@ class SsdStore:
         As ``open_directories`` and ``make_queue``, or there are too many open files; nothing is left open then.
     """
 
+    slots: StripedSlots
+
     def __init__(
         self, directories: Sequence[Path], capacity_bytes: int, slot_bytes: int, domain: bytes, memory: Any, *,
         make_queue: Callable[..., Any] = IoQueue, deadline_s: float = 10.0, probe_s: float = 5.0,
@@ -100,7 +104,6 @@ class SsdStore:
     # ---- start, end -------------------------------------------------------------------------------------------
 
     def register(self, upto_bytes: int) -> None:
-        """So many bytes of the host memory exist by now."""
         self._queues.host.register(upto_bytes)
 
     def recover(self) -> Recovered:
@@ -132,7 +135,6 @@ class SsdStore:
 
     @property
     def device_is_ready(self) -> bool:
-        """Whether blocks can be moved between files and the pages of a GPU now."""
         return self._queues.device_is_ready
 
     def clear(self) -> None:
@@ -223,7 +225,6 @@ class SsdStore:
                 directory.post(partial(self._erase, self._batches.begin_erasing(job, directory, where, slots)))
 
     def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(n,) bool: after reads that failed, slots whose block is lost, or that had errors."""
         with self._lock:
             return ~self._ledger.holds(slots, keys) | self._health.had_errors(slots)
 
@@ -252,7 +253,6 @@ class SsdStore:
         return self.slots.on_usable(slots) & (not self._closed)
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start, and gauges."""
         return {
             **self._health.log.counts,
             "blocks_read": self._batches.num_ok[READ], "blocks_written": self._batches.num_ok[WRITE],

@@ -15,7 +15,7 @@ from flexkv.config import CacheConfig
 from flexkv.controller import tiering
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import StorageError
-from flexkv.storage.ssd.recovery import Recovered
+from flexkv.storage.recovered import Recovered
 from tests.support.harness import until
 from tests.support.memory_store import Disk, MemoryStore
 from tests.support.ssd_stage import SLOT_BYTES, Stage, stage

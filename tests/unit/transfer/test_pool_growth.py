@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from flexkv.transfer.device import AgentLink
+from flexkv.transfer.executors.agent_link import AgentLink
 from flexkv.transfer.pool_growth import PoolGrowth
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.ghosts import Ghosts
 from flexkv._core.index.radix import RadixTree
-from flexkv._core.io.chains import leaf_paths, newest
+from flexkv.storage.recovered import Sequences, newest
 
 COUNT = 20_000
 
@@ -61,7 +61,7 @@ def in_ghosts(keys: NDArray[np.uint64]) -> None:
 
 def in_records(keys: NDArray[np.uint64]) -> None:
     assert newest(keys, np.arange(COUNT, dtype=np.uint64)).all()
-    assert len(leaf_paths(keys, np.zeros_like(keys))) == COUNT
+    assert len(Sequences(keys, np.zeros_like(keys))) == COUNT
 
 
 @pytest.mark.parametrize("use", [in_a_tree, in_ghosts, in_records])

@@ -1,94 +1,20 @@
-"""SSD executor: gives ops between host slots and SSD slots to the store, and takes in what it reports."""
+"""Store executor: gives ops between host slots and the slots of a store to the store, and collects its results."""
 
 import itertools
 import logging
-from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.cache.tier import Slots
-from flexkv.config import CacheConfig
 from flexkv.protocol.ring import OpKind
-from flexkv.storage.ssd.gds_queue import GdsQueue
-from flexkv.storage.ssd.recovery import Recovered
+from flexkv.storage.store import Store
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.graph import OpStatus, TransferOp
 
 logger = logging.getLogger("flexkv.transfer")
 
 
-class Store(Protocol):
-    """The interface of ``SsdStore``. No method waits, but ``recover``, ``clear`` and ``close``."""
-
-    event_fd: int
-    num_slots: int
-    slot_bytes: int
-
-    @property
-    def slots(self) -> Slots:
-        """Its slots; whoever allocates and frees them locks."""
-
-    def register(self, upto_bytes: int) -> None:
-        """So many bytes of host memory exist by now."""
-
-    def recover(self) -> Recovered:
-        """Read back what was written before the start; its slots are allocated."""
-
-    def attach_device(self, make_queue: Callable[[list[int]], GdsQueue]) -> None:
-        """From now on it can move blocks between its files, whose descriptors it gives, and the pages of a GPU, as soon
-        as the queue is ready."""
-
-    @property
-    def device_is_ready(self) -> bool:
-        """Whether it can now."""
-
-    def write(
-        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
-        parents: NDArray[np.uint64], fence: int | None = None,
-    ) -> None:
-        """Write host slots (with a ``fence``: pages of the GPU) into SSD slots, and record their keys."""
-
-    def read(
-        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
-        fence: int | None = None,
-    ) -> None:
-        """Read SSD slots into host slots (pages of the GPU), and verify that they hold the blocks of ``keys``."""
-
-    def erase(self, job: int, slots: NDArray[np.int32]) -> None:
-        """Have SSD slots hold nothing, also after a restart."""
-
-    def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(n,) bool: after reads that failed, slots whose block is lost, or that had errors."""
-
-    def cancel(self, job: int) -> None:
-        """What has not begun fails."""
-
-    def results(self) -> list[tuple[int, NDArray[np.intp], NDArray[np.bool_]]]:
-        """``(job, indices, ok)`` of what has ended, each index once."""
-
-    def clear(self) -> None:
-        """Forget everything, also after a restart. Waits for the disks."""
-
-    def usable(self) -> bool:
-        """Whether reads and writes are taken now."""
-
-    def usable_slots(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """(n,) bool: slots that can be read and written now."""
-
-    def stats(self) -> dict[str, int]:
-        """Counts since the start."""
-
-    def close(self) -> None:
-        """Wait for what is under way (bounded); afterwards nothing touches host memory."""
-
-
-MakeStore = Callable[[CacheConfig, int, bytes, object], Store]
-"""``make_store(config, slot_bytes, domain, memory)``."""
-
-
-class SsdExecutor(Executor):
+class StoreExecutor(Executor):
     """Moves blocks between host slots, or pages of a GPU, and the slots of a store, which it owns.
 
     Each submission of blocks of an op is one job of the store.

@@ -5,12 +5,12 @@ import time
 import numpy as np
 import pytest
 
-from flexkv._core.io.chains import leaf_paths, newest
+from flexkv.storage.recovered import Sequences, newest
 from tests.support.ssd_store import keys_of
 
 
 def paths_of(blocks: list[int], parents: list[int]) -> tuple[list[list[int]], list[int]]:
-    paths = leaf_paths(keys_of(blocks), keys_of(parents))
+    paths = Sequences(keys_of(blocks), keys_of(parents))
     found = [[blocks[i] for i in path] for path in paths]
     assert len(paths) == len(found)
     return found, paths.cut_off.tolist()
@@ -64,7 +64,7 @@ def test_keys_that_fall_on_one_place_are_still_told_apart() -> None:
     keys[:, 1] = np.arange(500)                  # the low half is the same, the upper bits of the high half too
     keys[:, 0] = 7
     parents = np.vstack([np.zeros((1, 2), np.uint64), keys[:-1]])
-    assert [path.tolist() for path in leaf_paths(keys, parents)] == [list(range(500))]
+    assert [path.tolist() for path in Sequences(keys, parents)] == [list(range(500))]
 
 
 def test_newest_of_each_key() -> None:
@@ -87,13 +87,13 @@ def test_a_million_records() -> None:
     order = np.random.default_rng(4).permutation(n)
     start = time.perf_counter()
     shuffled = np.ascontiguousarray(keys[order]), np.ascontiguousarray(parents[order])
-    total = sum(len(path) for path in leaf_paths(*shuffled))
+    total = sum(len(path) for path in Sequences(*shuffled))
     assert total == n
     assert time.perf_counter() - start < 20         # it takes 0.3 s; quadratic would be hours
 
 
 def test_shapes_are_checked() -> None:
     with pytest.raises(ValueError, match="must be"):
-        leaf_paths(keys_of([1, 2]), keys_of([1]))
+        Sequences(keys_of([1, 2]), keys_of([1]))
     with pytest.raises(ValueError, match="sequences"):
         newest(keys_of([1, 2]), np.zeros(1, np.uint64))

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from flexkv.protocol.registration import Hello
 from flexkv.protocol.ring import OpKind
-from flexkv.transfer.device import DeviceExecutor, Part, _consecutive
+from flexkv.transfer.executors.agent_link import Part
+from flexkv.transfer.executors.device import DeviceExecutor, _consecutive
 from flexkv.transfer.graph import TransferOp
 
 

@@ -1,0 +1,223 @@
+"""The contract of a lower tier: what holds blocks outside of host memory."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.index.slots import SlotAllocator
+from flexkv.config import CacheConfig
+from flexkv.storage.recovered import Recovered, nothing_recovered
+
+Results = list[tuple[int, NDArray[np.intp], NDArray[np.bool_]]]
+"""``(job, indices, ok)``: blocks of a job that have ended, and whether they were moved."""
+
+
+class Slots(Protocol):
+    """The slots of a tier: the interface of ``SlotAllocator``. The caller locks."""
+
+    @property
+    def num_free(self) -> int:
+        """Slots that can be allocated."""
+
+    @property
+    def capacity(self) -> int:
+        """All slots."""
+
+    def allocate(self, count: int) -> NDArray[np.int32] | None:
+        """Take ``count`` slots; None if fewer are free."""
+
+    def free(self, slots: NDArray[np.int32]) -> None:
+        """Give slots back."""
+
+    def generations(self, slots: NDArray[np.int32]) -> NDArray[np.uint32]:
+        """(n,) uint32: how often each slot was freed."""
+
+    def changed(self, slots: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
+        """(n,) bool: slots that were freed since they had these generations; None if no slot was."""
+
+    def is_free(self, slot: int) -> bool:
+        """Whether ``slot`` is free."""
+
+    def check_integrity(self) -> None:
+        """Raise InvariantError if a count is wrong."""
+
+
+class Store(ABC):
+    """Holds blocks of ``slot_bytes`` bytes each, and moves them from and to host slots.
+
+    Every move names both the slot and the key of each block. A store with fixed places (files on a disk) puts a block
+    where its slot says, and uses the key to verify what it reads. A store of objects keeps a block under its key, and
+    uses slots only to bound how many there are.
+
+    Lifecycle: 1. ``recover`` once. 2. ``write``, ``read``, ``erase`` and ``cancel`` in any order; their results come
+    from ``results``. 3. ``close``.
+
+    A store must:
+
+    - report every block of every job exactly once, also after ``cancel`` and after a failure;
+    - touch neither the host slot nor its own slot of a block after it has reported the block;
+    - report a read as good only if the host slot then holds the bytes that were written under that key;
+    - never wait in a method, except in ``recover``, ``clear`` and ``close``, whose waits are bounded.
+
+    A caller must:
+
+    - allocate a slot before it is written, and not free it before that write has been reported;
+    - call ``results`` when ``event_fd`` is readable, and at least once a second.
+
+    Methods may be called from any thread, one at a time.
+
+    Attributes
+    ----------
+    event_fd : int
+        Readable when ``results`` has something to report.
+    num_slots : int
+    slot_bytes : int
+    slots : Slots
+        The caller that allocates and frees them locks.
+    """
+
+    event_fd: int
+    num_slots: int
+    slot_bytes: int
+    slots: Slots
+
+    def register(self, upto_bytes: int) -> None:  # noqa: B027
+        """Host memory exists up to ``upto_bytes`` by now. Nothing beyond is read or written before."""
+
+    def recover(self) -> Recovered:
+        """Find the blocks that were written before the start. Their slots are allocated afterwards."""
+        return nothing_recovered()
+
+    @abstractmethod
+    def write(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        parents: NDArray[np.uint64], fence: int | None = None,
+    ) -> None:
+        """Write blocks from host memory.
+
+        Parameters
+        ----------
+        job : int
+            Identifies the blocks of this call in ``results`` and ``cancel``.
+        slots, host_slots : (n,) int32
+        keys, parents : (n, 2) uint64
+            A parent of zeros: the first block of a sequence.
+        fence : int, optional
+            ``host_slots`` are pages of a GPU, which may be read from this step on. Only after ``attach_device``.
+        """
+
+    @abstractmethod
+    def read(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        fence: int | None = None,
+    ) -> None:
+        """Read blocks into host memory, and verify them. Parameters as in ``write``."""
+
+    @abstractmethod
+    def erase(self, job: int, slots: NDArray[np.int32]) -> None:
+        """Empty slots ((n,) int32): their blocks are not found again, also after a restart."""
+
+    @abstractmethod
+    def cancel(self, job: int) -> None:
+        """Fail the blocks of a job that have not begun."""
+
+    @abstractmethod
+    def results(self) -> Results:
+        """Blocks that have ended since the last call."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget every block, also after a restart."""
+
+    def usable(self) -> bool:
+        """Whether blocks can be read and written now."""
+        return True
+
+    def usable_slots(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(n,) bool: slots ((n,) int32) that can be read and written now."""
+        return np.full(len(slots), self.usable())
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start, by name."""
+        return {}
+
+    @abstractmethod
+    def close(self) -> None:
+        """Wait for what is under way, for a bounded time; afterwards nothing touches host memory. May be called again.
+        """
+
+    # ---- blocks straight between the store and a GPU; only for stores that can ------------------------------------
+
+    def attach_device(self, make_queue: Callable[[list[int]], Any]) -> None:
+        """Move blocks between the files of this store and the pages of a GPU, once the queue is ready.
+
+        ``make_queue(fds) -> GdsQueue`` gets the descriptors of the files. A store without files closes the queue.
+        """
+        make_queue([]).close()
+
+    @property
+    def device_is_ready(self) -> bool:
+        """Whether ``read`` and ``write`` take a ``fence`` now."""
+        return False
+
+    def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(n,) bool: of slots whose direct read failed, those whose block is lost, or that had errors."""
+        return np.ones(len(slots), dtype=np.bool_)
+
+
+MakeStore = Callable[[CacheConfig, int, bytes, object], Store]
+"""``make_store(config, slot_bytes, domain, memory)``; ``memory`` is a writable buffer of the host slots."""
+
+
+class NullStore(Store):
+    """A store without slots: every block that it is asked for has failed."""
+
+    def __init__(self, slot_bytes: int) -> None:
+        self.num_slots = 0
+        self.slot_bytes = slot_bytes
+        self.event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.slots = SlotAllocator(0)
+        self._results: Results = []
+
+    def _refuse(self, job: int, count: int) -> None:
+        self._results.append((job, np.arange(count), np.zeros(count, dtype=np.bool_)))
+        os.eventfd_write(self.event_fd, 1)
+
+    def write(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        parents: NDArray[np.uint64], fence: int | None = None,
+    ) -> None:
+        self._refuse(job, len(slots))
+
+    def read(
+        self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
+        fence: int | None = None,
+    ) -> None:
+        self._refuse(job, len(slots))
+
+    def erase(self, job: int, slots: NDArray[np.int32]) -> None:
+        self._refuse(job, len(slots))
+
+    def cancel(self, job: int) -> None:
+        """Nothing has not ended."""
+
+    def results(self) -> Results:
+        results, self._results = self._results, []
+        if results:
+            os.eventfd_read(self.event_fd)
+        return results
+
+    def clear(self) -> None:
+        """Nothing is there."""
+
+    def usable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        if self.event_fd >= 0:
+            os.close(self.event_fd)
+            self.event_fd = -1

@@ -1,0 +1,1 @@
+"""What moves blocks, one executor a kind of route."""

@@ -1,0 +1,104 @@
+"""Device executor: gives ops to the agents of the ranks, and collects what they report."""
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.protocol.ring import OpFlag, OpKind
+from flexkv.transfer.executor import Executor, Progress
+from flexkv.transfer.executors.agent_link import AgentLink, Flight, Part
+from flexkv.transfer.graph import TransferOp
+
+_LOADS = frozenset({OpKind.H2D, OpKind.DISK2D})
+_SAVES = frozenset({OpKind.D2H, OpKind.D2DISK})
+"""Ops that wait for fences of loads, of saves."""
+
+
+def _consecutive(indices: NDArray[np.intp]) -> bool:
+    """Whether each of one or more indices is one more than the index before it."""
+    last = len(indices) - 1
+    return int(indices[-1]) - int(indices[0]) == last and (
+        last == 0 or bool(np.count_nonzero(indices[1:] > indices[:-1]) == last)
+    )
+
+
+class DeviceExecutor(Executor):
+    """Moves blocks between host slots and the pages of all ranks of a data-parallel client.
+
+    Parameters
+    ----------
+    ranks_per_client : int
+        An op needs so many agents; where one is missing its blocks fail.
+    """
+
+    kinds = frozenset({OpKind.D2H, OpKind.H2D})
+
+    def __init__(self, ranks_per_client: int) -> None:
+        self._ranks = ranks_per_client
+        self._links: dict[int, list[AgentLink]] = {}
+        self._flights: dict[TransferOp, Flight] = {}
+        self._part_ids = itertools.count(1)
+
+    def add(self, link: AgentLink) -> None:
+        """An agent has registered."""
+        self._links.setdefault(link.hello.dp_client_id, []).append(link)
+
+    def detach(self, link: AgentLink) -> None:
+        """An agent takes nothing more; parts that it was never sent fail. May be repeated."""
+        links = self._links.get(link.hello.dp_client_id, [])
+        if link in links:
+            links.remove(link)
+        link.fail_backlog()
+
+    @property
+    def links(self) -> Iterable[AgentLink]:
+        """Agents that are connected."""
+        return [link for links in list(self._links.values()) for link in links]     # read without the lock, too
+
+    def reached(self, op: TransferOp) -> bool:
+        """Whether every rank has done the step of the op's fence, so that only the copies take time."""
+        if not op.fence or op.kind not in _LOADS | _SAVES:
+            return True
+        links = self._links.get(op.dp_client_id, [])
+        return all(link.rings.reached(op.kind in _LOADS) >= op.fence for link in links)
+
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
+        links = [link for link in self._links.get(op.dp_client_id, ()) if link.healthy]
+        flight = self._flights.get(op)
+        if flight is None:
+            flight = Flight(op, progress, np.zeros(len(op), np.int16), np.ones(len(op), np.bool_))
+            self._flights[op] = flight
+        if sum(link.caught_up for link in links) < self._ranks:
+            doomed = op.is_lost = True
+        first = int(indices[0]) if _consecutive(indices) else -1
+        rows = slice(first, first + len(indices)) if first >= 0 else indices
+        if doomed:
+            flight.ok[rows] = False
+        flight.missing[rows] = len(links)
+        if not links:
+            progress(op, rows, flight.ok[rows])
+            return
+        flags = doomed * OpFlag.CANCELLED | op.layerwise * OpFlag.LAYERWISE     # numbers: an enum's are slow to make
+        complete = bool(np.count_nonzero(op.started) == len(op))
+        for link in links:
+            for start in range(0, len(indices), link.rings.max_blocks):
+                piece = indices[start : start + link.rings.max_blocks]
+                last = complete and start + len(piece) == len(indices)
+                part = Part(
+                    next(self._part_ids), flight, piece, flags if last else flags | OpFlag.MORE,
+                    first + start if first >= 0 else -1,
+                )
+                flight.parts.append(part)
+                link.submit(part)
+
+    def cancel(self, op: TransferOp) -> None:
+        flight = self._flights.get(op)
+        if flight is not None and not flight.cancelled:      # one cancel a part: so many have room in the ring
+            flight.cancelled = True
+            for link in self._links.get(op.dp_client_id, []):
+                link.cancel(flight)
+
+    def forget(self, op: TransferOp) -> None:
+        self._flights.pop(op, None)
