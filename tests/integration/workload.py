@@ -1,6 +1,7 @@
 """Random requests for an engine, and loads that fail at random."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,14 +105,16 @@ class FailingLoads:
         return leave
 
 
-def serve(engine: PagedEngine, requests: list[Asked], wait: int = 0) -> None:
-    """Let requests arrive, and go away, as they say; time is counted in steps of the engine."""
+def serve(engine: PagedEngine, requests: list[Asked], pace: Callable[[], object] = lambda: None) -> None:
+    """Let requests arrive, and go away, as they say; time is counted in steps of the engine. ``pace`` is called between
+    steps, where it may wait for what runs in the background."""
     now, todo = 0, sorted(requests, key=lambda one: one.arrives)
     leaving: list[tuple[int, str]] = []
 
     def between() -> None:
         nonlocal now
         now += 1
+        pace()
         while todo and (todo[0].arrives <= now or not engine.scheduler.has_requests()):
             one = todo.pop(0)
             engine.add(one.name, one.prompt, one.tokens, one.salt, one.lora)
