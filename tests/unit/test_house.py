@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ ENTRY_POINTS = {
     "flexkv.cli.__main__", "flexkv.common.config", "flexkv.common.memory_handle", "flexkv.common.request",
     "flexkv.common.storage", "flexkv.server.client",
     "flexkv.integration.vllm.vllm_v1_adapter", "flexkv.integration.vllm.connector",
+}
+
+# Functions and classes that nothing in the package names, and their callers.
+CALLED_FROM_OUTSIDE = {
+    "vLLM": {"FlexKVConnector", "FlexKVConnectorV1Impl", "get_block_ids_with_load_errors", "get_kv_connector_stats",
+             "save_kv_layer", "start_load_kv", "take_events"},
+    "adapters of upstream": {"build_layerwise_eventfd_socket_path", "get_async", "is_connected", "register_to_server",
+                             "set_slot_mapping"},
+    "users": {"task_match", "failed_pages"},
+    "the standard library": {"handle_error", "log_message", "repr_int"},
+    "stores that are written later": {"NullStore"},
 }
 
 BUDGETS = {".py": 400, ".pyx": 600, ".c": 800, ".h": 800}
@@ -112,6 +124,18 @@ def test_no_module_is_unused() -> None:
     modules = {module_name(path) for path in SOURCES + NATIVE if path.name != "__init__.py"}
     run_by_path = {name for name in modules if name.endswith(".session")}
     assert modules - used - ENTRY_POINTS - run_by_path == set()
+
+
+def test_no_function_is_unused() -> None:
+    texts = [re.sub(r'""".*?"""', "", path.read_text(), flags=re.S) for path in SOURCES + NATIVE]
+    times = Counter(name for text in texts for name in re.findall(r"\b[A-Za-z_]\w*", text))
+    outside = set().union(*CALLED_FROM_OUTSIDE.values())
+    defined = {
+        node.name for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("__")
+    }
+    assert {name for name in defined if times[name] == 1} - outside == set()
+    assert outside <= defined
 
 
 def test_files_stay_short() -> None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 SOURCES = sorted(path for folder in ("flexkv", "csrc", "tests") for path in (ROOT / folder).rglob("*")
                  if path.suffix in (".py", ".pyx", ".pxd", ".c", ".h", ".cu") and not (
-                     path.suffix == ".c" and path.parent.name == "_core"))
+                     path.suffix == ".c" and "_core" in path.parts))
 FILES = {"trace", "yaml", "data", "table", "lock", "sock"}
 """Ends of names of files that begin with ``flexkv.``."""
 

@@ -104,7 +104,7 @@ def test_the_gpu_and_the_layers_of_each_pipeline_stage_are_part_of_the_domain(
 def test_a_domain_is_the_same_in_every_process(root: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from tests.unit.integration.test_vllm_identity import domain_of, engine_config\n"
+        "from tests.unit.integration.vllm.test_identity import domain_of, engine_config\n"
         "print('@', domain_of(engine_config(Path(sys.argv[1]))).decode())"
     )
     done = subprocess.run([sys.executable, "-c", code, str(root)], env={**os.environ, "PYTHONHASHSEED": "7"},
