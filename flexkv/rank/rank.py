@@ -52,8 +52,9 @@ class OpResult:
     Attributes
     ----------
     pages : (n,) int32
-        Pages that it was to move.
+        Pages of the task, in the order in which their copies ended.
     ok : (n,) bool
+        Whether each was copied.
     """
 
     task_id: int

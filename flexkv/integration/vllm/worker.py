@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flexkv._core.block_table import TensorSpec
 from flexkv.config import ConnectorConfig
 from flexkv.errors import RegistrationError
@@ -189,9 +191,10 @@ class WorkerSide:
         if job.task_id in self._not_followed:
             self._not_followed.remove(job.task_id)
         elif result is not None:
-            failed -= set(result.pages[result.ok].tolist())
+            arrived = result.pages[result.ok]               # in the order in which they arrived, not in that of the job
+            failed -= set(arrived.tolist())
             if self._audit is not None and job.keys is not None:
-                self._audit.compare(job.keys, job.pages, result.ok)
+                self._audit.compare(job.keys, job.pages, np.isin(job.pages, arrived))
         if failed:
             logger.warning("%d of %d blocks of request %s were not loaded", len(failed), len(job.pages), job.req_id)
             self._failed_pages |= failed

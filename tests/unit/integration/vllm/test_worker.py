@@ -182,6 +182,20 @@ def test_the_audit_notices_a_single_bit() -> None:
     assert audit.counts() == {"checked_blocks": 5, "wrong_blocks": 1, "wrong_bytes": 128, "unknown_blocks": 1}
 
 
+def test_the_audit_compares_the_pages_that_arrived_in_whatever_order(side: Any) -> None:
+    worker, client = side
+    tensor = torch.randint(0, 100, (6, 2, 4, 8), dtype=torch.int16)
+    worker._audit = PageAudit([tensor], [page_spec(tensor, 6)])
+    keys = np.arange(6, dtype=np.uint64).reshape(3, 2)
+    worker._audit.record(keys, np.array([1, 2, 3], dtype=np.int32))
+    tensor[1] += 1                                             # where the load failed, the page has other content
+    client.results = [ended(7, OpKind.H2D, [True, True, False], [2, 3, 1])]
+    loaded = LoadJob("r", 7, np.array([1, 2, 3], dtype=np.int32), keys)
+    assert step(worker, 1, loads=[loaded]) == (set(), {"r"})
+    assert worker.take_failed_pages() == {1}
+    assert worker.audit_counts() == {"checked_blocks": 2, "wrong_blocks": 0, "wrong_bytes": 0, "unknown_blocks": 0}
+
+
 def test_an_agent_that_never_ends_a_load_is_stopped(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step would wait for ever; once the agent is stopped, nothing writes the pages."""
     worker, client = side
