@@ -1,1 +1,1 @@
-"""Control plane: which blocks are where, what to load, what to keep."""
+"""Control plane: the index of all blocks; plans of loads and saves; eviction."""

@@ -1,4 +1,4 @@
-"""Blocks that go straight between SSD and the GPU: the index knows them on SSD alone, before and after."""
+"""Plans of direct moves between SSD and GPU. The blocks are on the SSD tier before and after, never on the host."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,8 @@ from flexkv.cache.tier import SSD, Tier
 def direct_get(
     tree: RadixTree, below: Tier, keys: NDArray[np.uint64], match: Match, found: Sources
 ) -> DirectPlan | None:
-    """What of ``found`` is on SSD alone, and nobody fetches; its ``slots`` tell, too."""
+    """Plan direct reads of the blocks of ``found`` that are on SSD alone and that no fetch reads; their entries in
+    ``found.slots`` become IN_PLACE. None: there are no such blocks."""
     blocks = found.slow[found.slots[found.slow] < 0]
     if len(blocks) == 0:
         return None
@@ -25,10 +26,11 @@ def direct_get(
 def direct_put(
     tree: RadixTree, below: Tier, keys: NDArray[np.uint64], absent: NDArray[np.int32], group: int, now: float
 ) -> tuple[DirectPlan | None, NDArray[np.int32]]:
-    """Give SSD slots to the first of these blocks, as far as there are any; also returns those that got none.
+    """Allocate SSD slots for the first ``absent`` blocks, as many as are available; also returns the blocks without.
 
-    The first ones, not the last: what follows on blocks in host memory would be lost if those went before they are
-    written. What is before them in the sequence stays. Blocks that have a slot on a disk out of service get none.
+    The first blocks get SSD slots, not the last: a block on SSD that follows blocks in host memory would be
+    unreachable if those were evicted before their write-back. The prefix of the blocks is not evicted. A block that
+    has a slot in an offline directory gets no other.
     """
     blocks = absent[np.asarray(tree.slots(keys, SSD))[absent] < 0]
     if len(blocks) == 0:
@@ -44,7 +46,8 @@ def direct_put(
 
 
 def lose(below: Tier, plan: DirectPlan | FetchPlan, lost: NDArray[np.bool_]) -> None:
-    """Blocks of a plan that could not be read from SSD are not there any more, unless another read has found so."""
+    """Drop the ``lost`` blocks of a plan ((m,) bool) from the SSD tier, except blocks that another read dropped
+    already."""
     if plan.read is None:                          # the plan has ended
         return
     held = np.asarray(plan.tree.slots(plan.keys, SSD))[plan.blocks] == plan.ssd_slots

@@ -1,4 +1,4 @@
-"""Puts and gets that end before the SSD tier is open: its writer learns of them later."""
+"""Record of the puts and gets that end before the SSD tier is open, for its writer."""
 
 from collections import deque
 
@@ -17,7 +17,7 @@ Event = PutPlan | NDArray[np.uint64]
 
 
 class EarlyTraffic:
-    """A bounded record of events, oldest first. The caller locks.
+    """A bounded record of events, oldest first. The caller must serialize calls.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class EarlyTraffic:
         self._num_keys = self.num_blocks = 0
 
     def replay(self, writer: SsdWriter) -> None:
-        """Report events to the writer, which admits them by its own rules, as long as its queue has room."""
+        """Report events to the writer, as long as its queue has room. The writer applies its own admission rules."""
         while self._events and writer.has_room(len(self._events[0])):
             event = self._take()
             if isinstance(event, PutPlan):

@@ -1,4 +1,4 @@
-"""The control plane: one index over the slots of all tiers; decides, moves no bytes."""
+"""The control plane: one index over the slots of all tiers. It plans and evicts, and moves no bytes."""
 
 import math
 import threading
@@ -26,32 +26,32 @@ from flexkv.protocol.requests import Pin
 
 
 class GlobalCacheEngine:
-    """Index, slots and eviction of the host tier and, where there is one, of the SSD tier below it.
+    """Index, slots and eviction of the host tier and of the SSD tier below it, if there is one.
 
-    Thread safe: one lock around every method, held for microseconds; none of them waits for a transfer.
+    Thread safe: every method holds one lock for microseconds; no method waits for a transfer.
 
     A block is *absent*, *writing* or *ready* on each tier; only ready blocks are offered. On the host it is writing
     between ``begin_put`` and ``end_put``, and between ``begin_get`` and ``end_fetch`` if it comes from SSD; on SSD
-    between ``begin_write`` and ``end_write``. A pinned block keeps its slots.
+    between ``begin_write`` and ``end_write``. A block that a plan has acquired, or a user has pinned, keeps its slots.
 
     Parameters
     ----------
     num_slots : int
-        Slots that the host tier will have when the pool is fully grown.
+        Slots of the host tier when the pool is fully grown.
     make_policy : MakePolicy
-        An ``EvictionPolicy``, say; made for each tier and quota group.
+        Makes an ``EvictionPolicy`` for each tier and quota group.
     evict_start_threshold : float
         Share of the usable slots of a tier in use, above which ``evict_ahead`` frees slots.
     evict_ratio : float
-        Share of the usable slots that one such batch frees; 4,096 at most.
+        Share of the usable slots that one such batch frees; 4,096 slots at most.
     clock : callable
-        Seconds, monotonic.
+        Monotonic time in seconds.
     num_ssd_slots : int
-        At most so many slots will the SSD tier have, when it comes (``attach_ssd``); 0: it never does.
+        Maximum number of slots of the SSD tier that ``attach_ssd`` will add; 0: there will be none.
     quotas : Quotas, optional
-        Of namespaces; their number there is the ``group`` of blocks here.
+        Quotas of namespaces. The number of a quota there is the ``group`` of blocks here.
     max_pinned_share : float
-        Of the host tier.
+        Maximum share of the host slots that users can pin.
     """
 
     def __init__(
@@ -80,30 +80,30 @@ class GlobalCacheEngine:
         self._pins = Pins(self._quotas, max_pinned_share)
         self._tree = self._new_tree()
         self._retired: list[RadixTree] = []
-        self.epoch = 0                  # resets so far: a plan is good in the epoch in which it was made
+        self.epoch = 0                  # number of resets; a plan is valid in the epoch in which it was made
 
     def _new_tree(self) -> RadixTree:
-        # Twice the slots: a block that lost its slot stays in the index while a block below it is in use.
+        # Twice the slots: a block without a slot stays in the index while a block below it is in use.
         tree = RadixTree(2 * self._max_slots, len(self._tiers))
         tree.configure([tier.num_queues for tier in self._tiers], self._quotas.ttl_s)
         return tree
 
     def _tick(self) -> float:
-        """The time of a change: later than that of any before, so that there is always an order."""
+        """Time of a change, later than the time of every earlier change, so that changes are ordered."""
         self._latest = max(self._clock(), self._latest + 1e-6)
         return self._latest
 
     def grow(self, num_slots: int) -> None:
-        """Make ``num_slots`` host slots usable in all (the pool grows while it is in service)."""
+        """Raise the number of usable host slots to ``num_slots`` (the pool grows while it is in service)."""
         with self._lock:
             self._host_slots.grow(num_slots)
 
     # ---- get --------------------------------------------------------------------------------------------------
 
     def match(self, keys: NDArray[np.uint64], start: int = 0, group: int = 0) -> MatchResult:
-        """How many leading blocks of ``keys`` ((n, 2) uint64) can be had, and why no more. Changes nothing.
+        """Count the leading blocks of ``keys`` ((n, 2) uint64) that are available. Changes nothing.
 
-        ``start``: blocks before it are not wanted, so that it does not matter where they are.
+        ``start``: first block that the request wants. Blocks before it must be ready on any tier, and are not loaded.
         """
         with self._lock:
             match = self._tree.match(keys, self._clock(), group)
@@ -115,14 +115,16 @@ class GlobalCacheEngine:
         self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True, host_only: bool = False,
         group: int = 0, direct: bool = False,
     ) -> GetPlan:
-        """Pin the blocks of ``[start, stop)`` that can be had and follow on a prefix that can; the plan may be
-        shorter, or empty.
+        """Acquire the leading blocks of ``[start, stop)`` that are available. The plan ends at the first unavailable
+        block and may be empty.
 
-        Blocks that are on SSD alone get host slots, and are to be waited for (``joins``); those that nobody fetches
-        yet are in ``fetch``, which the caller has to start. ``choose``: leave out what is sooner computed than loaded.
-        ``host_only``: leave out all that is not ready on the host. ``direct``: none is fetched, but in ``direct``.
+        Blocks that are on SSD alone get host slots. The load must wait for the fetches that fill these slots
+        (``joins``). The blocks that no earlier fetch reads are in ``fetch``, which the caller must start.
 
-        Every plan must be given back to ``end_get`` once, and before it its ``direct``, if any, to ``end_direct_get``.
+        ``choose``: skip blocks that the engine computes faster than they load. ``host_only``: skip blocks that are not
+        ready on the host. ``direct``: SSD blocks are returned in ``direct`` and not read into host slots.
+
+        Every plan must be passed to ``end_get`` once; its ``direct``, if any, to ``end_direct_get`` before that.
         """
         with self._lock:
             keys, now = keys[:stop], self._tick()
@@ -150,10 +152,10 @@ class GlobalCacheEngine:
             )
 
     def end_get(self, plan: GetPlan, loaded: NDArray[np.bool_] | None = None) -> NDArray[np.bool_] | None:
-        """Release the pins of ``plan``: nothing reads its slots any more. Its fetch goes on.
+        """Release the blocks of ``plan``. Its slots must not be read any more. Its fetch continues.
 
-        Returns blocks ((n,) bool) that were ``loaded`` ((n,) bool), from slots that were freed meanwhile: they are not
-        to be used. None: there are none, or the plan has ended already.
+        Returns a mask ((n,) bool) of the ``loaded`` blocks ((n,) bool) whose slots were freed during the load. Their
+        KV must not be used. None: there are no such blocks, or the plan has ended already.
         """
         with self._lock:
             if self._host.stale.has_ended(plan.read, plan.slots, "read"):
@@ -164,8 +166,8 @@ class GlobalCacheEngine:
             return stale
 
     def end_fetch(self, plan: FetchPlan, arrived: NDArray[np.bool_]) -> None:
-        """Blocks that ``arrived`` ((m,) bool) become ready on the host, the others absent on both tiers; nothing
-        touches either slot now."""
+        """End a fetch: blocks that ``arrived`` ((m,) bool) become ready on the host, the others absent on both tiers.
+        No transfer may access the slots of ``plan`` any more."""
         with self._lock:
             if self._host.stale.has_ended(plan.filled, plan.host_slots, "fetch"):
                 return
@@ -178,13 +180,14 @@ class GlobalCacheEngine:
             self._sweep_retired()
 
     def begin_direct_get(self) -> None:
-        """The reads of a plan's ``direct`` begin."""
+        """Note that the reads of a plan's ``direct`` have begun."""
         with self._lock:
             if self._ssd is not None:
                 self._ssd.planner.read_began()
 
     def end_direct_get(self, plan: DirectPlan, num_read: int | None, lost: NDArray[np.bool_]) -> None:
-        """Blocks that are ``lost`` ((m,) bool) become absent on SSD. ``num_read``: how many came; None: not begun."""
+        """End direct reads: ``lost`` blocks ((m,) bool) become absent on SSD. ``num_read``: number of blocks read;
+        None if the reads had not begun."""
         with self._lock:
             if self._ssd is not None and num_read is not None:
                 self._ssd.planner.read_ended(num_read)
@@ -195,29 +198,29 @@ class GlobalCacheEngine:
     def begin_put(
         self, keys: NDArray[np.uint64], start: int, stop: int, group: int = 0, direct: bool = False
     ) -> PutPlan:
-        """Give host slots to the blocks of ``[start, stop)`` that are absent; evicts where none is free.
+        """Allocate host slots for the absent blocks of ``[start, stop)``; evicts other blocks if none is free.
 
-        Blocks that are ready on any tier, or that another request is writing, are left out. Where slots run out, or a
-        block before ``start`` is absent, the plan is shorter, or empty. ``direct``: where there are too few host slots,
-        the first blocks get SSD slots, as far as those go. Every plan must be given back to ``end_put`` once.
+        The plan skips blocks that are ready on any tier, or that another request is writing. It is shorter, or empty,
+        if slots run out or a block before ``start`` is absent. ``direct``: if there are too few host slots, the first
+        blocks get SSD slots, as many as are available. Every plan must be passed to ``end_put`` once.
         """
         with self._lock:
             plan = plan_put(
                 self._tree, self._host, self._below, self._ssd, keys[:stop], start, group, direct, self._tick
             )
             if len(plan.all_blocks) or (len(plan.keys) and math.isfinite(self._quotas.ttl_s[group])):
-                self._use(plan.all_keys, self._latest, group, hit=False)      # no longer out of date
+                self._use(plan.all_keys, self._latest, group, hit=False)      # starts their ttl_s again
             return plan
 
     def _use(self, keys: NDArray[np.uint64], now: float, group: int, hit: bool = True) -> None:
-        with suppress(MemoryError):              # to note a use may take memory; a plan must not be lost for it
+        with suppress(MemoryError):              # recording a use may allocate; the plan must survive a failure
             self._tree.touch(keys, now, hit, group)
             for tier in self._tiers:
                 tier.used(self._tree)
 
     def end_put(self, plan: PutPlan, written: NDArray[np.bool_]) -> None:
-        """Blocks that are ``written`` ((m,) bool, of ``all_blocks``) become ready, the others absent; nothing writes
-        their slots now."""
+        """End a put: ``written`` blocks ((m,) bool, of ``all_blocks``) become ready, the others absent. No transfer may
+        write to the slots of ``plan`` any more."""
         with self._lock:
             self._host.end_writing(plan, plan.slots, written[plan.where(plan)])
             if plan.direct is not None:
@@ -227,20 +230,20 @@ class GlobalCacheEngine:
     # ---- write-back -------------------------------------------------------------------------------------------
 
     def on_ssd(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(n,) bool: blocks that have a slot on SSD, ready or being written."""
+        """(n,) bool: whether each block has a slot on SSD, ready or being written."""
         with self._lock:
             return np.asarray(self._tree.slots(keys, SSD) >= 0)
 
     def ssd_room(self, keys: NDArray[np.uint64]) -> tuple[int, int]:
-        """The quota group of a sequence, and how many blocks of it SSD can take before any block has to go."""
+        """Quota group of a sequence, and number of its blocks that SSD can take without eviction."""
         with self._lock:
             group = self._tree.group_of(keys)
             return group, self._below.room(self._tree, group)
 
     def begin_write(self, keys: NDArray[np.uint64], limit: int) -> WritePlan | None:
-        """Give SSD slots to up to ``limit`` leading blocks that are ready on the host and absent on SSD.
+        """Allocate SSD slots for up to ``limit`` leading blocks that are ready on the host and absent on SSD.
 
-        None: there is nothing to write, or no slot can be had. Every plan must be given back to ``end_write`` once.
+        Returns None if there is no such block, or no slot. Every plan must be passed to ``end_write`` once.
         """
         with self._lock:
             if self._ssd is None or not self._ssd.usable():
@@ -248,8 +251,8 @@ class GlobalCacheEngine:
             return plan_write(self._tree, self._host, self._below, keys, limit, self._tick())
 
     def end_write(self, plan: WritePlan, written: NDArray[np.bool_]) -> None:
-        """Blocks that are ``written`` ((m,) bool) become ready on SSD, the others absent there; nothing touches
-        either slot now."""
+        """End a write-back: ``written`` blocks ((m,) bool) become ready on SSD, the others absent there. No transfer
+        may access the slots of ``plan`` any more."""
         with self._lock:
             if self._host.stale.has_ended(plan.read, plan.host_slots, "write-back"):
                 return
@@ -264,22 +267,22 @@ class GlobalCacheEngine:
     def attach_ssd(
         self, tier: SsdTier, chains: Iterable[tuple[NDArray[np.uint64], NDArray[np.int32]]] = ()
     ) -> bool:
-        """The SSD tier comes into service, with what is on it.
+        """Put the SSD tier into service, with the blocks that it holds.
 
-        Must have been called before anything is written there. The lock is released after each chain.
+        Must be called before the first ``begin_write``. The lock is released after each chain.
 
         Parameters
         ----------
         tier : SsdTier
         chains : iterable of (keys, slots)
-            Sequences ((n, 2) uint64) from their first block, and the slot of each block ((n,) int32; -1: was in an
-            earlier chain). These slots are allocated. A sequence whose earlier blocks were evicted meanwhile, or for
-            which the index has no room, is left out, and its slots are freed.
+            Sequences ((n, 2) uint64) from their first block, and the slot of each block ((n,) int32; -1: the block was
+            in an earlier chain). These slots must be allocated. A sequence is skipped, and its slots are freed, if
+            blocks before it were evicted meanwhile or the index has no room for it.
 
         Returns
         -------
         bool
-            False: there was a reset, at any time; the slots of what is left of ``chains`` belong to the caller.
+            False if the index was reset at any time. The caller then owns the slots of the remaining ``chains``.
         """
         with self._lock:
             self._ssd = tier
@@ -300,14 +303,15 @@ class GlobalCacheEngine:
         return True
 
     def free_ssd(self, slots: NDArray[np.int32]) -> None:
-        """Give back SSD slots of what was found there and is of no use."""
+        """Free SSD slots of recovered blocks that are not used."""
         with self._lock:
             self._below.slots.free(slots)
 
     # ---- pins -------------------------------------------------------------------------------------------------
 
     def pin(self, keys: NDArray[np.uint64], name: str, group: int = 0) -> Pin:
-        """Keep the leading blocks of ``keys`` that are here, on any tier, until ``unpin`` or ``reset``; PinError."""
+        """Pin the leading blocks of ``keys`` that are cached, on any tier, until ``unpin`` or ``reset``. Raises
+        PinError."""
         with self._lock:
             now = self._tick()
             keys = keys[: self._tree.match(keys, now, group).num_ready]
@@ -316,29 +320,29 @@ class GlobalCacheEngine:
             return pin
 
     def unpin(self, name: str) -> Pin:
-        """Let them go again, when their turn comes; PinError."""
+        """Unpin: the blocks can be evicted again. Raises PinError."""
         with self._lock:
             return self._pins.remove(self._tree, name)
 
     def pins(self) -> list[Pin]:
-        """What is pinned."""
+        """All pins."""
         with self._lock:
             return self._pins.list()
 
     # ---- eviction, reset --------------------------------------------------------------------------------------
 
     def evict_ahead(self) -> int:
-        """Free a batch of slots of each tier where fewer than the watermark are free; returns how many. Not for the
-        request path."""
+        """Evict expired blocks, blocks beyond a quota, and a batch of blocks on each tier whose share of slots in use
+        exceeds ``evict_start_threshold``. Returns the number of slots freed. Not for the request path."""
         with self._lock:
             now = self._tick()
             freed = self._host.evict_ahead(self._tree, now)
-            if self._ssd is not None and self._ssd.usable():     # else no slot is free, however many are given up
+            if self._ssd is not None and self._ssd.usable():     # if not usable, eviction would free no usable slot
                 freed += self._below.evict_ahead(self._tree, now)
             return freed
 
     def reset(self) -> None:
-        """Forget every block. Plans in flight stay valid, but nothing they write or read will be offered again."""
+        """Drop every block. Plans in flight remain valid, but their blocks are not offered any more."""
         with self._lock:
             self._pins.clear(self._tree)
             self._retired.append(self._tree)
@@ -355,10 +359,10 @@ class GlobalCacheEngine:
             if tree.num_blocks == 0:
                 self._retired.remove(tree)
 
-    # ---- what there is ----------------------------------------------------------------------------------------
+    # ---- statistics -------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """Blocks, slots and bytes of the index, now; blocks that have gone since the start."""
+        """Current blocks, slots and bytes of the index; blocks evicted since the start."""
         with self._lock:
             stats = {
                 "num_slots": self._host.slots.capacity,
@@ -376,7 +380,7 @@ class GlobalCacheEngine:
             return stats
 
     def check_integrity(self) -> None:
-        """Every slot of each tier is free or held by exactly one block: free + indexed = total.
+        """Check that every slot of each tier is free or belongs to exactly one block: free + indexed = total.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Which host slots are being filled from SSD, and by which fetch."""
+"""Table of the host slots that fetches fill from SSD."""
 
 import itertools
 
@@ -11,16 +11,22 @@ from flexkv.cache.tier import SsdTier, Tier
 
 
 class FetchTable:
-    """Fetches under way, by host slot. The caller locks.
+    """Fetches under way, by host slot. The caller must hold the engine's lock.
 
     Parameters
     ----------
     num_slots : int
-        Of the host tier.
+        Slots of the host tier.
+
+    Attributes
+    ----------
+    num_blocks : int
+        Blocks that fetches are reading.
     """
 
     def __init__(self, num_slots: int) -> None:
-        self._fetch_of = np.zeros(num_slots - IN_PLACE, dtype=np.int64)    # 0: none; at the end for what has no slot
+        # 0: no fetch. The last two places are always 0, for the indices -1 (no slot) and IN_PLACE.
+        self._fetch_of = np.zeros(num_slots - IN_PLACE, dtype=np.int64)
         self._index_of = np.zeros(num_slots, dtype=np.int32)
         self._ids = itertools.count(1)
         self.num_blocks = 0
@@ -29,7 +35,10 @@ class FetchTable:
         self, tree: RadixTree, host: Tier, ssd: SsdTier, keys: NDArray[np.uint64], match: Match,
         slots: NDArray[np.int32], slow: NDArray[np.intp], group: int, now: float,
     ) -> tuple[int, FetchPlan | None]:
-        """Give host slots, in ``slots``, to blocks that are on SSD alone; returns where they end, and what to read."""
+        """Allocate host slots, entered in ``slots``, for the blocks at positions ``slow`` that have none.
+
+        Returns the position of the first block without a slot (``match.num_ready`` if there is none), and the reads.
+        """
         wanted = slow[slots[slow] < 0]
         taken = host.take(tree, len(wanted), group, now)
         stop = int(wanted[len(taken)]) if len(taken) < len(wanted) else match.num_ready
@@ -52,22 +61,22 @@ class FetchTable:
         return stop, plan
 
     def add(self, plan: FetchPlan) -> None:
-        """A fetch begins."""
+        """Enter a fetch that begins."""
         self._fetch_of[plan.host_slots] = plan.fetch_id
         self._index_of[plan.host_slots] = np.arange(len(plan))
         self.num_blocks += len(plan)
 
     def remove(self, plan: FetchPlan) -> None:
-        """It has ended."""
+        """Remove a fetch that has ended."""
         self._fetch_of[plan.host_slots] = 0
         self.num_blocks -= len(plan)
 
     def filling(self, host_slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """Which of these slots (-1, IN_PLACE: none) a fetch fills."""
+        """(n,) bool: whether a fetch fills each of these slots ((n,) int32; -1, IN_PLACE: no slot)."""
         return np.asarray(self._fetch_of[host_slots] > 0)
 
     def joins(self, host_slots: NDArray[np.int32]) -> tuple[Join, ...]:
-        """Whom those who read these slots (-1, IN_PLACE: none) have to wait for."""
+        """Fetches that a reader of these slots ((n,) int32; -1, IN_PLACE: no slot) must wait for."""
         fetches = self._fetch_of[host_slots]
         joins = []
         for fetch_id in np.unique(fetches[fetches > 0]).tolist():

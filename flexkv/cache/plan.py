@@ -1,6 +1,8 @@
-"""What one get, put, fetch or write-back will move: made by ``GlobalCacheEngine``, carried out by the data plane.
+"""Plans: the blocks that one get, put, fetch or write-back moves. ``GlobalCacheEngine`` makes them, the data plane
+executes them.
 
-Plans are not to be changed. They are not frozen, since each request makes some, and that takes four times as long.
+Users of a plan must not change it. The dataclasses are not frozen, because each request makes several plans and a
+frozen one takes four times as long to make.
 """
 
 import math
@@ -13,19 +15,25 @@ from flexkv._core.index.radix import RadixTree, by_position
 from flexkv.cache.reasons import StopReason
 
 IN_PLACE = -2
-"""In the place of a host slot, as FLEXKV_IN_PLACE of csrc/agent.h: the block goes straight between SSD and the GPU."""
+"""Number in place of a host slot for a block that is moved directly between SSD and GPU (FLEXKV_IN_PLACE of
+csrc/agent.h)."""
 
 
 @dataclass(frozen=True, slots=True)
 class MatchResult:
-    """Answer to "how much of this sequence is here": ``num_ready`` leading blocks, and why no more.
+    """Result of a match.
 
     Attributes
     ----------
+    num_ready : int
+        Leading blocks that are available.
+    reason : StopReason
+        Why the match ends after these blocks.
     num_to_fetch : int
-        How many of them have to be read from SSD first.
+        Number of these blocks that must be read from SSD first.
     since : float
-        Time at which the block after them was evicted, in seconds of ``time.monotonic``; nan: not evicted, or unknown.
+        Time at which the first missing block was evicted, in seconds of ``time.monotonic``; nan: not evicted, or
+        unknown.
     """
 
     num_ready: int
@@ -35,10 +43,10 @@ class MatchResult:
 
 
 Generations = NDArray[np.uint32] | None
-"""Of the slots of a plan, when it was made; a result for slots of another generation is refused."""
+"""Generations of a plan's slots at the time of the plan. A result for slots of another generation is refused."""
 
 NOTHING = MatchResult(0, StopReason.NEVER_SEEN)
-"""Of an index that is not there yet."""
+"""The result of a match before the index exists."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,15 +56,15 @@ class BlocksOfSequence:
     Attributes
     ----------
     keys : (n, 2) uint64
-        The sequence up to the last of them.
+        Keys of the sequence up to the last of these blocks.
     blocks : (m,) int32
-        Their positions, ascending.
+        Positions of the blocks in the sequence, ascending.
     tree : RadixTree
-        The index the plan was made from; a reset replaces the engine's index, not the plan's.
+        Index from which the plan was made; a reset replaces the engine's index, not the plan's.
     filled : (m,) uint32 or None
-        Generations of the slots that it writes; None: it writes none, or has ended.
+        Generations of the slots that the plan writes; None: it writes none, or has ended.
     read : (m,) uint32 or None
-        Generations of the slots that it reads.
+        Generations of the slots that the plan reads; None: it reads none, or has ended.
     """
 
     keys: NDArray[np.uint64]
@@ -70,7 +78,7 @@ class BlocksOfSequence:
 
     @property
     def parents(self) -> NDArray[np.uint64]:
-        """(m, 2) uint64: key of the block before each; zero for the first of a sequence."""
+        """(m, 2) uint64: key of the block before each block; zeros for the first block of a sequence."""
         parents: NDArray[np.uint64] = self.keys[self.blocks - 1]
         parents[self.blocks == 0] = 0
         return parents
@@ -78,14 +86,17 @@ class BlocksOfSequence:
     def by_position(
         self, slots: NDArray[np.int32], chosen: NDArray[np.bool_] | None = None
     ) -> NDArray[np.int32]:
-        """(n,) int32: the slot ((m,) int32) at each chosen block's position, -1 elsewhere, as the index wants it."""
+        """(n,) int32: the slots ((m,) int32) of the ``chosen`` blocks at their positions, -1 elsewhere, as the index
+        expects them."""
         return by_position(len(self.keys), self.blocks, slots, chosen)
 
 
 @dataclass(slots=True, eq=False)
 class DirectPlan(BlocksOfSequence):
-    """Blocks that go straight between SSD and the GPU, and have no host slot. Of a get they are ready on SSD and
-    pinned with it, of a put in state writing there; until ``end_direct_get`` or ``end_put``.
+    """Blocks that are moved directly between SSD and GPU, and have no host slot.
+
+    Until ``end_direct_get``, the blocks of a get are ready on SSD; the get has acquired them. Until ``end_put``, the
+    blocks of a put are in state writing there.
 
     Attributes
     ----------
@@ -97,19 +108,19 @@ class DirectPlan(BlocksOfSequence):
 
 @dataclass(slots=True, eq=False)
 class PutPlan(BlocksOfSequence):
-    """Blocks that have a host slot each, in state writing, until ``end_put``. If there are none, ``keys`` are those of
-    the blocks that were there already.
+    """Blocks that have a host slot each, in state writing, until ``end_put``. If there are no such blocks, ``keys`` are
+    the keys up to the last block that was cached already.
 
     Attributes
     ----------
     slots : (m,) int32
-        Their host slots.
+        Host slots of the blocks.
     num_known : int
-        Leading blocks of what was put that were there already: the sequence goes on from an earlier one.
+        Leading blocks of the put that were cached already: the sequence continues an earlier one.
     came_back : bool
-        The first of the blocks was there before, and had to go.
+        The first absent block was seen earlier and is absent for a reason in ``CAME_BACK``, such as eviction.
     direct : DirectPlan or None
-        Other blocks, since there were not enough host slots for all.
+        Further blocks, which got SSD slots because there were too few host slots.
     """
 
     slots: NDArray[np.int32]
@@ -119,21 +130,21 @@ class PutPlan(BlocksOfSequence):
 
     @property
     def all_keys(self) -> NDArray[np.uint64]:
-        """The sequence up to the last of ``all_blocks``."""
+        """Keys of the sequence up to the last of ``all_blocks``."""
         return self.keys if self.direct is None else max(self.keys, self.direct.keys, key=len)
 
     @property
     def all_blocks(self) -> NDArray[np.int32]:
-        """Positions of the blocks, and of those of ``direct``, ascending."""
+        """Positions of the blocks of this plan and of ``direct``, ascending."""
         return self.blocks if self.direct is None else np.union1d(self.blocks, self.direct.blocks)
 
     def where(self, part: BlocksOfSequence) -> NDArray[np.intp] | slice:
-        """Which of ``all_blocks`` are this plan's own, or those of its ``direct``."""
+        """Indices in ``all_blocks`` of the blocks of ``part``: this plan, or its ``direct``."""
         return slice(None) if self.direct is None else np.searchsorted(self.all_blocks, part.blocks)
 
     @property
     def all_slots(self) -> NDArray[np.int32]:
-        """Host slot of each of ``all_blocks``; IN_PLACE for those of ``direct``."""
+        """Host slot of each of ``all_blocks``; IN_PLACE for blocks of ``direct``."""
         if self.direct is None:
             return self.slots
         slots = np.full(len(self.all_blocks), IN_PLACE, dtype=np.int32)
@@ -143,8 +154,8 @@ class PutPlan(BlocksOfSequence):
 
 @dataclass(slots=True, eq=False)
 class FetchPlan(BlocksOfSequence):
-    """Blocks that are ready on SSD and on their way to host slots, in state writing there, until ``end_fetch``. The
-    SSD slots are pinned.
+    """Blocks that are read from SSD into host slots, where they are in state writing until ``end_fetch``. The plan has
+    acquired them, so that they keep their SSD slots.
 
     Attributes
     ----------
@@ -159,8 +170,8 @@ class FetchPlan(BlocksOfSequence):
 
 @dataclass(slots=True, eq=False)
 class WritePlan(BlocksOfSequence):
-    """Blocks that are ready in host slots and on their way to SSD slots, in state writing there, until ``end_write``.
-    The host slots are pinned.
+    """Blocks that are written from host slots to SSD slots, where they are in state writing until ``end_write``. The
+    plan has acquired them, so that they keep their host slots.
 
     Attributes
     ----------
@@ -173,15 +184,15 @@ class WritePlan(BlocksOfSequence):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Join:
-    """Blocks of a get that a fetch brings.
+    """Blocks of a get that a fetch reads from SSD.
 
     Attributes
     ----------
     fetch_id : int
     mine : (k,) intp
-        Which blocks of the get, counted from its ``start``.
+        Indices of these blocks in the get, counted from its ``start``.
     theirs : (k,) intp
-        Which blocks of the fetch.
+        Indices of these blocks in the fetch.
     """
 
     fetch_id: int
@@ -191,27 +202,27 @@ class Join:
 
 @dataclass(slots=True, eq=False)
 class GetPlan:
-    """Blocks ``[start, stop)`` of a sequence, pinned until ``end_get``.
+    """Blocks ``[start, stop)`` of a sequence, acquired until ``end_get``.
 
     Attributes
     ----------
     keys : (stop, 2) uint64
     slots : (stop - start,) int32
-        Host slot of each block; IN_PLACE for those of ``direct``.
+        Host slot of each block; IN_PLACE for blocks of ``direct``.
     reason : StopReason
         Why the plan ends at ``stop``.
     tree : RadixTree
         As in ``BlocksOfSequence``.
     fetch : FetchPlan or None
-        What has to be read from SSD for it, and nobody reads yet: whoever made the plan starts it.
+        Blocks that must be read from SSD for this plan and that no earlier fetch reads. The caller must start it.
     joins : tuple of Join
-        Blocks whose host slot is filled by a fetch, this one's or another's.
+        Blocks whose host slot is filled by a fetch: ``fetch``, or one of an earlier plan.
     since : float
         As in ``MatchResult``.
     direct : DirectPlan or None
-        Blocks that go straight from SSD to the GPU.
+        Blocks that are read directly from SSD into the GPU.
     read : (stop - start,) uint32 or None
-        Generations of ``slots``; None: it has ended.
+        Generations of ``slots``; None: the plan has ended.
     """
 
     keys: NDArray[np.uint64]
@@ -231,7 +242,7 @@ class GetPlan:
 
     @property
     def match(self) -> MatchResult:
-        """What was found."""
+        """The plan's range and reason as the result of a match."""
         num_to_fetch = len(self.fetch) if self.fetch is not None else 0
         num_to_fetch += len(self.direct) if self.direct is not None else 0
         return MatchResult(self.stop, self.reason, num_to_fetch, self.since)

@@ -1,4 +1,4 @@
-"""Blocks of a put that get slots, and on which tier."""
+"""Plans puts: the blocks that get slots, and the tier of each."""
 
 from collections.abc import Callable
 
@@ -17,9 +17,10 @@ def plan_put(
     tree: RadixTree, host: Tier, below: Tier, ssd: SsdTier | None, keys: NDArray[np.uint64], start: int, group: int,
     direct: bool, tick: Callable[[], float],
 ) -> PutPlan:
-    """As ``GlobalCacheEngine.begin_put``, for all of ``keys`` from ``start`` on. The caller locks.
+    """Plan a put as ``GlobalCacheEngine.begin_put`` does, for all ``keys`` from ``start`` on. The caller must hold the
+    engine's lock.
 
-    ``tick`` returns the time of a change, which is later than that of any change before it.
+    ``tick`` returns the time of a change, later than the time of every earlier change.
     """
     now = tick()
     absent = absent_blocks(tree, ssd, keys)
@@ -30,14 +31,14 @@ def plan_put(
     if tree.num_blocks + len(absent) > tree.max_blocks:
         keys, absent = _fit(tree, host, below, ssd, keys, absent)
     straight: DirectPlan | None = None
-    if direct and len(absent) > host.limit(group):         # nothing is evicted for a put that never has room
+    if direct and len(absent) > host.limit(group):         # the host tier can never hold them: evict nothing there
         straight, absent = direct_put(tree, below, keys, absent, group, now)
     room = len(absent)
     if room and not host.has_room(tree, room, group):
-        room = host.make_room(tree, room, group, now, keep=keys[:first])   # the blocks that they follow stay
-        if len(absent) < len(keys) - first:                # some blocks behind the first absent one were there
+        room = host.make_room(tree, room, group, now, keep=keys[:first])   # their prefix is not evicted
+        if len(absent) < len(keys) - first:                # blocks behind the first absent one may have been evicted
             absent = absent_blocks(tree, ssd, keys)
-    count, now = min(room, host.slots.num_free), tick()    # later than the eviction
+    count, now = min(room, host.slots.num_free), tick()    # a time later than the eviction
     if direct and straight is None and count < len(absent):
         straight, absent = direct_put(tree, below, keys, absent, group, now)
     slots = host.slots.allocate(min(len(absent), count))
@@ -55,7 +56,7 @@ def plan_put(
 def _fit(
     tree: RadixTree, host: Tier, below: Tier, ssd: SsdTier | None, keys: NDArray[np.uint64], absent: NDArray[np.int32]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int32]]:
-    """Cut a sequence to the blocks that the index can take, after everything that no match reaches has left it."""
+    """Shorten a sequence to the blocks that fit into the index, after removing blocks that no match can reach."""
     if len(absent) == 0 or tree.num_fitting(keys) > absent[-1]:
         return keys, absent
     for tier in (host, below)[: tree.num_tiers]:

@@ -1,4 +1,4 @@
-"""How much of a tier each namespace may have, for how long, and who gives way to whom."""
+"""Quotas: the share of a tier that each namespace may use, for how long, and the order in which namespaces yield."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,16 +15,18 @@ def _part(share: float, capacity: int) -> int:
 
 
 class Quotas:
-    """Quotas by namespace; a *group* is the number of one, 0 that of all namespaces without a quota of their own.
+    """Quotas by namespace. A quota *group* is the number of a quota; all namespaces without a quota of their own share
+    group 0.
 
     Parameters
     ----------
     quotas : mapping of str to Quota
-        By namespace; ``""``: of all others together.
+        Quota of each namespace; ``""``: of all others together.
 
     Raises
     ------
     ConfigError
+        A quota is impossible, or all of them together are.
     """
 
     def __init__(self, quotas: Mapping[str, Quota] | None = None) -> None:
@@ -39,7 +41,7 @@ class Quotas:
         return len(self._quotas)
 
     def group(self, namespace: Sequence[str] | None) -> int:
-        """The group of a request: that of the first entry of its namespace whose kind and name have a quota."""
+        """The group of a request: the group of the first entry of its namespace whose kind and name have a quota."""
         if not namespace:
             return 0
         owners = (entry.owner for entry in namespace_entries(namespace))
@@ -50,32 +52,33 @@ class Quotas:
         return list(self._names)
 
     def limit(self, group: int, capacity: int) -> int:
-        """How many of ``capacity`` blocks a group may have."""
+        """Maximum number of blocks of a group on a tier of ``capacity`` blocks."""
         return _part(self._quotas[group].limit, capacity)
 
     def guaranteed(self, group: int, capacity: int) -> int:
-        """How many of ``capacity`` blocks nobody else can take from a group."""
+        """Number of blocks, on a tier of ``capacity`` blocks, that no other group can take from a group."""
         return _part(self._quotas[group].guaranteed, capacity)
 
     def may_pin(self, pinned: Sequence[int], capacity: int) -> bool:
-        """Whether each group can still have what is guaranteed to it, with so many blocks of each group pinned."""
+        """Whether each group stays within its limit and keeps its guaranteed blocks if ``pinned[group]`` blocks of each
+        group are pinned."""
         guaranteed = [self.guaranteed(group, capacity) for group in range(len(self))]
         return sum(max(have, mine) for have, mine in zip(pinned, guaranteed, strict=True)) <= capacity and all(
             have <= self.limit(group, capacity) for group, have in enumerate(pinned)
         )
 
     def victims(self, used: NDArray[np.int64], capacity: int, requester: int | None) -> Iterator[tuple[int, int]]:
-        """Groups that give way, in turn, and how many blocks each can be made to give.
+        """Groups to evict from, in order, with the maximum number of blocks to evict from each.
 
-        First those who have borrowed, by priority, and of equals who borrowed most; then the requester itself. So
-        nobody is pushed under what is guaranteed but by its own requests.
+        Groups above their guarantee come first, the lowest priority first, and of equal priority the group that is
+        furthest above. The requester comes last. So only its own requests can push a group below its guarantee.
 
         Parameters
         ----------
         used : (groups,) int64
             Blocks of each group on the tier.
         requester : int, optional
-            Group of the blocks that room is made for.
+            Group of the blocks that need slots.
         """
         borrowed = [int(count) - self.guaranteed(group, capacity) for group, count in enumerate(used)]
         order = sorted(range(len(borrowed)), key=lambda group: (self._quotas[group].priority, -borrowed[group]))

@@ -1,4 +1,4 @@
-"""Why a match stopped where it did."""
+"""Reasons for which a match ends."""
 
 import enum
 
@@ -6,7 +6,8 @@ from flexkv._core.index import radix
 
 
 class Fate(enum.IntEnum):
-    """Why a block that was once here is not; as the index keeps it: the reason, counted from what was never here."""
+    """Reason for which a block that was seen earlier is absent. The index stores it as the distance of its
+    ``StopReason`` from NEVER_SEEN."""
 
     EVICTED = radix.REASON_EVICTED - radix.REASON_NEVER_SEEN
     FAILED = radix.REASON_FAILED - radix.REASON_NEVER_SEEN
@@ -16,34 +17,34 @@ class Fate(enum.IntEnum):
 
 
 CAME_BACK = frozenset(fate for fate in Fate if fate is not Fate.FAILED)
-"""Of what is asked for again although it had gone."""
+"""Fates after which a second put of a block is evidence of reuse: all but FAILED."""
 
 
 class StopReason(enum.IntEnum):
-    """The first block that a match could not offer, and why."""
+    """Reason for which the first missing block of a match is not available."""
 
     FULL_HIT = radix.REASON_FULL_HIT
     NOT_READY = radix.REASON_NOT_READY
     """Another request is still writing it."""
     NEVER_SEEN = radix.REASON_NEVER_SEEN
-    """Or so long ago that it is forgotten."""
+    """It was never seen, or its record has been overwritten since."""
     EVICTED = radix.REASON_EVICTED
-    """It had to make room."""
+    """It was evicted to make room."""
     FAILED = radix.REASON_FAILED
     """It was written or read back with an error, and dropped."""
     EXPIRED = radix.REASON_EXPIRED
     """It was not used for longer than its namespace keeps blocks (``ttl_s``)."""
     OVER_QUOTA = radix.REASON_OVER_QUOTA
-    """Its namespace had as much as it may have (``limit``)."""
+    """Its namespace had reached its limit (``limit``)."""
     NOT_ADMITTED = radix.REASON_NOT_ADMITTED
-    """It had to leave host memory, and was not on SSD: too unlikely to be used again, or too much was to be written."""
+    """It was evicted from host memory and was not on SSD: its reuse was too unlikely, or the write queue was full."""
     NO_ROOM = 8
-    """It is on SSD, and no slot of host memory can be had to load it through: all are in use."""
+    """It is on SSD, and no host slot is available to load it into: all are in use."""
     TOO_SLOW = 9
-    """It is on SSD, and computing it is sooner done than loading it, or loading is switched off."""
+    """It is on SSD, and computing it is faster than loading it, or loading is switched off."""
     OUT_OF_SERVICE = 10
-    """It is on SSD, and that disk takes no reads or writes for now."""
+    """It is on SSD, in a directory that is offline."""
 
 
 STOP_REASONS = tuple(StopReason)
-"""By number; sooner than ``StopReason(number)``."""
+"""All reasons by number. Indexing it is faster than ``StopReason(number)``."""

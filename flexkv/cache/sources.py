@@ -1,4 +1,4 @@
-"""Where the blocks of a match come from, tier by tier, and where that ends."""
+"""Sources of the blocks of a match, tier by tier."""
 
 import math
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ _NOWHERE = np.zeros(0, dtype=np.intp)
 
 @dataclass(slots=True)
 class Sources:
-    """Where the ready blocks from ``start`` on come from.
+    """Sources of the ready blocks from ``start`` on.
 
     Attributes
     ----------
     stop : int
-        Blocks from there on cannot be had.
+        Position of the first block that is not available.
     reason : StopReason
-        Why.
+        Why that block is not available.
     slots : (num_ready,) int32
-        Host slots; -1: none yet. Before ``start`` and after ``stop`` they mean nothing.
+        Host slots; -1: none yet. Entries before ``start`` and from ``stop`` on have no meaning.
     slow : (k,) intp
         Positions of the blocks in ``[start, stop)`` that are not ready on the host.
     since : float
@@ -44,7 +44,7 @@ class Sources:
         self.slow = _NOWHERE
 
     def end(self, stop: int, reason: StopReason) -> None:
-        """They end earlier."""
+        """Shorten the sources: the first block that is not available is at ``stop``."""
         self.stop, self.reason, self.since = stop, reason, math.nan
 
 
@@ -52,14 +52,14 @@ def find_sources(
     tree: RadixTree, ssd: SsdTier | None, fetches: FetchTable, keys: NDArray[np.uint64], match: Match, start: int,
     choose: bool, host_only: bool = False,
 ) -> Sources:
-    """Sources of what ``match`` found for ``keys``; ``choose`` and ``host_only`` as in ``begin_get``."""
+    """Sources of the blocks that ``match`` found for ``keys``; ``choose`` and ``host_only`` as in ``begin_get``."""
     found = Sources(match.num_ready, STOP_REASONS[match.reason], match.slots, _NOWHERE, match.since)
     if ssd is None or not (is_slow := match.tiers[start:] != HOST).any():
         return found
     found.slots = slots = tree.slots(keys[: found.stop], HOST)
     taken = is_slow & (slots[start:] >= 0)
     taken &= ~fetches.filling(slots[start:])
-    if taken.any():                          # a put writes there: neither to be read, nor to be read into
+    if taken.any():                          # a put writes this host slot: it can be neither read nor filled by a fetch
         found.end(start + int(taken.argmax()), StopReason.NOT_READY)
     is_slow = is_slow[: found.stop - start]
     out = is_slow & ~ssd.in_service(np.where(is_slow, match.slots[start : found.stop], -1))
@@ -78,9 +78,9 @@ def find_sources(
 
 
 def absent_blocks(tree: RadixTree, ssd: SsdTier | None, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """Positions (int32, ascending) of the blocks of a sequence that have to be put to be had."""
+    """Positions (int32, ascending) of the blocks of a sequence that a put must save to make them available."""
     if ssd is None:
         return tree.absent(keys)
-    # what is on a disk that is out of service cannot be had for now: it may be put again
+    # blocks in an offline directory are not available: they may be put again
     there = ssd.in_service(tree.slots(keys, SSD)) | (tree.slots(keys, HOST) >= 0)
     return np.flatnonzero(~there).astype(np.int32)

@@ -12,21 +12,21 @@ from flexkv.errors import InvariantError
 logger = logging.getLogger("flexkv.cache")
 
 _LOGGED = 8
-"""Refusals of a tier that the log names one by one; the metric counts all."""
+"""Maximum number of refusals of a tier that are logged, each with a stack trace. The metric counts all."""
 
 
 class HasGenerations(Protocol):
-    """The part of ``Slots`` that is used here."""
+    """The part of ``Slots`` that this module uses."""
 
     def changed(self, slots: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
         """(n,) bool: slots that were freed since they had these generations; None if no slot was."""
 
 
 class StaleResults:
-    """Results of a tier that were refused: the slot was freed since its plan was made, or the plan has ended already.
+    """Refuses results of a tier whose slots were freed after their plan was made, or whose plan has ended already.
 
-    By design none occurs. One that occurs is a bug, and would otherwise make a block ready whose bytes are another's,
-    or free a slot that another block holds. The caller locks.
+    No such result occurs unless FlexKV has a bug. Accepting it would make a block ready with the bytes of another
+    block, or free a slot that another block uses. The caller must hold the engine's lock.
 
     Parameters
     ----------
@@ -35,6 +35,7 @@ class StaleResults:
     Attributes
     ----------
     num_blocks : int
+        Number of blocks whose results were refused.
     """
 
     def __init__(self, tier: int) -> None:
@@ -45,9 +46,10 @@ class StaleResults:
     def find(
         self, slots: HasGenerations, numbers: NDArray[np.int32], generations: Generations, action: str
     ) -> NDArray[np.bool_] | None:
-        """(n,) bool: slots ((n,) int32) whose result must be refused; None if it is good for all.
+        """(n,) bool: slots ((n,) int32) whose result must be refused; None if all results are valid.
 
-        ``generations``: when the plan was made; None: the plan has ended. ``action``: for the log.
+        ``generations``: generations of the slots when the plan was made; None: the plan has ended. ``action``: name of
+        the transfer in the log.
         """
         if generations is None:
             stale = np.ones(len(numbers), dtype=np.bool_) if len(numbers) else None
@@ -58,7 +60,7 @@ class StaleResults:
         return stale
 
     def has_ended(self, generations: Generations, numbers: NDArray[np.int32], action: str) -> bool:
-        """Whether a plan, of these slots ((n,) int32), has ended already; then this result of it is refused."""
+        """Whether a plan of these slots ((n,) int32) has ended already; if so, refuse this second result."""
         if generations is not None:
             return False
         self.refuse(numbers, action)
@@ -67,8 +69,8 @@ class StaleResults:
     def of_read(
         self, slots: HasGenerations, plan: GetPlan, loaded: NDArray[np.bool_] | None
     ) -> NDArray[np.bool_] | None:
-        """(n,) bool: blocks that were ``loaded`` ((n,) bool) from slots that were freed meanwhile, which a pinned slot
-        never is; None if there are none. The plan ends. A slot whose fetch failed was freed, and is not loaded."""
+        """End a plan. Returns a mask ((n,) bool) of the ``loaded`` blocks ((n,) bool) whose slots were freed meanwhile;
+        None if there are none. A slot whose fetch failed was freed as well, but its block is not ``loaded``."""
         if plan.read is None or (stale := slots.changed(plan.slots, plan.read)) is None:
             plan.read = None
             return None
@@ -85,4 +87,5 @@ class StaleResults:
         self._num_logged += 1
         if self._num_logged <= _LOGGED:
             error = InvariantError(f"tier {self._tier}: a late {action} of slots {numbers[:4].tolist()}")
-            logger.error("%s is refused: they were freed since it was planned", error, stack_info=True)
+            logger.error("%s is refused: the plan has ended, or the slots were freed after it was made", error,
+                         stack_info=True)

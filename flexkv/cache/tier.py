@@ -1,4 +1,4 @@
-"""One tier: its slots, and what goes when they run out."""
+"""One tier: its slots, and the eviction of blocks when the slots run out."""
 
 import math
 import sys
@@ -29,22 +29,22 @@ SSD = 1
 
 
 MakePolicy = Callable[[int], EvictionPolicy]
-"""A policy for so many blocks."""
+"""``make_policy(capacity)``: a policy for a tier of ``capacity`` blocks."""
 
 _THE_ONLY_QUEUE = Choice()
 
 _NO_KEYS = np.zeros((0, 2), dtype=np.uint64)
 
 _MOST_AT_ONCE = 4096
-"""Blocks that go ahead of need at a time: requests wait for the index meanwhile, and a large tier must not make that
-longer."""
+"""Maximum number of blocks that one call evicts ahead of need. Requests wait for the index meanwhile; the bound keeps
+that wait independent of the size of the tier."""
 
 _EXPIRE_NODES = 2000
-"""Looked at by one sweep for what is kept no longer: few enough for requests not to notice."""
+"""Number of nodes that one sweep examines for expired blocks: few enough that requests do not notice the sweep."""
 
 
 class Tier:
-    """Slots of one tier of the index. The caller locks.
+    """Slots of one tier of the index. The caller must hold the engine's lock.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class Tier:
         ``HOST`` or ``SSD``.
     slots : Slots
     capacity : int
-        Slots that it will have at most.
+        Maximum number of slots of the tier.
     make_policy : MakePolicy
     quotas : Quotas
     start_threshold : float
@@ -74,7 +74,7 @@ class Tier:
         self.number = number
         self.slots = slots
         self.fate = Fate.EVICTED
-        """Of blocks that go when there is no room, and are on no other tier."""
+        """Reason recorded for blocks that are evicted for want of room and are on no other tier."""
         self.stale = StaleResults(number)
         self._evicted = self._expired = 0
         self._capacity = max(1, capacity)
@@ -85,19 +85,19 @@ class Tier:
         self.start_over()
 
     def start_over(self) -> None:
-        """Forget how blocks were used."""
+        """Replace the policies by new ones, without records of earlier uses."""
         self._policies = [self._make_policy(self._capacity) for _ in range(len(self._quotas))]
 
     @property
     def num_queues(self) -> int:
-        """Of its policy."""
+        """Number of queues of the tier's policy."""
         return self._policies[0].num_queues
 
     def take(
         self, tree: RadixTree, count: int, group: int, now: float, keep: NDArray[np.uint64] = _NO_KEYS
     ) -> NDArray[np.int32]:
-        """Slots for ``count`` blocks of a group, or for as many as can be had; evicts where too few are free, or the
-        group has too many. None are had where the tier goes out of service just now."""
+        """Allocate ``count`` slots for blocks of a group, or as many as are available. Evicts blocks if too few slots
+        are free, or the group has too many. Allocates none if the tier is taken offline during the call."""
         count = self.make_room(tree, count, group, now, keep)
         slots = self.slots.allocate(min(count, self.slots.num_free))
         return np.zeros(0, dtype=np.int32) if slots is None else slots
@@ -105,9 +105,10 @@ class Tier:
     def make_room(
         self, tree: RadixTree, count: int, group: int, now: float, keep: NDArray[np.uint64] = _NO_KEYS
     ) -> int:
-        """Evict until ``count`` slots are free for a group, or nothing more may go; returns how many it may take.
+        """Evict until ``count`` slots are free for a group, or no block is evictable. Returns the number of slots that
+        the group's quota allows it to take, ``count`` at most.
 
-        ``keep`` ((n, 2) uint64): the blocks of this sequence stay.
+        ``keep`` ((n, 2) uint64): the blocks of this sequence are not evicted.
         """
         tree.pin(keep, 0, len(keep))
         try:
@@ -126,8 +127,8 @@ class Tier:
         return count
 
     def place(self, plan: BlocksOfSequence, slots: NDArray[np.int32], now: float, group: int = 0) -> bool:
-        """Enter the blocks of a plan into its index, with these ``slots``, in state writing. False: the index or memory
-        is full; the slots were freed, and nothing else has changed."""
+        """Enter the blocks of a plan into its index, with these ``slots``, in state writing. False: the index is full,
+        or memory is exhausted; then the slots are freed, and nothing else changes."""
         try:
             plan.tree.insert(plan.keys, plan.by_position(slots), self.number, now, group)
         except MemoryError:                        # CapacityError is one
@@ -144,9 +145,9 @@ class Tier:
     def end_writing(
         self, plan: PutPlan | FetchPlan | WritePlan | DirectPlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
     ) -> None:
-        """Blocks of a plan that are ``ok`` become ready in their ``slots``, the others absent. A result for slots that
-        were freed since is refused."""
-        # After a reset too: its tree offers nothing, and lets go of a slot when nobody reads it any more.
+        """Make the blocks of a plan that are ``ok`` ready in their ``slots``, and the others absent. A result for slots
+        that were freed meanwhile is refused."""
+        # This holds after a reset too: the retired tree offers no block, and frees a slot once no plan reads it.
         stale = self.stale.find(self.slots, slots, plan.filled, "write")
         plan.filled = None                           # a second result of this plan is refused
         ok, failed = (ok, ~ok) if stale is None else (ok & ~stale, ~ok & ~stale)
@@ -157,18 +158,18 @@ class Tier:
             self.slots.free(slots[failed])
 
     def limit(self, group: int) -> int:
-        """How many slots a group can have at most."""
+        """Maximum number of slots of a group."""
         return self._quotas.limit(group, self.slots.capacity)
 
     def has_room(self, tree: RadixTree, count: int, group: int) -> bool:
-        """Whether a group can take so many slots, and nothing has to go for it."""
+        """Whether ``count`` slots can be allocated for a group without eviction."""
         limit, capacity = self.limit(group), self.slots.capacity
         return count <= self.slots.num_free and (limit == capacity or self._used(tree, group) + count <= limit)
 
     def room(self, tree: RadixTree, group: int) -> int:
-        """How many slots a group can take before anything has to go, now or ahead of need.
+        """Number of slots that a group can take without eviction, now or ahead of need.
 
-        What a batch of evictions has just freed does not count: taking it would only bring the next batch on.
+        Slots that a batch of evictions has just freed do not count, because taking them would trigger the next batch.
         """
         limit, capacity = self.limit(group), self.slots.capacity
         kept_free = capacity - int(self._start_threshold * capacity) + self._batch()
@@ -179,7 +180,7 @@ class Tier:
         return int(tree.ranking(self.number).blocks()[group].sum())
 
     def _trim(self, tree: RadixTree, group: int, most: int, now: float, limit: int = sys.maxsize) -> int:
-        """Evict what a group has beyond ``most`` blocks, or ``limit`` blocks of that."""
+        """Evict blocks of a group until it has ``most`` blocks; ``limit`` blocks at most."""
         excess = min(limit, self._used(tree, group) - most)
         if excess <= 0:
             return 0
@@ -190,10 +191,10 @@ class Tier:
         return freed + self._evict_from(tree, group, excess - freed, now, Fate.OVER_QUOTA)
 
     def evict_ahead(self, tree: RadixTree, now: float) -> int:
-        """Free some of what is kept no longer or exceeds a limit, and a batch of slots if fewer than the watermark are
-        free; returns how many."""
+        """Evict a bounded number of expired blocks and of blocks beyond a quota, and a batch of blocks if the share of
+        slots in use exceeds the threshold; returns the number of slots freed."""
         freed, capacity = self._sweep_expired(tree, now), self.slots.capacity
-        for group in range(len(self._quotas)):       # what was found on disk counts as others' until it is used
+        for group in range(len(self._quotas)):       # recovered blocks count for group 0 until they are used
             if (limit := self.limit(group)) < capacity:
                 freed += self._trim(tree, group, limit, now, _MOST_AT_ONCE)
         if capacity - self.slots.num_free <= self._start_threshold * capacity:
@@ -214,7 +215,7 @@ class Tier:
     # ---- the policy -------------------------------------------------------------------------------------------
 
     def used(self, tree: RadixTree) -> None:
-        """Blocks were used: tell the policy, once there is enough to tell."""
+        """Note that blocks were used; reports them to the policy once there are ``max_waiting`` nodes to report."""
         if tree.ranking(self.number).num_waiting >= self._policies[0].max_waiting:
             self._tell(tree)
 
@@ -242,8 +243,8 @@ class Tier:
         policy.place(events)
 
     def evict(self, tree: RadixTree, want: int, now: float, group: int | None = None) -> int:
-        """Free up to ``want`` slots (for a group): first of blocks that no match reaches, then by quota and policy;
-        returns how many."""
+        """Free up to ``want`` slots (for a group): first slots of blocks that no match can reach, then by quota and
+        policy. Returns the number of slots freed."""
         freed = self.reclaim(tree, want)
         if freed >= want:
             return freed
@@ -258,7 +259,8 @@ class Tier:
         return freed
 
     def reclaim(self, tree: RadixTree, want: int, group: int = -1) -> int:
-        """Free up to ``want`` slots of blocks (of a group) that lie behind a block that was lost; returns how many."""
+        """Free up to ``want`` slots of blocks (of a group) that follow a block that is on no tier, so that no match can
+        reach them. Returns the number of slots freed."""
         if tree.num_holes == 0:
             return 0
         slots = tree.reclaim(self.number, want, group)
@@ -284,18 +286,18 @@ class Tier:
             if policy.num_queues == 1:
                 break
             if all(map(np.array_equal, ranking.queues(group), (blocks, heads))):
-                raise InvariantError(f"{type(policy).__name__} chooses {choice}, from where nothing can go")
+                raise InvariantError(f"{type(policy).__name__} chooses {choice}, which has no evictable block")
         self._evicted += freed
         if gone is not None and freed:
             policy.evicted(gone.array())
         return freed
 
     def sweep(self, tree: RadixTree) -> None:
-        """Free all slots of a tree that is out of use, but those that something still reads or writes."""
+        """Free all slots of a retired tree, except slots that a plan still reads or writes."""
         self.slots.free(tree.discard(self.number))
 
     def stats(self, tree: RadixTree, prefix: str) -> dict[str, int]:
-        """Free slots, blocks that have gone since the start, and, where there are quotas, blocks by namespace."""
+        """Free slots, blocks evicted since the start, and, if there are quotas, blocks by namespace."""
         stats = {
             "free_slots": self.slots.num_free, "evicted_blocks": self._evicted, "expired_blocks": self._expired,
             "stale_results": self.stale.num_blocks,
@@ -307,7 +309,8 @@ class Tier:
         return {f"{prefix}{name}": count for name, count in stats.items()}
 
     def check_integrity(self, held: NDArray[np.int32]) -> None:
-        """Raise InvariantError unless every slot is free, or held by exactly one block (``held`` lists those)."""
+        """Raise InvariantError unless every slot is either free or used by exactly one block (``held`` lists the slots
+        of all blocks)."""
         self.slots.check_integrity()
         if len(np.unique(held)) != len(held):
             raise InvariantError(f"tier {self.number}: two blocks hold one slot")
@@ -321,22 +324,23 @@ class Tier:
 
 
 def no_slots() -> Slots:
-    """Of a tier that is not there yet."""
+    """The slots of a tier that is not in service yet: none."""
     return SlotAllocator(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SsdTier:
-    """What the index is told of the SSD tier when it comes into service.
+    """The SSD tier as the index sees it.
 
     Attributes
     ----------
     slots : Slots
     planner : LoadPlanner
     usable : callable
-        Whether blocks can be read and written now.
+        ``usable()``: whether blocks can be read and written now.
     usable_slots : callable
-        Which of these slots ((n,) int32) can be; (n,) bool. Asked only while ``usable()``.
+        ``usable_slots(slots)``: (n,) bool, whether each of these slots ((n,) int32) can be read and written now. Called
+        only while ``usable()``.
     """
 
     slots: Slots
@@ -345,7 +349,7 @@ class SsdTier:
     usable_slots: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
 
     def in_service(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """(n,) bool: slots ((n,) int32; -1: none) whose block can be read now."""
+        """(n,) bool: whether the block of each slot ((n,) int32; -1: no slot) can be read now."""
         there = slots >= 0
         if not there.any() or not self.usable():
             return np.zeros(len(slots), dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""Blocks that are copied from host memory to SSD, and their slots there."""
+"""Plans write-back: the blocks to copy from host memory to SSD, and their slots there."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from flexkv.cache.tier import HOST, SSD, Tier
 def plan_write(
     tree: RadixTree, host: Tier, below: Tier, keys: NDArray[np.uint64], limit: int, now: float
 ) -> WritePlan | None:
-    """As ``GlobalCacheEngine.begin_write``. The caller locks."""
+    """Plan a write-back as ``GlobalCacheEngine.begin_write`` does. The caller must hold the engine's lock."""
     match = tree.match(keys, now)
     keys = keys[: match.num_ready]
     blocks = np.flatnonzero((match.tiers == HOST) & (tree.slots(keys, SSD) < 0))[:limit]

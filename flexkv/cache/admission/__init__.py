@@ -1,1 +1,1 @@
-"""What gets a place on a tier, and what is loaded rather than computed."""
+"""Admission: the blocks that are written to a lower tier, and the blocks that are loaded instead of computed."""

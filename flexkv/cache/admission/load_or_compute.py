@@ -1,4 +1,4 @@
-"""Load or compute: how much of what is on SSD is sooner loaded than computed."""
+"""Load or compute: the number of blocks on SSD that load faster than the engine computes them."""
 
 from collections.abc import Callable
 
@@ -6,14 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 _KEEP = 0.8
-"""Of what was measured before, when another read has ended."""
+"""Weight of earlier measurements when a read ends (exponential decay)."""
 
 _STALE_S = 60.0
-"""After so long without a read its speed is not known any more. Else one that was slow would be the last."""
+"""Seconds without a read after which the measured speed is discarded. Otherwise one slow measurement would prevent all
+later reads, and so never be corrected."""
 
 
 class LoadPlanner:
-    """Decides on blocks that have to be read from SSD, and measures how fast that goes. The caller locks.
+    """Decides how many blocks to load from SSD, and measures the speed of reads. The caller must serialize calls.
 
     Parameters
     ----------
@@ -23,9 +24,9 @@ class LoadPlanner:
         Bytes of a block.
     tokens_per_block : int
     prefill_tokens_per_s : float
-        How fast the engine computes; 0: not known, so that ``auto`` always loads. May be set at any time.
+        Speed of the engine's prefill; 0: unknown, so that ``auto`` loads all blocks. May be set at any time.
     clock : callable
-        Seconds, monotonic.
+        Monotonic time in seconds.
     """
 
     def __init__(
@@ -46,14 +47,14 @@ class LoadPlanner:
 
     @property
     def bytes_per_s(self) -> float:
-        """What reads have brought while any was under way; 0: not known."""
+        """Measured speed of reads: bytes per second of time in which a read was under way; 0: unknown."""
         return self._bytes / self._seconds if self._seconds > 0 and not self._is_stale() else 0.0
 
     def _is_stale(self) -> bool:
         return self._reads == 0 and self._clock() - self._busy_since > _STALE_S
 
     def read_began(self) -> None:
-        """A read begins."""
+        """Note that a read has begun."""
         if self._is_stale():
             self._bytes = self._seconds = 0.0
         if self._reads == 0:
@@ -61,7 +62,7 @@ class LoadPlanner:
         self._reads += 1
 
     def read_ended(self, num_blocks: int) -> None:
-        """A read has ended, and brought so many blocks."""
+        """Note that a read has ended, and that ``num_blocks`` blocks were read."""
         now = self._clock()
         self._bytes = _KEEP * self._bytes + num_blocks * self._slot_bytes
         self._seconds = _KEEP * self._seconds + now - self._busy_since
@@ -69,14 +70,14 @@ class LoadPlanner:
         self._reads -= 1
 
     def worth(self, slow: NDArray[np.bool_], queued_blocks: int) -> int:
-        """How many of the blocks to load.
+        """Number of leading blocks to load, of n consecutive blocks.
 
         Parameters
         ----------
         slow : (n,) bool
-            Of consecutive blocks that could be loaded, those that have to be read from SSD.
+            Blocks that must be read from SSD.
         queued_blocks : int
-            Blocks to be read before them.
+            Blocks of other requests that are read from SSD first.
         """
         first = int(slow.argmax()) if slow.any() else len(slow)
         if self._policy == "never":

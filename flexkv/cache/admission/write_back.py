@@ -1,4 +1,5 @@
-"""What is copied to SSD, and when: admission (docs/design/0010-admission.md), a rate limit. Moves no bytes."""
+"""Write-back: selects the blocks that are written to SSD (admission, docs/design/0010-admission.md) and limits the rate
+of writes. Moves no bytes."""
 
 import math
 import threading
@@ -12,30 +13,30 @@ from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import PutPlan, WritePlan
 
 _EVIDENCE_SHARE = 0.25
-"""Of a sequence has to be there already for the rest to be thought part of a conversation: a system prompt that all
-share tells nothing (docs/design/0009-eviction-by-rank.md)."""
+"""Minimum cached share of a sequence before its new blocks count as a continued conversation. A shorter prefix may be a
+system prompt that all requests share, and is no evidence of reuse (docs/design/0009-eviction-by-rank.md)."""
 
 
 class SsdWriter:
-    """Sequences that are worth writing to SSD, and whose turn it is.
+    """Queue of the sequences to write to SSD.
 
-    Thread safe; its lock is taken before the index's. Nothing here waits, and no request waits for it: where too much
-    is queued, sequences are left out and counted.
+    Thread safe; its lock is taken before the index's. No method waits, and no request waits for write-back: sequences
+    that do not fit into the queue are dropped and counted.
 
     Parameters
     ----------
     cache : GlobalCacheEngine
     write_all : bool
-        False: where something would have to go for it, a block is written only once there is evidence that it is used
-        again: it was loaded, or was put again, also after it had gone, or follows on blocks that were and are a good
-        part of its sequence. While slots are free everything is.
+        False: when the SSD tier is full, write a block only after evidence of reuse: its sequence was loaded; was put
+        again, also after its eviction; or continues blocks that are on SSD or queued for it and make up more than
+        ``_EVIDENCE_SHARE`` of the sequence. While slots are free, every block is written.
     batch_blocks : int
-        Written at a time: large enough for long runs of slots.
+        Maximum number of blocks of one write: enough for long runs of adjacent slots.
     max_in_flight_blocks, max_queued_blocks : int
     blocks_per_s : float
-        Limit of the rate; 0: none.
+        Maximum rate of writes; 0: no limit.
     clock : callable
-        Seconds, monotonic.
+        Monotonic time in seconds.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class SsdWriter:
     # ---- evidence ---------------------------------------------------------------------------------------------
 
     def hit(self, keys: NDArray[np.uint64]) -> bool:
-        """A sequence ((n, 2) uint64) was loaded; True if some of it is to be written."""
+        """Report that a sequence ((n, 2) uint64) was loaded; returns whether blocks of it were queued."""
         wanted = ~self._cache.on_ssd(keys)
         if not wanted.any():
             return False
@@ -73,7 +74,7 @@ class SsdWriter:
             return self._add(group, keys, np.flatnonzero(wanted))
 
     def put(self, plan: PutPlan) -> bool:
-        """A put has ended; True if some of its sequence is to be written."""
+        """Report that a put has ended; returns whether blocks of its sequence were queued."""
         keys = plan.keys
         if len(keys) == 0:
             return False
@@ -90,15 +91,16 @@ class SsdWriter:
             return self._add(group, keys, wanted)
 
     def _add(self, group: int, keys: NDArray[np.uint64], wanted: NDArray[np.intp]) -> bool:
-        """Queue a sequence for its blocks at the positions ``wanted``, as many as there is room for."""
+        """Queue a sequence for its blocks at the positions ``wanted``, as many as fit."""
         return len(wanted) > 0 and self._queue.add(group, keys, wanted) > 0
 
     # ---- writing ----------------------------------------------------------------------------------------------
 
     def next(self, hurry: bool = False) -> WritePlan | None:
-        """What to write now; None: nothing is queued, or enough is under way, or (unless ``hurry``) it is too soon.
+        """Plan of the next write. None: no block is queued, ``max_in_flight_blocks`` are under way, or (unless
+        ``hurry``) the rate limit requires a pause.
 
-        Every plan must be given back to ``ended`` once.
+        Every plan must be passed to ``ended`` once.
         """
         with self._lock:
             while (first := self._queue.first()) and self._room() > 0 and (hurry or self._clock() >= self._not_before):
@@ -106,7 +108,7 @@ class SsdWriter:
                 plan = self._cache.begin_write(keys, self._room())
                 if plan is None or len(plan) < self._room():
                     self._queue.remove(group, keys[-1])
-                    self._dropped += int((~self._cache.on_ssd(keys)).sum())    # evicted, or no slot was to be had
+                    self._dropped += int((~self._cache.on_ssd(keys)).sum())    # evicted, or there was no SSD slot
                 if plan is not None:
                     self._queue.end_turn(group)
                     self._in_flight += len(plan)
@@ -119,14 +121,14 @@ class SsdWriter:
         return min(self._batch, self._max_in_flight - self._in_flight)
 
     def ended(self, plan: WritePlan, written: NDArray[np.bool_]) -> None:
-        """A write has ended; ``written`` : (m,) bool."""
+        """End a write; ``written``: (m,) bool, the blocks that are on SSD."""
         self._cache.end_write(plan, written)
         with self._lock:
             self._in_flight -= len(plan)
             self._written += int(written.sum())
 
     def pause(self) -> float:
-        """Seconds until ``next`` may have something; infinite if that takes more news."""
+        """Seconds until ``next`` may return a plan; infinite if a block must be queued or a write must end first."""
         with self._lock:
             if self._queue.num_blocks == 0 or self._room() <= 0:
                 return math.inf
@@ -138,23 +140,23 @@ class SsdWriter:
             return self._queue.num_blocks == 0 or self._queue.num_blocks + num_blocks <= self._max_queued
 
     def num_unwritten(self) -> int:
-        """Blocks that are queued or under way."""
+        """Number of blocks that are queued or under way."""
         with self._lock:
             queued = sum(int((~self._cache.on_ssd(keys)[blocks]).sum()) for keys, blocks in self._queue.sequences())
             return queued + self._in_flight
 
     @property
     def idle(self) -> bool:
-        """Nothing is queued or under way."""
+        """Whether no block is queued or under way."""
         return self._queue.num_blocks == 0 and self._in_flight == 0
 
     def clear(self) -> None:
-        """Forget what is queued."""
+        """Drop all queued sequences."""
         with self._lock:
             self._queue.clear()
 
     def stats(self) -> dict[str, int]:
-        """Blocks, now and since the start."""
+        """Blocks queued and under way now; blocks written and dropped since the start."""
         with self._lock:
             return {
                 "ssd_written_blocks": self._written,

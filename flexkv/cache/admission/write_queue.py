@@ -1,4 +1,4 @@
-"""What waits to be written to a tier below: bounded in all, and fair between namespaces."""
+"""Queue of the sequences to write to a lower tier: bounded, and fair between namespaces."""
 
 from collections.abc import Iterator
 
@@ -10,20 +10,22 @@ _Sequence = tuple[NDArray[np.uint64], NDArray[np.intp]]
 
 
 class WriteQueue:
-    """Sequences of each quota group, in the order in which they came; groups take turns. The caller locks.
+    """Sequences of each quota group in order of arrival; groups take turns. The caller must serialize calls.
 
-    Where not all has room, a group that has less than an even part of the queue gets it, at the cost of what came last
-    of those that have more. So one that floods delays another's writes by its turns, and takes none of them away.
+    When the queue is full, a group with less than an even share of it can still add blocks up to that share: the
+    latest blocks of groups above their share are dropped. So a group that floods the queue delays the writes of
+    another group, but does not displace them.
 
     Parameters
     ----------
     max_blocks : int
-        Of all groups together.
+        Maximum number of blocks of all groups together.
 
     Attributes
     ----------
     left_out : int
-        Blocks that had no room, of what was added or of what waited, since the start.
+        Blocks dropped since the start: blocks that did not fit when they were added, and queued blocks that were
+        dropped for another group.
     """
 
     def __init__(self, max_blocks: int) -> None:
@@ -34,12 +36,12 @@ class WriteQueue:
 
     @property
     def num_blocks(self) -> int:
-        """Of all groups."""
+        """Queued blocks of all groups."""
         return sum(self._blocks.values())
 
     def add(self, group: int, keys: NDArray[np.uint64], blocks: NDArray[np.intp]) -> int:
-        """Queue the blocks at these positions of a sequence, or as many of the first of them as have room; returns how
-        many."""
+        """Queue the blocks at these positions of a sequence, or the first of them if not all fit; returns the number of
+        blocks queued."""
         self.remove(group, keys[-1])
         share = self._max // len(self._queues.keys() | {group})
         room = max(0, self._max - self.num_blocks, share - self._blocks.get(group, 0))
@@ -59,7 +61,7 @@ class WriteQueue:
         self._blocks[group] = self._blocks.get(group, 0) + len(blocks)
 
     def _shorten(self, count: int, share: int) -> None:
-        """Leave out up to ``count`` blocks of what came last of the largest group, which has more than ``share``."""
+        """Drop up to ``count`` blocks of the latest sequence of the largest group, down to ``share``."""
         group = max(self._blocks, key=self._blocks.__getitem__)
         keys, blocks = next(reversed(self._queues[group].values()))
         count = min(count, len(blocks), self._blocks[group] - share)
@@ -69,7 +71,7 @@ class WriteQueue:
         self.left_out += count
 
     def remove(self, group: int, last_key: NDArray[np.uint64]) -> bool:
-        """Take the sequence that ends with a key ((2,) uint64) off the queue; False if it is not there."""
+        """Remove the sequence that ends with a key ((2,) uint64) from the queue; False if it is not queued."""
         _, blocks = self._queues.get(group, {}).pop(last_key.tobytes(), (None, ()))
         if len(blocks) == 0:
             return False
@@ -79,22 +81,22 @@ class WriteQueue:
         return True
 
     def first(self) -> tuple[int, NDArray[np.uint64]] | None:
-        """Whose turn it is, and the sequence that is the next of it; None: nothing waits."""
+        """The group whose turn it is, and its next sequence; None: the queue is empty."""
         for group, queue in self._queues.items():
             return group, next(iter(queue.values()))[0]
         return None
 
     def sequences(self) -> Iterator[_Sequence]:
-        """All that waits."""
+        """All queued sequences."""
         for queue in self._queues.values():
             yield from queue.values()
 
     def end_turn(self, group: int) -> None:
-        """It is the others' turn now."""
+        """Move a group behind all other groups."""
         if group in self._queues:
             self._queues[group] = self._queues.pop(group)
 
     def clear(self) -> None:
-        """Forget all of it."""
+        """Drop all queued sequences."""
         self._queues.clear()
         self._blocks.clear()

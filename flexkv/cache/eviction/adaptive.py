@@ -1,4 +1,4 @@
-"""Learns what is used again (docs/design/0008-adaptive-eviction.md)."""
+"""Adaptive eviction: learns which blocks are used again, and when (docs/design/0008-adaptive-eviction.md)."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,16 +9,17 @@ from flexkv._core.index.reuse_statistics import NUM_QUEUES, ReuseStatistics, rem
 from flexkv.cache.eviction.policy import Choice, EvictionPolicy
 
 _GHOST_SHARE = 8
-"""One piece is remembered for so many blocks of the tier: 4 bytes a block."""
+"""Blocks of the tier for each evicted piece that is remembered. At 8 the record takes 4 bytes a block."""
 
 _MIN_GHOSTS = 8192
-"""A small tier has to remember more than its share to see anything come back: 256 KiB."""
+"""Minimum number of evicted pieces that are remembered (256 KiB). A small tier would otherwise observe no returns."""
 
 
 class Adaptive(EvictionPolicy):
-    """What gives the fewest hits per block and second goes first, as learned from what came back and when.
+    """Evicts the nodes with the lowest expected hits per block and second, learned from which blocks were used again,
+    and when.
 
-    Until there is something to go by it is LRU. ``flexkv._core.index.reuse_statistics`` has the statistics, and their
+    Until it has statistics it is LRU. ``flexkv._core.index.reuse_statistics`` documents the statistics and their
     sources.
     """
 

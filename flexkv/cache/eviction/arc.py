@@ -10,12 +10,12 @@ RECENT, FREQUENT = 0, 1
 
 
 class ARC(EvictionPolicy):
-    """Two LRU queues: of what was used once, and of what was used again. What comes back after it went tells which of
-    the two was too short."""
+    """Two LRU queues: nodes used once, and nodes used again. An evicted node that returns shows which of the queues was
+    too short."""
 
     num_queues = 2
     wants_pieces = True
-    max_waiting = 1                          # a ghost that is back changes the shares before the next one is looked at
+    max_waiting = 1                          # each return must change the shares before the next return is processed
 
     def __init__(self, capacity: int, hit_reward_seconds: float = 0.0) -> None:
         super().__init__(capacity, hit_reward_seconds)
@@ -35,7 +35,7 @@ class ARC(EvictionPolicy):
         events["rank"] = events["last_access"] + self.hit_reward_seconds * events["hits"]
 
     def _came_back(self, queue: int, blocks: int) -> None:
-        """A queue was too short: it should have more, the more so the less of it comes back."""
+        """Enlarge a queue to which ``blocks`` evicted blocks returned; by more if the other queue has more ghosts."""
         mine, other = self._ghosts[queue].num_blocks + blocks, self._ghosts[1 - queue].num_blocks
         step = blocks * max(1.0, other / mine)
         self._share = min(self._share + step, self.capacity) if queue == RECENT else max(self._share - step, 0.0)

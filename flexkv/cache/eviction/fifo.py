@@ -7,7 +7,7 @@ from flexkv.cache.eviction.policy import EvictionPolicy
 
 
 class FIFO(EvictionPolicy):
-    """What came to the tier first goes first, however it was used."""
+    """Evicts the nodes that came to the tier first. Hits count only through ``hit_reward_seconds``."""
 
     def place(self, events: NDArray[np.void]) -> None:
         events["rank"] += self.hit_reward_seconds * events["new_hits"]

@@ -7,7 +7,7 @@ from flexkv.cache.eviction.policy import EvictionPolicy
 
 
 class FILO(EvictionPolicy):
-    """What came to the tier last goes first: what fills it once stays."""
+    """Evicts the nodes that came to the tier last, so that the nodes that filled it first stay."""
 
     def place(self, events: NDArray[np.void]) -> None:
         rank = np.where(events["is_new"], -events["rank"], events["rank"])

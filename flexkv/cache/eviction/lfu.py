@@ -7,7 +7,8 @@ from flexkv.cache.eviction.policy import EvictionPolicy
 
 
 class LFU(EvictionPolicy):
-    """What was hit least often goes first; of equals, what was used longest ago. A queue for each number of hits."""
+    """Evicts the nodes with the fewest hits, and of equals the least recently used. One queue for each number of hits;
+    the last queue takes all higher numbers."""
 
     num_queues = 64
 

@@ -7,7 +7,7 @@ from flexkv.cache.eviction.policy import EvictionPolicy
 
 
 class LRU(EvictionPolicy):
-    """What was used longest ago goes first."""
+    """Evicts the nodes that were used longest ago."""
 
     def place(self, events: NDArray[np.void]) -> None:
         events["rank"] = events["last_access"] + self.hit_reward_seconds * events["hits"]

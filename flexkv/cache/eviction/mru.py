@@ -7,7 +7,7 @@ from flexkv.cache.eviction.policy import EvictionPolicy
 
 
 class MRU(EvictionPolicy):
-    """What was used last goes first: for scans over more than fits, again and again."""
+    """Evicts the nodes that were used last. Suits repeated scans over more blocks than the tier holds."""
 
     def place(self, events: NDArray[np.void]) -> None:
         events["rank"] = self.hit_reward_seconds * events["hits"] - events["last_access"]

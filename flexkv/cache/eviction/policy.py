@@ -12,19 +12,19 @@ from flexkv._core.index.ghosts import Ghosts
 
 @dataclass(slots=True)
 class Choice:
-    """What goes next.
+    """The nodes to evict next.
 
     Attributes
     ----------
     queue : int
-        From there, in the order of rank.
+        Queue to evict from, in the order of rank.
     leave : int
-        As long as the queue has more blocks than this.
+        Number of blocks that must stay in the queue.
     spare_to : int
-        Nodes with lives left are not evicted, but go to the end of this queue: they lose one life if it is the same
-        queue, and all if it is another. -1: none is spared.
+        Nodes with lives left are not evicted, but move to the end of this queue. They lose one life if it is their own
+        queue, and all lives if it is another. -1: no node is spared.
     below : float
-        Only nodes of a lower rank.
+        Only nodes of a lower rank are evicted.
     """
 
     queue: int = 0
@@ -34,31 +34,34 @@ class Choice:
 
 
 class EvictionPolicy(ABC):
-    """Says in which order what is cached on one tier goes. One instance for each tier and quota group.
+    """Orders the blocks of one tier for eviction. There is one instance for each tier and quota group.
 
-    The unit is a *node*: blocks of one sequence with one history. From among the nodes that have nothing below them
-    the one with the lowest rank goes first, its deepest block first; what is pinned or being written stays.
+    The unit is a *node*: consecutive blocks of one sequence with one history. Of the nodes without a node below them on
+    the tier, the node with the lowest *rank* (eviction priority) is evicted first, from its last block on. Acquired or
+    pinned blocks and blocks being written stay.
 
-    All methods are called under the engine's lock, and cost what happened since the last call, not what is cached. A
-    policy keeps no more than a few bytes for each block. If a method raises, nothing has been evicted.
+    All methods are called under the engine's lock. Their cost must depend on the events since the last call, not on the
+    number of cached blocks. A policy must not keep more than a few bytes for each block. If a method raises, index and
+    slots stay consistent.
 
     Parameters
     ----------
     capacity : int
-        Blocks of the tier; the largest that it will have.
+        Maximum number of blocks of the tier.
     hit_reward_seconds : float
         Frequency-aware grace time: each hit makes a node count as this many seconds younger.
 
     Attributes
     ----------
     num_queues : int
-        A node is in one of so many queues (0 at first), each with its own order.
+        Number of queues, each with its own order. A node is in one of them, at first in queue 0.
     wants_pieces : bool
-        Whether ``evicted`` is to be called.
+        Whether ``evicted`` must be called.
     max_waiting : int
-        Nodes that it is told of at once, at most: few enough for a request not to notice.
+        Number of changed nodes at which ``place`` is called: small enough that a request does not notice the call.
     ghosts : Ghosts, optional
-        Pieces that ``returned`` is to be told of when they come back, those that follow each other one by one.
+        Evicted pieces whose return ``returned`` reports. The pieces of a new node are found one after another, from its
+        first block on.
     """
 
     num_queues = 1
@@ -72,32 +75,32 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def place(self, events: NDArray[np.void]) -> None:
-        """Rank nodes that were used or came to the tier since the last call.
+        """Rank the nodes that were used, or came to the tier, since the last call.
 
         Parameters
         ----------
         events : (n,) of ``flexkv._core.index.eviction_queues.EVENT_DTYPE``
-            Times are in seconds on the engine's clock. Not to be kept. To be changed in place: ``rank`` (of new ones:
-            when they came to the tier); ``queue``, ``lives`` (how often it is spared), ``mark`` (the policy's own, 0 at
-            first).
+            Times are in seconds on the engine's clock. The policy must not keep the array. It changes in place:
+            ``rank`` (on input, for a new node, the time at which it came to the tier), ``queue``, ``lives`` (number of
+            times that the node is spared) and ``mark`` (for the policy's own use, 0 at first).
         """
 
     def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:  # noqa: B027
-        """What came back, in the events that ``place`` gets next: (n,) of
+        """Receive the evicted pieces that returned with ``events``, before ``place`` gets these: (n,) of
         ``flexkv._core.index.eviction_queues.RETURN_DTYPE``."""
 
     def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
-        """From where to evict. Called until enough is free, and again when something may go from a queue from which
-        nothing could.
+        """Choose the nodes to evict next. Called until enough slots are free; called again as soon as a queue without
+        evictable nodes gets one.
 
         Parameters
         ----------
         blocks : (num_queues,) int64
-            That each queue has on the tier.
+            Blocks of each queue on the tier.
         heads : (num_queues,) float64
-            The lowest rank in each queue; infinite where nothing may go. Not all are.
+            Lowest rank of each queue; infinite if the queue has no evictable node. At least one is finite.
         """
         return Choice(int(np.isfinite(heads).argmax()))
 
     def evicted(self, pieces: NDArray[np.void]) -> None:  # noqa: B027
-        """What went: (n,) of ``flexkv._core.index.eviction.PIECE_DTYPE``. Need not be overridden."""
+        """Receive the evicted pieces: (n,) of ``flexkv._core.index.eviction.PIECE_DTYPE``. Overriding is optional."""

@@ -9,16 +9,18 @@ from flexkv.cache.eviction.policy import Choice, EvictionPolicy
 SMALL, MAIN = 0, 1
 
 _SMALL_SHARE = 0.1
-"""Of the tier; as in the paper."""
+"""Share of the tier for the small queue, as in the paper."""
 
 _MAX_LIVES = 3
+"""Maximum number of times that a node of the main queue is spared, as in the paper."""
 
 
 class S3FIFO(EvictionPolicy):
-    """What is new has to be hit in a small queue to get into the main one, or soon after it has left it.
+    """A new node enters a small queue. It moves to the main queue if it is hit there, or if it returns soon after its
+    eviction.
 
-    A node in the main queue is spared once for each hit, three times at most. Nodes that come back within as many
-    blocks as the main queue has go straight there.
+    A node in the main queue is spared once for each hit, three times at most. A node that returns enters the main queue
+    directly if no more blocks than the main queue holds were evicted from the small queue since.
     """
 
     num_queues = 2

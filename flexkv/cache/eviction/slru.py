@@ -8,11 +8,11 @@ from flexkv.cache.eviction.policy import Choice, EvictionPolicy
 PROBATION, PROTECTED = 0, 1
 
 _PROTECTED_SHARE = 0.8
-"""Of the tier."""
+"""Maximum share of the tier for the protected queue."""
 
 
 class SLRU(EvictionPolicy):
-    """What was hit is protected, as long as there is room for it; what was not goes first. Both are LRU."""
+    """Two LRU queues: nodes that were hit are protected, up to a share of the tier; other nodes are evicted first."""
 
     num_queues = 2
 

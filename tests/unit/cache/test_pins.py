@@ -88,16 +88,16 @@ def test_what_cannot_be_pinned_is_named_and_changes_nothing() -> None:
     with pytest.raises(PinError, match="no block of this prefix is cached"):
         engine.pin(keys_of((1, 2)), "p")
     put(engine, 1, 2, 3)
-    with pytest.raises(PinError, match="is no name"):
+    with pytest.raises(PinError, match="is not a valid name"):
         engine.pin(keys_of((1,)), "x" * 129)
-    with pytest.raises(PinError, match="is no name"):
+    with pytest.raises(PinError, match="is not a valid name"):
         engine.pin(keys_of((1,)), "a\nb")
     assert engine.pin(keys_of((1,)), "").name
     with pytest.raises(PinError, match="already"):
         engine.pin(keys_of((1,)), "")
     with pytest.raises(PinError, match="nothing is pinned as 'q'"):
         engine.unpin("q")
-    with pytest.raises(PinError, match="others' guarantees"):   # two blocks are nobody's
+    with pytest.raises(PinError, match="guarantees of other namespaces"):   # two blocks are nobody's
         engine.pin(keys_of((1, 2, 3)), "three")
     assert engine.pin(keys_of((1, 2)), "two").num_blocks == 2
     put(engine, 5, 6, 7, 8, group=1)

@@ -148,7 +148,7 @@ def test_pins_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert "all: 5 blocks\n" in command(capsys, "pins", *port)[1]
         assert command(capsys, "unpin", *port, "--name", "all") == (0, "all: 5 blocks are unpinned\n")
         assert command(capsys, "unpin", *port, "--name", "all") == (
-            1, "flexkv unpin: nothing is pinned as 'all'; flexkv pins lists what is\n"
+            1, "flexkv unpin: nothing is pinned as 'all'; flexkv pins lists all pins\n"
         )
         assert "no block" in command(capsys, "pin", *port, "--tokens", str(tmp_path / "list"))[1]
         assert len(manager.pins()) == 1
