@@ -1,1 +1,1 @@
-"""Where block bytes rest: the layout of a slot, and the tiers that hold slots."""
+"""Storage of block bytes: the layout of a slot, and the tiers that hold slots."""

@@ -15,7 +15,7 @@ from flexkv.errors import CapacityError
 logger = logging.getLogger("flexkv.storage")
 
 OnExtent = Callable[[int, bool], None]
-"""``on_extent(num_slots, last)``: so many slots are populated; ``last``: there will be no more."""
+"""``on_extent(num_slots, last)``: ``num_slots`` slots are populated; ``last``: there will be no more."""
 
 _PART_BYTES = 64 << 20
 """Memory populated at a time, in bytes. ``close`` waits for one part (10 to 30 ms), so parts are small."""
@@ -42,8 +42,8 @@ def _remedy(error: OSError | OverflowError, hugepage_bytes: int) -> str:
 class HostPool:
     """``num_slots`` slots of ``slot_bytes`` bytes in a memfd, so that other processes can map the same memory.
 
-    ``populate`` takes the memory in the background, and makes huge pages of it; a slot is usable when ``populate`` has
-    reported it.
+    ``populate`` allocates the memory in the background, in huge pages where possible; a slot is usable when
+    ``populate`` has reported it.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class HostPool:
 
     @property
     def memory(self) -> memoryview:
-        """All slots, one after another, and not what a last hugepage has beyond them."""
+        """All slots, one after another, without the unused end of the last hugepage."""
         return memoryview(self._memory)[: self.num_slots * self.slot_bytes]
 
     def slot(self, index: int) -> memoryview:
@@ -94,23 +94,23 @@ class HostPool:
         return memoryview(self._memory)[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
     def populate(self, on_extent: OnExtent) -> None:
-        """Take the memory in the background, part by part.
+        """Allocate the memory on a background thread, part by part.
 
-        ``on_extent`` is called on that thread, with more slots each time, and once with ``last``, unless ``close`` came
-        before. When memory runs out the pool stays as large as it is, and the log says so.
+        ``on_extent`` is called on that thread, with more slots each time, and once with ``last``, unless ``close`` is
+        called before. If memory runs out, the pool stays at the size allocated so far, and an error is logged.
         """
         self._thread = threading.Thread(target=self._populate, args=(on_extent,), name="flexkv-pool", daemon=True)
         self._thread.start()
 
     def _populate(self, on_extent: OnExtent) -> None:
-        with suppress(OSError):             # it is only a courtesy to the engine
+        with suppress(OSError):             # optional: it only spares the engine's threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         done, slots, out_of_memory = 0, 0, False
         while done < self.num_bytes and not out_of_memory and not self._stop.is_set():
             size = min(_PART_BYTES, self.num_bytes - done)
             self._collapse(done, size)
             try:
-                self._allocate(done, size)  # all of it, or the small pages that are still missing
+                self._allocate(done, size)  # all pages, or the pages that ``_collapse`` left out
                 done += size
             except OSError as error:
                 out_of_memory = True
@@ -134,8 +134,8 @@ class HostPool:
     def _collapse(self, start: int, size: int) -> None:
         """Make huge pages of a part that is still empty.
 
-        One small page in each is allocated before, since the kernel refuses to collapse nothing; collapsing fills the
-        rest with zeros, which is sooner done than zeroing 512 small pages and copying them.
+        One small page of each is allocated first, because the kernel refuses to collapse an empty range. Collapsing
+        fills the rest with zeros, which is faster than zeroing 512 small pages and copying them.
         """
         whole = size // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
         if not self._collapsing or not whole:
@@ -143,26 +143,26 @@ class HostPool:
         try:
             for page in range(start, start + whole, _HUGE_PAGE_BYTES):
                 self._allocate(page, mmap.PAGESIZE)
-        except OSError:                     # out of memory: the caller finds that, too
+        except OSError:                     # out of memory: the caller meets the same error, and reports it
             return
         refusal = self._memory.collapse(start, whole)
         if not refusal:
             self.huge_bytes += whole
             return
-        self._collapsing = refusal not in (errno.EINVAL, errno.EPERM)       # else this kernel never does
+        self._collapsing = refusal not in (errno.EINVAL, errno.EPERM)       # these two: this kernel never collapses
         if refusal not in self._refusals:
             self._refusals.add(refusal)
             logger.info(
-                "%s of the host pool is made of small pages, which take longer to pin: the kernel makes no huge pages "
-                "(%s)", "some" if self._collapsing else "the rest", os.strerror(refusal),
+                "%s of the host pool consists of small pages, which take longer to pin: the kernel makes no huge pages "
+                "(%s)", "a part" if self._collapsing else "the rest", os.strerror(refusal),
             )
 
     def close(self) -> None:
-        """Stop growing and give the memory back, as soon as no other process maps it. Can be called again."""
+        """Stop populating, and free the memory as soon as no other process maps it. May be called again."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_CLOSE_S)
-            if self._thread.is_alive():     # the thread uses descriptor and mapping: both stay, on purpose
+            if self._thread.is_alive():     # the thread uses descriptor and mapping: neither may be closed
                 logger.error("the host pool stays until this process ends: the kernel has not populated a part of it "
                              "within %g s", _CLOSE_S)
                 return
@@ -171,5 +171,5 @@ class HostPool:
             self.fd = -1
             try:
                 self._memory.close()
-            except BufferError:  # a caller still holds a slot: the memory goes with that view
+            except BufferError:  # a caller still holds a slot: the memory is freed with that view
                 logger.debug("the host pool is closed while a slot of it is in use")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from flexkv.errors import RegistrationError
 
 SLOT_ALIGNMENT_BYTES = 4096
-"""Slots can be read and written with O_DIRECT."""
+"""Alignment of slots, so that they can be read and written with O_DIRECT."""
 
 SEGMENT_ALIGNMENT_BYTES = 64
-"""A cache line: two ranks never write the same one."""
+"""Alignment of segments: a cache line, so that two ranks never write to the same line."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SlotLayout:
     segment_bytes : tuple of int
         Bytes of a block on each rank.
     contents : tuple of bytes
-        What each rank's bytes mean (``flexkv.rank.tensors.content_digest``).
+        Digest of the meaning of each rank's bytes (``flexkv.rank.tensors.content_digest``).
     """
 
     segment_bytes: tuple[int, ...]
@@ -30,14 +30,14 @@ class SlotLayout:
 
     @classmethod
     def of(cls, segment_bytes: Sequence[int], contents: Sequence[bytes] = ()) -> "SlotLayout":
-        """Make the layout for ranks that hold so many bytes of a block each."""
+        """Make the layout for ranks that hold ``segment_bytes[rank]`` bytes of a block each."""
         if not segment_bytes or min(segment_bytes) < 1:
             raise RegistrationError(f"segments of {list(segment_bytes)} bytes: each rank must hold part of a block")
         return cls(tuple(segment_bytes), tuple(contents))
 
     @property
     def segment_offsets(self) -> tuple[int, ...]:
-        """Where each rank's segment starts in the slot, in bytes."""
+        """Offset of each rank's segment in the slot, in bytes."""
         offsets, end = [], 0
         for size in self.segment_bytes:
             offsets.append(end)
@@ -46,7 +46,7 @@ class SlotLayout:
 
     @property
     def content(self) -> bytes:
-        """What the bytes of a slot mean: those of two slots are comparable only if it is equal."""
+        """Digest of the meaning of a slot's bytes. Slots with different digests are not comparable."""
         return hashlib.sha256(repr((self.segment_bytes, self.contents)).encode()).digest()
 
     @property

@@ -1,7 +1,7 @@
-"""What a store found when it was opened, put together again into sequences.
+"""Blocks that a store recovers when it is opened, assembled into sequences.
 
-A record names the key of its block and the key of its parent, and records come in no order. Equal keys are found by
-sorting, and depths by pointer doubling, so that keys that were made to collide in a hash table cost nothing.
+A record names the key of its block and the key of its parent, and records are in no order. Equal keys are found by
+sorting, and depths by pointer doubling. Without a hash table, keys that were made to collide cost nothing.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Recovered:
-    """Blocks of a store, the oldest first. Their slots are allocated; the receiver frees those that it does not want.
+    """Blocks of a store, the oldest first. Their slots are allocated; the receiver must free the slots of blocks
+    that it does not use.
 
     Attributes
     ----------
@@ -34,13 +35,13 @@ class Recovered:
         return len(self.slots)
 
     def paths(self) -> Iterator[NDArray[np.intp]]:
-        """Indices of the blocks of each sequence, from its first block to a last one, those that ended longest ago
-        first. A block that several sequences share is in the paths of all of them."""
+        """Indices of the blocks of each sequence, from its first block to its last; the sequence with the oldest last
+        block comes first. A block that several sequences share is in the paths of all of them."""
         return iter(self._sequences)
 
     @property
     def cut_off(self) -> NDArray[np.intp]:
-        """Indices of blocks that no path leads to, because one before them is gone: no prompt can reach them."""
+        """Indices of blocks that are in no path because a block before them is missing: no prompt can reach them."""
         return self._sequences.cut_off
 
 
@@ -51,9 +52,11 @@ def nothing_recovered() -> Recovered:
 
 
 class Sequences:
-    """Iterates over paths of records, each from a first block to a block without children, ordered by the latter.
+    """Iterates over paths of records, each from a first block to a block without children, in the order of these last
+    blocks.
 
-    A path is made when it is asked for: together, paths that share a long prefix are much larger than the records.
+    A path is made only when the iterator reaches it, because all paths with a shared long prefix together are much
+    larger than the records.
 
     Parameters
     ----------
@@ -63,7 +66,7 @@ class Sequences:
     Attributes
     ----------
     cut_off : (m,) intp
-        Indices of records that no path leads to: a parent is missing, the key occurs twice, or parents form a ring.
+        Indices of records that are in no path: a parent is missing, the key occurs twice, or parents form a ring.
     """
 
     def __init__(self, keys: NDArray[np.uint64], parents: NDArray[np.uint64]) -> None:
@@ -103,20 +106,21 @@ class Sequences:
 
 
 def _parents(keys: NDArray[np.uint64], parents: NDArray[np.uint64]) -> NDArray[np.intp]:
-    """(n,) intp: index of each record's parent; n for a first block, n + 1 where there is none, or the record's key
+    """(n,) intp: index of each record's parent; n for a first block, n + 1 if the parent is missing or the record's key
     occurred before."""
     n = len(keys)
     order, is_new = _sorted(np.concatenate([keys, parents]))
     number = np.empty(2 * n, dtype=np.intp)
     number[order] = np.cumsum(is_new) - 1              # equal keys have one number
     record = np.full(2 * n, n + 1)
-    record[number[:n][::-1]] = np.arange(n)[::-1]      # of records with one key, the first
+    record[number[:n][::-1]] = np.arange(n)[::-1]      # the first of the records with one key
     found = np.where((parents == 0).all(axis=1), n, record[number[n:]])
     return np.where(record[number[:n]] == np.arange(n), found, n + 1)
 
 
 def _sorted(keys: NDArray[np.uint64], *by: NDArray[np.uint64 | np.intp]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """An order of keys ((m, 2) uint64), then by ``by``, the last first; and which in that order begins a new key."""
+    """Order of keys ((m, 2) uint64), equal keys by ``by``, of which the last is the most significant; and (m,) bool,
+    the places in that order at which a new key begins."""
     order = np.lexsort((*by, keys[:, 1], keys[:, 0]))
     is_new = np.ones(len(keys), dtype=np.bool_)
     is_new[1:] = (keys[order][1:] != keys[order][:-1]).any(axis=1)
@@ -124,9 +128,9 @@ def _sorted(keys: NDArray[np.uint64], *by: NDArray[np.uint64 | np.intp]) -> tupl
 
 
 def _walk_up(above: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Steps that each of n records takes to ``above`` it until it stays where it is, and where that is.
+    """Follow ``above`` from each of n records to its end; returns the number of steps and the end of each walk.
 
-    ``above`` may be the record itself, n or n + 1, where a walk ends. A walk in a ring ends somewhere in the ring.
+    A walk ends at n, at n + 1, or at a record whose ``above`` is itself. A walk in a ring ends somewhere in the ring.
     """
     n = len(above)
     up = np.append(above, [n, n + 1])
@@ -141,7 +145,7 @@ def _walk_up(above: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp
 
 
 def newest(keys: NDArray[np.uint64], sequences: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which records to keep: of each key the one with the highest sequence.
+    """Select the record with the highest sequence of each key.
 
     Parameters
     ----------
@@ -151,6 +155,7 @@ def newest(keys: NDArray[np.uint64], sequences: NDArray[np.uint64]) -> NDArray[n
     Returns
     -------
     (n,) bool
+        Records to keep.
     """
     n = len(keys)
     if keys.shape[1:] != (2,) or sequences.shape != (n,):

@@ -1,4 +1,4 @@
-"""The contract of a lower tier: what holds blocks outside of host memory."""
+"""The contract of a lower tier: a store of blocks outside of host memory."""
 
 import os
 from abc import ABC, abstractmethod
@@ -13,11 +13,11 @@ from flexkv.config import CacheConfig
 from flexkv.storage.recovered import Recovered, nothing_recovered
 
 Results = list[tuple[int, NDArray[np.intp], NDArray[np.bool_]]]
-"""``(job, indices, ok)``: blocks of a job that have ended, and whether they were moved."""
+"""``(job, indices, ok)``: blocks of a job that have ended, and whether each was moved."""
 
 
 class Slots(Protocol):
-    """The slots of a tier: the interface of ``SlotAllocator``. The caller locks."""
+    """The slots of a tier: the interface of ``SlotAllocator``. The caller must serialize calls."""
 
     @property
     def num_free(self) -> int:
@@ -25,16 +25,16 @@ class Slots(Protocol):
 
     @property
     def capacity(self) -> int:
-        """All slots."""
+        """Slots in use, and slots that can be allocated."""
 
     def allocate(self, count: int) -> NDArray[np.int32] | None:
-        """Take ``count`` slots; None if fewer are free."""
+        """Allocate ``count`` slots; None if fewer are free."""
 
     def free(self, slots: NDArray[np.int32]) -> None:
-        """Give slots back."""
+        """Free slots."""
 
     def generations(self, slots: NDArray[np.int32]) -> NDArray[np.uint32]:
-        """(n,) uint32: how often each slot was freed."""
+        """(n,) uint32: number of times that each slot was freed, modulo 2**32."""
 
     def changed(self, slots: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
         """(n,) bool: slots that were freed since they had these generations; None if no slot was."""
@@ -50,8 +50,8 @@ class Store(ABC):
     """Holds blocks of ``slot_bytes`` bytes each, and moves them from and to host slots.
 
     Every move names both the slot and the key of each block. A store with fixed places (files on a disk) puts a block
-    where its slot says, and uses the key to verify what it reads. A store of objects keeps a block under its key, and
-    uses slots only to bound how many there are.
+    at the place of its slot, and uses the key to verify a read. A store of objects keeps a block under its key, and
+    uses slots only to bound the number of blocks.
 
     Lifecycle: 1. ``recover`` once. 2. ``write``, ``read``, ``erase`` and ``cancel`` in any order; their results come
     from ``results``. 3. ``close``.
@@ -77,7 +77,7 @@ class Store(ABC):
     num_slots : int
     slot_bytes : int
     slots : Slots
-        The caller that allocates and frees them locks.
+        The caller must serialize their allocation and release.
     """
 
     event_fd: int
@@ -86,10 +86,10 @@ class Store(ABC):
     slots: Slots
 
     def register(self, upto_bytes: int) -> None:  # noqa: B027
-        """Host memory exists up to ``upto_bytes`` by now. Nothing beyond is read or written before."""
+        """Announce that host memory exists up to ``upto_bytes``. The store must not access memory beyond that."""
 
     def recover(self) -> Recovered:
-        """Find the blocks that were written before the start. Their slots are allocated afterwards."""
+        """Find the blocks that were written before the start, and allocate their slots."""
         return nothing_recovered()
 
     @abstractmethod
@@ -107,7 +107,8 @@ class Store(ABC):
         keys, parents : (n, 2) uint64
             A parent of zeros: the first block of a sequence.
         fence : int, optional
-            ``host_slots`` are pages of a GPU, which may be read from this step on. Only after ``attach_device``.
+            If given, ``host_slots`` are pages of a GPU, which may be accessed from this step of the engine on. Only
+            after ``attach_device``.
         """
 
     @abstractmethod
@@ -119,11 +120,11 @@ class Store(ABC):
 
     @abstractmethod
     def erase(self, job: int, slots: NDArray[np.int32]) -> None:
-        """Empty slots ((n,) int32): their blocks are not found again, also after a restart."""
+        """Empty slots ((n,) int32): ``recover`` must not find their blocks after a restart either."""
 
     @abstractmethod
     def cancel(self, job: int) -> None:
-        """Fail the blocks of a job that have not begun."""
+        """Fail the blocks of a job whose move has not begun."""
 
     @abstractmethod
     def results(self) -> Results:
@@ -131,7 +132,7 @@ class Store(ABC):
 
     @abstractmethod
     def clear(self) -> None:
-        """Forget every block, also after a restart."""
+        """Drop every block; ``recover`` must not find them after a restart either."""
 
     def usable(self) -> bool:
         """Whether blocks can be read and written now."""
@@ -147,10 +148,10 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for what is under way, for a bounded time; afterwards nothing touches host memory. May be called again.
+        """Wait for moves under way, for a bounded time; afterwards nothing accesses host memory. May be called again.
         """
 
-    # ---- blocks straight between the store and a GPU; only for stores that can ------------------------------------
+    # ---- direct moves between the store and a GPU; optional ---------------------------------------------------
 
     def attach_device(self, make_queue: Callable[[list[int]], Any]) -> None:
         """Move blocks between the files of this store and the pages of a GPU, once the queue is ready.
@@ -165,7 +166,8 @@ class Store(ABC):
         return False
 
     def suspect(self, slots: NDArray[np.int32], keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(n,) bool: of slots whose direct read failed, those whose block is lost, or that had errors."""
+        """(n,) bool: whether the block of each slot must be dropped after its direct read failed, because the slot does
+        not hold the key any more or had errors."""
         return np.ones(len(slots), dtype=np.bool_)
 
 
@@ -174,7 +176,7 @@ MakeStore = Callable[[CacheConfig, int, bytes, object], Store]
 
 
 class NullStore(Store):
-    """A store without slots: every block that it is asked for has failed."""
+    """A store without slots: every move fails."""
 
     def __init__(self, slot_bytes: int) -> None:
         self.num_slots = 0
@@ -203,7 +205,7 @@ class NullStore(Store):
         self._refuse(job, len(slots))
 
     def cancel(self, job: int) -> None:
-        """Nothing has not ended."""
+        """Do nothing: every move has ended."""
 
     def results(self) -> Results:
         results, self._results = self._results, []
@@ -212,7 +214,7 @@ class NullStore(Store):
         return results
 
     def clear(self) -> None:
-        """Nothing is there."""
+        """Do nothing: there are no blocks."""
 
     def usable(self) -> bool:
         return False

@@ -91,7 +91,7 @@ def test_no_byte_too_much_and_no_slot_lost(tmp_path: Path, share: float) -> None
             if not share:
                 assert engine.stat("ssd_free_slots") == engine.stat("ssd_slots") == slots
             else:
-                engine.wait_until_usable()      # free slots of a directory that is taken out do not count
+                engine.wait_until_usable()      # free slots of an offline directory do not count
                 assert stores[-1].slots.capacity + int(stores[-1].slots._retired.sum()) == slots
                 assert not stores[-1].slots._in_use.any()
         scale.weigh(limit)

@@ -1,4 +1,4 @@
-"""Blocks of one job in one directory, on their way."""
+"""Batches: blocks of one job in one directory that are being moved."""
 
 import os
 import select
@@ -13,10 +13,10 @@ from flexkv.storage.ssd.directory import SsdDirectory
 from flexkv.storage.ssd.slot_table import RECORD
 
 READ, WRITE = 0, 1
-"""As the queue names them."""
+"""Kinds of a batch, numbered as in ``IoQueue``."""
 
 ERASE = 2
-"""Of records alone: no queue has it."""
+"""Kind of a batch that only empties records. It is not given to a queue."""
 
 Result = tuple[int, NDArray[np.intp], NDArray[np.bool_]]
 """Job, indices of its blocks, and whether each of them succeeded."""
@@ -24,33 +24,34 @@ Result = tuple[int, NDArray[np.intp], NDArray[np.bool_]]
 
 @dataclass(eq=False, slots=True)
 class Batch:
-    """What the queue is given at a time. A block is known by its position here, and to the caller by its index.
+    """Blocks that are submitted to a queue together. A block has a position in the batch, and an index in its job.
 
     Attributes
     ----------
     first_tag : int
-        What the queue knows the block at position 0 by; the others follow.
+        Tag of the block at position 0 in the queue. The tags of later blocks follow.
     kind : int
     job : int
     directory : SsdDirectory
     indices : (n,) intp
-        Of the caller's job.
+        Indices of the blocks in the caller's job.
     slots, host_slots : (n,) int32
     keys, parents : (n, 2) uint64
     fence : int or None
-        Not None: ``host_slots`` are pages of a GPU, which may be touched from this step of its rank on.
+        If given, ``host_slots`` are pages of a GPU, which may be accessed from this step of its rank on.
     stopped : bool
-        Start nothing more. The pages of a GPU may be another's by now: what is still written of them is not recorded.
+        No further block is started. Pages of a GPU may hold other KV by now, so blocks that are still written from
+        them are not recorded.
     sequence : int
-        Of the first block's record.
+        Sequence number of the first block's record.
     submitted : bool
-        The queue has it.
+        The batch was given to the queue.
     moved : (n,) bool
-        The data is written, the record is not yet.
+        The data is written, but not the record.
     late : (n,) bool
-        It took too long, and the kernel may still have its host slot; so a read has no result yet.
+        The access exceeded its deadline, and the kernel may still access the host slot; so a read has no result yet.
     ended : (n,) bool
-        The caller has been told.
+        The result has been reported.
     """
 
     first_tag: int
@@ -76,13 +77,13 @@ class Batch:
         self.ended = np.zeros(len(self.indices), dtype=np.bool_)
 
     def tags(self) -> NDArray[np.uint64]:
-        """(n,) what the queue knows each block by."""
+        """(n,) uint64: tag of each block in the queue."""
         return np.uint64(self.first_tag) + np.arange(len(self.indices), dtype=np.uint64)
 
     def records(
         self, positions: NDArray[np.intp], checksums: NDArray[np.uint64], domain: int
     ) -> NDArray[np.void]:
-        """What the slot table is to say of these positions."""
+        """(m,) RECORD: records of the blocks at these positions, for the slot table."""
         records = np.zeros(len(positions), dtype=RECORD)
         records["key"], records["parent"] = self.keys[positions], self.parents[positions]
         records["checksum"], records["domain"], records["length"] = checksums, domain, self.directory.slot_bytes
@@ -90,7 +91,7 @@ class Batch:
         return records
 
     def left(self) -> NDArray[np.intp]:
-        """Positions that have no result yet."""
+        """Positions of the blocks without a result."""
         return np.flatnonzero(~self.ended)
 
 
@@ -98,7 +99,7 @@ def check_blocks(
     slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: Sequence[NDArray[np.uint64]], num_slots: int,
     num_host_slots: int,
 ) -> None:
-    """ValueError if arrays do not fit together, or a slot is not there."""
+    """Raise ValueError if lengths or shapes differ, or a slot does not exist."""
     for each in keys:
         if not len(slots) == len(host_slots) == len(each) or each.shape[1:] != (2,):
             raise ValueError(f"{len(slots)} slots, {len(host_slots)} host slots, keys of shape {each.shape}")
@@ -108,19 +109,19 @@ def check_blocks(
 
 
 class Batches:
-    """Batches that are under way, and results that nobody has taken yet. The caller locks.
+    """Batches under way, and results that have not been taken. The caller must hold the store's lock.
 
     Parameters
     ----------
     queue_fd : int
-        Readable when the queue has something.
+        Readable when the queue has results.
 
     Attributes
     ----------
     event_fd : int
-        Readable when there are results, or the queue has something.
+        Readable when there are results here or in the queue.
     num_ok : dict
-        Blocks that succeeded, by kind.
+        Number of blocks that succeeded, by kind.
     """
 
     def __init__(self, queue_fd: int) -> None:
@@ -134,13 +135,13 @@ class Batches:
             self.close()
             raise
         self.num_ok = {READ: 0, WRITE: 0, ERASE: 0}
-        self._batches: dict[int, Batch] = {}                # by first tag, which only rises: they are in order
+        self._batches: dict[int, Batch] = {}                # by first tag, in ascending order
         self._jobs: dict[int, set[Batch]] = {}
-        self._next_tag = 0                                  # one a block, of 2**64: they do not run out
+        self._next_tag = 0                                  # one tag a block; 2**64 tags do not run out
         self._results: list[Result] = []
 
     def watch(self, queue_fd: int) -> None:
-        """``event_fd`` is readable when this is, too, until it is closed."""
+        """Make ``event_fd`` readable whenever ``queue_fd`` is, until that is closed."""
         self._epoll.register(queue_fd, select.EPOLLIN)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -150,28 +151,29 @@ class Batches:
         return len(self._batches)
 
     def of_tags(self, tags: NDArray[np.uint64]) -> Iterator[tuple[Batch, NDArray[np.intp], NDArray[np.intp]]]:
-        """Each batch under way that some of ``tags`` are of, where in ``tags`` those are, and their positions in it."""
+        """Batches under way that contain some of ``tags``: for each, the indices of its tags in ``tags``, and the
+        positions of these blocks in the batch."""
         batches = list(self._batches.values())
         which = np.searchsorted(np.fromiter(self._batches, np.uint64, len(batches)), tags, side="right") - 1
         for i in np.unique(which[which >= 0]):
             positions = (tags - np.uint64(batches[i].first_tag)).astype(np.intp)
-            at = np.flatnonzero((which == i) & (positions < len(batches[i].indices)))    # else of one that has ended
+            at = np.flatnonzero((which == i) & (positions < len(batches[i].indices)))    # other tags: an ended batch
             if len(at):
                 yield batches[i], at, positions[at]
 
     def late(self) -> list[Batch]:
-        """Those with blocks that are late."""
+        """Batches with late blocks."""
         return [batch for batch in self._batches.values() if batch.late.any()]
 
     def of_job(self, job: int) -> list[Batch]:
-        """What of a job is under way."""
+        """Batches of a job that are under way."""
         return list(self._jobs.get(job, ()))
 
     def begin(
         self, kind: int, job: int, directory: SsdDirectory, where: NDArray[np.intp], slots: NDArray[np.int32],
         host_slots: NDArray[np.int32], keys: NDArray[np.uint64], fence: int | None,
     ) -> Batch:
-        """Blocks ``where`` of a job are under way now."""
+        """Make a batch of the blocks ``where`` of a job."""
         batch = Batch(
             self._next_tag, kind, job, directory, where, slots[where], host_slots[where], keys[where], fence
         )
@@ -185,11 +187,11 @@ class Batches:
     def begin_erasing(
         self, job: int, directory: SsdDirectory, where: NDArray[np.intp], slots: NDArray[np.int32]
     ) -> Batch:
-        """Records of slots ``where`` of a job are to be emptied now."""
+        """Make a batch that empties the records of the slots ``where`` of a job."""
         return self.begin(ERASE, job, directory, where, slots, slots, np.zeros((len(slots), 2), np.uint64), None)
 
     def end(self, batch: Batch, positions: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
-        """These positions of a batch have their result."""
+        """Report the results of the blocks at these positions of a batch."""
         if len(positions) == 0:
             return
         batch.ended[positions], batch.late[positions] = True, False
@@ -206,7 +208,7 @@ class Batches:
                 del self._jobs[batch.job]
 
     def tell(self, job: int, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
-        """A result for whoever asks next."""
+        """Add results for the next ``take_results``."""
         if len(indices):
             self._results.append((job, indices, ok))
             self.wake()
@@ -217,23 +219,23 @@ class Batches:
             os.eventfd_write(self._told_fd, 1)
 
     def take_results(self) -> list[Result]:
-        """Results that have not been taken."""
+        """Return the results since the last call."""
         self.quiet()
         results, self._results = self._results, []
         return results
 
     def quiet(self) -> None:
-        """Results alone do not make ``event_fd`` readable until there are more."""
+        """Reset ``event_fd``: results added before do not make it readable any more."""
         if self._told_fd >= 0:
             with suppress(BlockingIOError):
                 os.eventfd_read(self._told_fd)
 
     def wait(self, seconds: float) -> None:
-        """Until ``event_fd`` is readable, or for so long. Without the lock."""
+        """Wait until ``event_fd`` is readable, or for ``seconds``. Must be called without the lock."""
         self._epoll.poll(seconds)
 
     def close(self) -> None:
-        """Close ``event_fd``; once."""
+        """Close ``event_fd``. Must be called once."""
         self._epoll.close()
         os.close(self._told_fd)
         self._told_fd = -1

@@ -1,4 +1,4 @@
-"""The file that holds the bytes of slots: really allocated, and moved past the page cache where that is possible."""
+"""The file that holds the bytes of slots: fully allocated, and accessed with O_DIRECT where that is possible."""
 
 import ctypes
 import errno
@@ -14,15 +14,16 @@ from flexkv.storage.ssd.file_layer import FileLayer, open_private
 logger = logging.getLogger("flexkv.storage")
 
 PROBE_BYTES = 4096
-"""Behind the last slot: where it is tried whether the disk works."""
+"""Size of the page behind the last slot that ``DataFile.probe`` writes and reads to test the disk."""
 
 _STEP_BYTES = 1 << 30
-"""Allocated at a time."""
+"""Size of one allocation request to the file system."""
 
 _DROP_BYTES = 64 << 20
-"""Without O_DIRECT, so much may be in the page cache."""
+"""Without O_DIRECT: bytes moved after which the file is dropped from the page cache."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors that mean that a disk or quota is full, or a file too large."""
 
 _AT_EMPTY_PATH = 0x1000                    # <fcntl.h>
 _STATX_DIOALIGN = 0x2000                   # <linux/stat.h>, Linux 6.1
@@ -31,12 +32,12 @@ _MAX_ALIGNMENT = 4096                      # slots and host memory are multiples
 
 
 def allocate(files: FileLayer, fd: int, path: Path, num_bytes: int) -> None:
-    """Give a file ``num_bytes`` bytes that the file system has set aside; a longer one is cut.
+    """Make a file ``num_bytes`` long, with all its space allocated by the file system.
 
     Raises
     ------
     CapacityError
-        The disk is full or a quota is; the file is as long as it was.
+        The disk or a quota is full; the file is not longer than before.
     """
     before = os.fstat(fd).st_size
     if before > num_bytes:
@@ -66,19 +67,20 @@ class DataFile:
     ----------
     fd : int
     is_direct : bool
-        Opened with O_DIRECT. If not, the log says why, and what was moved is dropped from the page cache now and then.
+        The file is open with O_DIRECT. If not, the reason is logged, and the file is dropped from the page cache now
+        and then.
 
     Parameters
     ----------
     path : Path
     num_bytes : int
-        Size, the probe's page included.
+        Size of the file, including the probe's page.
     files : FileLayer
 
     Raises
     ------
     CapacityError
-        As ``allocate``; a file that was made here is removed.
+        As ``allocate``; a file created here is removed.
     StorageError
         The file cannot be opened.
     """
@@ -87,7 +89,7 @@ class DataFile:
         self._path = path
         self._files = files
         self._probe_offset = num_bytes - PROBE_BYTES
-        self._page = mmap.mmap(-1, PROBE_BYTES)         # aligned, as O_DIRECT needs it
+        self._page = mmap.mmap(-1, PROBE_BYTES)         # aligned, as O_DIRECT requires
         self._unsynced = 0
         made = not path.exists()
         try:
@@ -110,7 +112,7 @@ class DataFile:
             logger.warning("%s is used through the page cache: %s", path, reason)
 
     def probe(self) -> None:
-        """Write a page, and read it back; OSError if that does not work."""
+        """Write a page and read it back; raises OSError if that fails, or the content differs."""
         content = secrets.token_bytes(PROBE_BYTES)
         self._page[:] = content
         written = self._files.pwrite(self.fd, self._page, self._probe_offset)
@@ -118,10 +120,11 @@ class DataFile:
         self._page[:] = bytes(PROBE_BYTES)
         self._files.preadv(self.fd, [self._page], self._probe_offset)
         if written != PROBE_BYTES or self._page[:] != content:
-            raise OSError(errno.EIO, "what was written is not what is read")
+            raise OSError(errno.EIO, "the page read differs from the page written")
 
     def moved(self, num_bytes: int) -> None:
-        """Keep the page cache from growing without bound; waits for the disk now and then."""
+        """Note that ``num_bytes`` bytes were moved. Without O_DIRECT, drops the file from the page cache every
+        ``_DROP_BYTES`` bytes, which waits for the disk."""
         self._unsynced += num_bytes
         if self.is_direct or self._unsynced < _DROP_BYTES:
             return
@@ -129,17 +132,17 @@ class DataFile:
         try:
             self._files.fdatasync(self.fd)
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError as error:                        # what is lost by it has a wrong checksum when it is read
+        except OSError as error:                        # a block lost by it fails its checksum when it is read
             logger.error("%s cannot be synced: %s", self._path, error.strerror)
 
     def close(self) -> None:
-        """Close the file; once."""
+        """Close the file. Must be called once."""
         os.close(self.fd)
         self._page.close()
 
 
 def _open_direct(path: Path, page_offset: int) -> tuple[int, str]:
-    """A descriptor, with O_DIRECT if a page can be read that way; else why not."""
+    """Open a file; returns the descriptor, and the reason why it has no O_DIRECT, empty if it has."""
     reason = ""
     try:
         fd = open_private(path, os.O_DIRECT)
@@ -161,7 +164,8 @@ def _open_direct(path: Path, page_offset: int) -> tuple[int, str]:
 
 
 def offset_alignment(fd: int) -> int:
-    """What offsets of O_DIRECT must be multiples of: as statx says, else the device's logical block, else a page."""
+    """Alignment of file offsets that O_DIRECT requires, in bytes; 0: no O_DIRECT. From statx, else the size of the
+    device's logical block, else a page."""
     statx = getattr(ctypes.CDLL(None), "statx", None)
     buffer = ctypes.create_string_buffer(256)
     if statx is not None and statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer) == 0:
@@ -170,7 +174,7 @@ def offset_alignment(fd: int) -> int:
             return int.from_bytes(buffer.raw[_DIO_OFFSET_ALIGN : _DIO_OFFSET_ALIGN + 4], "little")
     device = os.fstat(fd).st_dev
     node = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
-    for queue in (node / "queue", node / "../queue"):       # a partition has none of its own
+    for queue in (node / "queue", node / "../queue"):       # a partition uses the queue of its disk
         try:
             return int((queue / "logical_block_size").read_text())
         except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""One directory of the SSD tier: lock, slot table, data file, and whether the disk works."""
+"""One directory of the SSD tier: its lock, slot table and data file, and the health of its disk."""
 
 import logging
 import os
@@ -25,33 +25,33 @@ TABLE_NAME = "flexkv.table"
 DATA_NAME = "flexkv.data"
 
 _LOCK_BYTES = 4096
-"""Counted for the lock file, which says who has it."""
+"""Space budgeted for the lock file, which names its owner."""
 
 _EXTENT_BYTES = 32
-"""Counted for each slot: slots that are written here and there end up as an extent each, and the file system counts the
-blocks where it notes them (ext4: 12 bytes an extent, in blocks that may be half full)."""
+"""Space budgeted for each slot's extent. Slots that are written in scattered order may become an extent each, and the
+file system counts the blocks that list the extents (ext4: 12 bytes an extent, in blocks that may be half full)."""
 
 _EXTENTS_BYTES = 1 << 16
-"""Counted for the first of these blocks of each file, and for what the allocation was cut into."""
+"""Space budgeted for the first such block of each file, and for the extents into which the allocation was split."""
 
 _ERRORS_IN_ROW = 16
-"""After so many, without a success in between, the directory is taken out."""
+"""Number of errors, without a success in between, after which a directory is taken offline."""
 
 _FIRST_BANDWIDTH = 1e9
-"""Bytes a second that a directory is thought to move until it has been measured."""
+"""Assumed bandwidth of a directory in bytes per second, until it has been measured."""
 
 _CLOSE_S = 10.0
-"""Disks that have not answered after so long, while they are closed, hang."""
+"""Longest wait for all disks while directories are closed. A disk that takes longer hangs."""
 
 
 def total_bytes(num_slots: int, slot_bytes: int) -> int:
-    """The most bytes that all files of a directory with so many slots take on a disk."""
+    """Maximum number of bytes that the files of a directory with ``num_slots`` slots take on a disk."""
     fixed = _LOCK_BYTES + _EXTENTS_BYTES + PROBE_BYTES
     return fixed + SlotTable.num_bytes(num_slots) + num_slots * (slot_bytes + _EXTENT_BYTES)
 
 
 def slots_that_fit(num_bytes: int, slot_bytes: int) -> int:
-    """The most slots whose files take ``num_bytes`` bytes or less."""
+    """Maximum number of slots whose files take ``num_bytes`` bytes or less."""
     num_slots = max(0, (num_bytes - total_bytes(0, slot_bytes)) // (slot_bytes + 64 + _EXTENT_BYTES))
     while num_slots and total_bytes(num_slots, slot_bytes) > num_bytes:
         num_slots -= 1
@@ -61,27 +61,27 @@ def slots_that_fit(num_bytes: int, slot_bytes: int) -> int:
 class SsdDirectory:
     """Slots ``first_slot`` to ``first_slot + num_slots - 1`` of a store.
 
-    Steps that may wait for the disk are posted, and run one after another on the directory's own thread, so a disk
-    that hangs holds up nobody else. The other methods are called under the store's lock, and do not wait.
+    Steps that may wait for the disk are posted, and run one after another on the directory's own thread, so that a disk
+    that hangs delays no other directory. The other methods are called under the store's lock, and do not wait.
 
     Attributes
     ----------
     table : SlotTable
     data : DataFile
     usable : bool
-        Whether it takes work: not after many errors in a row, until a probe succeeds.
+        Whether the directory is online. Many errors in a row take it offline, until a probe succeeds.
     queued_bytes : int
-        Given to the queue, and not ended.
+        Bytes that were given to the queue and have not ended.
     is_stuck : callable () -> bool
-        Whether the kernel keeps an access to the data file, so that the queue takes no other. Asked by the directory's
-        thread.
+        Whether the kernel still has an access to the data file after its deadline, so that the queue accepts no other.
+        Called by the directory's thread.
 
     Raises
     ------
     DirectoryInUseError, StorageError
         As ``DirectoryLock``, ``DataFile``.
     CapacityError
-        There is no room, or ``num_bytes`` does not hold a slot.
+        The disk has no room, or ``num_bytes`` is too small for a slot.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class SsdDirectory:
         elif header.num_slots != self.num_slots:
             logger.info("%s had %d slots, and gets %d", self.path, header.num_slots, self.num_slots)
         if header is not None and not header.clean:
-            logger.info("%s was not closed; what was being written is left out", self.path)
+            logger.info("%s was not closed; blocks that were being written are dropped", self.path)
         if header is not None and header.num_slots > self.num_slots:
-            self.table.update(num_slots=self.num_slots)         # before its records go
-        if header is not None:                                  # what is behind the last record is no record
+            self.table.update(num_slots=self.num_slots)         # before its records are cut off
+        if header is not None:                                  # bytes behind the last record are not records
             kept = min(header.num_slots, self.num_slots)
             self._files.ftruncate(self._table_fd, HEADER_BYTES + kept * RECORD.itemsize)
         self._allocate(table_path, data_path, before)
@@ -148,8 +148,8 @@ class SsdDirectory:
         if header is None:
             return "its table has no header that this version can read"
         if header.slot_bytes != self.slot_bytes:
-            return f"its slots have {header.slot_bytes} bytes, and {self.slot_bytes} are wanted"
-        return "its data file is gone"
+            return f"its slots have {header.slot_bytes} bytes, and {self.slot_bytes} are needed"
+        return "its data file is missing"
 
     def _allocate(self, table_path: Path, data_path: Path, table_before: int) -> None:
         allocate(self._files, self._table_fd, table_path, SlotTable.num_bytes(self.num_slots))
@@ -167,13 +167,13 @@ class SsdDirectory:
         self._lock.release()
 
     def begin_close(self, clean: bool) -> None:
-        """Have the thread end; if ``clean``, say in the table that nothing was under way."""
+        """Ask the thread to end; if ``clean``, it first marks the table as closed with no access under way."""
         if clean:
             self.post(self._seal)
         self.post(None)
 
     def end_close(self, seconds: float) -> None:
-        """Wait for the thread, no longer than that, and close the files."""
+        """Wait for the thread, ``seconds`` at most, and close the files."""
         self._thread.join(seconds)
         if self._thread.is_alive():
             logger.error("%s: the disk hangs; its files stay open until this process ends", self.path)
@@ -186,7 +186,7 @@ class SsdDirectory:
             self.table.sync()
             self.table.update(clean=True)
         except OSError as error:
-            logger.error("%s cannot be closed well: %s", self.path, error.strerror)
+            logger.error("%s cannot be marked as closed: %s", self.path, error.strerror)
 
     # ---- the thread -------------------------------------------------------------------------------------------
 
@@ -195,12 +195,13 @@ class SsdDirectory:
         self._steps.put(step)
 
     def forget(self, floor: int) -> None:
-        """Records with a sequence up to ``floor`` are void from now on; waits for the disk. On the directory's thread,
-        or before it has anything to do."""
+        """Make all records with a sequence up to ``floor`` void; waits for the disk. Must be called on the directory's
+        thread, or before any step is posted."""
         self.table.update(floor=max(floor, self.table.header.floor))
 
     def promise(self, step: Callable[[], None]) -> Future[None]:
-        """Run a step on the directory's thread; the future knows when it is done, and what it raised."""
+        """Run a step on the directory's thread; the future completes with the step, or with the OSError that it raises.
+        """
         future: Future[None] = Future()
 
         def run() -> None:
@@ -214,7 +215,8 @@ class SsdDirectory:
         return future
 
     def fails(self, change: Callable[..., None], *what: NDArray[Any]) -> str:
-        """Change the table; what is wrong if that fails, for any reason: no job may wait for ever. Else empty."""
+        """Change the table. Returns the error, empty if there is none. Catches every exception, because a job whose
+        step raised would never end."""
         try:
             change(*what)
         except OSError as error:
@@ -225,7 +227,7 @@ class SsdDirectory:
         return ""
 
     def hangs(self, seconds: float) -> bool:
-        """Whether a step has been under way for longer."""
+        """Whether the current step has been under way for longer than ``seconds``."""
         began = self._step_began
         return began is not None and time.monotonic() - began > seconds
 
@@ -247,25 +249,25 @@ class SsdDirectory:
     # ---- health -----------------------------------------------------------------------------------------------
 
     def succeeded(self) -> None:
-        """An access was good."""
+        """Note that an access succeeded."""
         self._errors_in_row = 0
 
     def failed(self, count: int) -> bool:
-        """So many accesses were not; True if the directory is taken out because of it."""
+        """Note that ``count`` accesses failed. Returns whether this takes the directory offline."""
         self._errors_in_row += count
         return self._errors_in_row >= _ERRORS_IN_ROW and self.take_out(f"{self._errors_in_row} errors in a row")
 
     def take_out(self, why: str) -> bool:
-        """Take no more work until a probe succeeds; False if that is so already."""
+        """Take the directory offline until a probe succeeds. Returns False if it is offline already."""
         if not self.usable:
             return False
         self.usable = False
-        logger.error("%s is taken out: %s; it is tried every %g s", self.path, why, self._probe_s)
+        logger.error("%s is taken offline: %s; it is probed every %g s", self.path, why, self._probe_s)
         self.post(lambda: None)                             # wakes the thread, which probes from now on
         return True
 
     def _probe(self) -> None:
-        if self.is_stuck():                                 # the disk may work, but the queue takes nothing for it
+        if self.is_stuck():                                 # even if the disk works, the queue accepts no access to it
             return
         try:
             self.data.probe()
@@ -279,13 +281,13 @@ class SsdDirectory:
     # ---- load -------------------------------------------------------------------------------------------------
 
     def begin(self, num_bytes: int) -> None:
-        """So many bytes were given to the queue."""
+        """Note that ``num_bytes`` bytes were given to the queue."""
         if self.queued_bytes == 0:
             self._busy_since = time.monotonic()
         self.queued_bytes += num_bytes
 
     def end(self, num_bytes: int, moved_bytes: int) -> None:
-        """So many bytes are not queued any more, and some of them were moved."""
+        """Note that ``num_bytes`` queued bytes have ended, of which ``moved_bytes`` were moved."""
         now = time.monotonic()
         self._busy_s += now - self._busy_since
         self._moved_bytes += moved_bytes
@@ -296,22 +298,22 @@ class SsdDirectory:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second, of late; as first thought until there is something to go by."""
+        """Recent bandwidth in bytes per second; the assumed one until there are measurements."""
         return (self._moved_bytes + _FIRST_BANDWIDTH / 100) / (self._busy_s + 0.01)
 
 
 def open_directories(
     paths: Sequence[Path], capacity_bytes: int, slot_bytes: int, files: FileLayer, probe_s: float
 ) -> list[SsdDirectory]:
-    """Open all directories, with an even share of the capacity and numbers of slots that follow one another.
+    """Open all directories, each with an even share of the capacity. Their slots are numbered consecutively.
 
-    The highest floor of any of them becomes that of all: one that was not there when everything was forgotten is told,
-    so that it knows by itself the next time.
+    All directories get the highest floor of any of them. So a directory that was not attached when the store was
+    cleared is cleared now, and stays cleared if it is later opened alone.
 
     Raises
     ------
     CapacityError, StorageError, DirectoryInUseError
-        As ``SsdDirectory``; those that are open are closed again.
+        As ``SsdDirectory``; directories that were opened are closed again.
     """
     if not paths or capacity_bytes // slot_bytes >= 1 << 31:
         raise CapacityError(
@@ -344,17 +346,17 @@ def _unusable(path: Path, error: OSError) -> StorageError:
 
 
 def raise_floor(directories: Sequence[SsdDirectory], floor: int, seconds: float) -> None:
-    """Have all directories forget what they hold, at the same time; wait no longer than so many seconds.
+    """Clear all directories at the same time; waits ``seconds`` at most.
 
     Raises
     ------
     StorageError
-        Not all of them could be told.
+        A directory could not be cleared.
     """
-    told = [directory.promise(partial(directory.forget, floor)) for directory in directories]
-    wait(told, seconds)
+    futures = [directory.promise(partial(directory.forget, floor)) for directory in directories]
+    wait(futures, seconds)
     failed = []
-    for directory, future in zip(directories, told, strict=True):
+    for directory, future in zip(directories, futures, strict=True):
         error = future.exception() if future.done() else "the disk hangs"
         if error:
             failed.append(f"{directory.path} ({error})")
@@ -363,7 +365,7 @@ def raise_floor(directories: Sequence[SsdDirectory], floor: int, seconds: float)
 
 
 def close_directories(directories: Sequence[SsdDirectory], clean: bool) -> None:
-    """End all threads, and close all files but those of disks that hang; bounded for all together."""
+    """End all threads and close all files, except files of disks that hang. The total wait is bounded."""
     for directory in directories:
         directory.begin_close(clean)
     deadline = time.monotonic() + _CLOSE_S

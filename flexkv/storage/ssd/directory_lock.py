@@ -1,4 +1,4 @@
-"""One process a directory."""
+"""Lock of a directory of the SSD tier: one process at a time may use it."""
 
 import fcntl
 import os
@@ -19,15 +19,16 @@ _WHOLE_FILE = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 class DirectoryLock:
-    """A lock on a directory, which the kernel drops when the process ends, however it ends.
+    """A lock on a directory. The kernel drops it when the process ends, for any reason.
 
-    It is a lock of the open file (F_OFD_SETLK), as flock is, but one that others can ask for without taking it. A child
-    that is forked has the file open too, and would keep the lock beyond this process: ``os.fork`` closes it there.
+    It is a lock of the open file description (F_OFD_SETLK), like flock, but other processes can query it without taking
+    it. A forked child inherits the open file and would keep the lock beyond the end of this process; ``os.fork`` closes
+    the file there.
 
     Raises
     ------
     DirectoryInUseError
-        Another process has it, or this one, by another object.
+        Another process has locked the directory, or another object in this process.
     StorageError
         The directory cannot be made, written or locked.
     """
@@ -39,7 +40,7 @@ class DirectoryLock:
             self._fd = open_private(directory / LOCK_NAME, 0)
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _WHOLE_FILE)
             owner = f"process {os.getpid()} on {socket.gethostname()}\n".encode()
-            os.pwrite(self._fd, owner, 0)               # over what is there: a full disk has room for that
+            os.pwrite(self._fd, owner, 0)               # overwrites the old text: possible on a full disk, too
             os.ftruncate(self._fd, len(owner))
         except BlockingIOError:
             name = os.pread(self._fd, 1024, 0).decode(errors="replace").strip()
@@ -56,8 +57,8 @@ class DirectoryLock:
         _held.add(self)
 
     def release(self) -> None:
-        """Let others have it. Can be called again."""
-        fd, self._fd = self._fd, -1                     # first: a child must not close what is another file by then
+        """Release the lock. May be called again."""
+        fd, self._fd = self._fd, -1                     # first: a forked child must not close a reused descriptor
         if fd >= 0:
             os.close(fd)
 
@@ -74,7 +75,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def owner_of(directory: Path) -> str:
-    """Who has the lock of a directory; empty: nobody."""
+    """Process and host that have locked a directory, as text; empty: it is not locked."""
     try:
         fd = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,4 @@
-"""What went wrong with slots: counted by kind, logged at a bounded rate."""
+"""Fault counters of a store, by kind, with log lines at a bounded rate."""
 
 import logging
 import threading
@@ -7,11 +7,11 @@ import time
 logger = logging.getLogger("flexkv.storage")
 
 _INTERVAL_S = 10.0
-"""A kind is logged once in so long; the line tells how many there were since."""
+"""Minimum interval between two log lines of one kind. A line gives the number of faults since the line before."""
 
 
 class FaultLog:
-    """Counters by kind. ``kinds`` are all there from the start, so that a metric exists before its first fault."""
+    """Counters by kind. All ``kinds`` are counted from the start, so that a metric exists before its first fault."""
 
     def __init__(self, kinds: tuple[str, ...]) -> None:
         self._lock = threading.Lock()
@@ -19,7 +19,7 @@ class FaultLog:
         self._logged = dict.fromkeys(kinds, (float("-inf"), 0))     # when, and the count then
 
     def add(self, kind: str, count: int, where: object, detail: str = "") -> None:
-        """Count ``count`` faults, and log if it is time to."""
+        """Count ``count`` faults, and log them unless the last line of this kind is too recent."""
         if count == 0:
             return
         with self._lock:

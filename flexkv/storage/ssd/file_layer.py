@@ -1,4 +1,4 @@
-"""The file calls that the SSD store makes, so that tests can put faults in between."""
+"""The file calls that the SSD store makes, as an interface, so that tests can inject faults."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 
 class FileLayer(Protocol):
-    """Calls of module ``os`` by their own names; the module itself is one."""
+    """Calls with the names and signatures of module ``os``, which implements this protocol."""
 
     def preadv(self, fd: int, buffers: Sequence[Any], offset: int, /) -> int: ...
     def pwrite(self, fd: int, data: Any, offset: int, /) -> int: ...
@@ -17,7 +17,7 @@ class FileLayer(Protocol):
 
 
 def write_all(files: FileLayer, fd: int, data: memoryview, offset: int) -> None:
-    """Write until all is written; a file that takes nothing is an I/O error."""
+    """Write all bytes; raises OSError (EIO) if the file accepts no more."""
     while len(data):
         written = files.pwrite(fd, data, offset)
         if written <= 0:
@@ -37,5 +37,5 @@ def read_into(files: FileLayer, fd: int, buffer: memoryview, offset: int) -> int
 
 
 def open_private(path: os.PathLike[str], flags: int) -> int:
-    """Open or make a file that only this user reads, and never one that a link points to."""
+    """Open or create a file that only this user can read. Symbolic links are refused."""
     return os.open(path, flags | os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

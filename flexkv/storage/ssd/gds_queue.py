@@ -29,10 +29,10 @@ from flexkv.protocol.peer_process import PeerProcess
 logger = logging.getLogger("flexkv.storage")
 
 _WRITE = 1
-"""As ``IoQueue`` names it."""
+"""Number of a write, as in ``IoQueue``."""
 
 _UNKNOWN_PROCESS_S = 10.0
-"""Time from the hang-up of a rank that cannot be watched (no pidfd) until its writes are taken for ended."""
+"""Seconds from the hang-up of a rank whose end cannot be observed (no pidfd) until its writes count as ended."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,55 +43,57 @@ class GdsEnd:
     process: PeerProcess
 
     def close(self) -> None:
-        """Hang up. Can be called again."""
+        """Close the connection. May be called again."""
         self.connection.close()
         self.process.close()
 
 
 class GdsQueue:
-    """Reads and writes between files and pages of a rank's GPU, with the interface of ``IoQueue``. The caller locks.
+    """Reads and writes between files and pages of a rank's GPU, with the interface of ``IoQueue``. The caller must hold
+    the store's lock.
 
-    A rank that hung up may still write to the files: cuFile's writes go on until its process is gone. Until then its
-    writes are late (ESHUTDOWN) and ``busy``, so that no slot of theirs is used for another block.
+    A rank that hung up may still write to the files, because cuFile's writes continue until its process has ended.
+    Until then its writes are late (ESHUTDOWN) and ``busy``, so that their slots are not used for other blocks.
 
     Parameters
     ----------
     end : GdsEnd
-        To the rank; owned by the queue.
+        Connection to the rank; owned by the queue.
     files : sequence of int
         Descriptors; ``submit`` names them by their index.
 
     Attributes
     ----------
     event_fd : int
-        Readable when ``take`` has news.
+        Readable when ``take`` has results to report.
     ready : bool
-        The rank has said that it can.
+        The rank has reported that GPUDirect Storage works.
     closed : bool
-        The rank is gone, or cannot; ``take`` has told what became of everything.
+        The connection is closed, or the rank cannot use GPUDirect Storage. ``take`` reports the results of all blocks.
     """
 
     def __init__(self, end: GdsEnd, files: Sequence[int]) -> None:
         connection = end.connection
         connection.setblocking(False)
         self._process = end.process
-        self._dying = np.empty(0, dtype=np.uint64)          # what the process may still do, after it hung up
+        self._dying = np.empty(0, dtype=np.uint64)          # writes that the process may still do after it hung up
         self._hung_up_at = 0.0
         self._connection = connection
         self.event_fd = connection.fileno()
         self.ready = self.closed = False
         self._waiting = np.empty(0, dtype=MOVE_DTYPE)
         self._sent = np.empty(0, dtype=np.uint64)
-        self._writes = np.empty(0, dtype=np.uint64)         # of what was sent
-        self._cancelled = np.empty(0, dtype=np.uint64)      # before they were sent, and not told yet
-        with suppress(OSError):                             # it is gone: ``take`` finds that
+        self._writes = np.empty(0, dtype=np.uint64)         # tags of the writes that were sent
+        self._cancelled = np.empty(0, dtype=np.uint64)      # tags of cancelled blocks that are not reported yet
+        with suppress(OSError):                             # the rank has ended: ``take`` reports that
             socket.send_fds(connection, [FILES], list(files))
 
     def submit(
         self, kind: int, tags: NDArray[np.uint64], files: NDArray[np.int32], file_offsets: NDArray[np.int64],
         memory_offsets: NDArray[np.int64], size: int, fence: int,
     ) -> None:
-        """As ``IoQueue.submit``; page i is at ``memory_offsets`` ``i * size``. Starts when the rank is at ``fence``."""
+        """Submit as ``IoQueue.submit`` does; page i is at ``memory_offsets`` ``i * size``. The moves start when the
+        rank has reached ``fence``."""
         moves = np.empty(len(tags), dtype=MOVE_DTYPE)
         moves["kind"], moves["fence"], moves["tag"], moves["file"] = kind, fence, tags, files
         moves["offset"], moves["page"] = file_offsets, memory_offsets // size
@@ -108,12 +110,12 @@ class GdsQueue:
     def _send(self, name: bytes, content: NDArray[np.generic]) -> bool:
         try:
             self._connection.send(name + content.tobytes())
-        except OSError:                                     # full: later; broken: ``take`` finds that
+        except OSError:                                     # full: sent later; broken: ``take`` reports that
             return False
         return True
 
     def cancel(self, tags: NDArray[np.uint64]) -> None:
-        """What has not begun ends with ECANCELED."""
+        """End the blocks that have not begun with ECANCELED."""
         mine = np.isin(self._waiting["tag"], tags)
         self._cancelled = np.append(self._cancelled, self._waiting["tag"][mine])
         self._waiting = self._waiting[~mine]
@@ -122,7 +124,7 @@ class GdsQueue:
             self._send(CANCEL, sent)
 
     def take(self) -> tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.uint64]]:
-        """As ``IoQueue.take``: tags, results (0 or a negative errno) and XXH3-64 of slots."""
+        """Blocks that have ended, as ``IoQueue.take``: tags, results (0 or a negative errno) and XXH3-64 of slots."""
         parts = []
         while not self.closed and (message := self._receive()) is not None:
             if message[:1] == RESULT:
@@ -147,7 +149,7 @@ class GdsQueue:
         return every["tag"].copy(), every["result"].astype(np.int32), every["checksum"].copy()
 
     def _ended(self, found: NDArray[np.void]) -> NDArray[np.void]:
-        """Results of blocks that the rank had."""
+        """Select the results of blocks that were sent to the rank, and remove these from the lists."""
         found = found[np.isin(found["tag"], self._sent)]
         self._sent = np.setdiff1d(self._sent, found["tag"], assume_unique=True)
         self._writes = np.setdiff1d(self._writes, found["tag"], assume_unique=True)
@@ -162,7 +164,7 @@ class GdsQueue:
             return b""
 
     def busy(self) -> NDArray[np.uint64]:
-        """Tags of what the rank may be at."""
+        """Tags of the blocks that the rank may still move."""
         if len(self._dying):
             over = time.monotonic() - self._hung_up_at > _UNKNOWN_PROCESS_S if self._process.fd < 0 else False
             if over or self._process.is_gone:
@@ -172,12 +174,12 @@ class GdsQueue:
 
     @property
     def at_rest(self) -> bool:
-        """Closed, and nothing of it is ``busy``."""
+        """Whether the queue is closed and none of its blocks is ``busy``."""
         return self.closed and len(self.busy()) == 0
 
     def close(self) -> None:
-        """Hang up. What is under way ends with ECANCELED, or ESHUTDOWN where the rank may still do it. Can be called
-        again."""
+        """Close the connection. Blocks under way end with ECANCELED, or ESHUTDOWN if the rank may still write them. May
+        be called again."""
         if not self.closed:
             self._dying, self._hung_up_at = self._writes, time.monotonic()
         self._cancelled = np.concatenate([self._cancelled, self._waiting["tag"], self._sent])

@@ -1,4 +1,4 @@
-"""Changes of slot tables, on the thread of each directory: records are written, and emptied."""
+"""Steps that write and empty records of slot tables, on the thread of each directory."""
 
 import threading
 
@@ -10,19 +10,19 @@ from flexkv.storage.ssd.directory import SsdDirectory
 from flexkv.storage.ssd.slot_ledger import SlotLedger
 
 Moved = list[tuple[Batch, NDArray[np.intp], NDArray[np.uint64]]]
-"""Batches, positions in them whose data is written, and the checksums of those."""
+"""Batches, positions of the blocks whose data is written, and checksums of these blocks."""
 
 
 class RecordSteps:
     """Writes and empties records. A directory's thread runs its steps in the order in which they were posted, so a slot
-    that is emptied, given away and written again ends with the newest record.
+    that is emptied, freed and written again ends with the newest record.
 
     Parameters
     ----------
     ledger : SlotLedger
     domain : int
     lock : Lock
-        Of the store.
+        The store's lock.
     """
 
     def __init__(self, ledger: SlotLedger, domain: int, lock: threading.Lock) -> None:
@@ -32,14 +32,15 @@ class RecordSteps:
         self._waiting: dict[SsdDirectory, Moved] = {}
 
     def add(self, batch: Batch, positions: NDArray[np.intp], checksums: NDArray[np.uint64]) -> bool:
-        """Data is written, records have to be; True if a step has to be posted for it. Under the lock."""
+        """Add blocks whose data is written and whose records must be written. Returns whether the caller must post a
+        step for that. Under the lock."""
         waiting = self._waiting.setdefault(batch.directory, [])
         waiting.append((batch, positions, checksums))
         return len(waiting) == 1
 
     def write(self, directory: SsdDirectory) -> tuple[Moved, NDArray[np.int32], str]:
-        """Write the records of all data that is written by now, with as few calls as possible; returns it, its slots,
-        and the error, if there is one. On the directory's thread."""
+        """Write the records of all blocks added, with as few calls as possible. Returns these blocks, their slots, and
+        the error, empty if there is none. On the directory's thread."""
         with self._lock:
             parts = self._waiting.pop(directory)
         slots = np.concatenate([batch.slots[positions] for batch, positions, _ in parts])
@@ -48,9 +49,9 @@ class RecordSteps:
         return parts, slots, directory.fails(directory.table.write, slots - np.int32(directory.first_slot), records)
 
     def empty(self, batch: Batch, for_good: bool = False) -> str:
-        """Empty the records of a batch's slots; returns the error, if there is one. On the directory's thread.
+        """Empty the records of a batch's slots. Returns the error, empty if there is none. On the directory's thread.
 
-        ``for_good``: also after a loss of power.
+        ``for_good``: sync the table, so that the records stay empty after a loss of power.
         """
         directory = batch.directory
         slots = batch.slots[self._ledger.recorded[batch.slots]]

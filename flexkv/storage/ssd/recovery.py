@@ -21,17 +21,18 @@ def newest_records(
     Returns
     -------
     slots : (n,) int32
-        Of the newest record of each key of the domain, the oldest first.
+        Slots of the newest record of each key of the domain, the oldest first.
     records : (n,) RECORD
+        Records of these slots.
     used : (m,) int32
-        Slots whose record may not be empty, whatever it is.
+        Slots whose record may not be empty, of any domain and state.
     last_sequence : int
-        The highest of any record, of other domains too.
+        Highest sequence of a valid record of any domain.
     """
     slots, records, used, last_sequence = [], [], [], 0
     for directory in directories:
         scan = directory.table.scan(domain, floor)
-        logger.info("%s: %s", directory.path, ", ".join(f"{n} {what}" for what, n in scan.states.items() if n))
+        logger.info("%s: %s", directory.path, ", ".join(f"{n} {state}" for state, n in scan.states.items() if n))
         slots.append(scan.slots + np.int32(directory.first_slot))
         records.append(scan.records)
         used.append(scan.used + np.int32(directory.first_slot))

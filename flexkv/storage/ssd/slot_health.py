@@ -1,4 +1,4 @@
-"""Which slots and directories of a store have failed too often."""
+"""Error counts of the slots and directories of a store."""
 
 import errno
 import os
@@ -11,16 +11,17 @@ from flexkv.storage.ssd.fault_log import FaultLog
 from flexkv.storage.ssd.striped_slots import StripedSlots
 
 LATE = np.array([-errno.ETIMEDOUT, -errno.ESHUTDOWN])
-"""Results of accesses that may still be done: by the kernel, after it took too long, or by a rank that hung up."""
+"""Results of accesses that may still happen: by the kernel after the deadline, or by a rank that hung up."""
 
 _ERRORS_OF_SLOT = 2
-"""A slot with so many errors is retired."""
+"""Number of errors after which a slot is retired."""
 
 
 class SlotHealth:
-    """Counts errors: too many of a slot retire it, too many in a row take its directory out. The caller locks.
+    """Counts errors: too many errors of a slot retire it, too many in a row take its directory offline. The caller must
+    hold the store's lock.
 
-    A slot that the kernel may still write to, after a write took too long, is held: nobody gets it until then.
+    A slot that may still be written after its write failed is held: it is not allocated until that write has ended.
 
     Parameters
     ----------
@@ -34,18 +35,19 @@ class SlotHealth:
         ))
         self._slots = slots
         self._errors = np.zeros(num_slots, dtype=np.uint8)
-        self._held: dict[int, tuple[SsdDirectory | None, int]] = {}        # tag of the write -> where it is
+        self._held: dict[int, tuple[SsdDirectory | None, int]] = {}        # tag of the write -> directory and slot
 
     def had_errors(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """(n,) bool."""
+        """(n,) bool: whether each slot had an error."""
         return np.asarray(self._errors[slots] > 0)
 
     def judge(
         self, directory: SsdDirectory, slots: NDArray[np.int32], results: NDArray[np.int32], kind: str
     ) -> bool:
-        """Look at the queue's results ((n,) 0 or negative errno) of slots; True: the directory is taken out now.
+        """Count the errors in the queue's results ((n,) 0 or negative errno) of slots. Returns whether this takes the
+        directory offline.
 
-        That an access took too long says nothing of its slot: one that hangs ends all that waits for its file.
+        A timeout does not count against its slot, because one access that hangs delays all accesses of its file.
         """
         if not results.any():
             return False
@@ -56,7 +58,7 @@ class SlotHealth:
         return self.fault(directory, slots[failed], kind, detail) or out
 
     def fault(self, directory: SsdDirectory, slots: NDArray[np.int32], kind: str, detail: str) -> bool:
-        """Errors at slots; True: the directory is taken out now."""
+        """Count an error of each slot. Returns whether this takes the directory offline."""
         self._errors[slots] += 1
         bad = slots[self._errors[slots] >= _ERRORS_OF_SLOT]
         self.log.add("slots_retired", self._slots.retire(bad), directory.path, "they are not used again")
@@ -72,24 +74,24 @@ class SlotHealth:
         return True
 
     def hung(self, directory: SsdDirectory, seconds: float) -> None:
-        """A directory's thread has not gone on for so long: it is taken out, if it is not already."""
+        """Take a directory offline whose thread has made no progress for ``seconds``, if it is online."""
         if directory.take_out(f"its slot table has not answered for {seconds:g} s"):
             self.log.add("timeouts", 1, directory.path, "slot table")
             self.log.add("directories_taken_out", 1, directory.path)
 
-    # ---- writes that the kernel keeps -------------------------------------------------------------------------
+    # ---- writes that failed and may still happen --------------------------------------------------------------
 
     def hold(self, directory: SsdDirectory | None, slots: NDArray[np.int32], tags: NDArray[np.uint64]) -> None:
-        """Writes to these slots have failed, and may still be done: by the kernel, in this directory, or by a rank."""
+        """Hold slots whose writes failed and may still happen: by the kernel in ``directory``, or (None) by a rank."""
         self._held.update((tag, (directory, slot)) for tag, slot in zip(tags.tolist(), slots.tolist(), strict=True))
         self._slots.retire(slots)
 
     def holds(self, directory: SsdDirectory) -> bool:
-        """Whether slots of a directory are held."""
+        """Whether slots of a directory are held because of the kernel."""
         return any(owner is directory for owner, _ in self._held.values())
 
     def let_go(self, busy: NDArray[np.uint64]) -> None:
-        """Give back the slots that are held, except those whose tags are among ``busy``."""
+        """Release the held slots whose writes are not among the tags ``busy``."""
         if not self._held:
             return
         over = self._held.keys() - set(busy.tolist())

@@ -1,4 +1,4 @@
-"""The slot table: beside the data, what each slot holds, so that the cache is warm after a restart."""
+"""The slot table: a file that records the block of each slot, so that the cache is warm after a restart."""
 
 import logging
 import os
@@ -20,10 +20,11 @@ RECORD = np.dtype([
     ("key", "<u8", (2,)), ("parent", "<u8", (2,)), ("checksum", "<u8"), ("sequence", "<u8"), ("domain", "<u8"),
     ("length", "<u4"), ("check", "<u4"),
 ])
-"""One slot. ``check`` covers the rest and the slot's number (see ``_core.slot_records``); all zero: empty."""
+"""Record of one slot. ``check`` covers the other fields and the slot's number (``flexkv._core.io.slot_records``); all
+zeros: empty."""
 
 _SCAN_RECORDS = 1 << 16
-"""Records read at a time (4 MiB): large enough for a disk, small enough for a cache."""
+"""Number of records read at a time (4 MiB): large enough for a fast read, small enough for the CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Header:
     ----------
     slot_bytes, num_slots : int
     floor : int
-        Records count only if their sequence is higher: this is how everything is forgotten at once.
+        Records are valid only if their sequence is higher. Raising the floor drops all blocks at once.
     clean : bool
-        The table was closed, after everything had been synced.
+        The table was closed after all data and records had been synced.
     """
 
     slot_bytes: int
@@ -49,7 +50,7 @@ class Header:
     _FORMAT: ClassVar[struct.Struct] = struct.Struct("<8sIIQQQ")
 
     def pack(self) -> bytes:
-        """A page."""
+        """The header as a page of HEADER_BYTES bytes."""
         fields = self._FORMAT.pack(
             self._MAGIC, self.VERSION, self.clean, self.slot_bytes, self.num_slots, self.floor
         )
@@ -57,7 +58,7 @@ class Header:
 
     @classmethod
     def unpack(cls, page: bytes) -> "Header | None":
-        """None if these are not the bytes of a header of this version."""
+        """Read a header from a page; None if the page holds no header of this version."""
         size = cls._FORMAT.size
         if len(page) < size + 8 or xxh3_64(page[:size]).to_bytes(8, "little") != page[size : size + 8]:
             return None
@@ -71,23 +72,23 @@ class Header:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a table holds.
+    """Contents of a table.
 
     Attributes
     ----------
     slots : (n,) int32
-        Slots with a record of the domain that was asked for.
+        Slots with a valid record of the domain given to ``scan``.
     records : (n,) RECORD
-        Those records.
+        Records of these slots.
     states : dict
-        How many slots are ``empty``, ``mine``, of an ``other_domain``, ``void``, ``broken``, or have an ``unreadable``
-        record.
+        Number of slots whose record is ``empty``, ``mine``, of an ``other_domain``, ``void``, ``broken`` or
+        ``unreadable``.
     used : (m,) int32
         Slots whose record is not empty, or could not be read.
     domains : dict
-        Records that count, by domain.
+        Number of valid records, by domain.
     last_sequence : int
-        The highest of those; 0: there are none.
+        Highest sequence of a valid record of any domain; 0: there are none.
     """
 
     slots: NDArray[np.int32]
@@ -99,7 +100,7 @@ class Scan:
 
 
 def choose(records: NDArray[np.void], indices: NDArray[np.intp]) -> NDArray[np.void]:
-    """``records[indices]``, which numpy does field by field, several times as fast."""
+    """``records[indices]``. Several times as fast as numpy, which copies a structured array field by field."""
     words = records.view(np.uint64).reshape(len(records), RECORD.itemsize // 8)
     return words.take(indices, axis=0).view(RECORD).reshape(len(indices))
 
@@ -111,17 +112,17 @@ _STATES = {
 
 
 class SlotTable:
-    """A header and a record for each slot, in a file that is read and written but never mapped: a file that somebody
-    truncates is then an error, and not a SIGBUS.
+    """A header and a record for each slot, in a file that is never mapped: if another process truncates it, the result
+    is an error and not a SIGBUS.
 
-    A write goes to the page cache, in one call for each run of adjacent slots. Who kills the process loses nothing;
-    who cuts the power may lose any of the writes since the last ``sync``, and a record that then stands beside other
-    data is found out by its checksum. Only one thread at a time writes.
+    A write goes to the page cache, in one call for each run of adjacent slots. Killing the process loses no write. A
+    loss of power may lose any write since the last ``sync``; a record that then describes other data than the slot
+    holds is detected by its checksum. Only one thread at a time may write.
 
     Parameters
     ----------
     fd : int
-        Owned by the caller.
+        Descriptor of the file; owned by the caller.
     files : FileLayer
     """
 
@@ -132,11 +133,11 @@ class SlotTable:
 
     @staticmethod
     def num_bytes(num_slots: int) -> int:
-        """Size of the table of so many slots: whole pages."""
+        """Bytes of the table of ``num_slots`` slots, in whole pages."""
         return HEADER_BYTES + -(-num_slots * RECORD.itemsize // HEADER_BYTES) * HEADER_BYTES
 
     def load(self) -> Header | None:
-        """Read the header; None if there is none that can be used."""
+        """Read the header; None if there is no valid header."""
         page = bytearray(HEADER_BYTES)
         read_into(self._files, self._fd, memoryview(page), 0)
         header = Header.unpack(bytes(page))
@@ -145,26 +146,26 @@ class SlotTable:
         return header
 
     def store(self, header: Header) -> None:
-        """Write the header, and wait until it is on the disk. If that fails, the next ``update`` tries it again."""
+        """Write the header, and wait until it is on the disk. If that fails, the next ``update`` writes it again."""
         self.header = header
         write_all(self._files, self._fd, memoryview(header.pack()), 0)
         self.sync()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the header. With ``floor``, records with a sequence up to it are void from now on, also
-        after a loss of power."""
+        """Change fields of the header. A higher ``floor`` makes all records with a sequence up to it void, also after a
+        loss of power."""
         self.store(replace(self.header, **changes))
 
     def sync(self) -> None:
-        """Wait until all of it is on the disk."""
+        """Wait until all writes are on the disk."""
         self._files.fdatasync(self._fd)
 
     def erase(self, slots: NDArray[np.int32]) -> None:
-        """Make slots ((n,) int32) empty."""
+        """Empty the records of slots ((n,) int32)."""
         self._write_runs(np.sort(slots), np.zeros((len(slots), RECORD.itemsize), dtype=np.uint8))
 
     def write(self, slots: NDArray[np.int32], records: NDArray[np.void]) -> None:
-        """Write the records ((n,) RECORD, their check is filled in here) of slots ((n,) int32)."""
+        """Write the records ((n,) RECORD) of slots ((n,) int32). Fills in their ``check``."""
         order = np.argsort(slots)
         slots = slots[order]
         raw = records[order].view(np.uint8).reshape(len(slots), RECORD.itemsize)
@@ -178,16 +179,16 @@ class SlotTable:
             write_all(self._files, self._fd, raw[start:stop].reshape(-1).data, offset)
 
     def scan(self, domain: int, floor: int = 0) -> Scan:
-        """Read all records; those with a sequence up to ``floor``, or the header's, are void.
+        """Read all records. Records with a sequence up to ``floor``, or up to the header's floor, are void.
 
-        A table that cannot be read, or that ends early, holds so much less.
+        Records that cannot be read, or that are behind the end of the file, count as ``unreadable``.
         """
         floor = max(floor, self.header.floor)
         slots, records, used = [np.empty(0, np.int32)], [np.empty(0, RECORD)], [np.empty(0, np.int32)]
         counts = np.zeros(len(_STATES), dtype=np.int64)
         domains: dict[int, int] = {}
         last_sequence = 0
-        # beyond the end of the file nothing is read: a damaged header may name billions of slots
+        # records behind the end of the file are not read: a damaged header may name billions of slots
         in_file = max(0, os.fstat(self._fd).st_size - HEADER_BYTES) // RECORD.itemsize
         present = min(self.header.num_slots, in_file)
         used.append(np.arange(present, self.header.num_slots, dtype=np.int32))
@@ -213,7 +214,7 @@ class SlotTable:
         )
 
     def _read(self, first: int, count: int) -> NDArray[np.uint8]:
-        """(n, 64) uint8; n is less than ``count`` where the file ends or cannot be read."""
+        """(n, 64) uint8: ``count`` records, or fewer if the file ends or cannot be read."""
         raw = np.empty((count, RECORD.itemsize), dtype=np.uint8)
         try:
             got = read_into(self._files, self._fd, raw.reshape(-1).data, HEADER_BYTES + first * RECORD.itemsize)

@@ -36,29 +36,29 @@ class SsdStore(Store):
 
     A block is written in this order: the slot's record is emptied, the data is written, the record is written. So
     after a kill at any moment a slot holds the old block, the new one, or none. A block is read only if the slot's
-    record names its key, and is good only if what was read has the checksum in that record.
+    record names its key, and is good only if the bytes read have the checksum in that record.
 
-    May be used from any thread. Nothing waits for a disk but the constructor, ``recover``, ``clear`` and ``close``.
-    ``event_fd`` is readable when ``results`` has something to do; it should be called once a second even so, for that
-    is when a disk that hangs is noticed.
+    May be used from any thread. Only the constructor, ``recover``, ``clear`` and ``close`` wait for a disk.
+    ``results`` must be called when ``event_fd`` is readable, and once a second in any case, because it detects disks
+    that hang.
 
     Parameters
     ----------
     directories : sequence of Path
     capacity_bytes : int
-        For all files in all directories; shared out evenly.
+        Bytes for all files in all directories, divided evenly.
     slot_bytes : int
         A multiple of 4096.
     domain : bytes
-        Identity of what makes KV comparable: blocks of others are not offered, and their slots are free.
+        Domain of the KV. Blocks of other domains are not offered, and their slots are free.
     memory : buffer
         Host slots: slot i is bytes [i*slot_bytes, (i+1)*slot_bytes).
     make_queue : callable
-        ``IoQueue`` or its like.
+        Makes an ``IoQueue``, or a queue with its interface.
     deadline_s : float
-        An access that takes longer has failed.
+        An access that takes longer fails.
     probe_s : float
-        A directory that was taken out is tried every so often.
+        Interval at which an offline directory is probed.
     files : FileLayer
     queue_options
         For ``make_queue``.
@@ -95,7 +95,7 @@ class SsdStore(Store):
             self._batches = Batches(queue.event_fd)
             opened.pop_all()
         self._floor = max(directory.table.header.floor for directory in self._directories)
-        self._sequence = max(time.time_ns(), self._floor)   # the last one given; a clock, so that it always rises
+        self._sequence = max(time.time_ns(), self._floor)   # last number used; from a clock, so that it always rises
         self._records = RecordSteps(self._ledger, self._domain, self._lock)
         self.event_fd = self._batches.event_fd
         for directory in self._directories:
@@ -109,8 +109,8 @@ class SsdStore(Store):
     def recover(self) -> Recovered:
         """Read the tables: the newest block of each key of this domain, the oldest first.
 
-        To be called before anything else; InvariantError if slots are in use. The slots of what is found are in use
-        after it: the caller frees those that it does not want.
+        Must be called before any other method; InvariantError if slots are in use. The slots of these blocks are in use
+        afterwards; the caller must free the slots of the blocks that it does not use.
         """
         slots, records, used, last_sequence = newest_records(self._directories, self._domain, self._floor)
         with self._lock:
@@ -121,8 +121,8 @@ class SsdStore(Store):
         return Recovered(np.ascontiguousarray(records["key"]), np.ascontiguousarray(records["parent"]), slots)
 
     def attach_device(self, make_queue: Callable[[list[int]], Any]) -> None:
-        """Move blocks between the files, whose descriptors it gives, and the pages of a GPU, with what is like a
-        ``GdsQueue``. The store owns it, and closes the one before."""
+        """Move blocks between the files and the pages of a GPU with ``make_queue(fds)``, a ``GdsQueue``. The store owns
+        the queue, and closes an earlier one."""
         queue = make_queue([directory.data.fd for directory in self._directories])
         with self._lock:
             self._queues.close_device()
@@ -138,30 +138,30 @@ class SsdStore(Store):
         return self._queues.device_is_ready
 
     def clear(self) -> None:
-        """Forget every block, also after a restart; what is under way fails. Waits for the disks, up to the deadline.
+        """Drop every block, also after a restart; moves under way fail. Waits for the disks, up to the deadline.
 
         Raises
         ------
         StorageError
-            A directory could not be told: after a restart it may offer what it holds. Until then it does not.
+            A directory could not be cleared. It offers no blocks until a restart, and may offer them afterwards.
         """
         with self._lock:
             if self._closed:
-                raise StorageError("the SSD tier is closed: clear it before, or remove what is in its directories")
-            self._floor = self._sequence = max(self._sequence, time.time_ns())      # above other directories', too
+                raise StorageError("the SSD tier is closed: clear it earlier, or delete the files in its directories")
+            self._floor = self._sequence = max(self._sequence, time.time_ns())      # above the floor of any directory
             self._ledger.forget(slice(None))
             for batch in self._batches:
                 self._stop(batch)
         raise_floor(self._directories, self._floor, self._deadline_s)
 
     def close(self) -> None:
-        """Cancel what has not begun, wait (bounded) for the rest, and leave the tables in good order. Can be called
-        again. ``results`` still tells what had not been told.
+        """Cancel moves that have not begun, wait (bounded) for the others, and mark the tables as closed. May be called
+        again. ``results`` still reports the results that were not reported.
 
         Raises
         ------
         TransferError
-            The kernel keeps accesses of a disk that hangs: the host memory must not be used again. Files stay open.
+            The kernel still has accesses to a disk that hangs. The host memory must not be reused. Files stay open.
         """
         with self._lock:
             if self._closed:
@@ -189,8 +189,8 @@ class SsdStore(Store):
         self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
         parents: NDArray[np.uint64], fence: int | None = None,
     ) -> None:
-        """Write blocks from host slots to slots, which the caller has allocated; what they held is forgotten. With a
-        ``fence``, ``host_slots`` are pages of the GPU, and may be touched from that step of its rank on."""
+        """Write blocks from host slots to slots, which the caller has allocated; the blocks in them are dropped. With a
+        ``fence``, ``host_slots`` are pages of the GPU, which may be accessed from that step of its rank on."""
         check_blocks(slots, host_slots, (keys, parents), self.num_slots, self._queues.places(fence))
         if len(np.unique(slots)) != len(slots):
             raise ValueError("a slot is given twice")
@@ -209,8 +209,8 @@ class SsdStore(Store):
         self, job: int, slots: NDArray[np.int32], host_slots: NDArray[np.int32], keys: NDArray[np.uint64],
         fence: int | None = None,
     ) -> None:
-        """Read blocks from slots to host slots. A block is good only if it is the one that ``keys`` names; with a
-        ``fence``, as in ``write``, one that is not may have been written to its page."""
+        """Read blocks from slots to host slots. A read succeeds only if the slot holds the block that ``keys`` names.
+        With a ``fence``, as in ``write``, a read that fails may have changed the page."""
         check_blocks(slots, host_slots, (keys,), self.num_slots, self._queues.places(fence))
         with self._lock:
             named = self._ledger.holds(slots, keys)
@@ -219,7 +219,7 @@ class SsdStore(Store):
                 self._submit(self._batches.begin(READ, job, directory, where, slots, host_slots, keys, fence))
 
     def erase(self, job: int, slots: NDArray[np.int32]) -> None:
-        """Have slots, which the caller has allocated, hold nothing, also after a restart or a loss of power."""
+        """Empty slots, which the caller has allocated; they stay empty after a restart or a loss of power."""
         with self._lock:
             for directory, where in self.slots.by_directory(slots, np.ones(len(slots), dtype=np.bool_)):
                 directory.post(partial(self._erase, self._batches.begin_erasing(job, directory, where, slots)))
@@ -229,13 +229,14 @@ class SsdStore(Store):
             return ~self._ledger.holds(slots, keys) | self._health.had_errors(slots)
 
     def cancel(self, job: int) -> None:
-        """What has not begun fails; what is under way is finished. An unknown job is left alone."""
+        """Fail the moves of a job that have not begun; moves under way are finished. An unknown job is ignored."""
         with self._lock:
             for batch in self._batches.of_job(job):
                 self._stop(batch)
 
     def results(self) -> list[Result]:
-        """(job, indices, ok) of blocks that have ended, each told once. Nothing touches their host slots any more."""
+        """(job, indices, ok) of blocks that have ended, each reported once. Their host slots are not accessed any more.
+        """
         with self._lock:
             if not self._closed:
                 self._take()
@@ -245,11 +246,11 @@ class SsdStore(Store):
             return self._batches.take_results()
 
     def usable(self) -> bool:
-        """Whether there is a directory that takes reads and writes."""
+        """Whether a directory is online."""
         return not self._closed and any(directory.usable for directory in self._directories)
 
     def usable_slots(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """(n,) bool: slots of directories that take reads and writes."""
+        """(n,) bool: whether the directory of each slot is online."""
         return self.slots.on_usable(slots) & (not self._closed)
 
     def stats(self) -> dict[str, int]:
@@ -260,12 +261,12 @@ class SsdStore(Store):
             "device_is_ready": int(self.device_is_ready),
         }
 
-    # ---- what is under way; under the lock --------------------------------------------------------------------
+    # ---- moves under way; under the lock ----------------------------------------------------------------------
 
     def _begin(self, job: int, slots: NDArray[np.int32], able: NDArray[np.bool_], fence: int | None) -> Parts:
-        """The indices of each directory; those that cannot be done fail here."""
+        """Indices of the blocks of each directory. Blocks that are not ``able``, or whose move is impossible, fail."""
         usable = self.usable_slots(slots)
-        self._health.log.add("refused", int((~usable).sum()), "SSD tier", "a directory is taken out")
+        self._health.log.add("refused", int((~usable).sum()), "SSD tier", "a directory is offline")
         able = able & usable & self._queues.takes(fence)
         failed = np.flatnonzero(~able)
         self._batches.tell(job, failed, np.zeros(len(failed), dtype=np.bool_))
@@ -274,7 +275,7 @@ class SsdStore(Store):
     def _submit(self, batch: Batch) -> None:
         try:
             self._queues.submit(batch, self._directories.index(batch.directory))
-        except Exception:                                   # memory, say: it took none of them
+        except Exception:                                   # such as MemoryError: the queue accepted no block
             logger.exception("%s: %d blocks are not moved", batch.directory.path, len(batch.slots))
             self._fail(batch, batch.left())
 
@@ -303,7 +304,7 @@ class SsdStore(Store):
     def _erase_and_submit(self, batch: Batch) -> None:
         directory, failed = batch.directory, self._records.empty(batch)
         with self._lock:
-            left = batch.left()                             # none, if cancelled meanwhile
+            left = batch.left()                             # empty if the batch was cancelled meanwhile
             if failed or self._closed or batch.sequence <= self._floor or not self._queues.takes(batch.fence):
                 self._fail(batch, left)
                 if failed and self._health.fault(directory, batch.slots[left], "table_errors", failed):
@@ -312,7 +313,7 @@ class SsdStore(Store):
                 self._submit(batch)
 
     def _erase(self, batch: Batch) -> None:
-        directory, failed = batch.directory, self._records.empty(batch, for_good=True)      # though it was stopped
+        directory, failed = batch.directory, self._records.empty(batch, for_good=True)      # even if it was stopped
         with self._lock:
             self._ledger.forget(batch.slots)
             self._end(batch, left := batch.left(), np.full(len(left), not failed))
@@ -335,7 +336,7 @@ class SsdStore(Store):
     # ---- results ----------------------------------------------------------------------------------------------
 
     def _take(self) -> None:
-        """Take in what the queue has done."""
+        """Process the results of the queues."""
         self._batches.quiet()
         tags, results, checksums = self._queues.take()
         for batch, at, positions in self._batches.of_tags(tags):
@@ -344,8 +345,8 @@ class SsdStore(Store):
             batch.late[positions] = np.isin(results[at], LATE)
             try:
                 finish(batch, positions, results[at], checksums[at])
-            except Exception:                               # each of the others has its result all the same
-                logger.exception("%s: %d blocks are lost", batch.directory.path, len(at))
+            except Exception:                               # other batches must get their results all the same
+                logger.exception("%s: %d blocks failed", batch.directory.path, len(at))
                 self._fail(batch, positions[~(batch.ended | batch.late)[positions]])
         busy = self._queues.busy()
         for batch in self._batches.late():
@@ -357,9 +358,9 @@ class SsdStore(Store):
     ) -> None:
         directory, slots = batch.directory, batch.slots[positions]
         done, right = results == 0, checksums == self._ledger.checksums[slots]
-        named = self._ledger.holds(slots, batch.keys[positions])    # it may have been rewritten or cleared meanwhile
+        named = self._ledger.holds(slots, batch.keys[positions])    # false if rewritten or cleared meanwhile
         ok = done & named & right
-        late = batch.late[positions]                        # told when the kernel has let go of their memory
+        late = batch.late[positions]                        # reported when the kernel does not access their memory
         self._end(batch, positions[~late], ok[~late])
         if not directory.data.is_direct:
             directory.post(partial(directory.data.moved, len(positions) * self.slot_bytes))
@@ -391,7 +392,7 @@ class SsdStore(Store):
             self._after_take_out(directory)
 
     def _after_take_out(self, directory: SsdDirectory, hung: bool = False) -> None:
-        """End what waits for a directory; what has been moved too, if its thread hangs before the records."""
+        """Stop the batches of an offline directory. ``hung``: its thread writes no records, so moved blocks fail."""
         for batch in self._batches:
             if batch.directory is directory:
                 if hung:

@@ -11,19 +11,19 @@ from flexkv.errors import InvariantError
 from flexkv.storage.ssd.directory import SsdDirectory
 
 _CHUNK_BYTES = 8 << 20
-"""Slots given by one directory before the next is considered: large enough for one fast write."""
+"""Size of the slots allocated from one directory before the next is considered: large enough for one fast write."""
 
 
 Parts = Iterator[tuple[SsdDirectory, NDArray[np.intp]]]
-"""Some of an array of slots: their indices, by directory."""
+"""Directories, and the indices of their slots in an array of slots."""
 
 
 class StripedSlots:
     """Allocator over directories, with the interface of ``SlotAllocator``. May be called from any thread.
 
-    Slots come from the directory that would be done soonest with what is queued for it, in runs of adjacent ones.
-    Retired slots and free ones of directories that are taken out cannot be had: they count neither as free nor in
-    ``capacity``. A directory may be taken out at any time: ``allocate`` may return None for what was free just before.
+    Slots come from the directory that would finish its queue first, in runs of adjacent slots. Retired slots, and free
+    slots of offline directories, cannot be allocated: they count neither as free nor in ``capacity``. A directory may
+    be taken offline at any time, so ``allocate`` may return None although ``num_free`` was sufficient just before.
 
     Parameters
     ----------
@@ -40,19 +40,19 @@ class StripedSlots:
         self._num_in_use = 0
         self._generations = np.zeros(self._total, dtype=np.uint32)
         self._retired = np.zeros(self._total, dtype=np.bool_)
-        self._hidden = [0] * len(directories)               # retired slots that their part thinks free
+        self._hidden = [0] * len(directories)               # retired slots that are free in their part
         self._turn = 0
         self._lock = threading.RLock()
 
     @property
     def capacity(self) -> int:
-        """Slots in use, and slots that can be had."""
+        """Slots in use, and slots that can be allocated."""
         with self._lock:
             return self._num_in_use + self.num_free
 
     @property
     def num_free(self) -> int:
-        """Slots that can be had."""
+        """Slots that can be allocated."""
         with self._lock:
             return sum(self._available(i) for i, directory in enumerate(self._directories) if directory.usable)
 
@@ -60,11 +60,11 @@ class StripedSlots:
         return self._parts[which].num_free - self._hidden[which]
 
     def allocate(self, count: int) -> NDArray[np.int32] | None:
-        """Take ``count`` slots.
+        """Allocate ``count`` slots.
 
         Returns
         -------
-        (count,) int32 ndarray, or None if fewer can be had (then none is taken)
+        (count,) int32 ndarray, or None if fewer are available (then no slot is allocated)
         """
         if count < 0:
             raise ValueError(f"allocate {count} slots")
@@ -76,7 +76,7 @@ class StripedSlots:
             left = count
             while left:
                 which = self._soonest(pending)
-                if which is None:                           # one was taken out meanwhile
+                if which is None:                           # a directory was taken offline meanwhile
                     self.free(np.concatenate(taken))
                     return None
                 taken.append(self._take(which, min(left, self._chunk)))
@@ -85,7 +85,7 @@ class StripedSlots:
         return np.concatenate(taken)
 
     def _soonest(self, pending: list[float]) -> int | None:
-        """The directory that would be done first; of equals, they take turns."""
+        """Index of the directory that would finish its queue first. Equal directories take turns."""
         num = len(self._directories)
         order = [(self._turn + i) % num for i in range(num)]
         able = [i for i in order if self._directories[i].usable and self._available(i)]
@@ -99,9 +99,9 @@ class StripedSlots:
         part = self._parts[which]
         slots = part.allocate(min(want, part.num_free))
         if slots is None:
-            raise InvariantError(f"{part.num_free} slots are free, and cannot be had")
+            raise InvariantError(f"{part.num_free} slots are free, but cannot be allocated")
         slots = slots + np.int32(self._first[which])
-        retired = self._retired[slots]                      # while they were free: they stay taken
+        retired = self._retired[slots]                      # retired while free: they stay allocated in their part
         self._hidden[which] -= int(retired.sum())
         slots = slots[~retired]
         self._in_use[slots] = True
@@ -109,7 +109,7 @@ class StripedSlots:
         return slots
 
     def take_only(self, slots: NDArray[np.int32]) -> None:
-        """Take these slots, also of directories that are taken out; InvariantError if any slot is in use."""
+        """Allocate exactly these slots, also of offline directories. Raises InvariantError if any slot is in use."""
         with self._lock:
             if self._num_in_use:
                 raise InvariantError(f"{self._num_in_use} slots are in use already")
@@ -117,7 +117,7 @@ class StripedSlots:
             self.free(np.setdiff1d(everything, slots))
 
     def free(self, slots: NDArray[np.int32]) -> None:
-        """Give slots back. InvariantError, and nothing has changed, if one of them is not in use."""
+        """Free slots. Raises InvariantError, and changes nothing, if one of them is not in use."""
         with self._lock:
             if len(slots) and (slots.min() < 0 or slots.max() >= self._total):
                 raise InvariantError(f"slots {slots.min()} to {slots.max()}: there are {self._total}")
@@ -132,7 +132,7 @@ class StripedSlots:
                 self._parts[which].free((slots[owner == which] - self._first[which]).astype(np.int32))
 
     def generations(self, slots: NDArray[np.int32]) -> NDArray[np.uint32]:
-        """(n,) uint32: how often each slot was freed."""
+        """(n,) uint32: number of times that each slot was freed, modulo 2**32."""
         return self._generations[slots]
 
     def changed(self, slots: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.bool_] | None:
@@ -141,11 +141,11 @@ class StripedSlots:
         return changed if changed.any() else None
 
     def on_usable(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """(n,) bool: those of directories that are not taken out."""
+        """(n,) bool: whether the directory of each slot is online."""
         return np.array([directory.usable for directory in self._directories])[self.owner(slots)]
 
     def by_directory(self, slots: NDArray[np.int32], chosen: NDArray[np.bool_]) -> Parts:
-        """Which of these slots, of those ``chosen`` ((n,) bool), are of each directory, in the order of slots."""
+        """For each directory, the indices of its ``chosen`` slots ((n,) bool), in the order of slots."""
         owner, order = self.owner(slots), np.argsort(slots, kind="stable")
         order = order[chosen[order]]
         for which, directory in enumerate(self._directories):
@@ -153,7 +153,7 @@ class StripedSlots:
                 yield directory, mine
 
     def stats(self) -> dict[str, int]:
-        """Of the directories, now."""
+        """Current counts of the directories."""
         return {
             "directories": len(self._directories),
             "directories_usable": sum(directory.usable for directory in self._directories),
@@ -162,11 +162,11 @@ class StripedSlots:
         }
 
     def owner(self, slots: NDArray[np.int32]) -> NDArray[np.intp]:
-        """(n,) intp: which directory each is of."""
+        """(n,) intp: index of the directory of each slot."""
         return np.searchsorted(self._first, slots, side="right") - 1
 
     def retire(self, slots: NDArray[np.int32]) -> int:
-        """Do not give these slots out again, until they are restored; returns how many were not retired before."""
+        """Exclude these slots from allocation until they are restored; returns the number of slots newly retired."""
         with self._lock:
             new = np.unique(slots[~self._retired[slots]])
             self._retired[new] = True
@@ -175,7 +175,7 @@ class StripedSlots:
             return len(new)
 
     def restore(self, slots: NDArray[np.int32]) -> None:
-        """Slots ((n,) int32) that were retired are as good as any."""
+        """Make retired slots ((n,) int32) available for allocation again."""
         with self._lock:
             slots = np.unique(slots[self._retired[slots]])
             self._retired[slots] = False
@@ -184,11 +184,11 @@ class StripedSlots:
                 local = slot - int(self._first[which])
                 if self._parts[which].is_free(local):
                     self._hidden[which] -= 1
-                else:                                       # was freed, or found free, while it was retired
+                else:                                       # freed, or taken from its part, while it was retired
                     self._parts[which].free(np.array([local], dtype=np.int32))
 
     def is_retired(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """(n,) bool."""
+        """(n,) bool: whether each slot is retired."""
         return self._retired[slots]
 
     def is_free(self, slot: int) -> bool:
@@ -198,7 +198,7 @@ class StripedSlots:
         return not self._in_use[slot]
 
     def check_integrity(self) -> None:
-        """Recount; raise InvariantError if something does not add up."""
+        """Recount all slots; raise InvariantError if a count is wrong."""
         with self._lock:
             for part in self._parts:
                 part.check_integrity()

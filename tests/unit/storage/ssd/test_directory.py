@@ -117,7 +117,7 @@ def test_a_directory_with_other_slots_is_made_anew(tmp_path: Path, caplog: pytes
         with opened([directory], slot_bytes=slot_bytes) as tier:
             assert tier.recover() == {}
             assert tier.write(range(16)).all()
-    assert "its slots have 8192 bytes, and 4096 are wanted" in caplog.text
+    assert "its slots have 8192 bytes, and 4096 are needed" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["no data", "no table", "header", "empty table"])
