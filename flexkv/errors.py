@@ -1,10 +1,10 @@
-"""Exceptions of FlexKV. Each message names the fault, and the remedy where there is one."""
+"""Exceptions of FlexKV. Each message names the fault, and the remedy if there is one."""
 
 import reprlib
 
 
 class _Short(reprlib.Repr):
-    """Representations of bounded length, of any value: a message must not fail, nor fill the log."""
+    """Makes representations of bounded length for any value: a message must neither fail nor fill the log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ def short(value: object) -> str:
 
 
 def _clipped(text: str, limit: int = 1200) -> str:
-    """A text that may have a name of any length in it, such as a key of a damaged file."""
+    """Shorten a text that may quote a name of any length, such as a key of a damaged file."""
     return text if len(text) <= limit else f"{text[:limit - 100]}...{text[-90:]}"
 
 
@@ -67,11 +67,11 @@ class ConfigError(FlexKVError, ValueError):
 
 
 class IdentityError(FlexKVError, ValueError):
-    """The identity of weights cannot be established, so KV of them must not be taken for KV of others."""
+    """The identity of weights cannot be determined, so their KV must not be shared."""
 
 
 class RegistrationError(FlexKVError, ValueError):
-    """Tensors, or the layout said to describe them, cannot be registered."""
+    """Tensors, or the layout that describes them, cannot be registered."""
 
 
 class NotReadyError(FlexKVError, TimeoutError):
@@ -97,7 +97,7 @@ class TaskError(FlexKVError, KeyError):
 
 
 class CapacityError(FlexKVError, MemoryError):
-    """A fixed size is used up, or memory could not be had."""
+    """A fixed capacity is exhausted, or memory cannot be allocated."""
 
 
 class TransferError(FlexKVError, RuntimeError):
@@ -105,7 +105,7 @@ class TransferError(FlexKVError, RuntimeError):
 
 
 class CudaUnavailableError(FlexKVError, RuntimeError):
-    """KV lies on a GPU, and CUDA cannot be used from here."""
+    """KV is on a GPU, and this process cannot use CUDA."""
 
 
 class CudaError(TransferError):
@@ -124,7 +124,7 @@ class CudaError(TransferError):
 
 
 class GdsUnavailableError(FlexKVError, RuntimeError):
-    """Blocks cannot go straight between SSD and GPU on this machine."""
+    """Blocks cannot be moved directly between SSD and GPU on this machine."""
 
 
 class AgentLostError(TransferError):
@@ -146,7 +146,7 @@ class DirectoryInUseError(StorageError):
     ----------
     directory : str
     owner : str
-        Process and host, as the owner wrote them.
+        Process and host of the owner, from the lock file.
     """
 
     def __init__(self, directory: str, owner: str) -> None:

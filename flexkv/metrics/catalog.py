@@ -1,4 +1,4 @@
-"""Which metric each entry of ``KVManager.stats`` is, and what it means."""
+"""Catalog of metrics: the metric of each entry of ``KVManager.stats``, and its meaning."""
 
 import re
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric, less its prefix ``flexkv_``.
+    """A metric.
 
     Attributes
     ----------
     name : str
-        A counter is exported with ``_total`` appended.
+        Name without the prefix ``flexkv_``. A counter is exported with ``_total`` appended.
     text : str
-        The quantity.
+        Description of the quantity.
     is_counter : bool
-        Counts since the start; else the current value.
+        True: a count since the start. False: a current value.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Metric:
 
 
 Entry = tuple[Metric, dict[str, str]]
-"""A metric, and the labels of one value of it."""
+"""A metric, and the labels of one of its values."""
 
 REQUESTS = Metric(
     "requests", "Requests matched, by outcome (full, partial, miss) and by the reason why no more blocks were found",
@@ -37,7 +37,7 @@ _OF_TIERS = {
     "free_slots": Metric("free_slots", "Slots that are free, by tier"),
     "evicted_blocks": Metric("evicted_blocks", "Blocks evicted to make room for others, by tier", True),
     "expired_blocks": Metric("expired_blocks", "Blocks not used for longer than their ttl_s, by tier", True),
-    "stale_results": Metric("stale_results", "Results refused, for slots freed before they came, by tier", True),
+    "stale_results": Metric("stale_results", "Results refused because their slots were freed earlier, by tier", True),
 }
 _SSD_FAULTS = (
     "read_errors", "write_errors", "table_errors", "timeouts", "checksum_mismatches", "key_mismatches", "refused",
@@ -46,12 +46,12 @@ SSD_FAULTS = Metric("ssd_faulty_blocks", "Blocks that could not be read or writt
 
 _PLAIN = {
     "queried_blocks": Metric("queried_blocks", "Blocks that requests wanted", True),
-    "hit_blocks": Metric("hit_blocks", "Of these, blocks that were found", True),
-    "hit_blocks_on_ssd": Metric("hit_blocks_on_ssd", "Of these, blocks that had to be read from SSD", True),
-    "indexed_blocks": Metric("indexed_blocks", "Blocks that the index has, on any tier"),
+    "hit_blocks": Metric("hit_blocks", "Blocks that requests wanted and that were found", True),
+    "hit_blocks_on_ssd": Metric("hit_blocks_on_ssd", "Blocks found that had to be read from SSD", True),
+    "indexed_blocks": Metric("indexed_blocks", "Blocks in the index, on any tier"),
     "index_bytes": Metric("index_bytes", "Memory of the index"),
     "pinned_blocks": Metric("pinned_blocks", "Pinned blocks"),
-    "tasks": Metric("tasks", "Tasks that run, or whose result was not taken yet"),
+    "tasks": Metric("tasks", "Tasks that run, or whose result has not been taken"),
     "provisional_puts": Metric("provisional_puts", "Saves that wait until the engine accepts their step"),
     "in_service": Metric("in_service", "Whether KV can be moved: 0 once the data plane has failed repeatedly"),
     "blocks_being_fetched": Metric("blocks_being_fetched", "Blocks on their way from SSD to host memory"),
@@ -60,13 +60,13 @@ _PLAIN = {
     "ssd_queued_blocks": Metric("ssd_queued_blocks", "Blocks that wait to be copied to SSD"),
     "ssd_blocks_being_written": Metric("ssd_blocks_being_written", "Blocks on their way to SSD"),
     "ssd_store_blocks_read": Metric("ssd_read_blocks", "Blocks read from SSD and verified", True),
-    "ssd_store_blocks_written": Metric("ssd_stored_blocks", "Blocks written to SSD, also straight from a GPU", True),
-    "ssd_store_slots_retired": Metric("ssd_retired_slots", "Slots given up after errors", True),
+    "ssd_store_blocks_written": Metric("ssd_stored_blocks", "Blocks written to SSD, also directly from a GPU", True),
+    "ssd_store_slots_retired": Metric("ssd_retired_slots", "Slots retired after errors", True),
     "ssd_store_directories_taken_out": Metric("ssd_outages", "Times a directory was taken out of service", True),
     "ssd_store_directories": Metric("ssd_directories", "Directories of the SSD tier"),
-    "ssd_store_directories_usable": Metric("ssd_directories_usable", "Of these, directories in service"),
+    "ssd_store_directories_usable": Metric("ssd_directories_usable", "Directories of the SSD tier in service"),
     "ssd_store_queued_bytes": Metric("ssd_queued_bytes", "Bytes of reads and writes submitted and not completed"),
-    "ssd_store_device_is_ready": Metric("gds_is_ready", "Whether blocks go straight between SSD and GPU"),
+    "ssd_store_device_is_ready": Metric("gds_is_ready", "Whether blocks are moved directly between SSD and GPU"),
 }
 
 _ENTRIES: dict[str, Entry] = {
@@ -80,11 +80,11 @@ _ENTRIES: dict[str, Entry] = {
     "full_hits": (REQUESTS, {"outcome": "full", "reason": "full_hit"}),
 }
 NOT_TOLD = frozenset({"ssd_store_num_slots"})
-"""Entries that others tell as well."""
+"""Entries that are not exported, because other metrics have the same values."""
 
 
 def entry_of(stat: str) -> Entry | None:
-    """What an entry of ``KVManager.stats`` is; None: nothing that is told."""
+    """The metric and labels of an entry of ``KVManager.stats``; None: the entry is not exported."""
     if found := _ENTRIES.get(stat):
         return found
     if match := re.fullmatch(r"(miss|partial)_(\w+)", stat):

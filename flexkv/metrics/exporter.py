@@ -1,4 +1,4 @@
-"""Serves metrics over HTTP, as Prometheus reads them."""
+"""Serves metrics over HTTP in the format of Prometheus."""
 
 import logging
 import threading
@@ -19,13 +19,14 @@ logger = logging.getLogger("flexkv.metrics")
 PREFIX = "flexkv_"
 
 _SECONDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Upper bounds, in seconds, of the buckets of the histogram of transfers."""
 
 
 class _Transfers:
     """Counts of transfers of one kind and status.
 
-    Plain numbers: prometheus_client's own counters keep their values in files when PROMETHEUS_MULTIPROC_DIR is set, and
-    a transfer would fail with them.
+    The counts are plain numbers: if PROMETHEUS_MULTIPROC_DIR is set, prometheus_client's counters keep their values in
+    files, and an error of such a file would fail a transfer.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class _Transfers:
         self._counts[bisect_left(_SECONDS, seconds)] += 1
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Upper bound of each bucket, and how many transfers took at most so long."""
+        """Upper bound of each bucket, and number of transfers that took at most this time."""
         bounds = [*(str(bound) for bound in _SECONDS), "+Inf"]
         return list(zip(bounds, accumulate(self._counts), strict=True))
 
@@ -52,14 +53,14 @@ class Metrics(Collector):
     stats : callable
         ``KVManager.stats``; called for each scrape, on a thread of the server.
     labels : mapping from str to str
-        Of every metric: what tells this manager from others.
+        Labels of every metric, which distinguish this manager from others.
     host, port : str, int
-        Where to serve them; 0: any port that is free.
+        Address at which metrics are served; port 0: any free port.
 
     Attributes
     ----------
     port : int or None
-        Where they are served; None while they are not.
+        Port at which metrics are served; None: they are not served.
     """
 
     def __init__(self, stats: Callable[[], Mapping[str, int]], labels: Mapping[str, str], host: str, port: int) -> None:
@@ -71,12 +72,12 @@ class Metrics(Collector):
         self._transfers: dict[tuple[str, str], _Transfers] = {}     # by kind and status
         self._address = host, port
         self._serving: MetricsServer | None = None
-        self._changing = threading.Lock()           # for what follows, and _serving
+        self._changing = threading.Lock()           # guards _serving, _is_closed and port
         self._is_closed = False
         self.port: int | None = None
 
     def transfer_ended(self, kind: str, status: str, num_blocks: int, seconds: float) -> None:
-        """A transfer has ended; ``num_blocks`` were moved. Microseconds; raises nothing."""
+        """Count a transfer that has ended and moved ``num_blocks`` blocks. Takes microseconds; raises nothing."""
         with self._lock:
             if (transfers := self._transfers.get((kind, status))) is None:
                 transfers = self._transfers[kind, status] = _Transfers()
@@ -118,8 +119,8 @@ class Metrics(Collector):
     # ---- the server -------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Serve them until ``close``; not at all after it. If the address cannot be had the log says so, and
-        nothing else is the worse."""
+        """Serve metrics until ``close``; does nothing after ``close``. If the address cannot be used, a warning is
+        logged, and FlexKV works without metrics."""
         with self._changing:
             if not self._is_closed:
                 self._start()
@@ -128,7 +129,7 @@ class Metrics(Collector):
         host, port = self._address
         try:
             self._serving = server = MetricsServer(host, port, self._registry)
-        except (OSError, ValueError, OverflowError, RuntimeError) as error:     # a name can be no name in many ways
+        except (OSError, ValueError, OverflowError, RuntimeError) as error:     # invalid names raise several types
             logger.warning(
                 "no metrics: cannot listen at %s:%d (%s); set metrics_host to an address of this machine and "
                 "py_metrics_port to a port that is free", host, port, error,
@@ -138,7 +139,7 @@ class Metrics(Collector):
         logger.info("metrics are at http://%s:%d/metrics", host, self.port)
 
     def close(self) -> None:
-        """Serve them no more. May be repeated."""
+        """Stop serving metrics. May be called again."""
         with self._changing:
             self._is_closed = True
             serving, self._serving, self.port = self._serving, None, None

@@ -1,4 +1,4 @@
-"""How matches ended, counted by reason."""
+"""Counts of matches by outcome and reason."""
 
 import threading
 
@@ -9,9 +9,11 @@ _REASONS = [reason for reason in StopReason if reason is not StopReason.FULL_HIT
 
 
 class MatchCounts:
-    """Every request is counted once: as a full hit, or by the reason of the first block that could not be had, as a
-    miss if that was the first one wanted, or else as a partial hit; and the blocks that it wanted and found. Thread
-    safe."""
+    """Counts requests, and the blocks that they wanted and found. Thread safe.
+
+    Each request counts once: as a full hit; as a partial hit, by reason; or as a miss, by reason. The reason is that of
+    the first missing block. It is a miss if the first block wanted was missing.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -19,7 +21,7 @@ class MatchCounts:
         self._counts = dict.fromkeys([*names, "queried_blocks", "hit_blocks", "hit_blocks_on_ssd"], 0)
 
     def count(self, match: MatchResult, start: int, num_blocks: int) -> None:
-        """A request wanted blocks ``[start, num_blocks)`` of its sequence; one that wanted none is not counted."""
+        """Count a request that wanted blocks ``[start, num_blocks)`` of its sequence, unless the range is empty."""
         if start >= num_blocks:
             return
         if match.num_ready >= num_blocks:
@@ -33,6 +35,6 @@ class MatchCounts:
             self._counts["hit_blocks_on_ssd"] += match.num_to_fetch
 
     def stats(self) -> dict[str, int]:
-        """Since the start."""
+        """Counts since the start."""
         with self._lock:
             return dict(self._counts)

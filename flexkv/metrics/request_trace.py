@@ -1,16 +1,17 @@
-"""Records what requests ask for, for ``flexkv replay``: times and keys, never tokens.
+"""Records the times and block keys of requests, never their tokens, for ``flexkv replay``.
 
-A file starts with a header, and then has one record for each request (little-endian):
+A file starts with a header, followed by one record for each request (little-endian):
 
 =======  ==========================================================================================
 header   ``<8sII d Q``: magic, version, tokens of a block, start (Unix time, s), check
-record   ``<IIII d Q``: blocks shared, of which record (from 0), blocks that follow, 0, seconds since
-         the start, check; then 64 bits of the key of each block that follows
+record   ``<IIII d Q``: number of blocks shared with an earlier record, number of that record (from
+         0), number of new blocks, 0, seconds since the start, check; then 64 bits of the key of each
+         new block
 =======  ==========================================================================================
 
-Keys are chained over the prefix, so a request that begins as an earlier one is that one's first blocks, and new ones.
-``check`` is XXH3-64 of all other bytes of header or record: a record that was torn by a crash ends the trace. An
-earlier record that is not remembered any more costs space, nothing else.
+Keys are chained over the prefix, so a request that begins like an earlier one consists of that request's first blocks
+and of new blocks. If the recorder does not remember the earlier one, all blocks are stored as new, which only costs
+space. ``check`` is XXH3-64 of all other bytes of the header or record. A record torn by a crash ends the trace.
 """
 
 import logging
@@ -44,30 +45,30 @@ _CLOSE_S = 10.0
 """Longest wait of ``close`` for a disk that hangs."""
 
 _FLUSH_S = 0.5
-"""Between two writes. A request costs its caller a copy of its keys; nobody is woken up for it."""
+"""Interval between two writes. A request only copies its keys to the queue; it wakes up no thread."""
 
 _QUEUED_KEYS = 4 << 20
-"""So many keys (32 MiB) may wait to be written; requests beyond are dropped and counted."""
+"""Maximum number of keys that wait to be written (32 MiB). Requests beyond are dropped and counted."""
 
 _MAX_SECONDS = 1e12
-"""Largest time of a record that is read. No recorder runs for 30,000 years."""
+"""Largest time of a valid record, in seconds. No recorder runs for 30,000 years."""
 
 _REMEMBERED_BITS = 20
-"""Of the number of keys that are remembered, to find what a request shares with an earlier one (12 MiB)."""
+"""Binary logarithm of the number of keys that are remembered to find blocks shared with earlier requests (12 MiB)."""
 
 
 class Recorder(Protocol):
-    """What ``KVManager`` tells of each request. Thread safe; never raises, never waits for a disk."""
+    """Records the requests of a ``KVManager``. Thread safe; never raises, and waits for a disk only in ``close``."""
 
     def record(self, keys: NDArray[np.uint64]) -> None:
-        """A request came, whose whole blocks have these keys ((n, 2) uint64, chained)."""
+        """Record a request by the keys of its whole blocks ((n, 2) uint64, chained)."""
 
     def close(self) -> None:
-        """Write what is queued. Can be called again."""
+        """Write all queued requests. May be called again."""
 
 
 class NullRecorder:
-    """Records nothing."""
+    """Does not record requests."""
 
     def record(self, keys: NDArray[np.uint64]) -> None:
         """See ``Recorder``."""
@@ -77,12 +78,12 @@ class NullRecorder:
 
 
 def make_recorder(config: CacheConfig) -> Recorder:
-    """What ``trace_path`` asks for.
+    """Make the recorder that ``trace_path`` requires.
 
     Raises
     ------
     TraceError
-        The file cannot be made.
+        The file cannot be created.
     """
     if not config.trace_path:
         return NullRecorder()
@@ -95,12 +96,12 @@ class TraceRecorder:
     Parameters
     ----------
     path : Path
-        Where the file goes; if there is one, ``.1`` is appended, and so on: nothing is overwritten.
+        Path of the file. If it exists, ``.1`` is appended, and so on: no file is overwritten.
     block_tokens : int
     max_bytes : int
-        The file is never larger; recording ends there.
+        Maximum size of the file; recording ends there.
     clock : callable
-        Seconds, monotonic.
+        Monotonic time in seconds.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class TraceRecorder:
             return
         self._file.close()
         if self.dropped_requests:
-            logger.warning("%s lacks %d requests that came too fast", self.path, self.dropped_requests)
+            logger.warning("%s lacks %d requests, because the disk was too slow", self.path, self.dropped_requests)
             self.dropped_requests = 0
 
     def _run(self) -> None:
@@ -162,7 +163,7 @@ class TraceRecorder:
             self._write(self._pack(seconds, keys))
 
     def _pack(self, seconds: float, keys: NDArray[np.uint64]) -> bytes:
-        """A record. A key that is remembered stands for all before it, since keys are chained."""
+        """Make a record. If a key is remembered, all blocks before it are shared, too, because keys are chained."""
         places = (keys & np.uint64(len(self._keys) - 1)).astype(np.intp)
         known = np.flatnonzero(self._keys[places] == keys)
         shared = int(known[-1]) + 1 if len(known) else 0
@@ -192,7 +193,7 @@ class TraceRecorder:
 
 
 def _new_file(path: Path) -> tuple[BinaryIO, Path]:
-    """A file that was not there. Its owner alone may read it: keys tell who asks the same."""
+    """Create a new file that only its owner can read, because keys reveal which requests are equal."""
     number = 0
     while True:
         chosen = path if number == 0 else path.with_name(f"{path.name}.{number}")
@@ -201,7 +202,7 @@ def _new_file(path: Path) -> tuple[BinaryIO, Path]:
         except FileExistsError:
             number += 1
         except OSError as error:
-            why = f"cannot be made: {error.strerror}; set trace_path to another one"
+            why = f"cannot be created: {error.strerror}; set trace_path to another file"
             raise TraceError(str(chosen), 0, why) from error
         else:
             return open(fd, "wb", buffering=0), chosen
@@ -216,15 +217,15 @@ def _checked(fields: bytes, payload: bytes = b"") -> bytes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recorded:
-    """What a file holds.
+    """Contents of a file.
 
     Attributes
     ----------
     block_tokens : int
     seconds : list of float
-        Of each request, since the start.
+        Time of each request, in seconds since the start of the recording.
     sequences : list of (k,) uint64
-        64 bits of the key of each of its blocks.
+        For each request, 64 bits of the key of each of its blocks.
     """
 
     block_tokens: int
@@ -233,7 +234,7 @@ class Recorded:
 
 
 def read_recorded(content: bytes) -> Recorded | None:
-    """All whole records, as far as they go; None: it does not start with a header of this version."""
+    """Read all records up to the first invalid one; None: the file does not start with a header of this version."""
     view = memoryview(content)
     start = _HEADER.size + _CHECK.size
     if len(view) < start or _checked(content[: _HEADER.size]) != content[:start]:

@@ -1,4 +1,4 @@
-"""The HTTP server of the metrics: no client can hold it up, or use up the engine's threads and descriptors."""
+"""The HTTP server of the metrics. No client can block it, or exhaust the engine's threads and descriptors."""
 
 import errno
 import logging
@@ -16,13 +16,14 @@ from flexkv.at_fork import close_in_children
 logger = logging.getLogger("flexkv.metrics")
 
 MAX_CONNECTIONS = 16
-"""Served at a time. Beyond it the oldest is closed, since a client that is served needs milliseconds."""
+"""Maximum number of connections at a time. A further connection closes the oldest, because a healthy client needs only
+milliseconds."""
 
 _TIMEOUT_S = 10.0
-"""A connection that says nothing for so long, or takes nothing of the answer, is closed."""
+"""Seconds after which a connection is closed whose client neither sends nor receives."""
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""``accept`` fails, and the listener stays readable."""
+"""Errors after which the listener stays readable, so that ``accept`` fails again at once."""
 
 _PAUSE_S = 0.2
 """Pause of the server while the process is out of descriptors or memory."""
@@ -32,7 +33,7 @@ class _Handler(WSGIRequestHandler):
     timeout = _TIMEOUT_S
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: a request every few seconds is no news."""
+        """Log no requests: Prometheus sends one every few seconds."""
 
 
 class MetricsServer(ThreadingMixIn, WSGIServer):
@@ -41,13 +42,13 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
     Parameters
     ----------
     host, port : str, int
-        Where to listen; 0: any port that is free.
+        Address to listen at; port 0: any free port.
     registry : CollectorRegistry
 
     Raises
     ------
     OSError, ValueError, OverflowError, RuntimeError
-        The address, or a thread, cannot be had.
+        The address cannot be used, or no thread can be started.
     """
 
     daemon_threads = True
@@ -69,7 +70,8 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
             raise
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection; out of descriptors after a pause, for the server's loop tries again at once."""
+        """Accept a connection. Pauses if the process is out of descriptors, because the server's loop retries at once.
+        """
         try:
             return super().get_request()
         except OSError as error:
@@ -98,11 +100,11 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
             self._forget(request)
 
     def _hang_up(self, request: socket.socket) -> None:
-        """End the thread that serves a connection. Under the lock."""
+        """Shut a connection down, which ends its thread. Under the lock."""
         del self._connections[request]
         try:
             request.shutdown(socket.SHUT_RDWR)
-        except OSError as error:                    # the client has left
+        except OSError as error:                    # the client has closed it
             logger.debug("a connection ended before it was closed: %s", error)
 
     def _forget(self, request: socket.socket) -> None:
@@ -110,11 +112,11 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
             self._connections.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client hung up, or was too slow; its scrape fails, and nothing else."""
+        """Log a client that hung up or was too slow. Only its own scrape fails."""
         logger.debug("a request for metrics failed", exc_info=True)
 
     def close(self) -> None:
-        """Serve nothing more, and hang up on all."""
+        """Stop serving, and close all connections."""
         self.shutdown()
         self.server_close()
         self._thread.join()

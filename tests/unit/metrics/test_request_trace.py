@@ -185,7 +185,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_place_that_cannot_be_written_is_an_error_at_start(tmp_path: Path) -> None:
-    with pytest.raises(TraceError, match="set trace_path to another one"):
+    with pytest.raises(TraceError, match="set trace_path to another file"):
         make_recorder(CacheConfig(num_cpu_blocks=1, trace_path=str(tmp_path / "no" / "t")))
 
 
