@@ -1,4 +1,4 @@
-"""Every setting of the package. Parsed once, checked, frozen, passed down; nothing else reads the environment."""
+"""All settings of the package: parsed once, checked, frozen and passed down. No other package reads the environment."""
 
 from flexkv.config.directories import cache_directory, runtime_directory
 from flexkv.config.domain import changed_domain, domain

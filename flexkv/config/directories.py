@@ -1,4 +1,4 @@
-"""Directories of this user: for sockets, and for files that can be made again."""
+"""Directories of this user: for sockets, and for files that can be recreated."""
 
 import contextlib
 import logging
@@ -15,7 +15,8 @@ logger = logging.getLogger("flexkv.config")
 _VARIABLE = "XDG_RUNTIME_DIR"
 
 _MAX_BYTES = 70
-"""Longest path of the directory. A socket's path may have 107 bytes; names of sockets take up to 37 of them."""
+"""Maximum length of the directory's path, in bytes. A socket's path may have 107 bytes; the names of sockets take up to
+37 of them."""
 
 
 def runtime_directory() -> Path:
@@ -50,7 +51,7 @@ def runtime_directory() -> Path:
 
 
 def _why_not_base(base: Path) -> str:
-    """Reason why the directory of the variable cannot be used; empty: it can."""
+    """Reason why the directory that the variable names cannot be used; empty: it can be used."""
     if not base.is_absolute():
         return "it is not an absolute path"
     if len(os.fsencode(base / "flexkv")) > _MAX_BYTES:
@@ -65,7 +66,7 @@ def _why_not_base(base: Path) -> str:
 
 
 def _why_not(directory: Path) -> str:
-    """Make a directory for this user alone; returns the reason why it cannot be used, or an empty text."""
+    """Create a directory for this user alone. Returns the reason why it cannot be used; empty: it can be used."""
     try:
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
@@ -94,12 +95,12 @@ def _log_once(text: str) -> None:
 
 
 def cache_directory() -> Path:
-    """Directory of files that can be made again: ``$XDG_CACHE_HOME/flexkv``, or ``~/.cache/flexkv``.
+    """Directory of files that can be recreated: ``$XDG_CACHE_HOME/flexkv``, or ``~/.cache/flexkv``.
 
-    Without a home directory they are in the runtime directory.
+    Without a home directory it is in the runtime directory.
     """
     base = os.environ.get("XDG_CACHE_HOME")
-    if base and Path(base).is_absolute():         # others must be ignored: XDG Base Directory Specification
+    if base and Path(base).is_absolute():         # the XDG Base Directory Specification: relative paths are ignored
         return Path(base) / "flexkv"
     home = os.path.expanduser("~")
     return runtime_directory() / "cache" if home == "~" else Path(home) / ".cache" / "flexkv"

@@ -1,4 +1,4 @@
-"""Identity of what makes KV bytes comparable."""
+"""The domain: identity of everything that must be equal for KV to be the same."""
 
 import json
 import secrets
@@ -6,16 +6,16 @@ import secrets
 from flexkv.config.settings import CacheConfig, ModelConfig
 
 LAYOUT_VERSION = 3
-"""Version of the bytes in a slot and of the keys; raised whenever the same KV gets another layout or another key."""
+"""Version of the slot layout and of the keys. It must be raised whenever the same KV gets another layout or key."""
 
 
 _CHANGED = b" changed "
 
 
 def domain(model: ModelConfig, cache: CacheConfig) -> bytes:
-    """What the keys of a model's blocks are seeded with: two deployments share KV only if all of it is equal.
+    """Domain of a model, the seed of its block keys: two deployments share KV only if their domains are equal.
 
-    The same in every process and on every machine.
+    Equal settings give the same domain in every process and on every machine.
     """
     identity = {
         "model_id": model.model_id,
@@ -37,5 +37,5 @@ def domain(model: ModelConfig, cache: CacheConfig) -> bytes:
 
 
 def changed_domain(before: bytes) -> bytes:
-    """A domain that no other process has, for an engine whose weights were changed in place."""
+    """Make a unique domain, for an engine whose weights were changed in place."""
     return before.partition(_CHANGED)[0] + _CHANGED + secrets.token_hex(16).encode()

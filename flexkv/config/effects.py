@@ -1,4 +1,4 @@
-"""Settings that were given and have no effect, because of others."""
+"""Finds settings that were given but have no effect because of other settings."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +26,7 @@ _NEEDS: dict[str, _Needs] = {
     "trace_max_mb": (lambda values: bool(values["trace_path"]), "trace_path is empty: nothing is recorded"),
     "audit_path": (lambda values: values["audit"], "audit is off"),
 }
-"""Of a setting: whether it has an effect, and the reason why it has none."""
+"""For a setting: the condition under which it has an effect, and the reason why it otherwise has none."""
 
 
 def without_effect(values: Mapping[str, Any], defaults: Mapping[str, Any], given: Mapping[str, str]) -> Iterator[str]:
@@ -37,13 +37,13 @@ def without_effect(values: Mapping[str, Any], defaults: Mapping[str, Any], given
     values : mapping
         All settings by name.
     given : mapping
-        For each setting that was given: the place.
+        For each setting that was given: the place where it was given.
     """
     for name, place in given.items():
         if name not in _NEEDS or values[name] == defaults[name]:
             continue
         has_effect, reason = _NEEDS[name]
-        turned_off = reason is _NO_SSD and "ssd_cache_gb" in given        # a tier that is off for a while
+        turned_off = reason is _NO_SSD and "ssd_cache_gb" in given        # the user turned the tier off on purpose
         if not turned_off and not has_effect(values):
             yield f"{name} ({place}) has no effect: {reason}"
 
@@ -59,6 +59,6 @@ def lost_directory(values: Mapping[str, Any], given: Mapping[str, str]) -> Confi
 
 
 def warn_overruled(given: Mapping[str, str], name: str, value: object, winner: object, reason: str) -> None:
-    """Log that a setting which was given is not used, if it was given and differs from the value that is used."""
+    """Log that ``winner`` is used instead of a setting's value, if the setting was given and differs."""
     if name in given and value != winner:
         logger.warning("%s = %r (%s) has no effect: %s is used, %s", name, value, given[name], winner, reason)

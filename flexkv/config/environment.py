@@ -1,4 +1,4 @@
-"""The settings among the environment variables: those whose names begin with ``FLEXKV_``."""
+"""Reads settings from environment variables, whose names begin with ``FLEXKV_``."""
 
 import logging
 import re
@@ -21,9 +21,9 @@ _SERVICE_PORT = re.compile(r"(.*_)?PORT")
 
 
 def variables(env: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Variable, name of the setting in lower case, and text of each variable that is set.
+    """Variable, name of the setting in lower case, and text of each variable that begins with ``FLEXKV_``.
 
-    An empty variable counts as not set. So does the variable that names the file of settings.
+    The variable that names the settings file, and variables of the build, are skipped.
     """
     for variable, text in env.items():
         is_ours = variable.startswith(PREFIX) and not variable.startswith(_BUILD_PREFIX)
@@ -32,7 +32,7 @@ def variables(env: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
 
 
 def is_of_service(variable: str, text: str) -> bool:
-    """Whether Kubernetes made the variable for a Service (a service link), so that it is no setting.
+    """Whether Kubernetes made the variable for a Service (a service link), so that it is not a setting.
 
     For a Service ``flexkv-x`` of port 80: ``FLEXKV_X_SERVICE_HOST``, ``FLEXKV_X_SERVICE_PORT``, ``FLEXKV_X_PORT`` with
     the value ``tcp://10.0.0.1:80``, ``FLEXKV_X_PORT_80_TCP`` and more. Names and values: "Discovering services",
@@ -43,10 +43,10 @@ def is_of_service(variable: str, text: str) -> bool:
 
 
 def unknown(variable: str, text: str, known: Mapping[str, Any]) -> ConfigError:
-    """The error for a variable that is no setting."""
+    """The error for a variable that is not a setting."""
     name = variable.removeprefix(PREFIX).lower()
     hint = nearest(name, known, lambda found: PREFIX + found.upper())
-    return ConfigError(variable, text, f"is no variable of FlexKV{hint}")
+    return ConfigError(variable, text, f"is not a variable of FlexKV{hint}")
 
 
 def parse_mapping(variable: str, text: str) -> Any:

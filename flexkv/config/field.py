@@ -1,4 +1,4 @@
-"""A setting: its default, what it means, and what it may be."""
+"""A setting: its default, meaning and allowed values."""
 
 import dataclasses
 import difflib
@@ -34,7 +34,7 @@ def setting(
 
 
 def allowed(field: dataclasses.Field[Any], kind: type) -> str:
-    """What a field may be, in words."""
+    """Describe the allowed values of a field."""
     meta = field.metadata
     if meta["choices"]:
         return "one of " + ", ".join(meta["choices"])
@@ -48,7 +48,7 @@ def allowed(field: dataclasses.Field[Any], kind: type) -> str:
 
 @cache
 def kinds(owner: type) -> Mapping[str, tuple[type, bool]]:
-    """Of each field of a dataclass of settings: its plain type, and whether None is allowed too."""
+    """Plain type of each field of a dataclass of settings, and whether None is allowed too."""
     found = {}
     for name, hint in get_type_hints(owner).items():
         members = [member for member in get_args(hint) if member is not type(None)]
@@ -57,12 +57,12 @@ def kinds(owner: type) -> Mapping[str, tuple[type, bool]]:
 
 
 def read_field(owner: type, field: dataclasses.Field[Any], value: object) -> Any:
-    """The value of a field, from what its user gave: text is read as ``flexkv.config.values`` says.
+    """Read the value that a user gave for a field. Text is converted as ``flexkv.config.values`` documents.
 
     Raises
     ------
     ConfigError
-        It is of a wrong type or out of range.
+        The value is of a wrong type or out of range.
     """
     kind, optional = kinds(owner)[field.name]
     value = read_value(field.name, value, field, kind, optional)
@@ -92,7 +92,7 @@ def _is_allowed(value: Any, field: dataclasses.Field[Any], kind: type) -> bool:
 
 
 _MAX_WHOLE = (1 << 63) - 1
-"""No setting is larger: the native code counts in 64 bits."""
+"""Maximum value of a setting without a limit of its own, because the native code uses 64-bit integers."""
 
 
 def is_plain_text(text: str) -> bool:
@@ -105,6 +105,7 @@ def is_plain_text(text: str) -> bool:
 
 
 def nearest(key: str, known: Iterable[str], spell: Callable[[str], str] = str) -> str:
-    """``; did you mean X?`` where something similar is known, in the spelling of the place where the key was given."""
+    """``; did you mean X?`` if a similar key is known, else empty. ``spell`` converts X to the spelling of the source
+    of the key."""
     close = difflib.get_close_matches(key, list(known), n=1)
     return f"; did you mean {spell(close[0])}?" if close else ""

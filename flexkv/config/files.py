@@ -1,4 +1,4 @@
-"""Reads a file of settings, YAML or JSON. A fault is a ConfigError that names the file and, where known, the line."""
+"""Reads a settings file in YAML or JSON. A fault is a ConfigError that names the file and, if known, the line."""
 
 import json
 import os
@@ -12,13 +12,13 @@ import yaml
 from flexkv.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
-"""Largest file. The parser of YAML needs seconds for it; settings need some KiB."""
+"""Maximum size of a file. Settings need some KiB; the YAML parser needs seconds for 1 MiB."""
 
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is given twice is an error. Keys that come by a merge (``<<``) may be given again."""
+    """Loader of YAML that refuses a key that is given twice. Keys from a merge (``<<``) may be given again."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
         self._flat.add(node)
         self._refuse_twice(node)
         super().flatten_mapping(node)
-        # of equal keys the last one counts; without the others merges of merges do not grow beyond all bounds
+        # the last of equal keys counts; dropping the others bounds the size of merges of merges
         unique: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
@@ -104,7 +104,7 @@ def _content(key: str, path: Path) -> bytes:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(key, str(path), f"cannot be read: {why}") from error
     if len(content) > _MAX_BYTES:
-        raise ConfigError(key, str(path), f"is larger than {_MAX_BYTES >> 20} MiB: it is no file of settings")
+        raise ConfigError(key, str(path), f"is larger than {_MAX_BYTES >> 20} MiB: it is not a settings file")
     return content
 
 

@@ -1,4 +1,4 @@
-"""How much memory this process may use."""
+"""Limit of the memory that this process may use."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ _LIMIT_FILES = ("memory.max", "memory/memory.limit_in_bytes", "memory.limit_in_b
 
 
 def memory_limit(root: Path = Path("/")) -> int | None:
-    """Bytes: the smallest of the machine's memory and the limits of this process's control groups (v1 and v2).
+    """Bytes of memory: the smallest of the machine's memory and the limits of this process's control groups (v1, v2).
 
-    None where the system reports neither.
+    None: the system reports neither.
 
     Parameters
     ----------
     root : Path
-        Where ``proc`` and ``sys`` are; for tests.
+        Directory that contains ``proc`` and ``sys``; for tests.
     """
     limits = []
     for line in _lines(root / "proc/meminfo"):
@@ -37,7 +37,7 @@ def memory_limit(root: Path = Path("/")) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a file of the system; none if it cannot be read."""
+    """Lines of a system file; empty if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:

@@ -10,8 +10,8 @@ KINDS = ("info", "salt", "lora")
 
 
 class NamespaceEntry(str):
-    """One entry of a namespace. As a text it names its kind and all of its fields, each with its length before it: no
-    entry of another kind or with other fields has the same text.
+    """One entry of a namespace. Its text contains the kind and all fields, each preceded by its length, so that entries
+    of other kinds or with other fields have other texts.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def parse_owner(text: str) -> tuple[str, str]:
 
 
 def namespace_entries(namespace: Iterable[str] | None) -> tuple[NamespaceEntry, ...]:
-    """The entries of a namespace; a plain text is an entry of kind info."""
+    """The entries of a namespace. A plain text becomes an entry of kind info."""
     return tuple(
         entry if isinstance(entry, NamespaceEntry) else NamespaceEntry("info", entry) for entry in namespace or ()
     )

@@ -1,4 +1,4 @@
-"""The setting ``namespaces``: what each namespace may have."""
+"""The setting ``namespaces``: the quota of each namespace."""
 
 import math
 from collections.abc import Mapping
@@ -11,25 +11,25 @@ from flexkv.config.values import read_number
 from flexkv.errors import ConfigError
 
 DEFAULT = ""
-"""The namespace of all requests without a quota of their own: they share one. In settings ``default`` means it too."""
+"""Name of the quota that all namespaces without a quota of their own share; in settings also ``default``."""
 
 _ALIAS = "default"
 
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What a namespace may have.
+    """Quota of a namespace.
 
     Attributes
     ----------
     guaranteed : float
         Share of each tier that no other namespace can take from it. It may borrow more while slots are free.
     limit : float
-        Share of each tier that it never exceeds.
+        Maximum share of each tier.
     priority : int
-        Among namespaces that have borrowed, the lowest priority gives back first.
+        Of the namespaces that have borrowed, the one with the lowest priority is evicted from first.
     ttl_s : float
-        Seconds after its last use that a block is offered.
+        Time after its last use for which a block is offered, in seconds.
     """
 
     guaranteed: float = 0.0
@@ -69,7 +69,7 @@ def read_quotas(given: Mapping[str, Any]) -> dict[str, Quota]:
 
 def _read_number(key: str, field: Any, value: Any) -> Any:
     if not isinstance(field, str) or field not in _KINDS:
-        raise ConfigError(f"{key}: {field}", value, f"is none of {', '.join(_KINDS)}{nearest(str(field), _KINDS)}")
+        raise ConfigError(f"{key}: {field}", value, f"is not one of {', '.join(_KINDS)}{nearest(str(field), _KINDS)}")
     kind = _KINDS[field]
     number = read_number(value, kind, _UNITS.get(field, "")) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, (int,) if kind is int else (int, float)):

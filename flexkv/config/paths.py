@@ -1,4 +1,4 @@
-"""Settings that are paths: ``~`` is expanded, and paths that are certainly a mistake are refused."""
+"""Reads settings that are paths: expands ``~``, and refuses paths that are certainly a mistake."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from flexkv.errors import ConfigError
 
 SEPARATOR = ";"
-"""Between directories."""
+"""Separator between directories."""
 
 _MAX_SOCKET_BYTES = 107
 """Longest path of a Unix socket: ``sun_path`` of <sys/un.h> less its final NUL."""
@@ -19,12 +19,13 @@ _WRONG_SEPARATOR = re.compile(r"(,)|([:|\s])\s*[/~]")
 
 
 def expand(key: str, value: object) -> object:
-    """A path, with ``~`` and ``~user`` replaced by the home directory; empty stays empty, other types stay.
+    """Replace ``~`` or ``~user`` at the start of a path by the home directory. An empty text or a value of another type
+    is returned unchanged.
 
     Raises
     ------
     ConfigError
-        There is no such home directory, or the text is certainly no path.
+        There is no such home directory, or the text is certainly not a path.
     """
     if not isinstance(value, str) or not value.strip():
         return value
@@ -50,7 +51,7 @@ def expand(key: str, value: object) -> object:
 
 
 def expand_directories(key: str, value: object) -> object:
-    """Directories with ``;`` between them, each as ``expand``. A list of directories becomes such a text.
+    """Expand directories that are separated by ``;``, each as ``expand`` does. A list of them becomes such a text.
 
     Raises
     ------
@@ -79,12 +80,12 @@ def expand_directories(key: str, value: object) -> object:
 
 
 def register_port(key: str, value: object) -> object:
-    """Unix socket where ranks register: a path or ``ipc://PATH``; the path as ``expand``.
+    """Unix socket at which ranks register: a path or ``ipc://PATH``. The path is expanded as ``expand`` does.
 
     Raises
     ------
     ConfigError
-        It is the address of a network, or too long for a socket.
+        The value is a network address, or too long for a socket.
     """
     if not isinstance(value, str) or not value.strip():
         return value

@@ -1,4 +1,4 @@
-"""The configuration reference, made from the settings themselves: ``flexkv config``."""
+"""Generates the configuration reference from the settings: ``flexkv config``."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -42,7 +42,7 @@ expanded: a path with one is an error. Directories are separated by `;`.
 **Files.** YAML anchors and merge keys (`<<: *name`) work. A file may begin with a byte order mark.
 
 **Kubernetes** adds variables for each Service to all pods of its namespace. Variables of a Service whose name begins
-with `flexkv` (`FLEXKV_X_SERVICE_HOST`, `FLEXKV_X_PORT_80_TCP` and so on) are no settings: they are ignored, with a line
+with `flexkv` (`FLEXKV_X_SERVICE_HOST`, `FLEXKV_X_PORT_80_TCP` and so on) are not settings: they are ignored, with a line
 in the log. A Service named `flexkv-py-metrics` or `flexkv-gpu-register` makes a variable with the name of a setting,
 which stops the start: rename the Service, or set `enableServiceLinks: false` in the pod.
 

@@ -1,4 +1,4 @@
-"""The settings: of the model, the cache, transfers and the engine adapter."""
+"""The settings of the model, the cache, transfers and the engine adapter."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from flexkv.errors import ConfigError
 DTYPE_BYTES = {
     "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
 }
-"""Bytes of an element, by the name that torch gives the type."""
+"""Bytes of an element, by torch's name of the type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +28,12 @@ class _Settings:
             raise problem
 
     def conflicts(self) -> Iterator[ConfigError]:
-        """Settings that are impossible together, where each is possible alone."""
+        """Conflicts between settings, each of which is valid by itself."""
         return iter(())
 
     @classmethod
     def conflicts_of(cls, values: Mapping[str, Any]) -> list[ConfigError]:
-        """All conflicts that settings would have; each value must be possible alone."""
+        """All conflicts that settings with these values would have. Each value must be valid by itself."""
         settings = object.__new__(cls)
         for field in dataclasses.fields(cls):
             object.__setattr__(settings, field.name, values.get(field.name, field.default))
@@ -59,8 +59,8 @@ class ModelConfig(_Settings):
     model_id: str = setting("", "Name or path of the model. Different models never share KV.")
     revision: str = setting("", "Version of its weights. Different versions never share KV.")
     weights_id: str = setting("", "Identity of its weights, as by `weights_id(path)`. Different ones never share KV.")
-    config_digest: str = setting("", "Digest of whatever else changes the KV of given tokens, such as RoPE parameters.")
-    engine: str = setting("", "Engine, version and backend, which decide what KV looks like in memory.")
+    config_digest: str = setting("", "Digest of all else that changes the KV of given tokens, such as RoPE parameters.")
+    engine: str = setting("", "Engine, version and backend, which determine the layout of KV in memory.")
 
     @property
     def kv_dim(self) -> int:
@@ -89,55 +89,57 @@ class CacheConfig(_Settings):
         choices=("adaptive", "lru", "lfu", "slru", "fifo", "mru", "filo", "s3fifo", "arc"),
     )
     evict_start_threshold: float = setting(
-        0.98, "Share of a tier, host or SSD, in use from which blocks are evicted ahead of need.", low=0.0, high=1.0
+        0.98, "Share of a tier (host or SSD) in use above which blocks are evicted ahead of need.", low=0.0, high=1.0
     )
     evict_ratio: float = setting(
         0.01, "Share of a tier that one batch of evictions frees; 4,096 blocks at most.", low=0.0, high=1.0
     )
     hit_reward_seconds: float = setting(
-        0.0, "Each hit makes a block count as this much younger for eviction. No effect with adaptive.",
+        0.0, "Time by which each hit makes a block count as younger for eviction. No effect with `adaptive`.",
         unit="s", low=0.0,
     )
     use_hugepage_cpu_buffer: bool = setting(False, "Host tier in hugepages; the system must have reserved them.")
     hugepage_size_bytes: int = setting(2 << 20, "Size of those hugepages.", unit="bytes", low=4096)
     ssd_cache_gb: float = setting(
-        0.0, "Space of the SSD tier; 0: none. Must be more than the host tier, because blocks that are used again "
-        "are on both.",
+        0.0, "Size of the SSD tier; 0: none. Must exceed the host tier, because blocks that are used again are on "
+        "both.",
         unit="GiB", low=0.0,
     )
     ssd_cache_dir: str = setting(
-        "./flexkv_ssd", "Directories of the SSD tier, with `;` between them (or a list); best one for each device. "
-        "Needs `ssd_cache_gb`.",
+        "./flexkv_ssd", "Directories of the SSD tier, separated by `;` (or a list), ideally one for each device. "
+        "Requires `ssd_cache_gb`.",
         read=expand_directories,
     )
     ssd_admission: str = setting(
         "second_touch",
-        "Blocks that are written to SSD once it has no free slots: those with evidence of reuse, or all. See "
-        "[SSD](ssd.md#which-blocks-are-written-and-when).",
+        "Blocks that are written to SSD once it has no free slots. `second_touch`: blocks with evidence of reuse; "
+        "`all`: all blocks. See [SSD](ssd.md#which-blocks-are-written-and-when).",
         choices=("second_touch", "all"),
     )
     ssd_write_mb_per_s: float = setting(
-        0.0, "Highest rate of writes to SSD, to limit wear; 0: no limit.", unit="MiB/s", low=0.0
+        0.0, "Maximum rate of writes to SSD, to limit wear; 0: no limit.", unit="MiB/s", low=0.0
     )
-    ssd_queue_depth: int = setting(64, "Reads and writes under way on SSD at a time.", low=1, high=4096)
+    ssd_queue_depth: int = setting(64, "Maximum number of reads and writes in flight on SSD.", low=1, high=4096)
     ssd_io: str = setting(
-        "auto", "How SSD is read and written: io_uring, threads, or the first of these that works.",
+        "auto", "Method of SSD reads and writes. `uring`: io_uring; `threads`: threads; `auto`: the first of these "
+        "that works.",
         choices=("auto", "uring", "threads"),
     )
     enable_gds: bool = setting(
-        False, "GPUDirect Storage: blocks that are on SSD alone are read straight into the GPU, not through host "
+        False, "GPUDirect Storage: blocks that are on SSD alone are read directly into the GPU, not through host "
         "memory. See [SSD](ssd.md#gpudirect-storage).",
     )
     ssd_deadline_s: float = setting(
-        10.0, "A read or write of SSD that takes longer has failed.", unit="s", low=0.01
+        10.0, "Time limit of a read or write on SSD. One that takes longer fails.", unit="s", low=0.01
     )
     load_policy: str = setting(
-        "auto", "Which blocks are loaded from SSD: those that are sooner loaded than computed, all, or none.",
+        "auto", "Blocks that are loaded from SSD. `auto`: blocks that load faster than they are computed; `always`: "
+        "all blocks; `never`: none.",
         choices=("auto", "always", "never"),
     )
     prefill_tokens_per_s: float = setting(
-        0.0, "Speed of the engine's prefill, for `load_policy`; 0: measured with vLLM; unknown with other engines, so "
-        "that all blocks are loaded.",
+        0.0, "Speed of the engine's prefill, for `load_policy`. 0: measured, with vLLM; with other engines the speed "
+        "is unknown then, and `auto` loads all blocks.",
         unit="tokens/s", low=0.0,
     )
     namespaces: Mapping[str, Any] | None = setting(
@@ -146,20 +148,22 @@ class CacheConfig(_Settings):
         "YAML. See [namespaces](namespaces.md).",
     )
     max_pinned_share: float = setting(
-        0.5, "Share of the host tier that can be pinned (`flexkv pin`).", low=0.0, high=0.9
+        0.5, "Maximum share of the host tier that can be pinned (`flexkv pin`).", low=0.0, high=0.9
     )
     trace_path: str = setting(
         "", "File in which the block keys of all requests are recorded, without their tokens, for `flexkv replay`; "
         "empty: none.",
         read=expand,
     )
-    trace_max_mb: int = setting(256, "Largest size of that file; recording ends there.", unit="MiB", low=1)
+    trace_max_mb: int = setting(
+        256, "Maximum size of the file at `trace_path`; recording ends there.", unit="MiB", low=1
+    )
     enable_metrics: bool = setting(False, "Serve metrics to Prometheus. See [monitoring](monitoring.md).")
     metrics_host: str = setting(
-        "127.0.0.1", "Address to serve them at; 0.0.0.0: all of this machine, for a Prometheus on another."
+        "127.0.0.1", "Address for metrics; 0.0.0.0: all addresses of this machine, if Prometheus runs on another one."
     )
     py_metrics_port: int = setting(
-        8080, "Port to serve them at; each data-parallel rank adds its number. 0: any free port; the log has it.",
+        8080, "Port for metrics; each data-parallel rank adds its number. 0: any free port, which is logged.",
         low=0, high=65000,
     )
     key_secret: str = setting(
@@ -179,7 +183,7 @@ class CacheConfig(_Settings):
         if self.enable_gds and not self.ssd_cache_gb:
             yield ConfigError("enable_gds", True, "needs an SSD tier: set ssd_cache_gb, or turn it off")
         try:
-            read_quotas(self.namespaces or {})                # wrong ones are named at the start
+            read_quotas(self.namespaces or {})                # a wrong quota stops the start
         except ConfigError as error:
             yield error
 
@@ -205,12 +209,12 @@ class CacheConfig(_Settings):
 
     @property
     def ssd_bytes(self) -> int:
-        """Bytes of the SSD tier; 0: there is none."""
+        """Bytes of the SSD tier; 0: there is no SSD tier."""
         return int(self.ssd_cache_gb * (1 << 30))
 
     @property
     def quotas(self) -> dict[str, Quota]:
-        """Quotas by namespace; ``""``: of all others."""
+        """Quotas by namespace; ``""``: quota of all others."""
         return read_quotas(self.namespaces or {})
 
     @property
@@ -234,24 +238,25 @@ class TransferConfig(_Settings):
     """Connection of controller and ranks, time limits, copies."""
 
     gpu_register_port: str = setting(
-        "", "Unix socket where ranks register, as a path or `ipc://PATH`; empty: chosen by the adapter.",
+        "", "Unix socket at which ranks register, as a path or `ipc://PATH`; empty: chosen by the adapter.",
         read=register_port,
     )
     handshake_timeout_s: float = setting(
-        5.0, "A connection on which no message arrives is dropped after this time.", unit="s", low=0.01
+        5.0, "Time after which a connection is dropped if no message arrives on it.", unit="s", low=0.01
     )
     op_timeout_s: float = setting(
-        20.0, "A transfer fails if it takes longer than this after the engine's step that it waits for, and in any "
+        20.0, "Time limit of a transfer, counted from the engine's step that it waits for. A transfer fails in any "
         "case after ten times as long.", unit="s", low=0.01,
     )
-    connect_timeout_s: float = setting(300.0, "A rank waits this long for the controller.", unit="s", low=0.1)
+    connect_timeout_s: float = setting(300.0, "Time for which a rank waits for the controller.", unit="s", low=0.1)
     gpu_strategy: str = setting(
-        "auto", "How blocks cross the bus: a kernel gathers into a staging buffer that the copy engine moves, the "
-        "kernel moves them itself, or the copy engine moves each chunk; auto: by size.",
+        "auto", "Method of copies between GPU and host memory. `staged`: a kernel gathers blocks into a staging buffer "
+        "that the copy engine moves; `direct`: the kernel moves the blocks itself; `batch`: the copy engine moves each "
+        "chunk; `auto`: by size.",
         choices=("auto", "staged", "direct", "batch"),
     )
     gpu_window_mb: int = setting(
-        8, "Size of a staging buffer in GPU memory; there are six: within its L2, they disturb compute least.",
+        8, "Size of each of six staging buffers in GPU memory. Buffers that fit the GPU's L2 disturb compute least.",
         unit="MiB", low=1, high=1024
     )
     gpu_num_ctas: int = setting(16, "Thread blocks of the copy kernel.", low=1, high=1024)
@@ -272,23 +277,25 @@ class ConnectorConfig(_Settings):
 
     save_mode: str = setting(
         "as_computed",
-        "When KV is saved: as blocks fill during prefill and decode, or when a request finishes (as upstream does).",
+        "Time at which KV is saved. `as_computed`: as blocks fill during prefill and decode; `at_finish`: when a "
+        "request finishes (as upstream does).",
         choices=("as_computed", "at_finish"),
     )
     layerwise_loads: str = setting(
         "auto",
-        "Load layer by layer, so that compute of the first layers overlaps the load: auto does so when no other "
+        "Load layer by layer, so that compute of the first layers overlaps the load. `auto`: only when no other "
         "request runs, because others would have to wait. Never with full CUDA graphs, which skip vLLM's hooks.",
         choices=("auto", "always", "never"),
     )
     audit: bool = setting(
-        False, "Compare the bytes of every block that is loaded with those that were saved; for tests, slow."
+        False, "Compare the bytes of every loaded block with the bytes that were saved; for tests, slow."
     )
     audit_path: str = setting(
-        "", "With `audit`: where its checksums are kept between starts, a file for each rank; empty: they are not.",
+        "", "With `audit`: path of the files in which its checksums are kept between starts, one for each rank; empty: "
+        "they are not kept.",
         read=expand,
     )
-    num_log_interval_requests: int = setting(200, "Requests between two log lines on hits; 0: none.", low=0)
+    num_log_interval_requests: int = setting(200, "Number of requests between two log lines on hits; 0: none.", low=0)
     log_level: str = setting("INFO", "Level of the package's log.", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
 
 

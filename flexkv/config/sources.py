@@ -1,4 +1,4 @@
-"""Where settings come from: keyword arguments, a file, the environment, defaults, in that order."""
+"""Reads settings from their sources, by precedence: keyword arguments, a file, the environment, defaults."""
 
 import dataclasses
 import logging
@@ -33,11 +33,11 @@ class Findings:
     Attributes
     ----------
     values : dict
-        Settings that were given, by name, as values that are possible each alone.
+        Settings that were given, by name. Each value is valid by itself.
     given : dict of str to str
-        Place of each.
+        Place where each setting was given.
     problems : list of ConfigError
-        Empty: ``config`` can be made.
+        Faults; if there are none, ``config`` returns the settings.
     warnings, notes : list of str
         Lines for the log.
     """
@@ -53,7 +53,7 @@ class Findings:
         return {name: value for name, value in self.values.items() if FIELDS[name][0] == group}
 
     def in_effect(self) -> dict[str, Any]:
-        """All settings, with defaults where none was given."""
+        """All settings, with defaults for settings that were not given."""
         return {name: self.values.get(name, spec.default) for name, (_, _, spec) in FIELDS.items()}
 
     def config(self) -> FlexKVConfig:
@@ -66,13 +66,13 @@ class Findings:
 
 @dataclass(frozen=True)
 class _Source:
-    """A place that gives settings; ``key`` is the name that its user gave, ``name`` that of the setting."""
+    """A source of settings. ``key`` is the name as the user wrote it, ``name`` the name of the setting."""
 
     place: str
     is_variable: bool = False
 
     def problem(self, key: str, error: ConfigError) -> ConfigError:
-        """The error as the user of this place has to read it."""
+        """The error in the words of this source: with its key, or its place."""
         if self.is_variable:
             hint = ""
             if isinstance(error.value, str) and is_service_link(error.value):
@@ -117,7 +117,7 @@ def _gather_environment(found: Findings, env: Mapping[str, str]) -> None:
                     continue
                 raise environment.unknown(variable, text, FIELDS)
             if not text.strip():
-                continue                              # as if it were not set
+                continue                              # an empty variable counts as not set
             _, owner, _ = FIELDS[name]
             is_mapping = kinds(owner)[name][0] is Mapping
             value = environment.parse_mapping(variable, text) if is_mapping else text
@@ -126,7 +126,7 @@ def _gather_environment(found: Findings, env: Mapping[str, str]) -> None:
         else:
             _add(found, variable, name, value, _Source(variable, is_variable=True))
     if services:
-        found.notes.append(f"variables of Kubernetes services are no settings and are ignored: {', '.join(services)}")
+        found.notes.append(f"variables of Kubernetes services are not settings; ignored: {', '.join(services)}")
 
 
 def _gather_mapping(found: Findings, content: Mapping[str, Any], source: _Source) -> None:
@@ -137,7 +137,7 @@ def _gather_mapping(found: Findings, content: Mapping[str, Any], source: _Source
             if _skip(found, key, key, value):
                 continue
             if key not in FIELDS:
-                raise ConfigError(key, value, f"is no setting of FlexKV{nearest(key, FIELDS)}")
+                raise ConfigError(key, value, f"is not a setting of FlexKV{nearest(key, FIELDS)}")
         except ConfigError as error:
             found.problems.append(source.problem(key, error))
         else:
@@ -145,7 +145,7 @@ def _gather_mapping(found: Findings, content: Mapping[str, Any], source: _Source
 
 
 def _add(found: Findings, key: str, name: str, value: Any, source: _Source) -> None:
-    """Take a value, which wins over the one that a source before gave."""
+    """Enter a value, which overrides the value of an earlier source."""
     _, owner, spec = FIELDS[name]
     found.values.pop(name, None)
     found.given[name] = source.place or "argument"
@@ -156,7 +156,7 @@ def _add(found: Findings, key: str, name: str, value: Any, source: _Source) -> N
 
 
 def _skip(found: Findings, key: str, name: str, value: object) -> bool:
-    """Whether ``name`` is a name of upstream's that is accepted and has no effect."""
+    """Whether ``name`` is a setting of upstream that is accepted and has no effect."""
     if name in UNAVAILABLE:
         is_off = value.strip().lower() in _OFF if isinstance(value, str) else value is None or value == 0
         if not is_off:
@@ -186,7 +186,7 @@ def _gather_conflicts(found: Findings) -> None:
 def load_config(
     path: str | os.PathLike[str] | None = None, env: Mapping[str, str] | None = None, **overrides: Any
 ) -> FlexKVConfig:
-    """Gather the settings.
+    """Read and check the settings.
 
     Parameters
     ----------
@@ -195,13 +195,13 @@ def load_config(
     env : mapping, optional
         Default: this process's environment.
     **overrides
-        Settings by name; they win over the file, which wins over the environment.
+        Settings by name. They override the file, which overrides the environment.
 
     Raises
     ------
     ConfigError
         A key is unknown, given twice, of a wrong type, or out of range; settings contradict each other; or the file
-        cannot be read. Nothing else is raised.
+        cannot be read. No other exception is raised.
     """
     return _logged(gather(path, env, overrides))
 
@@ -209,10 +209,12 @@ def load_config(
 def engine_config(
     settings: Mapping[str, Any] | None, set_up_log: Callable[[str], None] | None = None
 ) -> FlexKVConfig:
-    """The settings of an engine that has a mapping of its own for them, which wins over file and environment.
+    """The settings of an engine that has its own mapping for them, which overrides file and environment.
 
     Parameters
     ----------
+    settings : mapping from str to any type
+        The engine's mapping; None: it has none.
     set_up_log : callable, optional
         Called with ``log_level`` before anything is logged.
 
@@ -238,5 +240,5 @@ def _logged(found: Findings, set_up_log: Callable[[str], None] | None = None) ->
 
 
 def process_environment(**changes: str) -> dict[str, str]:
-    """A copy of this process's environment, changed, for a child process."""
+    """A copy of this process's environment with ``changes``, for a child process."""
     return {**os.environ, **changes}

@@ -1,4 +1,4 @@
-"""Keys and variables of upstream FlexKV that have no setting of their own here."""
+"""Settings of upstream FlexKV that this version accepts without a setting of its own."""
 
 MEANINGLESS: dict[str, str] = {
     **dict.fromkeys(
@@ -32,7 +32,7 @@ MEANINGLESS: dict[str, str] = {
         "this version has no such switch",
     ),
 }
-"""Accepted and ignored, with the reason that the log gives."""
+"""Settings that are accepted and ignored, with the reason that is logged."""
 
 UNAVAILABLE: dict[str, str] = {
     "enable_nixl": "there is no NIXL transport in this version; leave it off",
@@ -41,4 +41,5 @@ UNAVAILABLE: dict[str, str] = {
     "enable_3rd_remote": "there is no remote tier in this version; leave it off",
     "use_mooncake_store_backend": "there is no remote tier in this version; leave it off",
 }
-"""Accepted as long as they are off: a user who turns them on must not believe that they work."""
+"""Settings that are accepted only if they are off, with the reason. Turning one on is an error, because a user must not
+believe that it works."""

@@ -1,4 +1,4 @@
-"""Values that a user gave as text: numbers with units, switches, names of choices, ``none``."""
+"""Reads values that a user gave as text: numbers with units, switches, names of choices, ``none``."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ _UNITS: dict[str, tuple[float, Mapping[str, float]]] = {
     "s": (1, _SECONDS),
     "tokens/s": (1, {name: factor for name, factor in _DECIMAL.items() if name} | {"tokens/s": 1}),
 }
-"""Of a setting's unit: its size, and the size of each unit that may be written behind a number."""
+"""For each unit of a setting: its size, and the size of each unit that may be written behind a number."""
 
 COUNTS: tuple[float, Mapping[str, float]] = (1, {name: size for name, size in (_DECIMAL | _BINARY).items() if name})
 """For numbers of things: ``1M`` is 1,000,000, ``1Mi`` 1,048,576."""
@@ -47,7 +47,7 @@ def read_number(text: str, kind: type, unit: str | tuple[float, Mapping[str, flo
     Returns
     -------
     int, float or None
-        None: the text is no such number.
+        None: the text is not a number in such a unit.
     """
     found = _NUMBER.fullmatch(text.strip())
     if found is None:
@@ -79,7 +79,7 @@ def read_value(key: str, value: object, field: dataclasses.Field[Any], kind: typ
     Raises
     ------
     ConfigError
-        The text is certainly no path. All other checks are made by ``flexkv.config.field.read_field``.
+        The text is certainly not a path. ``flexkv.config.field.read_field`` makes all other checks.
     """
     meta = field.metadata
     if meta["read"] is not None:

@@ -1,4 +1,4 @@
-"""Identity of weights on disk: a digest that changes when they do, without reading them whole."""
+"""Identity of weights on disk: a digest that changes with the weights, computed without reading all of them."""
 
 import hashlib
 import json
@@ -18,22 +18,25 @@ _NOT_VALUES = frozenset({
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.json",
 })
-"""Files that change prompts, and not the KV of given tokens."""
+"""Files that influence prompts, but not the KV of given tokens."""
 
 _ADAPTER = re.compile(r"adapter_model\..+|adapter_config\.json|new_embeddings\..+")
 
 MAX_FILES = 10_000
-"""Maximum number of files in a model's directory. More are not a model, and would take seconds to look at."""
+"""Maximum number of files in a model's directory. A directory with more is not a model, and takes seconds to list."""
 
 MAX_HEADER_BYTES = 100 << 20
 """Maximum size of a safetensors header, as in the format's own library."""
 
 NUM_SAMPLES = 1024
-"""Tensors of a model that are sampled. Reading them takes some 10 ms from memory, and less than a second from disk."""
+"""Number of samples of a model's tensors. Reading them takes 10 ms from memory, and less than a second from disk."""
 
 _SAMPLE_BYTES = 64
 _EDGE_BYTES = 64 << 10
+"""Bytes read at either end of a weight file."""
+
 _CONFIG_BYTES = 64 << 20
+"""Bytes read of a configuration file, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class WeightsIdentity:
     Attributes
     ----------
     digest : str
-        Hexadecimal; after the commit and a colon where the files are a snapshot of the Hugging Face hub.
+        Hexadecimal; preceded by the commit and a colon if the files are a snapshot of the Hugging Face hub.
     changed_ns : int
         Time of the last change of a file, in ns since 1970 by the file system's clock; 0 if all files are named by
         their content.
@@ -59,14 +62,14 @@ def weights_id(path: str | os.PathLike[str]) -> str:
     Parameters
     ----------
     path : str or path
-        A model's directory, or one weight file (GGUF; its other parts are found by their names).
+        A model's directory, or one weight file (such as GGUF; its other parts are found by their names).
 
     Returns
     -------
     str
         A digest of names, sizes, modification times, headers and samples of the weight files, and of the content of
-        the configuration files; with the commit before it if the directory is a snapshot of the Hugging Face hub.
-        There the content's name takes the place of the time, so that it is equal on all machines.
+        the configuration files; preceded by the commit if the directory is a snapshot of the Hugging Face hub. In a
+        snapshot, the names of the blobs replace the modification times, so that the identity is equal on all machines.
 
     Raises
     ------
@@ -77,7 +80,7 @@ def weights_id(path: str | os.PathLike[str]) -> str:
 
 
 def model_identity(path: str | os.PathLike[str]) -> WeightsIdentity:
-    """As ``weights_id``, with the time of the last change."""
+    """Identity as ``weights_id``, with the time of the last change."""
     path = Path(path)
     if path.is_file():
         part = re.sub(r"-\d+-of-\d+$", "", path.stem)
@@ -88,7 +91,7 @@ def model_identity(path: str | os.PathLike[str]) -> WeightsIdentity:
 
 
 def adapter_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files that a LoRA's values come from. IdentityError: there are none."""
+    """The files that contain a LoRA's values. IdentityError if there are none."""
     return list(_files(Path(path), lambda name: _ADAPTER.fullmatch(name) is not None, depth=0))
 
 
@@ -112,7 +115,7 @@ def _files(root: Path, wanted: Callable[[str], bool], depth: int = 3) -> list[Pa
             folders[:] = sorted(keep) if level < depth else []
             seen += len(names)
             if seen > MAX_FILES:
-                raise IdentityError(f"{root} has more than {MAX_FILES} files: it is no directory of a model")
+                raise IdentityError(f"{root} has more than {MAX_FILES} files: it is not a model's directory")
             found += [Path(folder, name) for name in names if wanted(name)]
     except OSError as error:
         raise IdentityError(f"{root} cannot be read: {error}") from error
@@ -154,7 +157,8 @@ def _add(digest: "hashlib._Hash", part: bytes) -> None:
 
 
 def _add_weights(digest: "hashlib._Hash", file: BinaryIO, size: int, samples: int) -> None:
-    """Header, both ends and samples of a weight file. The end of a .bin file has the checksums of its tensors (zip)."""
+    """Add header, both ends and samples of a weight file. The end of a .bin file (zip) contains the checksums of its
+    tensors."""
     header = _safetensors_header(file, size)
     if header is None:
         positions: Iterator[int] = (size * i // samples for i in range(samples))
@@ -170,7 +174,7 @@ def _add_weights(digest: "hashlib._Hash", file: BinaryIO, size: int, samples: in
 
 
 def _safetensors_header(file: BinaryIO, size: int) -> bytes | None:
-    """The header of a safetensors file; None: it is of another format. The file is at its start after that."""
+    """The header of a safetensors file; None: the file has another format. Leaves the file at its start."""
     length = int.from_bytes(file.read(8), "little")
     header = file.read(length) if 2 <= length <= min(size - 8, MAX_HEADER_BYTES) else b""
     file.seek(0)
@@ -190,7 +194,7 @@ def _middles(header: bytes, samples: int) -> Iterator[int]:
 
 
 def _hub_blob(path: Path) -> str:
-    """Name of the content, if the file is a link into the blobs of a Hugging Face cache; else empty."""
+    """Name of the blob if the file is a link into the blobs of a Hugging Face cache; else empty."""
     if not path.is_symlink():
         return ""
     target = path.resolve()

@@ -80,9 +80,9 @@ def test_settings_of_an_engine() -> None:
     assert engine_config(None).given == engine_config({}).given
     assert engine_config({"num_cpu_blocks": 3}).cache.num_cpu_blocks == 3
     for settings, message in (
-        ({"path": "/etc/x.yml"}, "path = .*no setting"), ({"env": {}}, "env = .*no setting"),
+        ({"path": "/etc/x.yml"}, "path = .*not a setting"), ({"env": {}}, "env = .*not a setting"),
         ([1], "must be a mapping"), ({5: 1}, "name of a setting = 5: must be text"),
-        ({"overrides": {}}, "overrides = .*no setting"),
+        ({"overrides": {}}, "overrides = .*not a setting"),
     ):
         with pytest.raises(ConfigError, match=message):
             engine_config(settings)  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def test_variables_of_kubernetes_services_are_ignored(caplog: pytest.LogCaptureF
     ],
 )
 def test_a_typo_is_no_service(variable: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"{variable} = .*is no variable of FlexKV"):
+    with pytest.raises(ConfigError, match=f"{variable} = .*is not a variable of FlexKV"):
         load_config(env=SMALL | {variable: value})
 
 
@@ -59,7 +59,7 @@ def test_a_service_with_the_name_of_a_setting_is_named(variable: str, scheme: st
 
 
 def test_a_far_guess_is_not_made() -> None:
-    with pytest.raises(ConfigError, match=r"is no variable of FlexKV$"):
+    with pytest.raises(ConfigError, match=r"is not a variable of FlexKV$"):
         load_config(env={"FLEXKV_FOO": "32"})
 
 

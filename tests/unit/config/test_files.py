@@ -126,11 +126,11 @@ def test_merges_of_merges_stay_small(tmp_path: Path) -> None:
         ("object.yaml", "audit: !!python/object/apply:os.getcwd []\n", "cannot be parsed"),
         ("key.yaml", "? [a, b]\n: 1\n", "cannot be parsed"),
         ("two.yaml", "audit: on\n---\naudit: off\n", "cannot be parsed"),
-        ("long.yaml", "? '" + "x" * 10_000 + "'\n: 1\n", "x = 1: is no setting"),
-        ("long.json", '{"' + "x" * 10_000 + '": 1}', "x = 1: is no setting"),
+        ("long.yaml", "? '" + "x" * 10_000 + "'\n: 1\n", "x = 1: is not a setting"),
+        ("long.json", '{"' + "x" * 10_000 + '": 1}', "x = 1: is not a setting"),
         ("alias.yaml", "namespaces: &a {g: *a}\n", "namespaces: g: g = "),
         ("laughs.yaml", "l0: &l0 [x]\n" + "".join(
-            f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 12)), "l0 = .* is no setting"),
+            f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 10)}]\n" for i in range(1, 12)), "l0 = .* is not a setting"),
     ],
 )
 def test_odd_content_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
