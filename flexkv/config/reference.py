@@ -42,9 +42,9 @@ expanded: a path with one is an error. Directories are separated by `;`.
 **Files.** YAML anchors and merge keys (`<<: *name`) work. A file may begin with a byte order mark.
 
 **Kubernetes** adds variables for each Service to all pods of its namespace. Variables of a Service whose name begins
-with `flexkv` (`FLEXKV_X_SERVICE_HOST`, `FLEXKV_X_PORT_80_TCP` and so on) are not settings: they are ignored, with a line
-in the log. A Service named `flexkv-py-metrics` or `flexkv-gpu-register` makes a variable with the name of a setting,
-which stops the start: rename the Service, or set `enableServiceLinks: false` in the pod.
+with `flexkv` (`FLEXKV_X_SERVICE_HOST`, `FLEXKV_X_PORT_80_TCP` and so on) are not settings. They are ignored, and the
+log names them. A Service named `flexkv-py-metrics` or `flexkv-gpu-register` makes a variable with the name of a
+setting, which stops the start: rename the Service, or set `enableServiceLinks: false` in the pod.
 
 **Settings without effect** because of others are named in the log as warnings. A directory for an SSD tier without
 `ssd_cache_gb` stops the start; with `ssd_cache_gb: 0` the tier is off.
