@@ -27,7 +27,7 @@ class Quota:
     limit : float
         Maximum share of each tier.
     priority : int
-        Of the namespaces that have borrowed, the one with the lowest priority is evicted from first.
+        Namespaces that have borrowed slots yield in order of priority, the lowest first.
     ttl_s : float
         Time after its last use for which a block is offered, in seconds.
     """

@@ -99,7 +99,9 @@ class CacheConfig(_Settings):
         unit="s", low=0.0,
     )
     use_hugepage_cpu_buffer: bool = setting(False, "Host tier in hugepages; the system must have reserved them.")
-    hugepage_size_bytes: int = setting(2 << 20, "Size of those hugepages.", unit="bytes", low=4096)
+    hugepage_size_bytes: int = setting(
+        2 << 20, "Size of the hugepages of `use_hugepage_cpu_buffer`.", unit="bytes", low=4096
+    )
     ssd_cache_gb: float = setting(
         0.0, "Size of the SSD tier; 0: none. Must exceed the host tier, because blocks that are used again are on "
         "both.",
@@ -256,7 +258,7 @@ class TransferConfig(_Settings):
         choices=("auto", "staged", "direct", "batch"),
     )
     gpu_window_mb: int = setting(
-        8, "Size of each of six staging buffers in GPU memory. Buffers that fit the GPU's L2 disturb compute least.",
+        8, "Size of each of six staging buffers in GPU memory. If all fit the GPU's L2, they disturb compute least.",
         unit="MiB", low=1, high=1024
     )
     gpu_num_ctas: int = setting(16, "Thread blocks of the copy kernel.", low=1, high=1024)

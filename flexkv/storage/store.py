@@ -53,8 +53,11 @@ class Store(ABC):
     at the place of its slot, and uses the key to verify a read. A store of objects keeps a block under its key, and
     uses slots only to bound the number of blocks.
 
-    Lifecycle: 1. ``recover`` once. 2. ``write``, ``read``, ``erase`` and ``cancel`` in any order; their results come
-    from ``results``. 3. ``close``.
+    Lifecycle:
+
+    1. ``recover``, once.
+    2. ``write``, ``read``, ``erase`` and ``cancel`` in any order; ``results`` reports their results.
+    3. ``close``.
 
     A store must:
 

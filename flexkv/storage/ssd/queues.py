@@ -17,7 +17,7 @@ class StoreQueues:
 
     Parameters
     ----------
-    host : IoQueue or its like
+    host : IoQueue, or a queue with its interface
     num_host_slots, slot_bytes : int
     """
 

@@ -360,7 +360,7 @@ class SsdStore(Store):
         done, right = results == 0, checksums == self._ledger.checksums[slots]
         named = self._ledger.holds(slots, batch.keys[positions])    # false if rewritten or cleared meanwhile
         ok = done & named & right
-        late = batch.late[positions]                        # reported when the kernel does not access their memory
+        late = batch.late[positions]                        # reported once the kernel cannot access their memory
         self._end(batch, positions[~late], ok[~late])
         if not directory.data.is_direct:
             directory.post(partial(directory.data.moved, len(positions) * self.slot_bytes))
