@@ -1,23 +1,116 @@
 """KVManager: what an engine calls to load and save KV."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flexkv.controller.kvblocks import KVBlocks
-from flexkv.controller.response import KVResponse, KVResponseStatus
-from flexkv.controller.tasks.arguments import part_of_mapping, task_ids_of, tokens_and_start, tokens_of
-from flexkv.errors import ArgumentError, FlexKVError, SlotMappingError
+from flexkv._core.block_table import pages_from_slot_mapping
+from flexkv.cache.plan import MatchResult
+from flexkv.config import CacheConfig, ModelConfig, TransferConfig, load_config
+from flexkv.controller.blocks import Blocks
+from flexkv.controller.response import KVResponse, KVResponseStatus, mask_of_blocks
+from flexkv.controller.tasks.arguments import mapping_of, part_of_mapping, task_ids_of, tokens_and_start, tokens_of
+from flexkv.controller.tiering import make_ssd_store
+from flexkv.errors import FlexKVError, SlotMappingError
 from flexkv.protocol.layer_signals import MAX_COUNTERS
-from flexkv.protocol.numbers import fence_of, integer_of
+from flexkv.protocol.numbers import integer_of
+from flexkv.protocol.requests import Pin
+from flexkv.server.connect import connect
+from flexkv.storage.store import MakeStore
 
 
-class KVManager(KVBlocks):
+class KVManager:
     """Loads and saves the KV of token sequences for one engine (one data-parallel client).
 
-    See ``KVBlocks`` for its life, its results, and what it does by blocks instead of tokens.
+    Never blocks on a transfer except in ``wait``, ``reset`` and ``shutdown``. Matches are empty and puts save nothing
+    until every rank has registered its tensors, after ``shutdown``, and while the data plane is out of service. Thread
+    safe. Arguments are checked before anything is reserved: a bad one raises ArgumentError, and the call has changed
+    nothing.
+
+    Parameters
+    ----------
+    model_config, cache_config : ModelConfig, CacheConfig
+    dp_client_id : int
+        Data-parallel rank of the engine.
+    server_recv_port : str
+        Accepted for upstream's signature; there is no server process in this version.
+    gpu_register_port : str
+        Path of the Unix socket where the ranks register; empty: from ``transfer_config``.
+    event_collector : object
+        Accepted for upstream's signature; must be None in this version.
+    transfer_config : TransferConfig, optional
+        Default: from ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
+    make_store : callable
+        Makes the store of the SSD tier; for tests.
+    note : str
+        End of the line that the log gets when the manager is ready, such as the engine's role.
+
+    Attributes
+    ----------
+    blocks : Blocks
+        The same KV, by keys of blocks and by pages instead of tokens and slots.
     """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        cache_config: CacheConfig,
+        dp_client_id: int = 0,
+        server_recv_port: str = "",
+        gpu_register_port: str = "",
+        event_collector: None = None,
+        *,
+        transfer_config: TransferConfig | None = None,
+        make_store: MakeStore = make_ssd_store,
+        note: str = "",
+    ) -> None:
+        if event_collector is not None:
+            raise NotImplementedError("event_collector: KV events are not available in this version; pass None")
+        transfer_config = transfer_config or load_config().transfer
+        self._tokens_per_block = cache_config.tokens_per_block
+        self._host_only = transfer_config.enable_layerwise_transfer
+        self.blocks: Blocks = connect(
+            model_config, cache_config, transfer_config, dp_client_id, gpu_register_port,
+            make_store=make_store, note=note,
+        )
+
+    # ---- life -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen for the ranks; returns at once."""
+        self.blocks.start()
+
+    def is_ready(self) -> bool:
+        """Whether every rank has registered, so that KV can be loaded and saved."""
+        return self.blocks.is_ready()
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Wait until every rank has registered, at most ``timeout`` seconds; then NotReadyError. See ``Blocks``."""
+        self.blocks.wait_ready(timeout)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """Write the blocks queued for SSD, cancel running transfers, free all memory. May be called again."""
+        self.blocks.shutdown()
+
+    def reset(self, timeout: float = 5.0, *, new_weights: bool = False) -> None:
+        """Forget all cached KV, as after a change of weights, and all pins. Nothing put before is returned after it.
+
+        Running tasks are cancelled; ``timeout`` bounds the wait for them (seconds). ``new_weights``: the engine's
+        weights are no longer those that ``ModelConfig`` names; see ``Blocks``.
+        """
+        self.blocks.reset(timeout, new_weights=new_weights)
 
     # ---- tokens: the API that upstream's adapters use ---------------------------------------------------------
 
@@ -56,16 +149,11 @@ class KVManager(KVBlocks):
         """
         self._refuse_swa(swa_aware)
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
-        keys = self._keys(tokens, namespace, block_extras)
-        group = self.group(namespace)
-        self.recorder.record(keys)
-        task = self._tasks.new_get(
-            self._index, keys, start, None, len(tokens), host_only=bool(cpu_only) or self._host_only,
-            group=group,
+        task_id, positions = self.blocks.match_get(
+            self.blocks.keys(tokens, namespace, block_extras), start, len(tokens), self.blocks.group(namespace),
+            bool(cpu_only) or self._host_only,
         )
-        self._tasks.hold(task)
-        self._counts.count(task.match, start, len(keys))
-        return task.task_id, task.token_mask()
+        return task_id, mask_of_blocks(positions, self._tokens_per_block, len(tokens))
 
     def put_match(
         self,
@@ -86,10 +174,10 @@ class KVManager(KVBlocks):
             Tokens that ``launch`` will save.
         """
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
-        keys = self._keys(tokens, namespace, block_extras)
-        task = self._tasks.new_put(self._index, keys, start, len(keys), len(tokens), self.group(namespace))
-        self._tasks.hold(task)
-        return task.task_id, task.token_mask()
+        task_id, positions = self.blocks.match_put(
+            self.blocks.keys(tokens, namespace, block_extras), start, len(tokens), self.blocks.group(namespace)
+        )
+        return task_id, mask_of_blocks(positions, self._tokens_per_block, len(tokens))
 
     def launch(
         self,
@@ -131,21 +219,13 @@ class KVManager(KVBlocks):
         """
         if swa_slot_mappings is not None:
             raise NotImplementedError("sliding-window transfers are not available in this version")
-        ids, fence = task_ids_of(task_ids), fence_of(fence)
+        ids = task_ids_of(task_ids)
         counter = integer_of(counter_id, "counter_id", 0, MAX_COUNTERS - 1) + 1 if layerwise_transfer else 0
-        if layerwise_transfer and len(ids) != 1:
-            raise ArgumentError(f"layerwise_transfer with {len(ids)} tasks: launch one task at a time")
         if not isinstance(slot_mappings, Iterable):
             raise SlotMappingError(f"slot_mappings is {slot_mappings!r}: give a sequence of arrays, one for each task")
-        mappings = list(slot_mappings) if isinstance(task_ids, Iterable) else [slot_mappings]
-        if len(ids) != len(mappings):
-            raise SlotMappingError(f"{len(mappings)} slot mappings for {len(ids)} tasks: give one for each")
-        tasks = [self._tasks.matched(task_id) for task_id in ids]
-        pages = [task.pages(mapping) for task, mapping in zip(tasks, mappings, strict=True)]
-        self._tasks.launch(
-            list(zip(tasks, pages, strict=True)), fence, bool(layerwise_transfer), counter
-        )
-        return ids
+        mappings = slot_mappings if isinstance(task_ids, Iterable) else [slot_mappings]
+        pages = [pages_from_slot_mapping(mapping_of(mapping), self._tokens_per_block) for mapping in mappings]
+        return self.blocks.launch(ids, pages, fence, bool(layerwise_transfer), counter)
 
     def get_async(
         self,
@@ -176,10 +256,10 @@ class KVManager(KVBlocks):
         block is read while prefetches fill a quarter of host memory."""
         self._refuse_swa(swa_aware)
         tokens = tokens_of(token_ids)
-        return self._tasks.prefetch(
-            self._index, self._keys(tokens, namespace), len(tokens), group=self.group(namespace),
-            host_only=self._fetches_enough(),
-        )
+        keys, group = self.blocks.keys(tokens, namespace), self.blocks.group(namespace)
+        task_id = self.blocks.prefetch_blocks(keys, 0, group, num_tokens=len(tokens), must_answer=True)
+        assert task_id is not None  # narrowing: must_answer
+        return task_id
 
     def _refuse_swa(self, swa_aware: bool) -> None:
         if swa_aware:
@@ -194,6 +274,52 @@ class KVManager(KVBlocks):
             self.cancel(task_id)
             raise
         return task_id
+
+    # ---- tasks, pins, counts ----------------------------------------------------------------------------------
+
+    def task_match(self, task_id: int) -> MatchResult | None:
+        """What a get found when it was made: how many blocks, why no more, and since when; None: it is not known."""
+        return self.blocks.task_match(task_id)
+
+    def wait(
+        self, task_ids: int | Iterable[int], timeout: float = 20.0, completely: bool = False
+    ) -> dict[int, KVResponse]:
+        """Wait for tasks, at most ``timeout`` seconds; a result is given once.
+
+        A task that still runs then has the status TIMEOUT; it continues, and can be waited for again. A task that took
+        longer than ``op_timeout_s`` (TIMEOUT) or was cancelled (CANCELLED) may still access its pages for a moment;
+        ``completely`` waits until it does not.
+        """
+        return self.blocks.wait(task_ids, timeout, completely)
+
+    def try_wait(self, task_ids: int | Iterable[int]) -> dict[int, KVResponse]:
+        """Results of those of the tasks that have ended, without waiting; a result is given once."""
+        return self.blocks.try_wait(task_ids)
+
+    def cancel(self, task_ids: int | Iterable[int]) -> None:
+        """Stop tasks: copies that have not started never start, those under way are finished first (see ``wait``)."""
+        self.blocks.cancel(task_ids)
+
+    def pin(self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, name: str = "") -> Pin:
+        """Keep the blocks of a prefix that are cached now, on any tier, until ``unpin`` or ``reset``; or PinError.
+        ``name`` is the argument of ``unpin``; empty: a name is generated. See ``Blocks``."""
+        return self.blocks.pin(token_ids, namespace, name)
+
+    def unpin(self, name: str) -> Pin:
+        """Release a pinned prefix: its blocks may be evicted again. PinError if no pin has that name."""
+        return self.blocks.unpin(name)
+
+    def pins(self) -> list[Pin]:
+        """The pinned prefixes."""
+        return self.blocks.pins()
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the index, of the SSD tier and of the tasks, now; of matches, by reason, since the start."""
+        return self.blocks.stats()
+
+    def check_integrity(self) -> None:
+        """Raise InvariantError if the index or the slots are not consistent."""
+        self.blocks.check_integrity()
 
 
 __all__ = ["KVManager", "KVResponse", "KVResponseStatus"]

@@ -1,118 +1,94 @@
-"""The controller: index, tiers, data plane and tasks of one engine, wired together."""
+"""The controller: one engine's space, data plane and ranks, wired together."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import lru_cache, partial
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flexkv._core.index.block_keys import SequenceHasher, chain_seed, hash_blocks
+from flexkv._core.index.block_keys import SequenceHasher
 from flexkv.at_exit import close_at_exit
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.eviction import policy_class
-from flexkv.cache.quotas import Quotas
-from flexkv.config import (
-    CacheConfig,
-    ModelConfig,
-    TransferConfig,
-    changed_domain,
-    domain,
-    load_config,
-    runtime_directory,
-)
+from flexkv.cache.plan import NOTHING, MatchResult
+from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, runtime_directory
+from flexkv.controller.blocks import Blocks
 from flexkv.controller.requests import Control
-from flexkv.controller.tasks.arguments import extras_of, namespace_of, seconds_of, tokens_of
-from flexkv.controller.tasks.table import TaskTable
-from flexkv.controller.tiering import Tiering, make_ssd_store
-from flexkv.errors import ArgumentError, ConfigError, FlexKVError, NotReadyError, PinError
+from flexkv.controller.response import KVResponse
+from flexkv.controller.space import Space
+from flexkv.controller.tasks.arguments import (
+    block_of,
+    keys_of,
+    number_of,
+    pages_of,
+    seconds_of,
+    span_of,
+    task_id_of,
+    task_ids_of,
+    unique_task_ids_of,
+)
+from flexkv.controller.tiering import make_ssd_store
+from flexkv.errors import ArgumentError, ConfigError, FlexKVError, NotReadyError, PinError, SlotMappingError
 from flexkv.metrics.exporter import Metrics
-from flexkv.metrics.match_counts import MatchCounts
 from flexkv.metrics.request_trace import make_recorder
+from flexkv.protocol.layer_signals import MAX_COUNTERS
+from flexkv.protocol.numbers import fence_of, integer_of
 from flexkv.protocol.requests import Pin
 from flexkv.protocol.sockets import remove_dead_sockets
+from flexkv.storage.ssd.gds_queue import GdsEnd
 from flexkv.storage.store import MakeStore
 from flexkv.transfer.engine import TransferEngine
 
 logger = logging.getLogger("flexkv.controller")
 
-_MAX_SEEDS = 256
-"""Chain seeds of namespaces that are remembered; to make one costs as much as all checks of a request."""
 
-
-class Controller:
-    """Index, tiers, data plane and tasks of one engine (one data-parallel client), wired together.
-
-    Never blocks on a transfer except in ``wait``, ``reset`` and ``shutdown``. Matches are empty and puts save nothing
-    until every rank has registered its tensors, after ``shutdown``, and while the data plane is out of service. Thread
-    safe.
+class Controller(Blocks):
+    """The blocks of one engine, in this process.
 
     Parameters
     ----------
-    model_config, cache_config : ModelConfig, CacheConfig
+    model_config, cache_config, transfer_config
     dp_client_id : int
         Data-parallel rank of the engine.
-    server_recv_port : str
-        Accepted for upstream's signature; there is no server process in this version.
     gpu_register_port : str
         Path of the Unix socket where the ranks register; empty: from ``transfer_config``.
-    event_collector : object
-        Accepted for upstream's signature; must be None in this version.
-    transfer_config : TransferConfig, optional
-        Default: from ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
     make_store : callable
         Makes the store of the SSD tier; for tests.
     note : str
-        End of the line that the log gets when the manager is ready, such as the engine's role.
+        End of the line that the log gets when the controller is ready, such as the engine's role.
+
+    Attributes
+    ----------
+    metrics : Metrics or None
+        None: the setting ``enable_metrics`` is off.
     """
 
     def __init__(
         self,
         model_config: ModelConfig,
         cache_config: CacheConfig,
+        transfer_config: TransferConfig,
         dp_client_id: int = 0,
-        server_recv_port: str = "",
         gpu_register_port: str = "",
-        event_collector: None = None,
         *,
-        transfer_config: TransferConfig | None = None,
         make_store: MakeStore = make_ssd_store,
         note: str = "",
     ) -> None:
-        if event_collector is not None:
-            raise NotImplementedError("event_collector: KV events are not available in this version; pass None")
         self._cache_config = cache_config
-        self._tokens_per_block = cache_config.tokens_per_block
-        self._domain = domain(model_config, cache_config)
-        self._make_policy = partial(
-            policy_class(cache_config.eviction_policy), hit_reward_seconds=cache_config.hit_reward_seconds
-        )
-        self._quotas = Quotas(cache_config.quotas)
-        self._chain_seed = lru_cache(_MAX_SEEDS)(chain_seed)
         ranks = model_config.tp_size * model_config.pp_size
         if cache_config.enable_gds and ranks > 1:
             raise ConfigError(
                 "enable_gds", True, f"supports one rank in this version; this model has {ranks}: turn it off"
             )
-        self._counts = MatchCounts()
-        self.metrics = self._make_metrics(model_config, cache_config, dp_client_id)
-        self._cache: GlobalCacheEngine | None = None
-        self._is_closed = self._has_logged_out_of_service = False
-        self._note = note
         self._ranks = ranks
-        self._tiering = None
-        if cache_config.ssd_bytes:
-            self._tiering = Tiering(cache_config, self._domain, make_store, self._log_ready)
-        transfer_config = transfer_config or load_config().transfer
-        self._host_only = transfer_config.enable_layerwise_transfer
+        self._note = note
+        self._is_closed = self._has_logged_out_of_service = False
         default_port = f"ipc://{runtime_directory()}/register-{dp_client_id}.sock"
         port = gpu_register_port or transfer_config.gpu_register_port or default_port
-        transfer_config = transfer_config.replace(gpu_register_port=port)
+        self.metrics = self._make_metrics(model_config, cache_config, dp_client_id)
         self._transfer = TransferEngine(
-            transfer_config,
+            transfer_config.replace(gpu_register_port=port),
             host_bytes=cache_config.host_bytes,
             num_slots=cache_config.num_cpu_blocks,
             ranks=ranks,
@@ -121,13 +97,14 @@ class Controller:
             on_capacity=self._on_capacity,
             on_control=Control(self.pin, self.unpin, self.pins).answer,
             housekeeping=self._keep_house,
-            on_gds=self._tiering.attach_gds if self._tiering is not None and cache_config.enable_gds else None,
+            on_gds=self._on_gds if cache_config.ssd_bytes and cache_config.enable_gds else None,
             observe=self.metrics.transfer_ended if self.metrics is not None else None,
         )
-        self._tasks = TaskTable(
-            self._transfer, dp_client_id, self._tokens_per_block, self._tiering, transfer_config.op_timeout_s
+        self._space = Space(
+            cache_config, domain(model_config, cache_config), self._transfer, dp_client_id,
+            transfer_config.op_timeout_s, make_store, self._log_ready,
         )
-        self.recorder = make_recorder(cache_config)      # adapters that match by keys tell it of each request
+        self._recorder = make_recorder(cache_config)
 
     def _make_metrics(self, model_config: ModelConfig, config: CacheConfig, dp_client_id: int) -> Metrics | None:
         if not config.enable_metrics:
@@ -136,10 +113,20 @@ class Controller:
         port = config.py_metrics_port and config.py_metrics_port + dp_client_id
         return Metrics(self.stats, labels, config.metrics_host, port)
 
+    def _on_capacity(self, num_slots: int) -> None:
+        self._space.grow(num_slots)
+
+    def _keep_house(self) -> float:
+        return self._space.keep_house()
+
+    def _on_gds(self, end: GdsEnd) -> None:
+        if self._space.tiering is not None:
+            self._space.tiering.attach_gds(end)
+
     # ---- life -------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Listen for the ranks; returns at once. The host pool is made when all of them have registered."""
+        """See ``Blocks``. The host pool is made when all ranks have registered."""
         self._transfer.start()
         with suppress(FlexKVError, OSError):     # of controllers that died
             remove_dead_sockets(runtime_directory())
@@ -148,7 +135,7 @@ class Controller:
             self.metrics.start()
 
     def is_ready(self) -> bool:
-        """Whether every rank has registered, so that KV can be loaded and saved."""
+        """See ``Blocks``."""
         return self._transfer.is_ready and self._index is not None
 
     @property
@@ -161,21 +148,10 @@ class Controller:
                 self._has_logged_out_of_service = True
                 logger.error("the data plane is out of service: nothing is loaded or saved any more; see the log above")
             return None
-        return self._cache
+        return self._space.index
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Wait until every rank has registered, so that KV can be loaded and saved.
-
-        Parameters
-        ----------
-        timeout : float
-            Seconds.
-
-        Raises
-        ------
-        NotReadyError
-            A rank has not registered by then, or the manager was not started or was shut down.
-        """
+        """See ``Blocks``."""
         timeout = seconds_of(timeout, "timeout")
         self._transfer.wait(
             lambda: self.is_ready() or self._is_closed or not self._transfer.in_service,
@@ -189,143 +165,227 @@ class Controller:
                 f"{ranks} after {timeout:g} s" if ranks else "the manager is not running: call start()"
             )
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
-
     def shutdown(self) -> None:
-        """Write the blocks queued for SSD, cancel running transfers, free all memory. May be called again.
-
-        Afterwards matches are empty, puts save nothing, and tasks that are launched are cancelled.
-        """
+        """See ``Blocks``."""
         self._is_closed = True
         with ExitStack() as steps:               # last in, first out; each is called, whatever the others raise
-            steps.callback(self.recorder.close)
+            steps.callback(self._recorder.close)
             if self.metrics is not None:
                 steps.callback(self.metrics.close)
             steps.callback(self._transfer.shutdown)
-            if self._tiering is not None:
-                steps.callback(self._tiering.shutdown)
+            if self._space.tiering is not None:
+                steps.callback(self._space.tiering.shutdown)
 
     def reset(self, timeout: float = 5.0, *, new_weights: bool = False) -> None:
-        """Forget all cached KV, as after a change of weights. Nothing put before it is ever returned after it,
-        and nothing is pinned any more.
-
-        Tasks that are matched or running are cancelled; ``timeout`` bounds the wait for them (seconds).
-        ``new_weights``: the engine's weights are no longer those that ``ModelConfig`` names. KV that is put from now on
-        is not offered after a restart. Hashers that were made before make keys of the old weights.
-        """
-        timeout = seconds_of(timeout, "timeout")
-        if new_weights:
-            self._domain = changed_domain(self._domain)
-        if self._cache is not None:
-            self._cache.reset()
-        if self._tiering is not None:
-            self._tiering.reset()
-        self._tasks.wait(self._tasks.reset(), timeout, self._tasks.is_settled)
-
-    def _keep_house(self) -> float:
-        pause = self._tasks.keep_house()
-        return min(pause, self._tiering.keep_house()) if self._tiering is not None else pause
+        """See ``Blocks``."""
+        self._space.reset(seconds_of(timeout, "timeout"), new_weights)
 
     def _log_ready(self) -> None:
         """One line with all that is in effect: when every rank has registered, and the SSD tier has been opened."""
-        config, pool = self._cache_config, self._transfer.host_pool
+        config, pool, tiering = self._cache_config, self._transfer.host_pool, self._space.tiering
         metrics = self.metrics.port if self.metrics is not None else None
         logger.info("ready: %s", "; ".join(part for part in (
-            f"host {pool.num_bytes / (1 << 30):.3g} GiB ({pool.num_slots} blocks of {self._tokens_per_block} tokens, "
+            f"host {pool.num_bytes / (1 << 30):.3g} GiB ({pool.num_slots} blocks of {config.tokens_per_block} tokens, "
             f"{pool.slot_bytes / (1 << 20):.3g} MiB each)",
-            self._tiering.description if self._tiering is not None else "no SSD",
+            tiering.description if tiering is not None else "no SSD",
             "1 rank" if self._ranks == 1 else f"{self._ranks} ranks",
             f"eviction {config.eviction_policy}",
             f"metrics at http://{config.metrics_host}:{metrics}/metrics" if metrics else "no metrics",
             self._note,
         ) if part))
 
-    def _on_capacity(self, num_slots: int) -> None:
-        is_first = self._cache is None
-        if self._cache is None:
-            pool = self._transfer.host_pool
-            config = self._cache_config
-            self._cache = GlobalCacheEngine(
-                pool.num_slots, self._make_policy, config.evict_start_threshold, config.evict_ratio,
-                num_ssd_slots=config.ssd_bytes // pool.slot_bytes, quotas=self._quotas,
-                max_pinned_share=config.max_pinned_share,
-            )
-        self._cache.grow(num_slots)
-        self._transfer.notify()
-        if self._tiering is not None:
-            self._tiering.grow(self._cache, self._transfer, num_slots)
-        elif is_first:
-            self._log_ready()
-
     # ---- keys -------------------------------------------------------------------------------------------------
 
     def hasher(self, namespace: Sequence[str] | None = None) -> SequenceHasher:
-        """A hasher of growing sequences whose keys this manager understands."""
-        return SequenceHasher(self._seed(namespace), self._tokens_per_block)
+        """See ``Blocks``."""
+        return self._space.hasher(namespace)
 
-    def _keys(
-        self, tokens: ArrayLike, namespace: Sequence[str] | None, extras: Mapping[int, bytes] | None = None
+    def keys(
+        self, token_ids: ArrayLike, namespace: Sequence[str] | None = None,
+        block_extras: Mapping[int, bytes] | None = None,
     ) -> NDArray[np.uint64]:
-        seed = self._seed(namespace)
-        tokens, extras = tokens_of(tokens), extras_of(extras)
-        try:
-            return hash_blocks(tokens, self._tokens_per_block, seed, extras=extras)
-        except (ValueError, TypeError) as error:
-            raise ArgumentError(f"token_ids: {error}") from error
-
-    def _seed(self, namespace: Sequence[str] | None) -> bytes:
-        return self._chain_seed(self._domain, namespace_of(namespace), self._cache_config.secret)
+        """See ``Blocks``."""
+        return self._space.keys(token_ids, namespace, block_extras)
 
     def group(self, namespace: Sequence[str] | None) -> int:
-        """Which quota blocks of this namespace count against: a number that the methods below take as ``group``."""
-        return self._quotas.group(namespace_of(namespace))
+        """See ``Blocks``."""
+        return self._space.group(namespace)
 
-    # ---- pins -------------------------------------------------------------------------------------------------
+    def _group_of(self, group: int) -> int:
+        return integer_of(group, "group", 0, self._space.num_groups - 1)
+
+    def _length_of(self, num_tokens: int, keys: NDArray[np.uint64]) -> int:
+        """A number of tokens of which the whole blocks have these keys; else ArgumentError."""
+        shortest = len(keys) * self._cache_config.tokens_per_block
+        return integer_of(num_tokens, "num_tokens", shortest, shortest + self._cache_config.tokens_per_block - 1)
+
+    # ---- matching ---------------------------------------------------------------------------------------------
+
+    def record_request(self, keys: NDArray[np.uint64]) -> None:
+        """See ``Blocks``."""
+        self._recorder.record(keys_of(keys))
+
+    def lookup(
+        self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0, count: bool = False
+    ) -> MatchResult:
+        """See ``Blocks``."""
+        keys, start_block, group = keys_of(keys), block_of(start_block, "start_block"), self._group_of(group)
+        index = self._index
+        match = index.match(keys, start_block, group) if index is not None else NOTHING
+        if count:
+            self._space.counts.count(match, start_block, len(keys))
+        return match
+
+    def match_get(
+        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, group: int = 0, host_only: bool = False
+    ) -> tuple[int, NDArray[np.int32]]:
+        """See ``Blocks``."""
+        keys, start, group = keys_of(keys), block_of(start_block, "start_block"), self._group_of(group)
+        num_tokens, space = self._length_of(num_tokens, keys), self._space
+        self._recorder.record(keys)
+        task = space.tasks.new_get(self._index, keys, start, None, num_tokens, host_only=bool(host_only), group=group)
+        space.tasks.hold(task)
+        space.counts.count(task.match, start, len(keys))
+        return task.task_id, task.blocks
+
+    def match_put(
+        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, group: int = 0
+    ) -> tuple[int, NDArray[np.int32]]:
+        """See ``Blocks``."""
+        keys, start, group = keys_of(keys), block_of(start_block, "start_block"), self._group_of(group)
+        num_tokens, tasks = self._length_of(num_tokens, keys), self._space.tasks
+        task = tasks.new_put(self._index, keys, start, len(keys), num_tokens, group)
+        tasks.hold(task)
+        return task.task_id, task.blocks
+
+    def launch(
+        self, task_ids: int | Iterable[int], pages: Sequence[NDArray[np.int32]], fence: int = 0,
+        layerwise: bool = False, counter: int = 0,
+    ) -> list[int]:
+        """See ``Blocks``."""
+        ids, fence, counter = task_ids_of(task_ids), fence_of(fence), integer_of(counter, "counter", 0, MAX_COUNTERS)
+        if layerwise and len(ids) != 1:
+            raise ArgumentError(f"a launch layer by layer of {len(ids)} tasks: launch one task at a time")
+        if len(ids) != len(pages):
+            raise SlotMappingError(f"{len(pages)} slot mappings for {len(ids)} tasks: give one for each")
+        tasks, launches = self._space.tasks, []
+        for task_id, given in zip(ids, pages, strict=True):
+            task, mapped = tasks.matched(task_id), pages_of(given)
+            if len(task.blocks) != len(mapped):
+                raise SlotMappingError(
+                    f"task {task_id} moves {len(task.blocks)} blocks of {task.tokens_per_block} tokens; "
+                    f"its slot mapping has {len(mapped)}: give one slot for each True of the mask"
+                )
+            launches.append((task, mapped))
+        tasks.launch(launches, fence, bool(layerwise), counter)
+        return ids
+
+    # ---- gets and puts in one call ----------------------------------------------------------------------------
+
+    def get_blocks(
+        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0,
+        layerwise: bool = False, group: int = 0,
+    ) -> int:
+        """See ``Blocks``."""
+        keys, start, pages = span_of(keys, start_block, pages)
+        fence, group, tasks = fence_of(fence), self._group_of(group), self._space.tasks
+        task = tasks.new_get(self._index, keys, start, start + len(pages), 0, host_only=bool(layerwise), group=group)
+        tasks.run(task, pages, fence, bool(layerwise))
+        return task.task_id
+
+    def put_blocks(
+        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0, group: int = 0,
+        *, provisional: bool = False, after: Iterable[int] = (),
+    ) -> int | None:
+        """See ``Blocks``."""
+        keys, start, pages = span_of(keys, start_block, pages)
+        fence, group, loads, tasks = fence_of(fence), self._group_of(group), task_ids_of(after), self._space.tasks
+        task = tasks.new_put(self._index, keys, start, start + len(pages), 0, group, bool(provisional))
+        if len(task.blocks) == 0:
+            tasks.discard(task)
+            return None
+        tasks.run(task, pages[task.blocks - start], fence, after=loads)
+        return task.task_id
+
+    def accept_put(self, task_id: int, stop_block: int | None = None) -> None:
+        """See ``Blocks``."""
+        stop = math.inf if stop_block is None else block_of(stop_block, "stop_block")
+        self._space.tasks.accept(task_id_of(task_id), stop)
+
+    def prefetch_blocks(
+        self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0, *, num_tokens: int = 0,
+        must_answer: bool = False,
+    ) -> int | None:
+        """See ``Blocks``."""
+        keys, start, group = keys_of(keys), block_of(start_block, "start_block"), self._group_of(group)
+        num_tokens = self._length_of(num_tokens, keys) if num_tokens else 0
+        tiering = self._space.tiering
+        is_busy = tiering is not None and tiering.fetches_enough
+        if is_busy and not must_answer:
+            return None
+        return self._space.tasks.prefetch(self._index, keys, num_tokens, start, group, host_only=is_busy)
+
+    def set_prefill_rate(self, tokens_per_s: float) -> None:
+        """See ``Blocks``."""
+        rate = number_of(tokens_per_s, "tokens_per_s", 0.0, 1e12)
+        if self._space.tiering is not None:
+            self._space.tiering.set_prefill_rate(rate)
+
+    # ---- tasks ------------------------------------------------------------------------------------------------
+
+    def task_blocks(self, task_id: int) -> NDArray[np.int32]:
+        """See ``Blocks``."""
+        return self._space.tasks.blocks(task_id_of(task_id))
+
+    def task_match(self, task_id: int) -> MatchResult | None:
+        """See ``Blocks``."""
+        return self._space.tasks.match(task_id_of(task_id))
+
+    def wait(
+        self, task_ids: int | Iterable[int], timeout: float = 20.0, completely: bool = False
+    ) -> dict[int, KVResponse]:
+        """See ``Blocks``."""
+        ids, tasks = unique_task_ids_of(task_ids), self._space.tasks
+        tasks.wait(ids, seconds_of(timeout, "timeout"), tasks.is_settled if completely else tasks.has_result)
+        return {task_id: tasks.take(task_id) for task_id in ids}
+
+    def try_wait(self, task_ids: int | Iterable[int]) -> dict[int, KVResponse]:
+        """See ``Blocks``."""
+        ids, tasks = unique_task_ids_of(task_ids), self._space.tasks
+        self._transfer.poll()
+        return {task_id: tasks.take(task_id) for task_id in ids if tasks.is_settled(task_id)}
+
+    def cancel(self, task_ids: int | Iterable[int]) -> None:
+        """See ``Blocks``."""
+        for task_id in task_ids_of(task_ids):
+            self._space.tasks.cancel(task_id)
+
+    # ---- pins and counts --------------------------------------------------------------------------------------
 
     def pin(self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, name: str = "") -> Pin:
-        """Keep the blocks of a prefix that are cached now, on any tier, until ``unpin`` or ``reset``.
-
-        Pinned blocks do not expire. ``name`` is the argument of ``unpin``; empty: a name is generated.
-
-        Raises
-        ------
-        PinError
-            No block of the prefix is cached, the name is taken, or too many blocks would be pinned
-            (``max_pinned_share``, or the guarantees of other namespaces).
-        """
-        if self._cache is None:
+        """See ``Blocks``."""
+        index = self._space.index
+        if index is None:
             raise PinError("no rank has registered yet, so nothing is cached: pin when the engine is up")
-        return self._cache.pin(self._keys(token_ids, namespace), name, self.group(namespace))
+        return index.pin(self.keys(token_ids, namespace), name, self.group(namespace))
 
     def unpin(self, name: str) -> Pin:
-        """Release a pinned prefix: its blocks may be evicted again. PinError if no pin has that name."""
-        if self._cache is None:
+        """See ``Blocks``."""
+        index = self._space.index
+        if index is None:
             raise PinError("nothing is pinned: no rank has registered yet")
-        return self._cache.unpin(name)
+        return index.unpin(name)
 
     def pins(self) -> list[Pin]:
-        """The pinned prefixes."""
-        return self._cache.pins() if self._cache is not None else []
+        """See ``Blocks``."""
+        index = self._space.index
+        return index.pins() if index is not None else []
 
     def stats(self) -> dict[str, int]:
-        """Counts of the index, of the SSD tier and of the tasks, now; of matches, by reason, since the start."""
-        return {
-            **(self._cache.stats() if self._cache is not None else {}),
-            **(self._tiering.stats() if self._tiering is not None else {}),
-            **self._counts.stats(),
-            "tasks": len(self._tasks),
-            "provisional_puts": self._tasks.num_provisional,
-            "in_service": int(self._transfer.in_service),
-        }
+        """See ``Blocks``."""
+        return {**self._space.stats(), "in_service": int(self._transfer.in_service)}
 
     def check_integrity(self) -> None:
-        """Raise InvariantError if the index or the slots are not consistent."""
-        if self._cache is not None:
-            self._cache.check_integrity()
+        """See ``Blocks``."""
+        if self._space.index is not None:
+            self._space.index.check_integrity()

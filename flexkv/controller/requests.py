@@ -20,7 +20,7 @@ class Control:
     Parameters
     ----------
     pin, unpin, pins : callable
-        As those of ``KVManager``.
+        As those of ``Blocks``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Results of tasks, as ``KVManager`` returns them."""
+"""Results of tasks, as ``Blocks`` and ``KVManager`` return them."""
 
 import enum
 from dataclasses import dataclass
@@ -47,3 +47,20 @@ class KVResponse:
         tokens = f", {int(mask.sum())} of {len(mask)} tokens" if mask is not None else ""
         reason = f", reason={self.reason!r}" if self.reason else ""
         return f"KVResponse({self.status.name}, task_id={self.task_id}{tokens}{reason})"
+
+
+def mask_of_blocks(
+    blocks: NDArray[np.integer] | range, tokens_per_block: int, num_tokens: int
+) -> NDArray[np.bool_]:
+    """(num_tokens,) bool: tokens of blocks at these positions, which ascend."""
+    mask = np.zeros(num_tokens, dtype=np.bool_)
+    if len(blocks) == 0:
+        return mask
+    first, last = int(blocks[0]), int(blocks[-1])
+    if last - first == len(blocks) - 1:
+        mask[first * tokens_per_block : (last + 1) * tokens_per_block] = True
+        return mask
+    whole = np.zeros(num_tokens // tokens_per_block, dtype=np.bool_)
+    whole[blocks] = True
+    mask[: len(whole) * tokens_per_block] = np.repeat(whole, tokens_per_block)
+    return mask

@@ -1,4 +1,4 @@
-"""Catalog of metrics: the metric of each entry of ``KVManager.stats``, and its meaning."""
+"""Catalog of metrics: the metric of each entry of ``Blocks.stats``, and its meaning."""
 
 import re
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ NOT_TOLD = frozenset({"ssd_store_num_slots"})
 
 
 def entry_of(stat: str) -> Entry | None:
-    """The metric and labels of an entry of ``KVManager.stats``; None: the entry is not exported."""
+    """The metric and labels of an entry of ``Blocks.stats``; None: the entry is not exported."""
     if found := _ENTRIES.get(stat):
         return found
     if match := re.fullmatch(r"(miss|partial)_(\w+)", stat):

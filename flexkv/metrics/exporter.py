@@ -51,7 +51,7 @@ class Metrics(Collector):
     Parameters
     ----------
     stats : callable
-        ``KVManager.stats``; called for each scrape, on a thread of the server.
+        ``Blocks.stats``; called for each scrape, on a thread of the server.
     labels : mapping from str to str
         Labels of every metric, which distinguish this manager from others.
     host, port : str, int

@@ -58,7 +58,7 @@ _REMEMBERED_BITS = 20
 
 
 class Recorder(Protocol):
-    """Records the requests of a ``KVManager``. Thread safe; never raises, and waits for a disk only in ``close``."""
+    """Records the requests of a controller. Thread safe; never raises, and waits for a disk only in ``close``."""
 
     def record(self, keys: NDArray[np.uint64]) -> None:
         """Record a request by the keys of its whole blocks ((n, 2) uint64, chained)."""

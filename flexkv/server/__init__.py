@@ -1,1 +1,1 @@
-"""Upstream's import path of the client that a rank uses."""
+"""How an engine gets its controller; and upstream's import path of the client that a rank uses."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.rank.tp_client import KVTPClient
-from tests.support.harness import Tensors, local, mapping, tokens_of, until
+from tests.support.harness import Tensors, controller_of, local, mapping, tokens_of, until
 
 PARENT = """
 import os, sys
@@ -18,7 +18,7 @@ wait_ready(manager)
 if os.fork() == 0:
     sys.stdin.read()                                     # it has copies of all descriptors
     os._exit(0)
-print(manager.metrics.port, flush=True)
+print(controller_of(manager).metrics.port, flush=True)
 time.sleep(60)
 """
 
@@ -39,8 +39,8 @@ def test_a_controller_with_a_child_is_killed(tmp_path: Path) -> None:
             controller.wait(5.0)
             until(lambda: client.is_lost, 3.0)
         with local(tmp_path, cache={"enable_metrics": True, "py_metrics_port": port}) as (manager, _, _tensors):
-            assert manager.metrics is not None
-            assert manager.metrics.port == port
+            assert controller_of(manager).metrics is not None
+            assert controller_of(manager).metrics.port == port
 
 
 def test_a_fork_changes_nothing_for_the_parent(tmp_path: Path) -> None:

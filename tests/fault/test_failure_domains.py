@@ -26,11 +26,13 @@ from tests.support.harness import (
     TOKENS,
     RankProcess,
     Tensors,
+    controller_of,
     local,
     make_manager,
     mapping,
     rank_of,
     remote,
+    space_of,
     tokens_of,
     until,
     wait_ready,
@@ -48,7 +50,7 @@ def talk(path: Path, message: bytes, timeout_s: float = 5.0) -> bytes:
 
 
 def is_alive(manager: KVManager) -> bool:
-    thread = manager._transfer._thread
+    thread = controller_of(manager)._transfer._thread
     return thread is not None and thread.is_alive()
 
 
@@ -89,7 +91,7 @@ def test_a_connection_that_cannot_be_handled_is_closed_and_others_go_on(
         for _ in range(20):
             assert talk(tmp_path / "s", Hello(0, 0, 1, 1, 10, 1024, bytes(16)).pack()) == b""
         assert is_alive(manager)
-        assert manager._transfer.in_service
+        assert controller_of(manager)._transfer.in_service
         tensors.fill([0, 1], 1)
         assert save(manager, 1) is Status.SUCCESS
 
@@ -177,14 +179,15 @@ def test_one_failure_of_the_thread_is_survived(tmp_path: Path, monkeypatch: pyte
                     raise KeyError("a mistake of ours")
 
             with monkeypatch.context() as patched:
-                patched.setattr(manager._transfer, step, fail)
-                manager._transfer._watch.wake()
+                patched.setattr(controller_of(manager)._transfer, step, fail)
+                controller_of(manager)._transfer._watch.wake()
                 assert failed.wait(5.0)
-            until(lambda: manager._transfer._thread._failures == 0)        # a whole turn has succeeded since
+            # a whole turn has succeeded since
+            until(lambda: controller_of(manager)._transfer._thread._failures == 0)
             tensors.fill([0, 1], 1)
             assert save(manager, len(step)) is Status.SUCCESS
             assert is_alive(manager)
-            assert manager._transfer.in_service
+            assert controller_of(manager)._transfer.in_service
 
 
 @pytest.mark.parametrize("error", [ValueError("a mistake of ours"), SystemExit(1), MemoryError()])
@@ -197,28 +200,28 @@ def test_a_thread_that_fails_again_and_again_goes_out_of_service(
     try:
         wait_ready(manager)
         assert save(manager, 1) is Status.SUCCESS
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(3, 2))
-        held = manager.put_blocks(hasher.keys, 0, IDS, fence=9)
+        held = manager.blocks.put_blocks(hasher.keys, 0, IDS, fence=9)
         assert held is not None
 
         def fail() -> None:
             raise error
 
-        monkeypatch.setattr(manager._transfer, "_enforce_deadlines", fail)
+        monkeypatch.setattr(controller_of(manager)._transfer, "_enforce_deadlines", fail)
         start = time.monotonic()
         assert manager.wait(held, 15.0)[held].status is Status.FAILED
         assert time.monotonic() - start < 12
-        assert not manager._transfer.in_service
+        assert not controller_of(manager)._transfer.in_service
         assert not manager.is_ready()
         until(lambda: rank("client", "is_lost"))
         task, mask = manager.get_match(tokens_of(2, 1))
         assert not mask.any()
         manager.cancel(task)
-        assert manager.put_blocks(hasher.keys, 0, IDS) is None or save(manager, 5) is not Status.SUCCESS
+        assert manager.blocks.put_blocks(hasher.keys, 0, IDS) is None or save(manager, 5) is not Status.SUCCESS
         assert sum("out of service" in record.message for record in caplog.records if record.levelno >= 50) == 1
         assert is_alive(manager)
-        until(lambda: not manager._tasks.unsettled(), 10.0)
+        until(lambda: not space_of(manager).tasks.unsettled(), 10.0)
     finally:
         manager.shutdown()
         rank.kill()
@@ -235,7 +238,7 @@ def test_a_part_that_cannot_be_sent_fails_its_op_alone(tmp_path: Path, name: str
     """Past the checks at the door, as a mistake of ours would."""
     with local(tmp_path) as (manager, _, tensors):
         tensors.fill([0, 1], 1)
-        engine, done = manager._transfer, threading.Event()
+        engine, done = controller_of(manager)._transfer, threading.Event()
         op = TransferOp(OpKind.H2D, IDS, IDS)
         graph = TransferGraph(next(engine.task_ids), [op])
         if name == "kind":
@@ -268,23 +271,24 @@ def test_cancels_that_find_the_ring_full_are_sent_all_the_same(tmp_path: Path) -
     try:
         wait_ready(manager, 200)
         count = 64
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(count + 1))
         rank("tensors", "fill", range(count + 1), 1)
-        put = manager.put_blocks(hasher.keys, 0, np.arange(count + 1, dtype=np.int32))
+        put = manager.blocks.put_blocks(hasher.keys, 0, np.arange(count + 1, dtype=np.int32))
         assert put is not None
         assert manager.wait(put, 10, completely=True)[put].status is Status.SUCCESS
         rank("tensors", "zero")
         rank.signal(signal.SIGSTOP)
         loads = [
-            manager.get_blocks(hasher.keys, i, np.array([100 + i], dtype=np.int32), fence=7) for i in range(count)
+            manager.blocks.get_blocks(hasher.keys, i, np.array([100 + i], dtype=np.int32), fence=7)
+            for i in range(count)
         ]
-        [link] = manager._transfer._device.links
+        [link] = controller_of(manager)._transfer._device.links
         assert link.backlog                              # the ring is full
         manager.cancel(loads)
         assert not link._cancels                         # each has room
         rank.signal(signal.SIGCONT)
-        until(lambda: not manager._tasks.unsettled())
+        until(lambda: not space_of(manager).tasks.unsettled())
         assert {response.status for response in manager.wait(loads).values()} == {Status.CANCELLED}
         rank("client", "advance_fence", 7)
         assert not any(rank("tensors", "read", range(100, 100 + count)))
@@ -296,12 +300,13 @@ def test_cancels_that_find_the_ring_full_are_sent_all_the_same(tmp_path: Path) -
 def test_ops_that_find_the_ring_full_are_sent_when_there_is_room(tmp_path: Path) -> None:
     with remote(tmp_path, num_slots=200, ring_bytes=4096) as (manager, rank):
         rank.signal(signal.SIGSTOP)
-        [link] = manager._transfer._device.links
+        [link] = controller_of(manager)._transfer._device.links
         tasks = []
         while not link.backlog:
-            hasher = manager.hasher()
+            hasher = manager.blocks.hasher()
             hasher.extend(tokens_of(1, len(tasks)))
-            tasks.append(manager.put_blocks(hasher.keys, 0, IDS[:1], fence=len(tasks)))   # behind fences: no results
+            # behind fences: no results
+            tasks.append(manager.blocks.put_blocks(hasher.keys, 0, IDS[:1], fence=len(tasks)))
         rank.signal(signal.SIGCONT)
         until(lambda: not link.backlog)
         rank("client", "advance_fence", None, len(tasks))

@@ -31,11 +31,13 @@ from flexkv.transfer.graph import TransferOp
 from tests.native.fake_cuda.fake import fake_cuda
 from tests.support.harness import (
     Tensors,
+    controller_of,
     local,
     make_manager,
     mapping,
     rank_of,
     remote,
+    space_of,
     tokens_of,
     until,
     wait_ready,
@@ -59,7 +61,7 @@ def test_slots_of_a_rank_that_hung_up_wait_for_its_process(
     with remote(tmp_path) as (manager, rank):
         rank.signal(signal.SIGSTOP)
         task = manager.put_async(tokens_of(4), mapping(range(4)))
-        [link] = manager._transfer._device.links
+        [link] = controller_of(manager)._transfer._device.links
         link.connection.shutdown(socket.SHUT_RDWR)       # as if it had hung up, and its process lives on
         start = time.monotonic()
         response = manager.wait(task, timeout=10)[task]
@@ -74,9 +76,9 @@ def test_slots_of_a_rank_that_hung_up_wait_for_its_process(
         assert "without a farewell" in caplog.text
         rank.signal(signal.SIGKILL)
         until(lambda: manager.stats()["free_slots"] == 48)
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(4))
-        assert manager.lookup(hasher.keys).num_ready == 0
+        assert manager.blocks.lookup(hasher.keys).num_ready == 0
 
 
 HEIR = """
@@ -104,9 +106,9 @@ def test_the_death_of_a_rank_with_a_child_is_noticed(tmp_path: Path) -> None:
         assert rank.stdout is not None
         assert rank.stdout.readline() == "connected\n"
         wait_ready(manager)
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(3))
-        held = manager.put_blocks(hasher.keys, 0, np.arange(3, dtype=np.int32), fence=9)
+        held = manager.blocks.put_blocks(hasher.keys, 0, np.arange(3, dtype=np.int32), fence=9)
         assert held is not None
         rank.kill()
         assert manager.wait(held, 5.0)[held].status is Status.FAILED
@@ -147,9 +149,9 @@ def test_a_rank_that_cannot_be_an_agent_says_farewell(tmp_path: Path, monkeypatc
                     patched.setattr("flexkv.rank.handshake.check_sealed", lambda *args: 1 // 0)
                 with rank_of(tmp_path, tensors) as client, pytest.raises(RegistrationError):
                     client.wait_connected(10.0)
-            until(lambda: not list(manager._transfer._device.links))
-            assert manager._transfer._membership is not None
-            assert manager._transfer._membership._dying == []
+            until(lambda: not list(controller_of(manager)._transfer._device.links))
+            assert controller_of(manager)._transfer._membership is not None
+            assert controller_of(manager)._transfer._membership._dying == []
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -180,14 +182,14 @@ def test_a_store_that_cannot_be_closed_keeps_nothing_else_open(tmp_path: Path) -
     before = len(os.listdir("/proc/self/fd"))
     stubborn = Stubborn()
     with local(tmp_path, cache={"enable_metrics": True, "py_metrics_port": 0}) as (manager, _, _tensors):
-        assert manager._transfer.add_executor(stubborn)
-        assert manager.metrics is not None
-        until(lambda: not manager._tasks.unsettled())
+        assert controller_of(manager)._transfer.add_executor(stubborn)
+        assert controller_of(manager).metrics is not None
+        until(lambda: not space_of(manager).tasks.unsettled())
         with pytest.raises(OSError, match="a disk hangs"):
             manager.shutdown()
-        assert manager.metrics.port is None
+        assert controller_of(manager).metrics.port is None
         assert not (tmp_path / "s").exists()
-        assert manager._transfer.host_pool.fd == -1
+        assert controller_of(manager)._transfer.host_pool.fd == -1
         manager.shutdown()
         assert stubborn.tries == 2
         manager.shutdown()
@@ -257,7 +259,7 @@ def test_close_does_not_wait_for_a_gpu_that_hangs(
         wait_ready(manager)
         cuda.delay(3_000_000)
         task = manager.put_async(tokens_of(4), mapping(range(4)))
-        [link] = manager._transfer._device.links
+        [link] = controller_of(manager)._transfer._device.links
         until(lambda: link.busy)
         time.sleep(0.2)                                  # the copy is given to the GPU: nothing reports that
         start = time.monotonic()

@@ -20,6 +20,7 @@ from tests.support.harness import (
     RankProcess,
     Tensors,
     check_drained,
+    controller_of,
     local,
     make_manager,
     mapping,
@@ -80,9 +81,9 @@ import sys
 from tests.support.harness import *
 manager = make_manager(Path(sys.argv[1]))
 wait_ready(manager)
-hasher = manager.hasher()
+hasher = manager.blocks.hasher()
 hasher.extend(tokens_of(3))
-task = manager.put_blocks(hasher.keys, 0, np.arange(3, dtype=np.int32), fence=5)
+task = manager.blocks.put_blocks(hasher.keys, 0, np.arange(3, dtype=np.int32), fence=5)
 print("under way", flush=True)
 sys.stdin.read()
 """
@@ -150,9 +151,9 @@ def test_a_stopped_rank_is_late_and_its_slots_stay_reserved(tmp_path: Path) -> N
         assert manager.stats()["free_slots"] == 44
         rank.signal(signal.SIGCONT)
         until(lambda: manager.stats()["free_slots"] == 48)
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(4))
-        assert manager.lookup(hasher.keys).num_ready == 0
+        assert manager.blocks.lookup(hasher.keys).num_ready == 0
         rank.signal(signal.SIGSTOP)
         task = manager.put_async(tokens_of(4, 1), mapping(range(4)))
         assert manager.wait(task, timeout=10)[task].status is Status.TIMEOUT
@@ -213,7 +214,7 @@ def test_a_corrupt_ring_costs_the_rank_its_connection(tmp_path: Path, kind: str)
     with remote(tmp_path, op_timeout_s=2.0) as (manager, rank):
         task = manager.put_async(tokens_of(2), mapping([0, 1]))
         assert manager.wait(task)[task].status is Status.SUCCESS
-        [link] = manager._transfer._device.links
+        [link] = controller_of(manager)._transfer._device.links
         rings = link.rings
         rank.signal(signal.SIGSTOP)
         with open(f"/proc/self/fd/{rings.fd}", "r+b", buffering=0) as memory:
@@ -242,7 +243,7 @@ def test_results_that_cannot_be_taken_in_cost_the_rank_its_connection(
             monkeypatch.setattr(Flight, "answer", answer)
             raise ValueError("a mistake of ours")
 
-        [link] = manager._transfer._device.links
+        [link] = controller_of(manager)._transfer._device.links
         monkeypatch.setattr(Flight, "answer", fail_once)
         task = manager.put_async(tokens_of(2), mapping([0, 1]))
         until(lambda: not link.healthy)
@@ -258,8 +259,9 @@ def test_cancel_at_each_stage(tmp_path: Path, put: bool) -> None:
         tensors.fill(pages, 1)
         if not put:
             manager.wait(manager.put_async(tokens, mapping(pages)))
-        match, launch = (manager.put_match, manager.put_blocks) if put else (manager.get_match, manager.get_blocks)
-        hasher = manager.hasher()
+        blocks = manager.blocks
+        match, launch = (manager.put_match, blocks.put_blocks) if put else (manager.get_match, blocks.get_blocks)
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens)
         task, mask = match(tokens)                                         # matched
         assert mask.all()
@@ -277,7 +279,7 @@ def test_cancel_at_each_stage(tmp_path: Path, put: bool) -> None:
             response = manager.wait(running, completely=True)[running]
             assert response.status in (Status.CANCELLED, Status.SUCCESS)
         manager.cancel([held, 12345])                                      # ended, unknown
-        found = manager.lookup(hasher.keys).num_ready
+        found = manager.blocks.lookup(hasher.keys).num_ready
         assert found in ((0, 8) if put else (8,))
 
 

@@ -80,7 +80,7 @@ def serve_in_trouble(engine: Engine, trouble: Trouble, how: str) -> None:
     trouble.short_share = 0.5 if how == "short" else 0.0
     if how == "hangs":
         trouble.go_on.clear()
-    prefetches = [engine.manager.prefetch_blocks(engine.keys(seed)) for seed in (100, 104)]
+    prefetches = [engine.manager.blocks.prefetch_blocks(engine.keys(seed)) for seed in (100, 104)]
     for first in range(1000, 1000 + 20 * ROUNDS, 20):
         if how == "comes and goes":
             trouble.share = 1.0 - trouble.share

@@ -1,3 +1,4 @@
+
 """Restarts of an engine with an SSD tier: stopped, or killed at any moment; every block that is offered is loaded.
 
 Small here; ``RESTART_GB``, ``RESTART_SLOT_KB`` and ``RESTART_KILLS`` make it as large as one likes (``pytest -s`` tells
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.harness import space_of
 from tests.support.ssd_engine import MAX_BLOCKS, SHARED, Engine, length_of
 
 SLOT_BYTES = int(os.environ.get("RESTART_SLOT_KB", "4")) << 10
@@ -141,7 +143,7 @@ def test_a_second_engine_on_the_same_directories_runs_without_them(
         second.put(1)
         second.load(1, length_of(1))
         assert second.offered(4) == 0
-        second.manager._tiering._thread.join(10)        # type: ignore[union-attr]
+        space_of(second.manager).tiering._thread.join(10)        # type: ignore[union-attr]
         assert "the SSD tier is not in service" in caplog.text
         assert f"{tmp_path / 'a'} is in use by process {child.pid}" in caplog.text
         second.load(1, length_of(1))

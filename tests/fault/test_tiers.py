@@ -49,13 +49,13 @@ class Worker(threading.Thread):
         pages = np.arange(self._first, self._first + num_blocks, dtype=np.int32)
         if self._random.random() < 0.5:
             tensors.fill(pages, family)
-            task = manager.put_blocks(keys, 0, pages)
+            task = manager.blocks.put_blocks(keys, 0, pages)
             if task is not None:
                 manager.wait(task, completely=True)
             return
         for array in tensors.layers:
             array[pages] = 0
-        task = manager.get_blocks(keys, 0, pages)
+        task = manager.blocks.get_blocks(keys, 0, pages)
         if self._random.random() < 0.1:
             manager.cancel(task)
         if manager.wait(task, completely=True)[task].status is Status.SUCCESS:

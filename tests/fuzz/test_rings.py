@@ -15,7 +15,16 @@ from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import TransferError
 from flexkv.rank.tp_client import KVTPClient
 from tests.fuzz.rounds import Leaks, mutated, rounds
-from tests.support.harness import Tensors, check_drained, make_manager, tokens_of, until, wait_ready
+from tests.support.harness import (
+    Tensors,
+    check_drained,
+    controller_of,
+    make_manager,
+    space_of,
+    tokens_of,
+    until,
+    wait_ready,
+)
 
 SLOT, SLOTS, DATA = 8192, 16, 4096
 TAIL_AT = 128
@@ -109,19 +118,20 @@ def play_controller(path: Path, rng: random.Random) -> None:
     client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
     try:
         wait_ready(manager, 24)
-        [link] = manager._transfer._device.links
-        hasher = manager.hasher()
+        [link] = controller_of(manager)._transfer._device.links
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(4, rng.getrandbits(20)))
-        held = manager.put_blocks(hasher.keys, 0, np.arange(4, dtype=np.int32), fence=1)
+        held = manager.blocks.put_blocks(hasher.keys, 0, np.arange(4, dtype=np.int32), fence=1)
         assert held is not None
         data = results(rng, list(link._outstanding))
         give(link.rings, 1, data, len(data) if rng.random() < 0.8 else rng.getrandbits(64))
         os.eventfd_write(link.rings.completion_event_fd, 1)
-        until(lambda: not link.healthy or not manager._tasks.unsettled() or manager._tasks.is_settled(held) or
+        tasks = space_of(manager).tasks
+        until(lambda: not link.healthy or not tasks.unsettled() or tasks.is_settled(held) or
               not link.rings.set_waiting(True))
-        assert manager._transfer.in_service
+        assert controller_of(manager)._transfer.in_service
         client.close()                                                # at rest, or in spite of what was said
-        until(lambda: not manager._tasks.unsettled())
+        until(lambda: not tasks.unsettled())
         check_drained(manager)
     finally:
         manager.shutdown()

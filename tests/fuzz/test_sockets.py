@@ -20,7 +20,7 @@ from flexkv.protocol.registration import Hello, Welcome, pack_refusal
 from flexkv.protocol.requests import ask
 from flexkv.rank.handshake import join_controller
 from tests.fuzz.rounds import Leaks, mutated, rounds
-from tests.support.harness import local, make_manager, mapping, tokens_of, until
+from tests.support.harness import controller_of, local, make_manager, mapping, tokens_of, until
 
 HELLO = Hello(0, 0, 1, 1, 10, 1024, bytes(16)).pack()
 REQUESTS = [
@@ -92,7 +92,7 @@ def test_the_controllers_socket(tmp_path: Path) -> None:
         for rng in rounds():
             for _ in range(20):
                 say(tmp_path / "s", rng, random_message(rng))
-            assert manager._transfer.in_service
+            assert controller_of(manager)._transfer.in_service
             task = manager.put_async(tokens_of(2, rng.randrange(1 << 30)), mapping([0, 1]))
             assert manager.wait(task)[task].status is Status.SUCCESS
             assert ask(str(tmp_path / "s"), {"command": "pins"}) == []
@@ -164,6 +164,6 @@ def test_a_controller_without_ranks(tmp_path: Path) -> None:
         manager = make_manager(path, 8, handshake_timeout_s=0.5)
         for _ in range(10):
             say(path, rng, mutated(rng, HELLO) if rng.random() < 0.8 else HELLO)
-        assert manager._transfer.in_service
+        assert controller_of(manager)._transfer.in_service
         manager.shutdown()
     leaks.check(until)

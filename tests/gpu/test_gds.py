@@ -176,9 +176,9 @@ def test_a_save_waits_for_compute(tmp_path: Path) -> None:
             for tensor in stage.tensors:
                 tensor.zero_()
             torch.cuda.synchronize()
-            hasher = stage.manager.hasher()
+            hasher = stage.manager.blocks.hasher()
             hasher.extend(tokens_of(PAGES, 100 + step))
-            put = stage.manager.put_blocks(hasher.keys, 0, np.arange(PAGES, dtype=np.int32), fence=step)
+            put = stage.manager.blocks.put_blocks(hasher.keys, 0, np.arange(PAGES, dtype=np.int32), fence=step)
             assert put is not None
             torch.cuda._sleep(100_000_000)
             for tensor in stage.tensors:
@@ -187,7 +187,7 @@ def test_a_save_waits_for_compute(tmp_path: Path) -> None:
             assert stage.manager.wait(put)[put].status is Status.SUCCESS
             for tensor in stage.tensors:
                 tensor.zero_()
-            get = stage.manager.get_blocks(hasher.keys, 0, np.arange(PAGES, dtype=np.int32), fence=step)
+            get = stage.manager.blocks.get_blocks(hasher.keys, 0, np.arange(PAGES, dtype=np.int32), fence=step)
             stage.client.advance_fence(load=step, stream=stream.cuda_stream)
             assert stage.manager.wait(get)[get].status is Status.SUCCESS
             assert all(bool((tensor == step).all()) for tensor in stage.tensors)

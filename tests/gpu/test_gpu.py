@@ -116,10 +116,10 @@ def test_compute_follows_a_load_layer_by_layer(tmp_path: Path, strategy: str) ->
     torch.cuda.synchronize()
     rank = Rank(tmp_path, [tensor_spec(tensor) for tensor in tensors], 2 * blocks, gpu_strategy=strategy)
     stream = int(torch.cuda.current_stream().cuda_stream)
-    hasher = rank.manager.hasher()
+    hasher = rank.manager.blocks.hasher()
     hasher.extend(tokens_of(blocks))
     try:
-        put = rank.manager.put_blocks(hasher.keys, 0, np.arange(blocks, dtype=np.int32))
+        put = rank.manager.blocks.put_blocks(hasher.keys, 0, np.arange(blocks, dtype=np.int32))
         assert put is not None
         assert rank.manager.wait(put)[put].status is Status.SUCCESS
         until(lambda: bool(rank.client.poll_results()))
@@ -129,7 +129,7 @@ def test_compute_follows_a_load_layer_by_layer(tmp_path: Path, strategy: str) ->
             for tensor in tensors:
                 tensor[blocks:] = 0
             torch.cuda.synchronize()
-            get = rank.manager.get_blocks(hasher.keys, 0, pages, fence=step, layerwise=True)
+            get = rank.manager.blocks.get_blocks(hasher.keys, 0, pages, fence=step, layerwise=True)
             began = time.perf_counter()
             rank.client.advance_fence(load=step, stream=stream)
             read = []
@@ -165,7 +165,7 @@ class Soak:
         self.wrong = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def keys(self, sequence: int, length: int) -> Any:
-        hasher = self.manager.hasher()
+        hasher = self.manager.blocks.hasher()
         hasher.extend(tokens_of(length, sequence))
         return hasher.keys
 
@@ -190,15 +190,15 @@ class Soak:
         keys = self.keys(sequence, length)
         stream = torch.cuda.current_stream().cuda_stream
         if load:
-            length = self.manager.lookup(keys).num_ready
+            length = self.manager.blocks.lookup(keys).num_ready
             if not length:
                 self.free += pages
                 return
-            task = self.manager.get_blocks(keys, 0, np.array(pages[:length], np.int32), fence=self.step)
+            task = self.manager.blocks.get_blocks(keys, 0, np.array(pages[:length], np.int32), fence=self.step)
             for layer in self.layers:
                 layer[index] = -1                      # compute that still uses the pages, before the load may
         else:
-            task = self.manager.put_blocks(keys, 0, np.array(pages, dtype=np.int32), fence=self.step)
+            task = self.manager.blocks.put_blocks(keys, 0, np.array(pages, dtype=np.int32), fence=self.step)
             self.busy_compute()
             for number, layer in enumerate(self.layers):
                 layer[index] = self.content(sequence, range(length), number)

@@ -174,7 +174,7 @@ class Oracle:
             directory,
         )
         self.side = self.engine.flexkv()
-        self.manager = self.engine.manager = self.side._manager
+        self.manager = self.engine.manager = self.side._controller
         assert self.side._steps._several == (scheduling == "async")
         if faulty:                              # each save is accepted, whatever failed: to be found
             self.side._steps.first_suspect = lambda pages: None
@@ -212,7 +212,7 @@ class Oracle:
     def check_index(self) -> dict[str, int]:
         """Load every block of the index, and compare it."""
         manager, engine = self.manager, self.engine
-        manager.wait(manager._tasks.unsettled(), 30.0, completely=True)
+        manager.wait(manager._space.tasks.unsettled(), 30.0, completely=True)
         engine.settle_ssd(manager)
         assert engine.llm.reset_prefix_cache()
         known = {

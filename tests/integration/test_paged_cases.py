@@ -58,7 +58,7 @@ def test_a_load_that_fails_leaves_nothing_wrong(
     def step_and_copy() -> None:
         """Blocks of a dropped save are not saved again while they are still copied: let copies end with their step."""
         step()
-        until(lambda: bool(engine._queue) or not engine.manager._tasks.unsettled())
+        until(lambda: bool(engine._queue) or not engine.manager._space.tasks.unsettled())
 
     monkeypatch.setattr(engine, "step", step_and_copy)
     fill(engine)

@@ -109,7 +109,7 @@ def test_a_block_that_rotted_is_a_miss(tmp_path: Path) -> None:
         assert response.return_mask[4:].all()
         assert tensors.read(range(1, BLOCKS)) == content[len(content) // BLOCKS :]
         until(lambda: manager.stats()["blocks_being_fetched"] == 0)
-        found = manager.lookup(_keys(manager))
+        found = manager.blocks.lookup(_keys(manager))
         assert (found.num_ready, found.reason) == (0, StopReason.FAILED)
 
 
@@ -119,11 +119,11 @@ def test_nothing_of_before_a_reset_is_there_after_a_restart(tmp_path: Path) -> N
         manager.reset()
         content = put(manager, tensors, 2)
     with running(tmp_path) as (manager, tensors):
-        assert manager.lookup(_keys(manager)).num_ready == 0
+        assert manager.blocks.lookup(_keys(manager)).num_ready == 0
         assert get(manager, tensors, 2) == content
 
 
 def _keys(manager: KVManager) -> "np.typing.NDArray[np.uint64]":
-    hasher = manager.hasher()
+    hasher = manager.blocks.hasher()
     hasher.extend(tokens_of(BLOCKS, 1))
     return hasher.keys

@@ -110,8 +110,8 @@ class Engine:
         from tests.support.harness import until
 
         side = self.flexkv()
-        if hasattr(side, "_manager"):          # caching is not off
-            until(side._manager.is_ready, 60.0)
+        if hasattr(side, "_controller"):          # caching is not off
+            until(side._controller.is_ready, 60.0)
 
     def params(self, tokens: int) -> Any:
         from vllm import SamplingParams
@@ -127,7 +127,7 @@ class Engine:
         """Wait until the SSD tier is open, and what it kept is in the index."""
         from tests.support.harness import until
 
-        manager = self.flexkv()._manager
+        manager = self.flexkv()._controller
         until(lambda: manager.is_ready() and "ssd_written_blocks" in manager.stats(), 60.0)
 
     def run(self, prompts: list[list[int]], tokens: int, salt: str | None = None, abort_after: int = 0) -> Any:
@@ -148,7 +148,7 @@ class Engine:
                 self.engine.abort_request(names[1::2])
         self.settle()
         if self.has_flexkv:
-            self.settle_ssd(self.flexkv()._manager)
+            self.settle_ssd(self.flexkv()._controller)
         return [answers.get(name) for name in names], cached
 
     def settle(self) -> None:
@@ -161,7 +161,7 @@ class Engine:
 
     def fail_loads(self, share: float) -> None:
         """That share of the loads leaves some of its pages as they are."""
-        manager, rng = self.flexkv()._manager, random.Random(1)
+        manager, rng = self.flexkv()._controller, random.Random(1)
         get_blocks = manager.get_blocks
 
         def get(keys: Any, start: int, pages: Any, *args: Any, **more: Any) -> Any:
@@ -175,7 +175,7 @@ class Engine:
 
     def pass_time(self, seconds: float) -> None:
         """The clock of the cache goes forward at once."""
-        cache = self.flexkv()._manager._cache
+        cache = self.flexkv()._controller._space.index
         clock = cache._clock
         cache._clock = lambda: clock() + seconds
 
@@ -190,8 +190,8 @@ class Engine:
         from flexkv.tools.demo.session import audit_counts
 
         side = self.flexkv()
-        manager = side._manager
-        unsettled = manager._tasks.unsettled()
+        manager = side._controller
+        unsettled = manager._space.tasks.unsettled()
         manager.wait(unsettled, 10.0, completely=True)
         self.settle_ssd(manager)
         manager.check_integrity()
@@ -204,7 +204,7 @@ class Engine:
             "lost_ssd_slots": after.get("ssd_slots", 0) - after.get("ssd_free_slots", 0),
             **side.stats(), **stats, **self.llm.collective_rpc(audit_counts)[0], "tracked": len(side._requests),
             "preemptions": self.preemptions, "failed_loads": self.failed_loads,
-            "outstanding": len(manager._tasks.unsettled()),
+            "outstanding": len(manager._space.tasks.unsettled()),
             "leaked_pages": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         }
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from flexkv._core.block_table import TensorSpec
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.controller.controller import Controller
+from flexkv.controller.space import Space
 from flexkv.kvmanager import KVManager
 from flexkv.rank.tp_client import KVTPClient, OpResult
 
@@ -143,6 +145,17 @@ def make_manager(
     return manager
 
 
+def controller_of(manager: KVManager) -> Controller:
+    """The controller in this process that a manager has, for tests that look into it."""
+    assert isinstance(manager.blocks, Controller)
+    return manager.blocks
+
+
+def space_of(manager: KVManager) -> Space:
+    """Index, tasks and tiers of a manager."""
+    return controller_of(manager)._space
+
+
 def wait_ready(manager: KVManager, num_slots: int = 48) -> None:
     until(lambda: manager.is_ready() and manager.stats()["num_slots"] == num_slots, 20.0)
 
@@ -192,7 +205,7 @@ def remote(tmp_path: Path, num_slots: int = 48, ranks: int = 1, **transfer: Any)
 
 def check_drained(manager: KVManager) -> None:
     """Nothing is pinned, reserved or under way, and every slot is free or indexed."""
-    until(lambda: not manager._tasks.unsettled())
+    until(lambda: not space_of(manager).tasks.unsettled())
     manager.check_integrity()
     manager.reset()
     stats = manager.stats()

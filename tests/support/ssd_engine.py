@@ -115,7 +115,7 @@ class Engine:
     def keys(self, seed: int) -> NDArray[np.uint64]:
         tokens = [np.random.default_rng([number, seed // (4 if number == 0 else 1)]).integers(0, 50_000, count * TOKENS)
                   for number, count in enumerate((SHARED, length_of(seed) - SHARED))]
-        hasher = self.manager.hasher()
+        hasher = self.manager.blocks.hasher()
         hasher.extend(np.concatenate(tokens))
         return hasher.keys
 
@@ -123,7 +123,7 @@ class Engine:
         """Save the first blocks of a sequence, or all."""
         keys = self.keys(seed)[:num_blocks]
         self.fill(keys)
-        task = self.manager.put_blocks(keys, 0, np.arange(len(keys), dtype=np.int32))
+        task = self.manager.blocks.put_blocks(keys, 0, np.arange(len(keys), dtype=np.int32))
         if task is not None:
             assert self.manager.wait(task, completely=True)[task].status is Status.SUCCESS
 
@@ -133,10 +133,10 @@ class Engine:
         pages = np.arange(MAX_BLOCKS, MAX_BLOCKS + len(keys), dtype=np.int32)
         for array in self._pages:
             array[pages] = 0
-        task = self.manager.get_blocks(keys, 0, pages)
+        task = self.manager.blocks.get_blocks(keys, 0, pages)
         good = self.manager.wait(task, timeout=60.0, completely=True)[task].status is Status.SUCCESS
         assert good or not must, (f"sequence {seed}: {num_blocks} blocks cannot be loaded; "
-                                  f"{self.manager.lookup(keys)}, {self.manager.stats()}")
+                                  f"{self.manager.blocks.lookup(keys)}, {self.manager.stats()}")
         for array, base in zip(self._pages, self._base, strict=True):
             assert not good or (array[pages] == base ^ _mixed(keys)).all(), f"wrong KV in sequence {seed}"
         return good
@@ -147,7 +147,7 @@ class Engine:
 
     def offered(self, seed: int) -> int:
         """How many leading blocks of a sequence can be had."""
-        return int(self.manager.lookup(self.keys(seed)).num_ready)
+        return int(self.manager.blocks.lookup(self.keys(seed)).num_ready)
 
     def load_all(self, seeds: range) -> set[bytes]:
         """Load everything that is offered of these sequences; returns the keys."""

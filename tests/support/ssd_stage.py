@@ -14,7 +14,7 @@ from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
 from flexkv.rank.tp_client import KVTPClient
 from flexkv.storage.store import MakeStore
-from tests.support.harness import LAYERS, TOKENS, Tensors, until, wait_ready
+from tests.support.harness import LAYERS, TOKENS, Tensors, space_of, until, wait_ready
 from tests.support.memory_store import Disk, MemoryStore
 
 SLOT_BYTES = 8192
@@ -39,7 +39,7 @@ class Stage:
 
     def keys(self, num_blocks: int, seed: int) -> NDArray[np.uint64]:
         tokens = np.random.default_rng(seed).integers(0, 50_000, num_blocks * TOKENS)
-        hasher = self.manager.hasher()
+        hasher = self.manager.blocks.hasher()
         hasher.extend(tokens)
         return hasher.keys
 
@@ -47,13 +47,13 @@ class Stage:
         pages = np.arange(num_blocks, dtype=np.int32)
         self.tensors.fill(pages, seed)
         self.contents[seed] = self.tensors.read(pages)
-        task = self.manager.put_blocks(self.keys(num_blocks, seed), 0, pages)
+        task = self.manager.blocks.put_blocks(self.keys(num_blocks, seed), 0, pages)
         if task is not None:
             assert self.manager.wait(task, completely=True)[task].status is Status.SUCCESS
 
     def start_get(self, num_blocks: int, seed: int, first_page: int = 32) -> int:
         pages = np.arange(first_page, first_page + num_blocks, dtype=np.int32)
-        return self.manager.get_blocks(self.keys(num_blocks, seed), 0, pages)
+        return self.manager.blocks.get_blocks(self.keys(num_blocks, seed), 0, pages)
 
     def get(self, num_blocks: int, seed: int) -> None:
         """Load, and compare the bytes."""
@@ -78,7 +78,7 @@ class Stage:
             self.settle()
 
     def ready(self, num_blocks: int, seed: int) -> int:
-        return self.manager.lookup(self.keys(num_blocks, seed)).num_ready
+        return self.manager.blocks.lookup(self.keys(num_blocks, seed)).num_ready
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def stage(
 
 
 def check_nothing_is_lost(made: Stage) -> None:
-    until(lambda: not made.manager._tasks.unsettled())
+    until(lambda: not space_of(made.manager).tasks.unsettled())
     made.settle()
     made.manager.check_integrity()
     made.manager.reset()

@@ -15,7 +15,7 @@ from flexkv.controller.tasks.task import KVTask
 from flexkv.errors import SlotMappingError
 from flexkv.metrics.request_trace import read_recorded
 from flexkv.transfer.graph import TransferGraph
-from tests.support.harness import PAGES, TOKENS, local, mapping, remote, result_of, tokens_of
+from tests.support.harness import PAGES, TOKENS, local, mapping, remote, result_of, space_of, tokens_of
 
 
 def test_round_trip_in_one_process(tmp_path: Path) -> None:
@@ -59,33 +59,33 @@ def test_round_trip_with_two_ranks_in_other_processes(tmp_path: Path) -> None:
 def test_a_task_that_a_reset_took_before_it_ran_moves_nothing(tmp_path: Path) -> None:
     with local(tmp_path) as (manager, client, tensors):
         tensors.fill(range(3), 1)
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(3))
-        put = manager.put_blocks(hasher.keys, 0, np.arange(3, dtype=np.int32))
+        put = manager.blocks.put_blocks(hasher.keys, 0, np.arange(3, dtype=np.int32))
         assert put is not None
         manager.wait(put, completely=True)
-        get = manager._tasks.new_get(manager._cache, hasher.keys, 0, 3, 0)
-        late = manager._tasks.new_put(manager._cache, hasher.keys[:0], 0, 0, 0)
+        get = space_of(manager).tasks.new_get(space_of(manager).index, hasher.keys, 0, 3, 0)
+        late = space_of(manager).tasks.new_put(space_of(manager).index, hasher.keys[:0], 0, 0, 0)
         manager.reset()                                                     # on another thread
         pages = np.arange(10, 13, dtype=np.int32)
-        manager._tasks.run(get, pages, 0)
+        space_of(manager).tasks.run(get, pages, 0)
         assert manager.wait(get.task_id, completely=True)[get.task_id].status is Status.FAILED
         assert sorted(result_of(client, get.task_id).failed_pages.tolist()) == [10, 11, 12]
         assert not any(tensors.read(pages))
-        manager._tasks.run(late, pages[:0], 0)
+        space_of(manager).tasks.run(late, pages[:0], 0)
         assert manager.wait(late.task_id)[late.task_id].status is Status.SUCCESS
 
 
 def test_who_has_a_result_finds_what_was_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with local(tmp_path) as (manager, _, _tensors):
-        on_done, taken = manager._tasks._on_done, threading.Event()
+        on_done, taken = space_of(manager).tasks._on_done, threading.Event()
 
         def late(task: KVTask, graph: TransferGraph) -> None:               # the data plane's thread is held up
             taken.set()
             time.sleep(0.1)
             on_done(task, graph)
 
-        monkeypatch.setattr(manager._tasks, "_on_done", late)
+        monkeypatch.setattr(space_of(manager).tasks, "_on_done", late)
         task = manager.put_async(tokens_of(3), mapping([0, 1, 2]))
         assert taken.wait(5.0)
         assert manager.wait(task)[task].status is Status.SUCCESS
@@ -121,7 +121,7 @@ def test_nothing_to_do_succeeds(tmp_path: Path) -> None:
         assert manager.wait(task)[task].status is Status.SUCCESS
         task = manager.prefetch_async(tokens_of(3))
         assert manager.try_wait(task)[task].status is Status.SUCCESS
-        assert manager.put_blocks(manager.hasher().keys, 0, np.zeros(0, dtype=np.int32)) is None
+        assert manager.blocks.put_blocks(manager.blocks.hasher().keys, 0, np.zeros(0, dtype=np.int32)) is None
 
 
 def test_bad_arguments_change_nothing(tmp_path: Path) -> None:
@@ -163,12 +163,12 @@ def test_a_page_that_does_not_exist_fails_alone(tmp_path: Path) -> None:
         assert response.status is Status.FAILED
         assert response.return_mask is not None
         assert response.return_mask.tolist() == [True] * TOKENS + [False] * TOKENS + [True] * TOKENS
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens)
-        found = manager.lookup(hasher.keys)
+        found = manager.blocks.lookup(hasher.keys)
         assert (found.num_ready, found.reason) == (1, StopReason.FAILED)
         tensors.zero()
-        task = manager.get_blocks(hasher.keys, 0, np.array([8, 9, 10], dtype=np.int32))
+        task = manager.blocks.get_blocks(hasher.keys, 0, np.array([8, 9, 10], dtype=np.int32))
         assert manager.wait(task)[task].status is Status.FAILED
         assert result_of(client, task).failed_pages.tolist() == [9, 10]
         assert tensors.read([8]) == before
@@ -190,19 +190,19 @@ def test_namespaces_and_extras_separate(tmp_path: Path) -> None:
 def test_fences_hold_transfers_back(tmp_path: Path) -> None:
     with local(tmp_path) as (manager, client, tensors):
         tokens, pages = tokens_of(2), np.array([4, 5], dtype=np.int32)
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens)
-        task = manager.put_blocks(hasher.keys, 0, pages, fence=7)
+        task = manager.blocks.put_blocks(hasher.keys, 0, pages, fence=7)
         assert task is not None
         client.advance_fence(load=100, save=6)
         assert manager.wait(task, timeout=0.1)[task].status is Status.TIMEOUT
-        assert manager.lookup(hasher.keys).reason is StopReason.NOT_READY
+        assert manager.blocks.lookup(hasher.keys).reason is StopReason.NOT_READY
         tensors.fill(pages, 3)                                             # what the "compute" of step 7 writes
         before = tensors.read(pages)
         client.advance_fence(save=7)
         assert manager.wait(task)[task].status is Status.SUCCESS
         tensors.zero()
-        task = manager.get_blocks(hasher.keys, 0, pages, fence=101)
+        task = manager.blocks.get_blocks(hasher.keys, 0, pages, fence=101)
         assert manager.wait(task, timeout=0.1)[task].status is Status.TIMEOUT
         assert tensors.read(pages) == bytes(len(before))
         client.advance_fence(load=101)
@@ -240,22 +240,22 @@ def test_a_get_that_finds_nothing_ends_with_an_empty_mask(tmp_path: Path) -> Non
 
 def test_reset_forgets_what_is_in_flight(tmp_path: Path) -> None:
     with local(tmp_path) as (manager, client, _tensors):
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(2))
-        done = manager.put_blocks(hasher.keys, 0, np.array([0, 1], dtype=np.int32))
+        done = manager.blocks.put_blocks(hasher.keys, 0, np.array([0, 1], dtype=np.int32))
         assert done is not None
         manager.wait(done)
         pinned, _ = manager.get_match(tokens_of(2))
-        other = manager.hasher()
+        other = manager.blocks.hasher()
         other.extend(tokens_of(2, 5))
-        held = manager.put_blocks(other.keys, 0, np.array([2, 3], dtype=np.int32), fence=1)
+        held = manager.blocks.put_blocks(other.keys, 0, np.array([2, 3], dtype=np.int32), fence=1)
         assert held is not None
         manager.reset()
         assert manager.wait(held)[held].status is Status.CANCELLED
         assert manager.wait(pinned)[pinned].status is Status.NOTFOUND
         client.advance_fence(save=1)
         for keys in (hasher.keys, other.keys):
-            assert manager.lookup(keys).num_ready == 0
+            assert manager.blocks.lookup(keys).num_ready == 0
 
 
 def test_two_clients_put_the_same_prefix_at_once(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_each_match_is_recorded_by_its_keys(tmp_path: Path, monkeypatch: pytest.
     with local(tmp_path) as (manager, _, _):
         for tokens in asked:
             manager.cancel(manager.get_match(tokens)[0])
-        hashers = [manager.hasher() for _ in asked]
+        hashers = [manager.blocks.hasher() for _ in asked]
     found = read_recorded((tmp_path / "trace").read_bytes())
     assert found is not None
     for hasher, tokens, keys in zip(hashers, asked, found.sequences, strict=True):

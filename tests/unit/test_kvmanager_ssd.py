@@ -8,7 +8,7 @@ import pytest
 from flexkv.cache.reasons import StopReason
 from flexkv.config import CacheConfig, TransferConfig
 from flexkv.controller.response import KVResponseStatus as Status
-from tests.support.harness import TOKENS, until
+from tests.support.harness import TOKENS, space_of, until
 from tests.support.memory_store import Disk, MemoryStore
 from tests.support.ssd_stage import HOST_SLOTS, SLOT_BYTES, stage
 
@@ -17,12 +17,12 @@ def test_what_left_host_memory_comes_back_from_ssd(tmp_path: Path) -> None:
     with stage(tmp_path) as made:
         made.put(6, 1)
         made.flood()
-        found = made.manager.lookup(made.keys(6, 1))
+        found = made.manager.blocks.lookup(made.keys(6, 1))
         assert (found.num_ready, found.num_to_fetch) == (6, 6)
         made.get(6, 1)
         assert made.store.num_reads == 6
         made.settle()
-        assert made.manager.lookup(made.keys(6, 1)).num_to_fetch == 0
+        assert made.manager.blocks.lookup(made.keys(6, 1)).num_to_fetch == 0
         made.get(6, 1)
         assert made.store.num_reads == 6
 
@@ -42,7 +42,7 @@ def test_what_is_on_ssd_is_there_after_a_restart(tmp_path: Path) -> None:
         made.get(6, 1)
         made.get(3, 2)
         assert made.ready(7, 1) == 6
-        assert made.manager.lookup(made.keys(7, 1)).reason is StopReason.NEVER_SEEN
+        assert made.manager.blocks.lookup(made.keys(7, 1)).reason is StopReason.NEVER_SEEN
 
 
 def test_gets_of_the_same_blocks_share_one_read(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_read_that_fails_takes_only_the_blocks_behind_it_along(tmp_path: Path)
         task = made.start_get(5, 1)
         assert made.manager.wait(task)[task].status is Status.FAILED
         made.settle()
-        found = made.manager.lookup(made.keys(5, 1))
+        found = made.manager.blocks.lookup(made.keys(5, 1))
         assert (found.num_ready, found.reason) == (2, StopReason.FAILED)
         made.manager.check_integrity()
         made.store.broken.clear()
@@ -86,12 +86,12 @@ def test_blocks_in_host_memory_do_not_wait_for_ssd(tmp_path: Path) -> None:
         task = made.start_get(2, 1)                         # the first two are in host memory again
         made.manager.wait(task)
         made.settle()
-        slow = made.manager.lookup(made.keys(6, 1)).num_to_fetch
+        slow = made.manager.blocks.lookup(made.keys(6, 1)).num_to_fetch
         assert slow == 4
         made.store.held = True
         made.tensors.zero()
         task = made.start_get(6, 1)
-        graph = made.manager._tasks._tasks[task].graph
+        graph = space_of(made.manager).tasks._tasks[task].graph
         assert graph is not None
         op = graph.ops[0]
         until(lambda: int(op.resolved.sum()) == 6 - slow)
@@ -113,7 +113,7 @@ def test_a_fetch_goes_on_when_its_get_is_cancelled(tmp_path: Path) -> None:
         made.manager.check_integrity()
         made.store.let_go()
         made.settle()
-        assert made.manager.lookup(made.keys(5, 1)).num_to_fetch == 0
+        assert made.manager.blocks.lookup(made.keys(5, 1)).num_to_fetch == 0
         made.get(5, 1)
         assert made.store.num_reads == 5
 
@@ -131,7 +131,7 @@ def test_a_prefetch_ends_when_the_blocks_are_in_host_memory(tmp_path: Path) -> N
         assert response.status is Status.SUCCESS
         assert response.return_mask is not None
         assert response.return_mask.all()
-        assert made.manager.lookup(made.keys(5, 1)).num_to_fetch == 0
+        assert made.manager.blocks.lookup(made.keys(5, 1)).num_to_fetch == 0
 
 
 def test_prefetches_of_many_leave_room_to_those_that_run(tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_prefetches_of_many_leave_room_to_those_that_run(tmp_path: Path) -> None
         made.put(3, 2)
         made.flood()
         made.store.held = True
-        first = made.manager.prefetch_blocks(made.keys(4, 1))               # a quarter of the host tier
+        first = made.manager.blocks.prefetch_blocks(made.keys(4, 1))               # a quarter of the host tier
         assert first is not None
-        assert made.manager.prefetch_blocks(made.keys(3, 2)) is None
+        assert made.manager.blocks.prefetch_blocks(made.keys(3, 2)) is None
         tokens = np.random.default_rng(2).integers(0, 50_000, 3 * TOKENS)
         refused = made.manager.prefetch_async(tokens)
         response = made.manager.wait(refused)[refused]
@@ -157,7 +157,7 @@ def test_prefetches_of_many_leave_room_to_those_that_run(tmp_path: Path) -> None
         assert {result.status for result in results.values()} == {Status.SUCCESS}
         assert made.tensors.read(range(40, 43)) == made.contents[2]
         made.settle()
-        again = made.manager.prefetch_blocks(made.keys(3, 2))
+        again = made.manager.blocks.prefetch_blocks(made.keys(3, 2))
         assert again is not None
         made.manager.wait(again)
 
@@ -168,7 +168,7 @@ def test_a_prefetch_leaves_alone_what_comes_before_its_start(tmp_path: Path) -> 
         made.settle()
         made.flood()
         before = made.store.num_reads
-        task = made.manager.prefetch_blocks(made.keys(8, 1), 5)
+        task = made.manager.blocks.prefetch_blocks(made.keys(8, 1), 5)
         assert made.manager.wait(task)[task].status is Status.SUCCESS
         assert made.store.num_reads == before + 3
 
@@ -179,7 +179,7 @@ def test_a_layerwise_load_takes_only_what_is_in_host_memory(tmp_path: Path) -> N
         made.put(8, 1)
         made.settle()
         made.flood()
-        task = made.manager.get_blocks(made.keys(8, 1), 0, np.arange(32, 40, dtype=np.int32), layerwise=True)
+        task = made.manager.blocks.get_blocks(made.keys(8, 1), 0, np.arange(32, 40, dtype=np.int32), layerwise=True)
         assert made.manager.wait(task)[task].status is Status.FAILED
         assert made.manager.stats()["blocks_being_fetched"] == 0
         made.get(8, 1)
@@ -219,7 +219,7 @@ def test_a_tier_that_is_out_of_service_is_a_miss(tmp_path: Path) -> None:
         made.put(5, 1)
         made.flood()
         made.store.is_usable = False
-        found = made.manager.lookup(made.keys(5, 1))
+        found = made.manager.blocks.lookup(made.keys(5, 1))
         assert (found.num_ready, found.reason) == (0, StopReason.OUT_OF_SERVICE)
         made.put(5, 1)
         made.get(5, 1)
@@ -234,7 +234,7 @@ def test_a_disk_that_is_out_of_service_ends_the_match_and_its_blocks_can_be_put_
         made.flood()
         third = made.keys(5, 1)[2].tobytes()
         made.store.out = {slot for slot, record in made.store.disk.records.items() if record.key == third}
-        found = made.manager.lookup(made.keys(5, 1))
+        found = made.manager.blocks.lookup(made.keys(5, 1))
         assert (found.num_ready, found.num_to_fetch, found.reason) == (2, 2, StopReason.OUT_OF_SERVICE)
         made.put(5, 1)
         made.get(5, 1)
@@ -247,7 +247,7 @@ def test_what_is_sooner_computed_is_not_offered(tmp_path: Path) -> None:
     with stage(tmp_path, load_policy="never") as made:
         made.put(5, 1)
         made.flood()
-        found = made.manager.lookup(made.keys(5, 1))
+        found = made.manager.blocks.lookup(made.keys(5, 1))
         assert (found.num_ready, found.reason) == (0, StopReason.TOO_SLOW)
 
 
@@ -259,9 +259,9 @@ def test_the_prefill_rate_of_the_adapter_counts_unless_one_is_set(tmp_path: Path
         made.manager.wait(made.start_get(1, 1))             # so that the speed of reads is known
         made.settle()
         assert made.ready(5, 1) == 5
-        made.manager.set_prefill_rate(1e12)
+        made.manager.blocks.set_prefill_rate(1e12)
         assert made.ready(5, 1) == (1 if configured == 0 else 5)
-        made.manager.set_prefill_rate(1e-3)
+        made.manager.blocks.set_prefill_rate(1e-3)
         assert made.ready(5, 1) == 5
 
 

@@ -1,1 +1,1 @@
-"""Tasks of ``KVManager``: one get or put each, from match to result."""
+"""Tasks of a controller: one get or put each, from match to result."""

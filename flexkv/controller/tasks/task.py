@@ -14,14 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.block_table import pages_from_slot_mapping
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import NOTHING, GetPlan, MatchResult, PutPlan
-from flexkv.controller.response import KVResponse, KVResponseStatus
+from flexkv.controller.response import KVResponse, KVResponseStatus, mask_of_blocks
 from flexkv.controller.tasks import reasons
-from flexkv.controller.tasks.arguments import mapping_of
 from flexkv.controller.tiering import Tiering
-from flexkv.errors import InvariantError, SlotMappingError
+from flexkv.errors import InvariantError
 from flexkv.protocol.ring import OpKind
 from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph, TransferOp
 
@@ -103,20 +101,6 @@ class KVTask:
     def is_stale(self) -> bool:
         """The index was reset since the plan was made."""
         return self.cache is not None and self.cache.epoch != self.epoch
-
-    def pages(self, slot_mapping: object) -> NDArray[np.int32]:
-        """The pages of a mapping that has one slot for each token of the task's blocks; else SlotMappingError."""
-        pages = pages_from_slot_mapping(mapping_of(slot_mapping), self.tokens_per_block)
-        if len(pages) != len(self.blocks):
-            raise SlotMappingError(
-                f"task {self.task_id} moves {len(self.blocks)} blocks of {self.tokens_per_block} tokens; "
-                f"its slot mapping has {len(pages)}: give one slot for each True of the mask"
-            )
-        return pages
-
-    def token_mask(self) -> NDArray[np.bool_]:
-        """(num_tokens,) bool: tokens of the task's blocks."""
-        return token_mask(self.blocks, self.tokens_per_block, self.num_tokens)
 
     @property
     def early_result(self) -> KVResponseStatus | None:
@@ -221,23 +205,6 @@ class KVTask:
             self.cache.evict_ahead()
 
 
-def token_mask(
-    blocks: NDArray[np.integer] | range, tokens_per_block: int, num_tokens: int
-) -> NDArray[np.bool_]:
-    """(num_tokens,) bool: tokens of blocks at these positions, which ascend."""
-    mask = np.zeros(num_tokens, dtype=np.bool_)
-    if len(blocks) == 0:
-        return mask
-    first, last = int(blocks[0]), int(blocks[-1])
-    if last - first == len(blocks) - 1:
-        mask[first * tokens_per_block : (last + 1) * tokens_per_block] = True
-        return mask
-    whole = np.zeros(num_tokens // tokens_per_block, dtype=np.bool_)
-    whole[blocks] = True
-    mask[: len(whole) * tokens_per_block] = np.repeat(whole, tokens_per_block)
-    return mask
-
-
 @dataclass(slots=True, eq=False)
 class EndedTask:
     """The result of a task that has settled, until it is claimed.
@@ -294,5 +261,5 @@ class EndedTask:
             status, reason, blocks = KVResponseStatus.CANCELLED, reasons.WAS_RESET, blocks[:0]
         elif self.missing is not None:
             blocks = np.setdiff1d(blocks, self.missing, assume_unique=True)
-        mask = token_mask(blocks, self.tokens_per_block, self.num_tokens) if self.num_tokens else None
+        mask = mask_of_blocks(blocks, self.tokens_per_block, self.num_tokens) if self.num_tokens else None
         return KVResponse(status, self.task_id, mask, reason)

@@ -7,13 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.config import ConnectorConfig
+from flexkv.controller.blocks import Blocks
 from flexkv.integration.vllm.lora_versions import LoraVersions
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob, SavedBlocks
 from flexkv.integration.vllm.prefill_rate import PrefillRate
 from flexkv.integration.vllm.request_log import RequestLog
 from flexkv.integration.vllm.steps import StepLedger, Trust, Verdict, Write
 from flexkv.integration.vllm.tracked_request import NEVER_SAVED, TrackedRequest, is_cacheable
-from flexkv.kvmanager import KVManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -36,11 +36,11 @@ def skips_prefix_cache(request: "Request") -> bool:
 
 
 class SchedulerSide:
-    """Owns the KVManager; called by vLLM's scheduler, all on one thread.
+    """Owns the controller; called by vLLM's scheduler, all on one thread.
 
     Parameters
     ----------
-    manager : KVManager
+    controller : Blocks
         Started.
     block_size : int
         Tokens of a vLLM block.
@@ -53,11 +53,11 @@ class SchedulerSide:
     """
 
     def __init__(
-        self, manager: KVManager, block_size: int, config: ConnectorConfig, *, may_load: bool = True,
+        self, controller: Blocks, block_size: int, config: ConnectorConfig, *, may_load: bool = True,
         may_save: bool = True, max_in_flight: int = 1,
     ) -> None:
         self._loras = LoraVersions()
-        self._manager = manager
+        self._controller = controller
         self._may_load, self._may_save = may_load, may_save
         self._layerwise = config.layerwise_loads if max_in_flight == 1 else "never"
         self._steps = StepLedger(several=max_in_flight > 1)
@@ -76,7 +76,7 @@ class SchedulerSide:
         self._prefill = PrefillRate()
         self._running: set[str] = set()                     # computing, as of the last step
         self._num_layerwise = 0
-        self._log = RequestLog(config.num_log_interval_requests, block_size, lambda: self._manager.stats())
+        self._log = RequestLog(config.num_log_interval_requests, block_size, lambda: self._controller.stats())
 
     # ---- what can be loaded -----------------------------------------------------------------------------------
 
@@ -91,12 +91,12 @@ class SchedulerSide:
         tracked.num_computed = num_computed_tokens
         if num_computed_tokens and self._must_wait(tracked, num_computed_tokens):
             return None, False
-        if not self._may_load or not self._manager.is_ready() or skips_prefix_cache(request):
+        if not self._may_load or not self._controller.is_ready() or skips_prefix_cache(request):
             return 0, False
         if request.request_id in self._loaded:              # asked again: nothing of its load was of use
             return 0, False
         keys = tracked.lookup_keys = tracked.keys()
-        match = self._manager.lookup(
+        match = self._controller.lookup(
             keys, num_computed_tokens // self._block_size, tracked.group, count=not tracked.counted
         )
         if not tracked.counted:
@@ -125,16 +125,16 @@ class SchedulerSide:
         """A request was queued: bring what is on SSD into host memory while it waits."""
         if not self._may_load or skips_prefix_cache(request):
             return
-        if self._manager.is_ready() and is_cacheable(request):
+        if self._controller.is_ready() and is_cacheable(request):
             tracked = self._track(request)
-            match = self._manager.lookup(tracked.keys(), group=tracked.group)
+            match = self._controller.lookup(tracked.keys(), group=tracked.group)
             if match.num_to_fetch:
                 self._prefetch(tracked, match.num_ready)
 
     def _prefetch(self, tracked: TrackedRequest, num_blocks: int, start_block: int = 0) -> None:
         """Once a request, so that it is being read even if the request cannot be scheduled yet; its load joins in."""
         if not tracked.prefetched:
-            task_id = self._manager.prefetch_blocks(tracked.keys()[:num_blocks], start_block, tracked.group)
+            task_id = self._controller.prefetch_blocks(tracked.keys()[:num_blocks], start_block, tracked.group)
             if task_id is not None:
                 tracked.prefetched = True
                 self._prefetches.add(task_id)
@@ -148,9 +148,9 @@ class SchedulerSide:
     def _track(self, request: "Request") -> TrackedRequest:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
-            tracked = TrackedRequest(request, self._manager, self._block_size, self._loras)
+            tracked = TrackedRequest(request, self._controller, self._block_size, self._loras)
             self._requests[request.request_id] = tracked
-            self._manager.recorder.record(tracked.keys())
+            self._controller.record_request(tracked.keys())
         return tracked
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
@@ -167,7 +167,7 @@ class SchedulerSide:
         first = tracked.num_computed // self._block_size
         last = first + -(-num_external_tokens // self._block_size)
         pages, keys = tracked.pages[first:last].copy(), tracked.lookup_keys[:last]
-        task_id = self._manager.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise, tracked.group)
+        task_id = self._controller.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise, tracked.group)
         tracked.num_offered = last
         self._loaded.add(request.request_id)
         self._launched(task_id)
@@ -256,7 +256,7 @@ class SchedulerSide:
                 writes.append(Write(tracked, tracked.pages[: -(-stop // size)], start // size, -(-start // size)))
         was_lost = self._steps.lost
         for task_id in self._steps.begin(output.total_num_scheduled_tokens > 0, writes):
-            self._manager.accept_put(task_id, 0)
+            self._controller.accept_put(task_id, 0)
         if self._steps.lost and not was_lost:
             self._may_save = False
             logger.error("vLLM schedules steps that it does not report: no KV is saved any more. Please report this "
@@ -265,7 +265,7 @@ class SchedulerSide:
     def step_reported(self, output: "KVConnectorOutput") -> None:
         """What the workers say of the oldest step; not called for a step of which they say nothing."""
         if rate := self._prefill.ended():
-            self._manager.set_prefill_rate(rate)
+            self._controller.set_prefill_rate(rate)
         self._steps.report(
             output.invalid_block_ids or (), output.finished_recving or (), getattr(output, "failed_recving", None) or ()
         )
@@ -277,7 +277,7 @@ class SchedulerSide:
 
     def _decide(self, verdict: Verdict) -> None:
         for task_id, stop_block in verdict.accepted:
-            self._manager.accept_put(task_id, stop_block)
+            self._controller.accept_put(task_id, stop_block)
         if verdict.spoiled:
             for tracked in self._requests.values():         # what is computed again is to be saved again
                 if tracked.num_offered != NEVER_SAVED:
@@ -286,7 +286,7 @@ class SchedulerSide:
 
     def _drop_puts(self, task_ids: set[int] | None = None) -> None:
         for task_id in self._steps.drop_puts(task_ids):
-            self._manager.accept_put(task_id, 0)
+            self._controller.accept_put(task_id, 0)
 
     def _save(self, tracked: TrackedRequest, num_tokens: int) -> None:
         """Save the blocks that are full once the first ``num_tokens`` tokens are computed."""
@@ -294,7 +294,7 @@ class SchedulerSide:
         if full > len(tracked.pages):                       # not all of its pages are known, so none can be told apart
             return
         last = min(full, len(keys))
-        if last <= tracked.num_offered or not self._may_save or not self._manager.is_ready():
+        if last <= tracked.num_offered or not self._may_save or not self._controller.is_ready():
             return
         first, tracked.num_offered = tracked.num_offered, last
         task_id = self._put(tracked, keys[:last], first)
@@ -307,13 +307,13 @@ class SchedulerSide:
         tracked.saves.add(task_id)
         self._launched(task_id)
         if self._config.audit:
-            positions = self._manager.task_blocks(task_id)
+            positions = self._controller.task_blocks(task_id)
             self._saved.append(SavedBlocks(tracked.pages[positions].copy(), keys[positions].copy()))
 
     def _put(self, tracked: TrackedRequest, keys: NDArray[np.uint64], first: int) -> int | None:
         """Save blocks from ``first`` on; they are visible when the step has ended, and their pages are good then."""
         pages = tracked.pages[first : len(keys)]
-        return self._manager.put_blocks(keys, first, pages, self._step, tracked.group, provisional=True)
+        return self._controller.put_blocks(keys, first, pages, self._step, tracked.group, provisional=True)
 
     def _launched(self, task_id: int) -> None:
         self._outstanding.add(task_id)
@@ -321,11 +321,11 @@ class SchedulerSide:
 
     def _collect(self) -> None:
         """Take the results of tasks that have ended."""
-        ended = self._manager.try_wait(self._outstanding)
+        ended = self._controller.try_wait(self._outstanding)
         self._outstanding.difference_update(ended)
         self._log.tasks_ended(ended.values())
         if self._prefetches:
-            self._prefetches.difference_update(self._manager.try_wait(self._prefetches))
+            self._prefetches.difference_update(self._controller.try_wait(self._prefetches))
 
     def _release_preempted(self, output: "SchedulerOutput") -> None:
         """Preempted requests lose their pages in the coming step: no save may still read them.
@@ -342,8 +342,8 @@ class SchedulerSide:
             self._drop_puts(tracked.saves)
             saves = tracked.saves & self._outstanding
             if saves:
-                self._manager.cancel(saves)
-                self._manager.wait(saves, timeout=_DRAIN_TIMEOUT_S, completely=True)
+                self._controller.cancel(saves)
+                self._controller.wait(saves, timeout=_DRAIN_TIMEOUT_S, completely=True)
                 self._outstanding -= saves
             tracked.saves.clear()
             tracked.forget_pages()
@@ -372,17 +372,17 @@ class SchedulerSide:
 
     def reset_cache(self) -> bool:
         """Forget all KV (after a change of weights)."""
-        self._manager.reset(new_weights=True)
+        self._controller.reset(new_weights=True)
         self._drop_puts()
         for tracked in self._requests.values():
             tracked.num_offered = NEVER_SAVED               # computed with the old weights
         return True
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start, and of the manager now."""
+        """Counts since the start, and of the controller now."""
         return {
             "requests": self._log.num_requests, "hit_tokens": self._log.num_hit_tokens,
-            "layerwise_loads": self._num_layerwise, **self._manager.stats(),
+            "layerwise_loads": self._num_layerwise, **self._controller.stats(),
         }
 
     def take_pending(self) -> tuple[list[LoadJob], dict[str, list[int]]]:
@@ -392,5 +392,5 @@ class SchedulerSide:
         return pending
 
     def shutdown(self) -> None:
-        """Stop the manager."""
-        self._manager.shutdown()
+        """Stop the controller."""
+        self._controller.shutdown()

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.block_keys import SequenceHasher
 from flexkv.config.namespace_entry import NamespaceEntry
+from flexkv.controller.blocks import Blocks
 from flexkv.integration.vllm.lora_versions import LoraVersions
-from flexkv.kvmanager import KVManager
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -98,10 +98,10 @@ class TrackedRequest:
     """
 
     def __init__(
-        self, request: "Request", manager: KVManager, block_size: int, loras: LoraVersions = _LORAS
+        self, request: "Request", controller: Blocks, block_size: int, loras: LoraVersions = _LORAS
     ) -> None:
         self.request = request
-        self._manager = manager
+        self._controller = controller
         self._block_size = block_size
         self._loras = loras
         self._pages = np.empty(64, dtype=np.int32)
@@ -122,8 +122,8 @@ class TrackedRequest:
     def _start(self, namespace: list[NamespaceEntry] | None) -> None:
         """Begin the keys at the first token."""
         self._namespace = namespace
-        self.group = self._manager.group(namespace or [])
-        self._hasher: SequenceHasher = self._manager.hasher(namespace or [])
+        self.group = self._controller.group(namespace or [])
+        self._hasher: SequenceHasher = self._controller.hasher(namespace or [])
         self._last_block: list[int] = []
         self._media: list[tuple[int, int, str]] = []
         self._num_prompt_tokens = len(self.request.prompt_token_ids or ())

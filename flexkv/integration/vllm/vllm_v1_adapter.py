@@ -26,8 +26,8 @@ from flexkv.integration.vllm.support import (
     unsupported_tensors,
 )
 from flexkv.integration.vllm.worker import WorkerSide, find_metadata
-from flexkv.kvmanager import KVManager
 from flexkv.rank.tp_client import KVTPClient
+from flexkv.server.connect import connect
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class FlexKVConnectorV1Impl:
     ----------
     vllm_config : VllmConfig
     role : KVConnectorRole
-        SCHEDULER: owns the KVManager. WORKER: owns the rank's device agent.
+        SCHEDULER: owns the controller. WORKER: owns the rank's device agent.
 
     Raises
     ------
@@ -130,19 +130,19 @@ class FlexKVConnectorV1Impl:
         block_size = vllm_config.cache_config.block_size
         given = config.cache.tokens_per_block
         warn_overruled(config.given, "tokens_per_block", given, block_size, "the block size of vLLM")
-        manager = KVManager(
-            model, config.cache.replace(tokens_per_block=block_size), rank,
-            gpu_register_port=_register_port(vllm_config, config), transfer_config=config.transfer,
+        controller = connect(
+            model, config.cache.replace(tokens_per_block=block_size), config.transfer, rank,
+            _register_port(vllm_config, config),
             note=f"{vllm_config.kv_transfer_config.kv_role}, saves {config.connector.save_mode}",
         )
         warn_of_short_stop(vllm_config, config.cache)
-        manager.start()
+        controller.start()
         layerwise = config.connector.layerwise_loads
         if vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs():
             layerwise = "never"                    # a full graph does not call wait_for_layer_load
         transfer = vllm_config.kv_transfer_config
         return SchedulerSide(
-            manager, block_size, config.connector.replace(layerwise_loads=layerwise),
+            controller, block_size, config.connector.replace(layerwise_loads=layerwise),
             may_load=getattr(transfer, "is_kv_consumer", True), may_save=getattr(transfer, "is_kv_producer", True),
             max_in_flight=_steps_in_flight(vllm_config),
         )

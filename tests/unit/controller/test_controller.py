@@ -8,7 +8,7 @@ import pytest
 from flexkv._core.index.block_keys import chain_seed, hash_blocks
 from flexkv.controller.tasks.arguments import namespace_of
 from flexkv.transfer.engine import TransferEngine
-from tests.support.harness import TOKENS, local, mapping, tokens_of
+from tests.support.harness import TOKENS, local, mapping, space_of, tokens_of
 
 
 def test_out_of_service_nothing_is_found_or_saved_and_the_log_says_so_once(
@@ -17,20 +17,20 @@ def test_out_of_service_nothing_is_found_or_saved_and_the_log_says_so_once(
     with local(tmp_path) as (manager, _, _tensors):
         task = manager.put_async(tokens_of(3), mapping(range(3)))
         manager.wait(task)
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(3))
         assert manager.stats()["in_service"] == 1
         with monkeypatch.context() as patch:
             patch.setattr(TransferEngine, "in_service", False)
             assert not manager.is_ready()
-            assert manager.lookup(hasher.keys).num_ready == 0
+            assert manager.blocks.lookup(hasher.keys).num_ready == 0
             for task, mask in (manager.get_match(tokens_of(3)), manager.put_match(tokens_of(3, 1))):
                 assert not mask.any()
                 manager.cancel(task)
-            assert manager.put_blocks(manager.hasher().keys, 0, np.zeros(0, dtype=np.int32)) is None
+            assert manager.blocks.put_blocks(manager.blocks.hasher().keys, 0, np.zeros(0, dtype=np.int32)) is None
             assert manager.stats()["in_service"] == 0
             assert caplog.text.count("out of service") == 1
-        assert manager.lookup(hasher.keys).num_ready == 3
+        assert manager.blocks.lookup(hasher.keys).num_ready == 3
 
 
 def test_seeds_that_are_remembered_are_those_of_the_namespace_and_of_the_weights(tmp_path: Path) -> None:
@@ -40,16 +40,16 @@ def test_seeds_that_are_remembered_are_those_of_the_namespace_and_of_the_weights
         keys = {}
         for _ in range(2):
             for which, namespace in enumerate(namespaces):
-                hasher = manager.hasher(namespace)
+                hasher = manager.blocks.hasher(namespace)
                 hasher.extend(tokens_of(2))
-                seed = chain_seed(manager._domain, namespace_of(namespace), b"")
+                seed = chain_seed(space_of(manager)._domain, namespace_of(namespace), b"")
                 assert hasher.keys.tolist() == hash_blocks(tokens_of(2), TOKENS, seed).tolist()
                 assert keys.setdefault(which, hasher.keys.tolist()) == hasher.keys.tolist()
-                assert manager._keys(tokens_of(2), namespace).tolist() == hasher.keys.tolist()
+                assert manager.blocks.keys(tokens_of(2), namespace).tolist() == hasher.keys.tolist()
         assert len({str(found) for found in keys.values()}) == len(namespaces) - 1       # None is no entry, as []
         manager.reset(new_weights=True)
         for which, namespace in enumerate(namespaces):
-            assert manager._keys(tokens_of(2), namespace).tolist() != keys[which]
+            assert manager.blocks.keys(tokens_of(2), namespace).tolist() != keys[which]
         for number in range(600):
-            manager._keys(tokens_of(1), [f"tenant {number}"])
-        assert manager._chain_seed.cache_info().currsize <= 256
+            manager.blocks.keys(tokens_of(1), [f"tenant {number}"])
+        assert space_of(manager)._chain_seed.cache_info().currsize <= 256

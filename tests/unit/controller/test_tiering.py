@@ -16,7 +16,7 @@ from flexkv.controller import tiering
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import StorageError
 from flexkv.storage.recovered import Recovered
-from tests.support.harness import until
+from tests.support.harness import controller_of, space_of, until
 from tests.support.memory_store import Disk, MemoryStore
 from tests.support.ssd_stage import SLOT_BYTES, Stage, stage
 
@@ -49,7 +49,7 @@ def stage_that_was_reset(tmp_path: Path, disk: Disk) -> Iterator[Stage]:
 def test_a_write_that_is_planned_before_a_reset_is_forgotten_by_it(tmp_path: Path) -> None:
     disk = Disk()
     with stage(tmp_path, disk) as made:
-        writer = made.manager._tiering._writer              # type: ignore[union-attr]
+        writer = space_of(made.manager).tiering._writer              # type: ignore[union-attr]
         assert writer is not None
         plan_of, resets = writer.next, list[threading.Thread]()
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_cleared_at_the_start_is_not_offered(tmp_path: Path, monk
     disk = written(tmp_path)
     monkeypatch.setattr(MemoryStore, "clear_fails", True)
     with stage_that_was_reset(tmp_path, disk) as made:
-        found = made.manager.lookup(made.keys(5, 1))
+        found = made.manager.blocks.lookup(made.keys(5, 1))
         assert (found.num_ready, found.reason) == (0, StopReason.NEVER_SEEN)
         made.put(5, 2)
         made.settle()
@@ -162,7 +162,7 @@ def test_a_shutdown_does_not_wait_for_ever_for_a_store_that_opens(
         return opened[0]
 
     with stage(tmp_path, make_store=make_late) as made:
-        thread = made.manager._tiering._thread              # type: ignore[union-attr]
+        thread = space_of(made.manager).tiering._thread              # type: ignore[union-attr]
         assert thread is not None
         made.put(4, 1)
         made.get(4, 1)
@@ -276,8 +276,8 @@ def test_a_shutdown_does_not_wait_for_blocks_that_have_gone(tmp_path: Path) -> N
         until(lambda: len(made.store.disk.records) == 1)
         made.put(5, 2)
         assert made.manager.stats()["ssd_queued_blocks"] == 5
-        assert made.manager._cache is not None
-        made.manager._cache.reset()                         # the index alone: the queue has them yet
+        assert space_of(made.manager).index is not None
+        space_of(made.manager).index.reset()                         # the index alone: the queue has them yet
         before = time.monotonic()
         made.manager.shutdown()
         assert time.monotonic() - before < 5.0
@@ -289,8 +289,8 @@ def test_out_of_service_what_is_queued_is_not_written_again_and_again(tmp_path: 
         made.put(1, 1)
         until(lambda: len(made.store.disk.records) == 1)
         made.put(5, 2)
-        made.manager._transfer._take_out_of_service()
-        tier, used = made.manager._tiering, next(made.manager._transfer.task_ids)
+        controller_of(made.manager)._transfer._take_out_of_service()
+        tier, used = space_of(made.manager).tiering, next(controller_of(made.manager)._transfer.task_ids)
         assert tier is not None
         tier._hurry = True                                  # no limit of the rate
         asked = threading.Event()
@@ -301,10 +301,10 @@ def test_out_of_service_what_is_queued_is_not_written_again_and_again(tmp_path: 
             asked.set()
             return pause
 
-        made.manager._tiering.keep_house = keep             # type: ignore[method-assign, union-attr]
-        made.manager._transfer.wake()
+        space_of(made.manager).tiering.keep_house = keep             # type: ignore[method-assign, union-attr]
+        controller_of(made.manager)._transfer.wake()
         assert asked.wait(5.0)
-        assert next(made.manager._transfer.task_ids) - used < 10
+        assert next(controller_of(made.manager)._transfer.task_ids) - used < 10
         before = time.monotonic()
         made.manager.shutdown()
         assert time.monotonic() - before < 5.0
@@ -333,7 +333,7 @@ def test_a_store_that_cannot_be_opened_is_counted_as_out_of_service(tmp_path: Pa
     with stage(tmp_path, make_store=broken, ssd_cache_dir=directories) as made:
         made.put(5, 1)
         made.get(5, 1)
-        tier = made.manager._tiering
+        tier = space_of(made.manager).tiering
         assert tier is not None
         until(lambda: tier._early is None)                  # nothing more is kept for it
         made.put(5, 2)

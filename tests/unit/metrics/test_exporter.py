@@ -17,7 +17,7 @@ from flexkv.controller.tiering import make_ssd_store
 from flexkv.metrics.catalog import NOT_TOLD, entry_of
 from flexkv.metrics.exporter import Metrics
 from flexkv.storage.ssd.directory import DATA_NAME
-from tests.support.harness import TOKENS, local, mapping, tokens_of, until
+from tests.support.harness import TOKENS, controller_of, local, mapping, tokens_of, until
 from tests.support.ssd_stage import stage
 
 ON = {"enable_metrics": True, "py_metrics_port": 0}
@@ -48,7 +48,7 @@ def test_a_load_and_its_save_are_told(tmp_path: Path) -> None:
         assert mask.sum() == 4 * TOKENS
         manager.launch([task], [mapping(range(8, 12))])
         manager.wait(task)
-        text = scrape(manager.metrics)
+        text = scrape(controller_of(manager).metrics)
         assert value(text, "transferred_blocks_total", kind="D2H", engine="0") == 4
         assert value(text, "transferred_blocks_total", kind="H2D") == 4
         assert value(text, "transfer_seconds_count", kind="H2D", status="done") == 1
@@ -61,7 +61,7 @@ def test_a_load_and_its_save_are_told(tmp_path: Path) -> None:
 
 def test_the_port_is_given_back(tmp_path: Path) -> None:
     with local(tmp_path, cache=ON) as (manager, _, _tensors):
-        metrics = manager.metrics
+        metrics = controller_of(manager).metrics
         assert metrics is not None
         assert metrics.port is not None
         port = metrics.port
@@ -77,8 +77,8 @@ def test_a_port_that_is_taken_is_told_and_kv_goes_on(tmp_path: Path, caplog: pyt
     first = Metrics(dict, {}, "127.0.0.1", 0)
     first.start()
     with local(tmp_path, cache={**ON, "py_metrics_port": first.port}) as (manager, _, tensors):
-        assert manager.metrics is not None
-        assert manager.metrics.port is None
+        assert controller_of(manager).metrics is not None
+        assert controller_of(manager).metrics.port is None
         assert "py_metrics_port to a port that is free" in caplog.text
         tensors.fill(range(2), 1)
         before = tensors.read(range(2))
@@ -107,7 +107,7 @@ from pathlib import Path
 os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
 os.mkdir(sys.argv[1])
 from flexkv.controller.response import KVResponseStatus as Status
-from tests.support.harness import local, mapping, tokens_of
+from tests.support.harness import controller_of, local, mapping, tokens_of
 from tests.unit.metrics.test_exporter import ON, scrape, value
 with local(Path(sys.argv[2]), cache=ON) as (manager, _, tensors):
     if sys.argv[3] == "gone":
@@ -119,7 +119,7 @@ with local(Path(sys.argv[2]), cache=ON) as (manager, _, tensors):
     get = manager.get_async(tokens_of(4), mapping(range(8, 12)))
     assert manager.wait(get)[get].status is Status.SUCCESS
     assert tensors.read(range(8, 12)) == before
-    text = scrape(manager.metrics)
+    text = scrape(controller_of(manager).metrics)
     for kind in ("D2H", "H2D"):
         assert value(text, "transferred_blocks_total", kind=kind) == 4
     if sys.argv[3] == "there":
@@ -171,8 +171,8 @@ def test_tiers_namespaces_and_faults_of_the_disk_are_told(tmp_path: Path) -> Non
         data.write_bytes(bytes(255 - byte for byte in data.read_bytes()))
         task = made.start_get(6, 1)
         assert manager.wait(task)[task].status is Status.FAILED
-        manager.lookup(made.keys(6, 1), count=True)
-        stats, text = manager.stats(), scrape(manager.metrics)
+        manager.blocks.lookup(made.keys(6, 1), count=True)
+        stats, text = manager.stats(), scrape(controller_of(manager).metrics)
         assert {name for name in stats if entry_of(name) is None} == NOT_TOLD
     documented = (Path(__file__).parents[3] / "docs/monitoring.md").read_text()
     for family in text_string_to_metric_families(text):

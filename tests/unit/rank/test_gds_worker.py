@@ -78,7 +78,7 @@ def start_get(made: Engine, **options: Any) -> tuple[int, NDArray[np.int32]]:
     """Load the long sequence: the task, and the pages."""
     keys = made.keys(LONG)
     pages = np.arange(MAX_BLOCKS, MAX_BLOCKS + len(keys), dtype=np.int32)
-    return made.manager.get_blocks(keys, 0, pages, **options), pages
+    return made.manager.blocks.get_blocks(keys, 0, pages, **options), pages
 
 
 @pytest.mark.parametrize("staging", [64 << 20, 6 * 12288, 1])
@@ -130,7 +130,7 @@ def test_nothing_is_prefetched_into_host_memory(tmp_path: Path, cufile: FakeCuFi
     with with_long(tmp_path) as made:
         for seed in (1, 8):                             # out of host memory
             put(made, seed)
-        task = made.manager.prefetch_blocks(made.keys(LONG))
+        task = made.manager.blocks.prefetch_blocks(made.keys(LONG))
         assert made.manager.wait(task)[task].status is Status.SUCCESS
         assert made.stat("ssd_store_blocks_read") == 0
         made.load(LONG, length_of(LONG))
@@ -166,7 +166,7 @@ def test_writes_that_fail_are_not_offered(tmp_path: Path, cufile: FakeCuFile) ->
         cufile.plan(fail=1)
         keys = made.keys(LONG)
         made.fill(keys)
-        task = made.manager.put_blocks(keys, 0, np.arange(len(keys), dtype=np.int32))
+        task = made.manager.blocks.put_blocks(keys, 0, np.arange(len(keys), dtype=np.int32))
         assert task is not None
         assert made.manager.wait(task, completely=True)[task].status is Status.FAILED
         assert made.stat("ssd_store_write_errors") == 1
@@ -202,7 +202,7 @@ def test_a_cancelled_put_leaves_nothing_on_ssd(tmp_path: Path, cufile: FakeCuFil
         wait_ready(made)
         cufile.plan(delay_us=20_000)
         keys, before = made.keys(LONG), cufile.num_moves
-        task = made.manager.put_blocks(keys, 0, np.arange(len(keys), dtype=np.int32))
+        task = made.manager.blocks.put_blocks(keys, 0, np.arange(len(keys), dtype=np.int32))
         assert task is not None
         until(lambda: cufile.num_moves > before)
         made.manager.cancel(task)

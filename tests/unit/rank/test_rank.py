@@ -18,9 +18,9 @@ def test_a_bad_fence_is_an_error_and_later_ones_advance(tmp_path: Path, kind: st
     with local(tmp_path) as (manager, client, _):
         with pytest.raises(ArgumentError, match="fence is"):
             client.advance_fence(**{"save": 7, "load": 7, kind: fence})
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(1))
-        held = manager.put_blocks(hasher.keys, 0, [1], fence=1)
+        held = manager.blocks.put_blocks(hasher.keys, 0, [1], fence=1)
         assert held is not None
         assert manager.wait(held, 0.05)[held].status is Status.TIMEOUT        # nothing has changed
         client.advance_fence(**{kind: 1})
@@ -36,9 +36,9 @@ def test_a_long_wait_waits(tmp_path: Path, timeout_s: float) -> None:
         waiter.start()
         waiter.join(0.05)
         assert not ended
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(1))
-        manager.put_blocks(hasher.keys, 0, [1])
+        manager.blocks.put_blocks(hasher.keys, 0, [1])
         waiter.join(10)
         assert ended == [True]
 

@@ -135,12 +135,12 @@ def test_copies_wait_for_compute(tmp_path: Path, cuda: FakeCuda, strategy: str) 
     tensors = Tensors(device=0)
     try:
         with local(tmp_path, tensors=tensors, gpu_strategy=strategy) as (manager, client, _):
-            hasher = manager.hasher()
+            hasher = manager.blocks.hasher()
             hasher.extend(tokens_of(4))
             written = Tensors()
             written.fill(range(4), 7)
             pages = np.arange(4, dtype=np.int32)
-            put = manager.put_blocks(hasher.keys, 0, pages, fence=1)
+            put = manager.blocks.put_blocks(hasher.keys, 0, pages, fence=1)
             cuda.delay(20_000)
             for source, target in zip(written.layers, tensors.layers, strict=True):
                 driver.cuMemcpyAsync(target.ctypes.data, source.ctypes.data, target.nbytes, stream)
@@ -148,7 +148,7 @@ def test_copies_wait_for_compute(tmp_path: Path, cuda: FakeCuda, strategy: str) 
             assert put is not None
             assert manager.wait(put)[put].status is Status.SUCCESS
             kept = Tensors()
-            get = manager.get_blocks(hasher.keys, 0, pages + 8, fence=2)
+            get = manager.blocks.get_blocks(hasher.keys, 0, pages + 8, fence=2)
             for source, target in zip(tensors.layers, kept.layers, strict=True):
                 driver.cuMemcpyAsync(target.ctypes.data, source.ctypes.data, target.nbytes, stream)
             client.advance_fence(load=2, stream=int(stream))
@@ -176,13 +176,13 @@ def test_copies_do_not_wait_for_later_compute(tmp_path: Path, cuda: FakeCuda, st
             time.sleep(0.1)                                                # the slow one has started
             cuda.delay(0)
             tensors.fill([1, 2], 1)
-            hasher = manager.hasher()
+            hasher = manager.blocks.hasher()
             hasher.extend(tokens_of(4))
-            early = manager.put_blocks(hasher.keys[:2], 0, np.array([1, 2], np.int32), fence=1)
+            early = manager.blocks.put_blocks(hasher.keys[:2], 0, np.array([1, 2], np.int32), fence=1)
             assert early is not None
             assert manager.wait(early)[early].status is Status.SUCCESS
             assert not target.any()
-            late = manager.put_blocks(hasher.keys, 2, np.array([1, 2], np.int32), fence=2)
+            late = manager.blocks.put_blocks(hasher.keys, 2, np.array([1, 2], np.int32), fence=2)
             assert late is not None
             assert manager.wait(late)[late].status is Status.SUCCESS
             assert target.all()
@@ -194,9 +194,9 @@ def test_copies_do_not_wait_for_later_compute(tmp_path: Path, cuda: FakeCuda, st
 def saved(manager: KVManager, tensors: Tensors, num_blocks: int) -> Any:
     """Keys of blocks with content, which pages 0 to ``num_blocks`` hold too."""
     tensors.fill(range(num_blocks), 1)
-    hasher = manager.hasher()
+    hasher = manager.blocks.hasher()
     hasher.extend(tokens_of(num_blocks))
-    put = manager.put_blocks(hasher.keys, 0, np.arange(num_blocks, dtype=np.int32))
+    put = manager.blocks.put_blocks(hasher.keys, 0, np.arange(num_blocks, dtype=np.int32))
     assert put is not None
     assert manager.wait(put)[put].status is Status.SUCCESS
     return hasher.keys
@@ -214,7 +214,7 @@ def test_compute_follows_a_load_layer_by_layer(tmp_path: Path, cuda: FakeCuda, c
             for array in tensors.layers:
                 array[32:] = 0
             cuda.delay(500)
-            get = manager.get_blocks(keys, 0, np.arange(32, 64, dtype=np.int32), step, layerwise=True)
+            get = manager.blocks.get_blocks(keys, 0, np.arange(32, 64, dtype=np.int32), step, layerwise=True)
             client.advance_fence(load=step, stream=compute)
             for layer, (source, target) in enumerate(zip(tensors.layers, seen.layers, strict=True)):
                 assert client.follow_load(get, layer, 10.0, compute)
@@ -236,7 +236,7 @@ def test_a_layerwise_load_that_fails_ends_the_wait(
     with local(tmp_path, PAGES, **options) as (manager, client, _):
         keys = saved(manager, tensors, 32)
         cuda.fail(name, after=after)
-        get = manager.get_blocks(keys, 0, np.arange(32, 64, dtype=np.int32), layerwise=True)
+        get = manager.blocks.get_blocks(keys, 0, np.arange(32, 64, dtype=np.int32), layerwise=True)
         assert client.follow_load(get, None, 10.0, compute)
         response = manager.wait(get)[get]
         result = result_of(client, get)
@@ -252,8 +252,8 @@ def test_a_cancelled_layerwise_load_ends_the_wait_but_not_for_those_before_it(
     tensors = Tensors(device=0)
     with local(tmp_path, tensors=tensors) as (manager, client, _):
         keys = saved(manager, tensors, 4)
-        first = manager.get_blocks(keys, 0, np.arange(4, 8, dtype=np.int32), fence=9, layerwise=True)
-        second = manager.get_blocks(keys, 0, np.arange(8, 12, dtype=np.int32), fence=9, layerwise=True)
+        first = manager.blocks.get_blocks(keys, 0, np.arange(4, 8, dtype=np.int32), fence=9, layerwise=True)
+        second = manager.blocks.get_blocks(keys, 0, np.arange(8, 12, dtype=np.int32), fence=9, layerwise=True)
         manager.cancel(second)
         assert not client.follow_load(second, None, 0.1, compute)          # the first one's fence was not reached
         client.advance_fence(load=9, stream=compute)
@@ -295,9 +295,9 @@ def test_a_call_that_fails_is_a_failed_transfer(
         assert happened or after
         result = result_of(client, task)
         if put:
-            hasher = manager.hasher()
+            hasher = manager.blocks.hasher()
             hasher.extend(tokens)
-            assert manager.lookup(hasher.keys).num_ready <= int(result.ok.argmin()) or result.ok.all()
+            assert manager.blocks.lookup(hasher.keys).num_ready <= int(result.ok.argmin()) or result.ok.all()
             assert tensors.read(pages) == before
         if happened:
             assert not result.ok.all()

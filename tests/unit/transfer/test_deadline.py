@@ -10,7 +10,7 @@ from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.protocol.ring import OpKind
 from flexkv.transfer.deadline import LONGEST_WAIT, Deadline, waits
 from flexkv.transfer.graph import Dependency, TransferGraph, TransferOp
-from tests.support.harness import local, tokens_of, until
+from tests.support.harness import controller_of, local, tokens_of, until
 
 IDS = np.arange(4, dtype=np.int32)
 
@@ -103,34 +103,34 @@ def test_the_reason_names_direction_blocks_and_setting() -> None:
 def test_a_step_may_take_longer_than_the_limit(tmp_path: Path, save: bool) -> None:
     """The engine computes for several times op_timeout_s; the transfer that waits for that succeeds, and is right."""
     with local(tmp_path, op_timeout_s=0.2) as (manager, client, tensors):
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(4))
         tensors.fill(range(4), 1)
         before = tensors.read(range(4))
         if not save:
-            assert manager.wait(manager.put_blocks(hasher.keys, 0, IDS)) is not None
+            assert manager.wait(manager.blocks.put_blocks(hasher.keys, 0, IDS)) is not None
             tensors.zero()
-        begin = manager.put_blocks if save else manager.get_blocks
+        begin = manager.blocks.put_blocks if save else manager.blocks.get_blocks
         task = begin(hasher.keys, 0, IDS, fence=3)
         assert task is not None
-        scheduler, looks = manager._transfer._scheduler, set()
+        scheduler, looks = controller_of(manager)._transfer._scheduler, set()
         until(lambda: looks.add(scheduler._next_look) or len(looks) > 10)       # a look every 50 ms
         assert manager.try_wait(task) == {}
         client.advance_fence(load=3, save=3)
         assert manager.wait(task)[task].status is Status.SUCCESS
         if save:
             tensors.zero()
-            task = manager.get_blocks(hasher.keys, 0, IDS)
+            task = manager.blocks.get_blocks(hasher.keys, 0, IDS)
             assert manager.wait(task)[task].status is Status.SUCCESS
         assert tensors.read(range(4)) == before
 
 
 def test_a_step_that_never_ends_is_given_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with local(tmp_path, op_timeout_s=0.05) as (manager, _, tensors):
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(2))
         tensors.fill(range(2), 1)
-        task = manager.put_blocks(hasher.keys, 0, IDS[:2], fence=3)
+        task = manager.blocks.put_blocks(hasher.keys, 0, IDS[:2], fence=3)
         assert task is not None
         response = manager.wait(task, timeout=10.0)[task]
         assert response.status is Status.TIMEOUT
@@ -138,4 +138,4 @@ def test_a_step_that_never_ends_is_given_up(tmp_path: Path, caplog: pytest.LogCa
             "saving 2 blocks has waited 0.5 s (10 x op_timeout_s) for the engine's step 3, which did not end"
         )
         assert response.reason in caplog.text
-        assert manager.lookup(hasher.keys).num_ready == 0
+        assert manager.blocks.lookup(hasher.keys).num_ready == 0

@@ -12,7 +12,7 @@ from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import ArgumentError, FlexKVError, SlotMappingError, TaskError
 from flexkv.kvmanager import KVManager
 from flexkv.protocol.layer_signals import MAX_COUNTERS
-from tests.support.harness import PAGES, TOKENS, Tensors, local, mapping, tokens_of
+from tests.support.harness import PAGES, TOKENS, Tensors, local, mapping, space_of, tokens_of
 
 NO_TEXT = "\ud800"
 RAGGED = [[1], [2, 3]]
@@ -28,10 +28,10 @@ class Door:
         self.content = tensors.read(range(4))
         task = manager.put_async(self.tokens, mapping(range(4)))
         assert manager.wait(task)[task].status is Status.SUCCESS
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(self.tokens)
         self.keys: NDArray[np.uint64] = hasher.keys
-        other = manager.hasher()
+        other = manager.blocks.hasher()
         other.extend(tokens_of(6, 9))
         self.absent: NDArray[np.uint64] = other.keys
         self.held, _ = manager.get_match(self.tokens)
@@ -40,7 +40,7 @@ class Door:
     def state(self) -> tuple[Any, ...]:
         stats = self.manager.stats()
         return (stats["free_slots"], stats["indexed_blocks"], stats["tasks"], stats["pinned_blocks"],
-                self.manager._tasks.unsettled(), self.manager.lookup(self.keys).num_ready)
+                space_of(self.manager).tasks.unsettled(), self.manager.blocks.lookup(self.keys).num_ready)
 
     def refuses(self, call: Callable[[], object], error: type[FlexKVError] = ArgumentError) -> None:
         with pytest.raises(error) as caught:
@@ -53,7 +53,7 @@ class Door:
         self.manager.launch(self.held, mapping(range(20, 24)))
         assert self.manager.wait(self.held)[self.held].status is Status.SUCCESS
         assert self.tensors.read(range(20, 24)) == self.content
-        task = self.manager.put_blocks(self.absent, 0, list(range(6)))  # type: ignore[arg-type]
+        task = self.manager.blocks.put_blocks(self.absent, 0, list(range(6)))  # type: ignore[arg-type]
         assert task is not None
         assert self.manager.wait(task)[task].status is Status.SUCCESS
 
@@ -77,30 +77,30 @@ BLOCKS = [-1, 1.5, None, "0", 1 << 31, 1 << 70, True, np.int32(-1)]
 @pytest.mark.parametrize("fence", FENCES, ids=repr)
 def test_fences(door: Door, fence: Any) -> None:
     pages = np.arange(2, dtype=np.int32)
-    door.refuses(lambda: door.manager.put_blocks(door.absent, 0, pages, fence=fence))
-    door.refuses(lambda: door.manager.put_blocks(door.absent, 0, pages, fence=fence, provisional=True))
-    door.refuses(lambda: door.manager.get_blocks(door.keys, 0, pages, fence=fence))
+    door.refuses(lambda: door.manager.blocks.put_blocks(door.absent, 0, pages, fence=fence))
+    door.refuses(lambda: door.manager.blocks.put_blocks(door.absent, 0, pages, fence=fence, provisional=True))
+    door.refuses(lambda: door.manager.blocks.get_blocks(door.keys, 0, pages, fence=fence))
     door.refuses(lambda: door.manager.launch(door.held, mapping(range(4)), fence=fence))
 
 
 @pytest.mark.parametrize("pages", BAD_PAGES, ids=lambda value: repr(value)[:30])
 def test_pages(door: Door, pages: Any) -> None:
-    door.refuses(lambda: door.manager.put_blocks(door.absent, 0, pages))
-    door.refuses(lambda: door.manager.get_blocks(door.keys, 0, pages))
+    door.refuses(lambda: door.manager.blocks.put_blocks(door.absent, 0, pages))
+    door.refuses(lambda: door.manager.blocks.get_blocks(door.keys, 0, pages))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=repr)
 def test_positions(door: Door, block: Any) -> None:
     pages = np.arange(2, dtype=np.int32)
-    door.refuses(lambda: door.manager.put_blocks(door.absent, block, pages))
-    door.refuses(lambda: door.manager.get_blocks(door.keys, block, pages))
-    door.refuses(lambda: door.manager.lookup(door.keys, block))
-    door.refuses(lambda: door.manager.prefetch_blocks(door.keys, block))
+    door.refuses(lambda: door.manager.blocks.put_blocks(door.absent, block, pages))
+    door.refuses(lambda: door.manager.blocks.get_blocks(door.keys, block, pages))
+    door.refuses(lambda: door.manager.blocks.lookup(door.keys, block))
+    door.refuses(lambda: door.manager.blocks.prefetch_blocks(door.keys, block))
 
 
 def test_more_pages_than_keys(door: Door) -> None:
-    door.refuses(lambda: door.manager.put_blocks(door.absent, 5, np.arange(2, dtype=np.int32)))
-    door.refuses(lambda: door.manager.get_blocks(door.keys, 3, np.arange(2, dtype=np.int32)))
+    door.refuses(lambda: door.manager.blocks.put_blocks(door.absent, 5, np.arange(2, dtype=np.int32)))
+    door.refuses(lambda: door.manager.blocks.get_blocks(door.keys, 3, np.arange(2, dtype=np.int32)))
 
 
 @pytest.mark.parametrize("keys", [
@@ -109,18 +109,18 @@ def test_more_pages_than_keys(door: Door) -> None:
 ], ids=lambda value: repr(value)[:40])
 def test_keys(door: Door, keys: Any) -> None:
     pages = np.arange(2, dtype=np.int32)
-    door.refuses(lambda: door.manager.put_blocks(keys, 0, pages))
-    door.refuses(lambda: door.manager.get_blocks(keys, 0, pages))
-    door.refuses(lambda: door.manager.lookup(keys))
-    door.refuses(lambda: door.manager.prefetch_blocks(keys))
+    door.refuses(lambda: door.manager.blocks.put_blocks(keys, 0, pages))
+    door.refuses(lambda: door.manager.blocks.get_blocks(keys, 0, pages))
+    door.refuses(lambda: door.manager.blocks.lookup(keys))
+    door.refuses(lambda: door.manager.blocks.prefetch_blocks(keys))
 
 
 @pytest.mark.parametrize("group", [-1, 1, 1 << 40, None, "a", 0.0])
 def test_groups(door: Door, group: Any) -> None:
     pages = np.arange(2, dtype=np.int32)
-    door.refuses(lambda: door.manager.put_blocks(door.absent, 0, pages, group=group))
-    door.refuses(lambda: door.manager.get_blocks(door.keys, 0, pages, group=group))
-    door.refuses(lambda: door.manager.lookup(door.keys, 0, group))
+    door.refuses(lambda: door.manager.blocks.put_blocks(door.absent, 0, pages, group=group))
+    door.refuses(lambda: door.manager.blocks.get_blocks(door.keys, 0, pages, group=group))
+    door.refuses(lambda: door.manager.blocks.lookup(door.keys, 0, group))
 
 
 @pytest.mark.parametrize("namespace", ["tenant", b"tenant", ["a", 1], [b"a"], [None], 7, [NO_TEXT]], ids=ascii)
@@ -129,8 +129,8 @@ def test_namespaces(door: Door, namespace: Any) -> None:
     for call in (manager.get_match, manager.put_match, manager.prefetch_async, manager.pin):
         door.refuses(lambda call=call: call(tokens, namespace=namespace))  # type: ignore[misc]
     door.refuses(lambda: manager.put_async(tokens, mapping([0, 1]), namespace=namespace))
-    door.refuses(lambda: manager.hasher(namespace))
-    door.refuses(lambda: manager.group(namespace))
+    door.refuses(lambda: manager.blocks.hasher(namespace))
+    door.refuses(lambda: manager.blocks.group(namespace))
 
 
 @pytest.mark.parametrize("tokens", [
@@ -176,9 +176,9 @@ def test_task_ids(door: Door, task_id: Any) -> None:
     for call in (manager.wait, manager.try_wait, manager.cancel):
         door.refuses(lambda call=call: call(task_id))  # type: ignore[misc]
     door.refuses(lambda: manager.launch(task_id, [mapping(range(4))]))
-    door.refuses(lambda: manager.put_blocks(door.absent, 0, np.arange(2, dtype=np.int32), after=[task_id]))
+    door.refuses(lambda: manager.blocks.put_blocks(door.absent, 0, np.arange(2, dtype=np.int32), after=[task_id]))
     if not isinstance(task_id, list):
-        for call in (manager.task_blocks, manager.task_match, manager.accept_put):
+        for call in (manager.blocks.task_blocks, manager.task_match, manager.blocks.accept_put):
             door.refuses(lambda call=call: call(task_id))  # type: ignore[misc]
 
 
@@ -187,7 +187,8 @@ def test_times(door: Door, seconds: Any) -> None:
     door.refuses(lambda: door.manager.wait(door.held, timeout=seconds))
     door.refuses(lambda: door.manager.reset(timeout=seconds))
     door.refuses(lambda: door.manager.wait_ready(timeout=seconds))
-    door.refuses(lambda: door.manager.set_prefill_rate(seconds) if seconds != 1 << 70 else door.manager.wait(0, -1))
+    rate = door.manager.blocks.set_prefill_rate
+    door.refuses(lambda: rate(seconds) if seconds != 1 << 70 else door.manager.wait(0, -1))
 
 
 @pytest.mark.parametrize("counter", [-1, MAX_COUNTERS, None, "0", 1.0], ids=repr)
@@ -220,12 +221,12 @@ def test_numpy_integers_and_lists_are_as_good(tmp_path: Path) -> None:
         manager.launch(np.array([get]), [mapping(range(10, 14)).astype(np.int32)], fence=np.int8(0))  # type: ignore[arg-type]
         assert manager.wait(np.array([get, get]), timeout=np.float32(5))[get].status is Status.SUCCESS  # type: ignore[arg-type]
         assert tensors.read(range(10, 14)) == expected
-        hasher = manager.hasher(("a",))
+        hasher = manager.blocks.hasher(("a",))
         hasher.extend(tokens)
-        task = manager.put_blocks(np.asfortranarray(hasher.keys), np.int16(0), (0, 1, 2, 3))  # type: ignore[arg-type]
+        task = manager.blocks.put_blocks(np.asfortranarray(hasher.keys), np.int16(0), (0, 1, 2, 3))  # type: ignore[arg-type]
         assert task is not None
         assert manager.wait({task})[task].status is Status.SUCCESS
-        task = manager.get_blocks(hasher.keys, 0, np.arange(30, 34, dtype=np.uint8), group=np.int64(0))  # type: ignore[arg-type]
+        task = manager.blocks.get_blocks(hasher.keys, 0, np.arange(30, 34, dtype=np.uint8), group=np.int64(0))  # type: ignore[arg-type]
         assert manager.wait(task)[task].status is Status.SUCCESS
         assert tensors.read(range(30, 34)) == expected
         assert manager.try_wait(np.int32(task))[task].status is Status.NOTFOUND       # type: ignore[arg-type]
@@ -235,16 +236,16 @@ def test_pages_are_taken_as_they_are_at_the_call(tmp_path: Path) -> None:
     with local(tmp_path) as (manager, client, tensors):
         tensors.fill(range(4), 1)
         expected = tensors.read(range(4))
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(4))
         pages = np.arange(4, dtype=np.int32)
-        put = manager.put_blocks(hasher.keys, 0, pages, fence=1)
+        put = manager.blocks.put_blocks(hasher.keys, 0, pages, fence=1)
         assert put is not None
         pages[:] = PAGES - 1
         client.advance_fence(save=1)
         assert manager.wait(put)[put].status is Status.SUCCESS
         pages = np.arange(10, 14, dtype=np.int32)
-        get = manager.get_blocks(hasher.keys, 0, pages, fence=1)
+        get = manager.blocks.get_blocks(hasher.keys, 0, pages, fence=1)
         pages[:] = 40
         client.advance_fence(load=1)
         assert manager.wait(get)[get].status is Status.SUCCESS
@@ -266,19 +267,19 @@ def test_after_a_shutdown_nothing_is_found_and_nothing_saved(tmp_path: Path) -> 
     with local(tmp_path) as (manager, _, _tensors):
         held, _ = manager.put_match(tokens_of(2))
         get, _ = manager.get_match(tokens_of(2, 1))
-        hasher = manager.hasher()
+        hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(2, 2))
         pages = np.arange(2, dtype=np.int32)
         manager.shutdown()
         assert not manager.is_ready()
-        assert manager.put_blocks(hasher.keys, 0, pages) is None
-        assert manager.lookup(hasher.keys).num_ready == 0
+        assert manager.blocks.put_blocks(hasher.keys, 0, pages) is None
+        assert manager.blocks.lookup(hasher.keys).num_ready == 0
         assert not manager.put_match(tokens_of(2, 3))[1].any()
-        load = manager.get_blocks(hasher.keys, 0, pages)
+        load = manager.blocks.get_blocks(hasher.keys, 0, pages)
         manager.launch([held], [mapping([0, 1])])
         manager.launch([get], [mapping([])])
         ended = manager.wait([held, get, load], timeout=1)
         assert {ended[held].status, ended[load].status} == {Status.CANCELLED}
-        manager.accept_put(held)
+        manager.blocks.accept_put(held)
         manager.cancel([held, get, load])
         manager.reset()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.harness import local, tokens_of, until
+from tests.support.harness import controller_of, local, space_of, tokens_of, until
 
 
 @pytest.mark.parametrize("end", ["cancel", "expire", "reset", "shutdown"])
@@ -24,11 +24,11 @@ def test_who_waits_for_a_matched_task_learns_of_its_end(tmp_path: Path, save: bo
 
         waiter = threading.Thread(target=wait)
         waiter.start()
-        until(lambda: bool(manager._transfer._news._waiters))       # type: ignore[attr-defined]
+        until(lambda: bool(controller_of(manager)._transfer._news._waiters))       # type: ignore[attr-defined]
         if end == "expire":
-            clock = manager._tasks._clock
-            manager._tasks._clock = lambda: clock() + 1000.0
-            manager._tasks.keep_house()
+            clock = space_of(manager).tasks._clock
+            space_of(manager).tasks._clock = lambda: clock() + 1000.0
+            space_of(manager).tasks.keep_house()
         elif end == "cancel":
             manager.cancel(task)
         elif end == "reset":

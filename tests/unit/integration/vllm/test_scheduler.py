@@ -27,7 +27,7 @@ def request(seed: int, extra: int = 2) -> Any:
 def side_of(made: Stage) -> SchedulerSide:
     made.put(BLOCKS, 1)
     made.flood()
-    return SchedulerSide(made.manager, TOKENS, ConnectorConfig(layerwise_loads="always"))
+    return SchedulerSide(made.manager.blocks, TOKENS, ConnectorConfig(layerwise_loads="always"))
 
 
 def test_a_queued_request_is_read_ahead(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_queued_request_is_read_ahead(tmp_path: Path) -> None:
         side, queued = side_of(made), request(1)
         side.on_new_request(queued)
         side.on_new_request(request(2))                         # of which nothing is there
-        until(lambda: made.manager.lookup(made.keys(BLOCKS, 1)).num_to_fetch == 0)
+        until(lambda: made.manager.blocks.lookup(made.keys(BLOCKS, 1)).num_to_fetch == 0)
         assert made.store.num_reads == BLOCKS
         assert side.get_num_new_matched_tokens(queued, 0) == (BLOCKS * TOKENS, False)    # layer by layer, by now
         side._collect()
@@ -67,11 +67,13 @@ def test_a_request_that_is_considered_is_read_ahead_too(tmp_path: Path, num_comp
         assert made.store.num_reads == BLOCKS - first
 
 
-def test_a_request_is_recorded_once_however_often_it_is_considered(tmp_path: Path) -> None:
+def test_a_request_is_recorded_once_however_often_it_is_considered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with stage(tmp_path) as made:
         side = side_of(made)
         recorded: list[int] = []
-        made.manager.recorder = SimpleNamespace(record=lambda keys: recorded.append(len(keys)), close=lambda: None)
+        monkeypatch.setattr(made.manager.blocks, "record_request", lambda keys: recorded.append(len(keys)))
         first, second = request(1), request(2, extra=2 * TOKENS)
         side.on_new_request(first)
         for asked in (first, second, first, second):

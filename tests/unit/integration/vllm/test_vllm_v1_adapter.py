@@ -29,7 +29,7 @@ def start(tmp_path: Path, role: str) -> tuple[Any, Any, KVTPClient]:
     client = KVTPClient(port, transfer_config=TransferConfig())
     spec = TensorSpec(layer.ctypes.data, layer.shape, tuple(s // 2 for s in layer.strides), 2)
     client.register_tensors([spec], 10.0, keep_alive=layer)
-    manager = adapter.scheduler._manager
+    manager = adapter.scheduler._controller
     until(lambda: manager.is_ready() and manager.stats()["num_slots"] == 64)
     client.advance_fence(load=1 << 30, save=1 << 30)
     return adapter, manager, client
@@ -79,7 +79,7 @@ def test_data_parallel_ranks_have_ports_labels_and_files_of_their_own(tmp_path: 
         for rank in range(2)
     ]
     try:
-        metrics = [adapter.scheduler._manager.metrics for adapter in adapters]
+        metrics = [adapter.scheduler._controller.metrics for adapter in adapters]
         assert [(m.port, m._labels["engine"]) for m in metrics] == [(port, "0"), (port + 1, "1")]
         assert (tmp_path / "s").is_socket()
         assert (tmp_path / "s.dp1").is_socket()

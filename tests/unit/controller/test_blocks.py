@@ -15,7 +15,7 @@ from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import ConfigError, PinError
 from flexkv.kvmanager import KVManager
 from flexkv.protocol.requests import Pin, ask
-from tests.support.harness import TOKENS, Tensors, local, make_manager, mapping, tokens_of, until
+from tests.support.harness import TOKENS, Tensors, local, make_manager, mapping, space_of, tokens_of, until
 
 NAMESPACES = {"calm": {"guaranteed": 0.5}, "flood": {"limit": 0.5}, "default": {"priority": -1}}
 
@@ -66,13 +66,13 @@ def test_every_match_has_a_reason_and_is_counted(tmp_path: Path) -> None:
         assert matched(manager, 3, 1, "calm") == 3
         for seed in range(10, 20):
             put(manager, tensors, 8, seed, "calm")
-        hasher = manager.hasher(["salt", "calm"])
+        hasher = manager.blocks.hasher(["salt", "calm"])
         hasher.extend(tokens_of(3, 1))
-        group = manager.group(["salt", "calm"])
-        lookup = manager.lookup(hasher.keys, 0, group, count=True)
+        group = manager.blocks.group(["salt", "calm"])
+        lookup = manager.blocks.lookup(hasher.keys, 0, group, count=True)
         assert (lookup.num_ready, lookup.reason) == (0, StopReason.EVICTED)
         assert lookup.since > 0
-        manager.lookup(hasher.keys, 0, group)                   # not counted
+        manager.blocks.lookup(hasher.keys, 0, group)                   # not counted
         told = {name: count for name, count in manager.stats().items() if name.startswith(("miss", "part", "full"))}
         assert {name: count for name, count in told.items() if count} == {
             "full_hits": 1, "miss_never_seen": 2, "miss_evicted": 1
@@ -83,7 +83,7 @@ def test_what_has_expired_is_computed_again(tmp_path: Path) -> None:
     with local(tmp_path, 16, cache={"namespaces": {"short": {"ttl_s": 1000}}}) as (manager, _, tensors):
         put(manager, tensors, 3, 1, "short")
         assert matched(manager, 3, 1, "short") == 3
-        cache = manager._cache
+        cache = space_of(manager).index
         assert cache is not None
         clock = cache._clock
         cache._clock = lambda: clock() + 2000.0

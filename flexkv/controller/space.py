@@ -1,0 +1,142 @@
+"""A space: one domain of a controller, with its keys, quotas, index, tasks and tiers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flexkv._core.index.block_keys import SequenceHasher, chain_seed, hash_blocks
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.eviction import policy_class
+from flexkv.cache.quotas import Quotas
+from flexkv.config import CacheConfig, changed_domain
+from flexkv.controller.tasks.arguments import extras_of, namespace_of, tokens_of
+from flexkv.controller.tasks.table import TaskTable
+from flexkv.controller.tiering import Tiering, make_ssd_store
+from flexkv.errors import ArgumentError
+from flexkv.metrics.match_counts import MatchCounts
+from flexkv.storage.store import MakeStore
+from flexkv.transfer.engine import TransferEngine
+
+_MAX_SEEDS = 256
+"""Chain seeds of namespaces that are remembered; to make one costs as much as all checks of a request."""
+
+
+class Space:
+    """Wires the index, the tasks and the tiers of one domain to the data plane. Thread safe.
+
+    Parameters
+    ----------
+    config : CacheConfig
+    domain : bytes
+        What makes KV comparable.
+    transfer : TransferEngine
+        Must not be started yet.
+    dp_client_id : int
+        Whose ranks move the blocks.
+    accept_within_s : float
+        As in ``TaskTable``.
+    make_store : callable
+        Makes the store of the SSD tier.
+    on_ready : callable
+        Called once, when the host pool exists and the SSD tier is open or cannot be opened.
+
+    Attributes
+    ----------
+    index : GlobalCacheEngine or None
+        None until the host pool exists: the size of a slot is not known before.
+    tiering : Tiering or None
+        None: there is no tier below host memory.
+    tasks : TaskTable
+    counts : MatchCounts
+    num_groups : int
+        Quotas that blocks can count against.
+    """
+
+    def __init__(
+        self, config: CacheConfig, domain: bytes, transfer: TransferEngine, dp_client_id: int, accept_within_s: float,
+        make_store: MakeStore = make_ssd_store, on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._domain = domain
+        self._transfer = transfer
+        self._on_ready = on_ready
+        self._make_policy = partial(
+            policy_class(config.eviction_policy), hit_reward_seconds=config.hit_reward_seconds
+        )
+        self._quotas = Quotas(config.quotas)
+        self._chain_seed = lru_cache(_MAX_SEEDS)(chain_seed)
+        self.num_groups = len(self._quotas)
+        self.index: GlobalCacheEngine | None = None
+        self.tiering = Tiering(config, domain, make_store, on_ready) if config.ssd_bytes else None
+        self.tasks = TaskTable(transfer, dp_client_id, config.tokens_per_block, self.tiering, accept_within_s)
+        self.counts = MatchCounts()
+
+    def grow(self, num_slots: int) -> None:
+        """The host pool has so many usable slots by now. The first call makes the index and opens the SSD tier."""
+        is_first = self.index is None
+        if self.index is None:
+            config, pool = self._config, self._transfer.host_pool
+            self.index = GlobalCacheEngine(
+                pool.num_slots, self._make_policy, config.evict_start_threshold, config.evict_ratio,
+                num_ssd_slots=config.ssd_bytes // pool.slot_bytes, quotas=self._quotas,
+                max_pinned_share=config.max_pinned_share,
+            )
+        self.index.grow(num_slots)
+        self._transfer.notify()
+        if self.tiering is not None:
+            self.tiering.grow(self.index, self._transfer, num_slots)
+        elif is_first:
+            self._on_ready()
+
+    def keep_house(self) -> float:
+        """Do what is due; returns in how many seconds to call again."""
+        pause = self.tasks.keep_house()
+        return min(pause, self.tiering.keep_house()) if self.tiering is not None else pause
+
+    def reset(self, timeout_s: float, new_weights: bool) -> None:
+        """Forget all KV; see ``Blocks.reset``."""
+        if new_weights:
+            self._domain = changed_domain(self._domain)
+        if self.index is not None:
+            self.index.reset()
+        if self.tiering is not None:
+            self.tiering.reset()
+        self.tasks.wait(self.tasks.reset(), timeout_s, self.tasks.is_settled)
+
+    # ---- keys -------------------------------------------------------------------------------------------------
+
+    def hasher(self, namespace: Sequence[str] | None) -> SequenceHasher:
+        """A hasher of growing sequences."""
+        return SequenceHasher(self._seed(namespace), self._config.tokens_per_block)
+
+    def keys(
+        self, token_ids: ArrayLike, namespace: Sequence[str] | None, extras: Mapping[int, bytes] | None
+    ) -> NDArray[np.uint64]:
+        """(n, 2) uint64: keys of the whole blocks of a sequence; ArgumentError if an argument is wrong."""
+        seed = self._seed(namespace)
+        tokens, extras = tokens_of(token_ids), extras_of(extras)
+        try:
+            return hash_blocks(tokens, self._config.tokens_per_block, seed, extras=extras)
+        except (ValueError, TypeError) as error:
+            raise ArgumentError(f"token_ids: {error}") from error
+
+    def _seed(self, namespace: Sequence[str] | None) -> bytes:
+        return self._chain_seed(self._domain, namespace_of(namespace), self._config.secret)
+
+    def group(self, namespace: Sequence[str] | None) -> int:
+        """Which quota blocks of a namespace count against."""
+        return self._quotas.group(namespace_of(namespace))
+
+    # ---- counts -----------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the index, the SSD tier and the tasks, now; of matches, since the start."""
+        return {
+            **(self.index.stats() if self.index is not None else {}),
+            **(self.tiering.stats() if self.tiering is not None else {}),
+            **self.counts.stats(),
+            "tasks": len(self.tasks),
+            "provisional_puts": self.tasks.num_provisional,
+        }
