@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -28,6 +27,7 @@ from flexkv.rank.gds_worker import GdsWorker
 from flexkv.rank.handshake import abandon, join_controller
 from flexkv.rank.kernels import move_function
 from flexkv.rank.pool_pinning import PoolPinner
+from flexkv.rank.results import OpResult
 from flexkv.rank.tensors import KVTensor, content_digest, tensor_spec
 
 logger = logging.getLogger("flexkv.rank")
@@ -43,29 +43,6 @@ that hangs takes this long."""
 
 _LAYER_GROUPS = 8
 """Of a load layer by layer: compute starts after an eighth of it, and copies stay large."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class OpResult:
-    """What became of one task on this rank.
-
-    Attributes
-    ----------
-    pages : (n,) int32
-        Pages of the task, in the order in which their copies ended.
-    ok : (n,) bool
-        Whether each was copied.
-    """
-
-    task_id: int
-    kind: OpKind
-    pages: NDArray[np.int32]
-    ok: NDArray[np.bool_]
-
-    @property
-    def failed_pages(self) -> NDArray[np.int32]:
-        """Pages whose block was not moved; after a failed load their content is undefined."""
-        return self.pages[~self.ok]
 
 
 class RankClient:
@@ -126,6 +103,7 @@ class RankClient:
     def register_tensors(
         self, tensors: "Sequence[TensorSpec | KVTensor]", connect_timeout_s: float = CONNECT_TIMEOUT_S,
         keep_alive: object = None, *, layers: Sequence[int] | None = None, opened: ExitStack | None = None,
+        intra_client_id: int | None = None, keep_outcomes: bool = True,
     ) -> None:
         """Register the tensors that hold KV, and return; a thread connects as soon as the controller is there.
 
@@ -142,6 +120,10 @@ class RankClient:
             The layer of each tensor, from 0 and ascending; default: each is one.
         opened : ExitStack, optional
             Owns memory that the specs are in; taken over, and closed with ``close`` or ``suspend``.
+        intra_client_id : int, optional
+            Replaces that of the constructor.
+        keep_outcomes : bool
+            False: ``poll_results`` returns nothing.
 
         Raises
         ------
@@ -159,6 +141,8 @@ class RankClient:
             raise RegistrationError(f"tensors on devices {devices}: a rank's tensors must be on one")
         ordinal = devices.pop()
         self._device = None if ordinal is None else load_driver().device(ordinal)
+        self._rank = self._rank if intra_client_id is None else intra_client_id
+        self._keep_outcomes = keep_outcomes
         self._keep_alive = keep_alive, list(tensors)
         self._num_tensors = len(specs)
         close_at_exit(self, type(self).close)
@@ -276,6 +260,11 @@ class RankClient:
         return f"{self._dp_client_id}-{self._pp_rank}-{self._rank}"
 
     @property
+    def is_suspended(self) -> bool:
+        """``suspend`` was called, and no tensors were registered since."""
+        return self._suspended
+
+    @property
     def is_connected(self) -> bool:
         """The agent runs, and the controller is there."""
         return self._agent is not None and self._agent.status == 0
@@ -336,6 +325,20 @@ class RankClient:
         """
         span = max(self._span_of) if tensor is None else self._span_of[tensor]
         return self._agent is not None and self._agent.follow(task_id, span, timeout_s, stream or 0)
+
+    def signal_layers(self, eventfds: list[list[int]]) -> None:
+        """Let layerwise loads signal the eventfds of their counter, one a layer; they stay the caller's, and must stay
+        open until they are replaced or the agent has stopped.
+
+        Raises
+        ------
+        RegistrationError
+            The agent does not run.
+        """
+        with self._lock:
+            if self._agent is None:
+                raise RegistrationError("the rank's tensors are not registered yet")
+            self._agent.set_signals(eventfds, self._span_of_layer)
 
     def poll_results(self) -> list[OpResult]:
         """Tasks that ended on this rank since the last call."""

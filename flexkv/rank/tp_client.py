@@ -2,19 +2,26 @@
 
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv._core.block_table import TensorSpec
+from flexkv.at_exit import close_at_exit
+from flexkv.config import TransferConfig, load_config
 from flexkv.errors import AgentLostError, RegistrationError
 from flexkv.protocol.layer_signals import layerwise_socket
 from flexkv.rank.kv_layout import KVCacheLayout
 from flexkv.rank.layer_signals import LayerSignals
-from flexkv.rank.rank import CONNECT_TIMEOUT_S, OpResult, RankClient
+from flexkv.rank.rank import CONNECT_TIMEOUT_S, RankClient
+from flexkv.rank.results import OpResult
 from flexkv.rank.shared_tensor import TensorSharedHandle, local_specs
+from flexkv.rank.tensors import KVTensor
 
 if TYPE_CHECKING:
     import torch
@@ -33,15 +40,36 @@ def _close_all(fds: list[list[int]] | None) -> None:
             os.close(fd)
 
 
-class KVTPClient(RankClient):
+class KVTPClient:
     """A rank that registers tensors of a framework and waits for the controller.
 
     With the setting ``enable_layerwise_transfer`` it takes the eventfds of a rank of SGLang, at the socket of
     ``build_layerwise_eventfd_socket_path``, and layerwise loads tell of their layers there.
+
+    Parameters as ``RankClient``.
+
+    Attributes
+    ----------
+    rank : RankClient
+        Does the work; this forwards to it.
     """
 
-    _signals: LayerSignals | None = None
-    _eventfds: list[list[int]] | None = None         # of each counter, one a layer; under the lock
+    def __init__(
+        self,
+        gpu_register_port: str,
+        dp_client_id: int = 0,
+        device_id: int = 0,
+        pp_rank: int = 0,
+        intra_client_id: int | None = None,
+        transfer_config: TransferConfig | None = None,
+    ) -> None:
+        self._dp_client_id = dp_client_id
+        self._pp_rank = pp_rank
+        self._config = transfer_config or load_config().transfer
+        self.rank = RankClient(gpu_register_port, dp_client_id, device_id, pp_rank, intra_client_id, self._config)
+        self._lock = threading.Lock()
+        self._signals: LayerSignals | None = None
+        self._eventfds: list[list[int]] | None = None    # of each counter, one a layer; under the lock
 
     def register_to_server(
         self,
@@ -89,7 +117,7 @@ class KVTPClient(RankClient):
         given = [name for name, value in unavailable.items() if value is not None]
         if given:
             raise RegistrationError(f"{', '.join(given)}: not available in this version; leave it out")
-        if resume != self._suspended:
+        if resume != self.rank.is_suspended:
             raise RegistrationError("resume=True goes with suspend_gpu_mappings: one without the other")
         layouts = [kv_layout] * len(kv_caches)
         for group, layout in zip(layer_groups or (), gpu_layouts or (), strict=True):
@@ -99,26 +127,24 @@ class KVTPClient(RankClient):
         tensors, layouts = [*kv_caches, *indexers], layouts + [indexer_layout or kv_layout] * len(indexers)
         layers = _layers_of(len(kv_caches), kv_layout.num_layer) + _layers_of(len(indexers), kv_layout.num_layer)
         order = sorted(range(len(tensors)), key=layers.__getitem__)
-        if override_device_id is not None:
-            self._rank = override_device_id
-        self._keep_outcomes = False                  # upstream's adapters ask the KVManager alone
+        close_at_exit(self, type(self).close)
         if self._config.enable_layerwise_transfer and self._signals is None:
             path = layerwise_socket(self._dp_client_id, self._pp_rank)
             self._signals = LayerSignals(path, max(layers) + 1, self._take_eventfds)
         with ExitStack() as opened:
             specs = local_specs(tensors, layouts, opened)
-            self.register_tensors(
-                [specs[i] for i in order], keep_alive=tensors, layers=sorted(layers), opened=opened
+            self.rank.register_tensors(
+                [specs[i] for i in order], keep_alive=tensors, layers=sorted(layers), opened=opened,
+                intra_client_id=override_device_id,
+                keep_outcomes=False,                 # upstream's adapters ask the KVManager alone
             )
-        self.wait_connected(CONNECT_TIMEOUT_S)
+        self.rank.wait_connected(CONNECT_TIMEOUT_S)
         if self._eventfds is not None:               # of before ``suspend_gpu_mappings``
             self._take_eventfds(self._eventfds)
 
     def _take_eventfds(self, fds: list[list[int]]) -> None:
         with self._lock:
-            if self._agent is None:
-                raise RegistrationError("the rank's tensors are not registered yet")
-            self._agent.set_signals(fds, self._span_of_layer)
+            self.rank.signal_layers(fds)
             before, self._eventfds = self._eventfds, fds
         if before is not fds:
             _close_all(before)
@@ -131,7 +157,7 @@ class KVTPClient(RankClient):
         int
             How many tensors it was.
         """
-        return self.suspend()
+        return self.rank.suspend()
 
     def set_slot_mapping(self, task_id: int, slot_mapping: NDArray[np.int64]) -> None:
         """For ranks on other nodes than the controller's, which this version does not have.
@@ -155,10 +181,67 @@ class KVTPClient(RankClient):
             self._signals.close()
             self._signals = None
         try:
-            super().close()
+            self.rank.close()
         finally:                                     # after the agent, which writes them
             _close_all(self._eventfds)
             self._eventfds = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- as RankClient ----------------------------------------------------------------------------------------
+
+    def register_tensors(
+        self, tensors: "Sequence[TensorSpec | KVTensor]", connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        keep_alive: object = None,
+    ) -> None:
+        """Register the tensors that hold KV, one for each layer, and return; see ``RankClient.register_tensors``."""
+        self.rank.register_tensors(tensors, connect_timeout_s, keep_alive)
+
+    def wait_connected(self, timeout_s: float) -> None:
+        """Wait until the agent runs, at most ``timeout_s`` seconds; then RegistrationError."""
+        self.rank.wait_connected(timeout_s)
+
+    def suspend(self) -> int:
+        """Stop moving blocks, and let the tensors go, until ``register_tensors``; how many it was."""
+        return self.rank.suspend()
+
+    @property
+    def error(self) -> Exception | None:
+        """Why there is no agent, when connecting has failed for good."""
+        return self.rank.error
+
+    @property
+    def is_connected(self) -> bool:
+        """The agent runs, and the controller is there."""
+        return self.rank.is_connected
+
+    @property
+    def is_lost(self) -> bool:
+        """There will be no more results: connecting failed, the controller is gone, or this is closed."""
+        return self.rank.is_lost
+
+    def advance_fence(self, load: int | None = None, save: int | None = None, stream: int | None = None) -> None:
+        """Let loads (saves) start whose fence is at most ``load`` (``save``); see ``RankClient.advance_fence``."""
+        self.rank.advance_fence(load, save, stream)
+
+    def follow_load(self, task_id: int, tensor: int | None, timeout_s: float, stream: int | None = None) -> bool:
+        """Compute given to ``stream`` from now on starts after a layerwise load has filled a tensor's pages; see
+        ``RankClient.follow_load``."""
+        return self.rank.follow_load(task_id, tensor, timeout_s, stream)
+
+    def poll_results(self) -> list[OpResult]:
+        """Tasks that ended on this rank since the last call."""
+        return self.rank.poll_results()
+
+    def wait_results(self, timeout_s: float) -> bool:
+        """Wait until ``poll_results`` has something, or never will have again; False after ``timeout_s`` seconds."""
+        return self.rank.wait_results(timeout_s)
 
 
 __all__ = ["KVTPClient", "OpResult"]

@@ -17,7 +17,8 @@ from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.controller.controller import Controller
 from flexkv.controller.space import Space
 from flexkv.kvmanager import KVManager
-from flexkv.rank.tp_client import KVTPClient, OpResult
+from flexkv.rank.results import OpResult
+from flexkv.rank.tp_client import KVTPClient
 
 TOKENS = 4
 LAYERS = 3

@@ -26,7 +26,7 @@ from flexkv.integration.vllm.support import (
     unsupported_tensors,
 )
 from flexkv.integration.vllm.worker import WorkerSide, find_metadata
-from flexkv.rank.tp_client import KVTPClient
+from flexkv.rank.rank import RankClient
 from flexkv.server.connect import connect
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class FlexKVConnectorV1Impl:
     def _make_worker(self, rank: int) -> WorkerSide:
         from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
-        client = KVTPClient(
+        client = RankClient(
             _register_port(self._vllm_config, self._config), dp_client_id=rank, pp_rank=get_pp_group().rank_in_group,
             intra_client_id=get_tensor_model_parallel_rank(), transfer_config=self._config.transfer,
         )

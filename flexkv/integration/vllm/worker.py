@@ -13,8 +13,9 @@ from flexkv.errors import RegistrationError
 from flexkv.integration.vllm.audit import PageAudit
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob
 from flexkv.protocol.ring import OpKind
+from flexkv.rank.rank import RankClient
+from flexkv.rank.results import OpResult
 from flexkv.rank.tensors import tensor_spec
-from flexkv.rank.tp_client import KVTPClient, OpResult
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +61,11 @@ class WorkerSide:
 
     Parameters
     ----------
-    client : KVTPClient
+    client : RankClient
     config : ConnectorConfig
     """
 
-    def __init__(self, client: KVTPClient, config: ConnectorConfig) -> None:
+    def __init__(self, client: RankClient, config: ConnectorConfig) -> None:
         self._client = client
         self._config = config
         self._meta: FlexKVConnectorMetadata | None = None

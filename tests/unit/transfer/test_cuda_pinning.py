@@ -45,7 +45,7 @@ class Node:
         return controller_of(self.manager)._transfer._growth.usable
 
     def pinned(self) -> list[int]:
-        agents = [client._agent for client in self.clients]
+        agents = [client.rank._agent for client in self.clients]
         return [agent.pinned_slots if agent else 0 for agent in agents]
 
     def moves(self, num_blocks: int, seed: int = 0) -> bool:

@@ -12,7 +12,7 @@ from flexkv.integration.vllm.audit import PageAudit
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob
 from flexkv.integration.vllm.worker import WorkerSide, page_spec
 from flexkv.protocol.ring import OpKind
-from flexkv.rank.tp_client import OpResult
+from flexkv.rank.results import OpResult
 
 
 class FakeClient:

@@ -1,0 +1,31 @@
+"""Results of tasks on a rank."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.protocol.ring import OpKind
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpResult:
+    """What became of one task on this rank.
+
+    Attributes
+    ----------
+    pages : (n,) int32
+        Pages of the task, in the order in which their copies ended.
+    ok : (n,) bool
+        Whether each was copied.
+    """
+
+    task_id: int
+    kind: OpKind
+    pages: NDArray[np.int32]
+    ok: NDArray[np.bool_]
+
+    @property
+    def failed_pages(self) -> NDArray[np.int32]:
+        """Pages whose block was not moved; after a failed load their content is undefined."""
+        return self.pages[~self.ok]
