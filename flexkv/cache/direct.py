@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.radix import Match, RadixTree
 from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan
-from flexkv.cache.sources import Sources
-from flexkv.cache.tier import SSD, Tier
+from flexkv.cache.sources import Sources, absent_blocks
+from flexkv.cache.tier import SSD, SsdTier, Tier
 
 
 def direct_get(
@@ -24,9 +24,10 @@ def direct_get(
 
 
 def direct_put(
-    tree: RadixTree, below: Tier, keys: NDArray[np.uint64], absent: NDArray[np.int32], group: int, now: float
+    tree: RadixTree, below: Tier, ssd: SsdTier | None, keys: NDArray[np.uint64], absent: NDArray[np.int32], group: int,
+    now: float,
 ) -> tuple[DirectPlan | None, NDArray[np.int32]]:
-    """Allocate SSD slots for the first ``absent`` blocks, as many as are available; also returns the blocks without.
+    """Allocate SSD slots for the first absent blocks, as many as are available; also returns the blocks left absent.
 
     The first blocks get SSD slots, not the last: a block on SSD that follows blocks in host memory would be
     unreachable if those were evicted before their write-back. The prefix of the blocks is not evicted. A block that
@@ -36,9 +37,10 @@ def direct_put(
     if len(blocks) == 0:
         return None, absent
     taken = below.take(tree, len(blocks), group, now, keep=keys[: blocks[0]])
+    absent = absent_blocks(tree, ssd, keys)        # blocks behind the first may have been evicted for these slots
     if len(taken) == 0:
         return None, absent
-    blocks = blocks[: len(taken)]
+    blocks = absent[np.asarray(tree.slots(keys, SSD))[absent] < 0][: len(taken)]
     plan = DirectPlan(keys[: blocks[-1] + 1], blocks, tree, taken)
     if not below.place(plan, taken, now, group):
         return None, absent

@@ -32,7 +32,7 @@ def plan_put(
         keys, absent = _fit(tree, host, below, ssd, keys, absent)
     straight: DirectPlan | None = None
     if direct and len(absent) > host.limit(group):         # the host tier can never hold them: evict nothing there
-        straight, absent = direct_put(tree, below, keys, absent, group, now)
+        straight, absent = direct_put(tree, below, ssd, keys, absent, group, now)
     room = len(absent)
     if room and not host.has_room(tree, room, group):
         room = host.make_room(tree, room, group, now, keep=keys[:first])   # their prefix is not evicted
@@ -40,7 +40,7 @@ def plan_put(
             absent = absent_blocks(tree, ssd, keys)
     count, now = min(room, host.slots.num_free), tick()    # a time later than the eviction
     if direct and straight is None and count < len(absent):
-        straight, absent = direct_put(tree, below, keys, absent, group, now)
+        straight, absent = direct_put(tree, below, ssd, keys, absent, group, now)
     slots = host.slots.allocate(min(len(absent), count))
     assert slots is not None  # narrowing: as many as are free
     blocks = absent[: len(slots)]

@@ -277,6 +277,37 @@ def test_a_put_larger_than_the_host_tier_has_its_first_blocks_on_ssd(length: int
     disk.cache.check_integrity()
 
 
+@pytest.mark.parametrize("num_later", [2, 8])
+def test_a_put_straight_to_ssd_may_evict_later_blocks_of_its_own_sequence(num_later: int) -> None:
+    """All of them, or some: those are absent then too, and come before the end of the sequence."""
+    disk = Disk()
+    disk.slots.free(np.arange(10, dtype=np.int32))
+    assert disk.cache.attach_ssd(disk.tier)
+    length = 3 + num_later + 1
+    keys = keys_of(tuple(range(100, 100 + length)))
+    first = disk.cache.begin_put(keys, 0, 3)
+    pending = [disk.cache.begin_put(keys_of((other,)), 0, 1) for other in range(5)]     # the host tier is full
+    later = disk.cache.begin_put(keys, 0, length - 1, direct=True)
+    assert later.all_blocks.tolist() == list(range(3, length - 1))
+    disk.cache.end_put(later, np.ones(num_later, dtype=np.bool_))
+    for other in range(60, 62):
+        disk.cache.end_put(disk.cache.begin_put(keys_of((other,)), 0, 1, direct=True), np.ones(1, dtype=np.bool_))
+    if num_later == 2:
+        pending.append(disk.cache.begin_put(keys_of(tuple(range(70, 76))), 0, 6, direct=True))
+    assert disk.slots.num_free == 0
+    disk.cache.end_put(first, np.zeros(3, dtype=np.bool_))
+    pending += [disk.cache.begin_put(keys_of((other,)), 0, 1) for other in range(5, 8)]
+    plan = disk.cache.begin_put(keys, 0, length, direct=True)     # for its first three blocks and its last
+    assert plan.direct is not None
+    assert plan.direct.blocks.tolist() == [0, 1, 2, 3]
+    assert len(plan) == 0
+    disk.cache.end_put(plan, np.ones(4, dtype=np.bool_))
+    assert disk.ready(*range(100, 100 + length)) == 4
+    for each in pending:
+        disk.cache.end_put(each, np.ones(len(each.all_blocks), dtype=np.bool_))
+    disk.cache.check_integrity()
+
+
 def test_of_a_put_what_was_not_written_is_not_there() -> None:
     disk = Disk()
     disk.slots.free(np.arange(10, dtype=np.int32))
