@@ -257,7 +257,9 @@ class EndedTask:
         """As it stands now."""
         status, reason = self.status, self.reason
         blocks = range(self.first, self.last) if self.blocks is None else self.blocks
-        if self.cache is not None and self.cache.epoch != self.epoch and status is KVResponseStatus.SUCCESS:
+        num_moved = len(blocks) - (len(self.missing) if self.missing is not None else 0)
+        delivers = status is KVResponseStatus.SUCCESS or num_moved > 0
+        if self.cache is not None and self.cache.epoch != self.epoch and delivers:
             status, reason, blocks = KVResponseStatus.CANCELLED, reasons.WAS_RESET, blocks[:0]
         elif self.missing is not None:
             blocks = np.setdiff1d(blocks, self.missing, assume_unique=True)

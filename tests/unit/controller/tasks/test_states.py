@@ -1,5 +1,8 @@
 """Results that are given before a task has settled, and what a settled task keeps."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -40,6 +43,23 @@ def test_a_put_straight_to_ssd_has_no_result_before_it_is_at_rest(direct: bool, 
     assert status is (Status.TIMEOUT if verdict is OpStatus.TIMEOUT else Status.CANCELLED)
     assert not ok.any()
     assert reason
+
+
+@pytest.mark.parametrize("moved", [3, 2, 0])
+def test_a_load_that_is_claimed_after_a_reset_names_no_block(moved: int) -> None:
+    cache: Any = SimpleNamespace(epoch=1)
+    task = KVTask(7, cache, 1, None, IDS, IDS, 4, 12)
+    status = Status.SUCCESS if moved == 3 else Status.FAILED
+    ended = EndedTask.of(task, status, np.arange(3) < moved, "" if moved == 3 else "why")
+    response = ended.response()
+    assert response.return_mask is not None
+    assert (response.status, int(response.return_mask.sum())) == (status, 4 * moved)
+    cache.epoch = 2
+    response = ended.response()
+    expected = (Status.CANCELLED, reasons.WAS_RESET) if moved else (Status.FAILED, "why")
+    assert (response.status, response.reason) == expected
+    assert response.return_mask is not None
+    assert not response.return_mask.any()
 
 
 def test_a_settled_task_keeps_its_result_alone() -> None:
