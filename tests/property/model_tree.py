@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,12 @@ def keys_of(sequence: Prefix) -> NDArray[np.uint64]:
     """(n, 2) uint64: a chained key for each block, here a digest of the whole prefix."""
     digests = [hashlib.blake2b(bytes(sequence[: i + 1]), digest_size=16).digest() for i in range(len(sequence))]
     return np.frombuffer(b"".join(digests), dtype=np.uint64).reshape(-1, 2).copy()
+
+
+@cache
+def key_of(prefix: Prefix) -> bytes:
+    """Key of the last block of a prefix."""
+    return bytes(keys_of(prefix)[-1])
 
 
 @dataclass
