@@ -145,7 +145,7 @@ def test_tasks_keep_their_promises_in_a_known_interleaving(text: str, with_ssd: 
 
 
 @settings(
-    max_examples=EXAMPLES // 12, deadline=None,
+    max_examples=EXAMPLES // 24, deadline=None,
     phases=[Phase.reuse, Phase.generate, Phase.shrink],      # to explain a failure takes longer than to find it
 )
 @given(STEPS, st.booleans())
