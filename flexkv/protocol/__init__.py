@@ -1,1 +1,1 @@
-"""What processes say to each other: messages, sockets and rings, with their versions and limits."""
+"""Protocols between processes: messages, sockets and rings, with their versions and limits."""

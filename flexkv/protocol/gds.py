@@ -1,8 +1,13 @@
-"""GPUDirect Storage: what a rank is told to move between files and its pages, over a socket of its own.
+"""Messages of GPUDirect Storage: the controller requests moves between files and a rank's pages.
 
-A message is one byte that names it, and an array: FILES (descriptors come with it), MOVE and CANCEL go to the rank;
-STATUS (a text: why it cannot; empty: it can) and RESULT come back, and REST at the end: nothing more is read or
-written. Either side hangs up when it is over.
+Each rank has a separate socket for them. A message is one byte that names it, then its content.
+
+1. The controller sends FILES, with the descriptors of the files.
+2. The rank replies with STATUS: an empty text if it can move blocks, else the reason.
+3. The controller sends MOVE (MOVE_DTYPE) and CANCEL (tags, uint64); the rank replies with RESULT (RESULT_DTYPE).
+4. The rank sends REST when it neither reads nor writes any more.
+
+Either side ends the session by closing its end of the socket.
 """
 
 import numpy as np
@@ -12,14 +17,16 @@ FILES, MOVE, CANCEL, STATUS, RESULT, REST = (bytes([number]) for number in range
 MOVE_DTYPE = np.dtype([
     ("tag", "<u8"), ("offset", "<u8"), ("fence", "<u8"), ("file", "<i4"), ("page", "<i4"), ("kind", "<u8"),
 ])
-"""``offset`` in bytes; ``kind`` as ``IoQueue`` names them; ``fence`` as in ``TransferOp``."""
+"""One move. ``offset``: in the file, in bytes; ``kind``: READ or WRITE of ``IoQueue``; ``fence``: as in
+``TransferOp``."""
 
 RESULT_DTYPE = np.dtype([("tag", "<u8"), ("checksum", "<u8"), ("result", "<i8")])
-"""``result``: 0 or a negative errno."""
+"""Result of one move. ``result``: 0 or a negative errno."""
 
 MAX_BLOCKS = 256
-"""That a rank has at a time: few enough that messages always fit a socket's buffer, and more than it does at once."""
+"""Maximum number of moves that a rank has at a time: more than it executes at once, and few enough that its messages
+always fit a socket's buffer."""
 
 MAX_MESSAGE_BYTES = 1 + MAX_BLOCKS * MOVE_DTYPE.itemsize
 MAX_FILES = 250
-"""Descriptors that one message can carry."""
+"""Maximum number of descriptors in one message."""

@@ -1,4 +1,5 @@
-"""Where a rank of SGLang gives its eventfds to the client in the same process, for loads layer by layer."""
+"""The socket over which a rank of SGLang passes its eventfds to the client in the same process. A load layer by layer
+signals each layer with an eventfd."""
 
 import os
 from pathlib import Path
@@ -6,11 +7,11 @@ from pathlib import Path
 from flexkv.config import runtime_directory
 
 MAX_COUNTERS = 64
-"""Loads that a rank can tell apart; SGLang has three."""
+"""Maximum number of counters, that is, of loads that a rank can distinguish; SGLang has three."""
 
 
 def layerwise_socket(dp_client_id: int, pp_rank: int) -> Path:
-    """The socket of this process: rank and client share it, so no other process has to be told of the descriptors."""
+    """Path of the socket of this process. It contains the process id, because rank and client are in one process."""
     return runtime_directory() / f"layers-{os.getpid()}-{dp_client_id}-{pp_rank}.sock"
 
 

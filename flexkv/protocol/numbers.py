@@ -1,4 +1,4 @@
-"""Numbers that cross a border between processes, checked where a caller gives them."""
+"""Checks of numbers that are sent to another process, made when a caller passes them."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ MAX_STEP = (1 << 63) - 1
 
 
 def integer_of(value: object, name: str, low: int, high: int) -> int:
-    """A Python or numpy integer in ``[low, high]``, as ``int``; else ArgumentError."""
+    """Convert a Python or NumPy integer in ``[low, high]`` to ``int``; ArgumentError for any other value."""
     if type(value) is int and low <= value <= high:
         return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
@@ -18,11 +18,11 @@ def integer_of(value: object, name: str, low: int, high: int) -> int:
 
 
 def fence_of(value: object) -> int:
-    """A step of the ranks; else ArgumentError."""
+    """Convert the number of a step to ``int``; ArgumentError if it is not in ``[0, MAX_STEP]``."""
     return integer_of(value, "fence", 0, MAX_STEP)
 
 
 def shortened(value: object) -> str:
-    """A value as ASCII for a message, cut after 80 characters."""
+    """Format a value as ASCII for a message, with at most 80 characters."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -22,9 +22,9 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int]:
 class PeerProcess:
     """The process that connected to a socket.
 
-    A socket hangs up while its process is still being torn down: on an H200 50 ms before the driver has released the
-    GPU. A pidfd is readable only when every thread of the process has ended and all its descriptors are closed, those
-    of the GPU's driver too, so that no copy of it can be under way.
+    The kernel closes a socket while its process is still being torn down: on an H200, 50 ms before the driver has
+    released the GPU. A pidfd is readable only when every thread of the process has ended and all its descriptors are
+    closed, including those of the GPU's driver, so that none of its copies can be in progress.
 
     Parameters
     ----------
@@ -34,9 +34,9 @@ class PeerProcess:
     Attributes
     ----------
     pid : int
-        0: in another pid namespace.
+        Process id; 0 if the process is in another pid namespace.
     fd : int
-        The pidfd, readable when the process has ended; -1: the kernel provides none. Owned by this object.
+        The pidfd, readable when the process has ended; -1 if the kernel provides none. Owned by this object.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -60,7 +60,7 @@ class PeerProcess:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process has ended, with all its resources released; False if that cannot be known."""
+        """Whether the process has ended and released all its resources; False if that is unknown."""
         if not self._is_gone and self.fd >= 0:
             poll = select.poll()
             poll.register(self.fd, select.POLLIN)

@@ -1,8 +1,11 @@
-"""How a device agent and the controller meet: fixed messages over a Unix socket that passes descriptors.
+"""Registration of a device agent with the controller: fixed messages over a Unix socket that passes descriptors.
 
-A connection says one HELLO and hears one WELCOME, with the descriptors of the host pool and the rings, or one
-REFUSAL. After that the agent says FAREWELL when it ends on purpose and touches no slot and no page any more; either
-side hangs up when it is over. A hang-up without a farewell is the death of a process.
+1. The rank sends one HELLO.
+2. The controller replies with one WELCOME and the descriptors of the host pool and the rings, or with one REFUSAL.
+3. An agent that ends on purpose sends FAREWELL once it accesses no slot and no page any more.
+
+Either side ends the session by closing its end of the socket. If a rank's end closes without a farewell, the controller
+treats the process as dead.
 """
 
 import struct
@@ -20,11 +23,12 @@ _REFUSAL = struct.Struct("<8s1024s")
 _REFUSED = b"FLEXKVNO"
 MAX_MESSAGE_BYTES = 2048
 NUM_FDS = 4
-"""That come with a WELCOME; one more is the socket of GPUDirect Storage (``flexkv.storage.ssd.gds_queue``)."""
+"""Number of descriptors that come with a WELCOME. With GPUDirect Storage there is one more, its socket
+(``flexkv.storage.ssd.gds_queue``)."""
 
 _MAX_SEGMENT_BYTES = 1 << 40
 _MAX_POOL_BYTES = 1 << 47
-"""The address space of a process on x86-64."""
+"""Maximum size of the host pool: the address space of a process on x86-64."""
 
 _MAX_PAGES = 1 << 31
 _MAX_RANK = (1 << 16) - 1
@@ -33,7 +37,8 @@ _MIN_RING_BYTES, _MAX_RING_BYTES = 4096, 1 << 30
 
 @dataclass(frozen=True)
 class Hello:
-    """A rank introduces itself; sizes in bytes. ``content``: 16 bytes that say what those of a block mean."""
+    """Description of a rank, its first message; sizes in bytes. ``content``: digest of the layout of a block's bytes,
+    16 bytes."""
 
     dp_client_id: int
     pp_rank: int
@@ -48,9 +53,10 @@ class Hello:
 
     @classmethod
     def unpack(cls, message: bytes) -> "Hello":
-        """The HELLO in a message; RegistrationError if it is none, or a number in it is out of range."""
+        """Parse a HELLO; RegistrationError if the message is not a HELLO or a number in it is out of range."""
         if len(message) != _HELLO.size or message[:8] != _MAGIC:
-            raise RegistrationError("the message is no HELLO of this version: use one version of FlexKV")
+            raise RegistrationError("the message is no HELLO of this version: use the same version of FlexKV in all "
+                                    "processes")
         hello = cls(*_HELLO.unpack(message)[1:])
         _check("dp_client_id", hello.dp_client_id, 0, _MAX_RANK)
         _check("pp_rank", hello.pp_rank, 0, _MAX_RANK)
@@ -62,9 +68,9 @@ class Hello:
 
 @dataclass(frozen=True)
 class Welcome:
-    """What the agent must know to map and use pool and rings; sizes in bytes.
+    """Sizes and offsets that the agent needs to map the host pool and the rings, in bytes.
 
-    Comes with descriptors: host pool, rings, eventfd of ops, eventfd of results.
+    The message carries descriptors: host pool, rings, eventfd of ops, eventfd of results.
     """
 
     pool_bytes: int
@@ -78,11 +84,13 @@ class Welcome:
 
     @classmethod
     def unpack(cls, message: bytes) -> "Welcome":
-        """The WELCOME in a message; RegistrationError if it is a refusal, or no WELCOME, or does not make sense."""
+        """Parse a WELCOME; RegistrationError if the message is a refusal or not a WELCOME, or its sizes contradict each
+        other."""
         if message[:8] == _REFUSED and len(message) == _REFUSAL.size:
             raise RegistrationError(_REFUSAL.unpack(message)[1].rstrip(b"\0").decode(errors="replace"))
         if len(message) != _WELCOME.size or message[:8] != _MAGIC:
-            raise RegistrationError("the answer is no WELCOME of this version: use one version of FlexKV")
+            raise RegistrationError("the answer is no WELCOME of this version: use the same version of FlexKV in all "
+                                    "processes")
         welcome = cls(*_WELCOME.unpack(message)[1:])
         _check("pool_bytes", welcome.pool_bytes, 1, _MAX_POOL_BYTES)
         _check("slot_bytes", welcome.slot_bytes, 1, welcome.pool_bytes)
@@ -101,5 +109,5 @@ def _check(name: str, value: int, low: int, high: int) -> None:
 
 
 def pack_refusal(reason: str) -> bytes:
-    """The message that refuses a rank; long reasons are cut."""
+    """Build the message that refuses a rank; a reason longer than 1,023 bytes is cut."""
     return _REFUSAL.pack(_REFUSED, reason.encode(errors="replace")[:1023])

@@ -1,12 +1,16 @@
-"""Requests of a user to a running controller, over the socket where ranks register: to pin and unpin prefixes.
+"""Requests of a user to a running controller, over the socket where ranks register: pin, unpin and list prefixes.
 
-A connection says one request and hears one reply. A request is ``FLEXKVC1`` and a JSON object:
-``{"command": "pin", "name": NAME, "namespace": [NAME, ...], "num_tokens": N}`` with a descriptor of a memfd that holds
-the tokens (uint32) and is sealed, ``{"command": "unpin", "name": NAME}``, or ``{"command": "pins"}``, which lists the
-names after ``"after": NAME`` if that is given. The reply is ``{"pins": [[NAME, BLOCKS], ...], "more": BOOL}``, of the
-prefixes that were pinned or unpinned or are pinned, or ``{"error": TEXT}``; a request that is refused has changed
-nothing. ``more``: the list is cut, and the rest comes after its last name. An entry of the namespace is as
-``NamespaceEntry.parse`` reads it: a tenant's NAME, or ``KIND:NAME``.
+A connection carries one request and one reply. A request is ``FLEXKVC1``, followed by one of these JSON objects:
+
+* ``{"command": "pin", "name": NAME, "namespace": [NAME, ...], "num_tokens": N}``, with the descriptor of a sealed memfd
+  that holds the tokens (uint32). An entry of the namespace is a tenant's NAME or ``KIND:NAME``
+  (``NamespaceEntry.parse``).
+* ``{"command": "unpin", "name": NAME}``
+* ``{"command": "pins"}``; with ``"after": NAME`` the list begins after that name.
+
+The reply is ``{"pins": [[NAME, BLOCKS], ...], "more": BOOL}`` or ``{"error": TEXT}``. It lists the prefixes that the
+request pinned or unpinned, or all pinned prefixes. ``more`` is true if the list is cut; another request returns the
+prefixes after its last name. A refused request has changed nothing.
 """
 
 import fcntl
@@ -30,32 +34,34 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _MAX_REPLY_BYTES = 1 << 17
 
 PINS_PER_REPLY = 64
-"""A name has at most 128 bytes, or 256 in JSON, so that a reply fits a socket's buffer."""
+"""Maximum number of pins in one reply. A name has at most 128 bytes, or 256 in JSON, so the reply fits a socket's
+buffer."""
 
 MAX_TOKENS = 1 << 22
-"""Tokens of one prefix: hashed in a few milliseconds."""
+"""Maximum number of tokens of one prefix: the controller hashes them in a few milliseconds."""
 
 _TIMEOUT_S = 10.0
-"""How long a user waits for the reply."""
+"""Maximum time that a user waits for the connection, and for the reply, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A pinned prefix: its name, and how many blocks it keeps."""
+    """A pinned prefix: its name and its number of blocks."""
 
     name: str
     num_blocks: int
 
 
 def is_request(message: bytes) -> bool:
-    """Whether a connection's first message is a user's request, and not a rank's."""
+    """Whether a connection's first message is a user's request, not a rank's HELLO."""
     return message[:7] == _MAGIC[:7]
 
 
 def parse_request(message: bytes) -> dict[str, Any]:
-    """The JSON object of a request; PinError if it is none."""
+    """Parse the JSON object of a request; PinError if the message has none."""
     if message[:8] != _MAGIC:
-        raise PinError("the request is of another version of FlexKV: use the controller's own flexkv command")
+        raise PinError("the request is of another version of FlexKV: use the flexkv command of the controller's "
+                       "version")
     try:
         request = json.loads(message[8:])
     except (ValueError, RecursionError):
@@ -66,20 +72,20 @@ def parse_request(message: bytes) -> dict[str, Any]:
 
 
 def read_tokens(fds: Sequence[int], count: int) -> NDArray[np.uint32]:
-    """The tokens that came with a request; PinError if they do not come as they must."""
+    """Read the tokens of a request from its descriptor; PinError unless it is one sealed memfd of the right size."""
     if not 1 <= count <= MAX_TOKENS:
-        raise PinError(f"{count} tokens: give 1 to {MAX_TOKENS}")
+        raise PinError(f"the prefix has {count} tokens: give 1 to {MAX_TOKENS}")
     try:
         sealed = len(fds) == 1 and fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & _SEALS == _SEALS
     except OSError:
         sealed = False
-    if not sealed or os.fstat(fds[0]).st_size != 4 * count:     # memory that nobody changes: no read of it can hang
+    if not sealed or os.fstat(fds[0]).st_size != 4 * count:     # sealed memory cannot change, so no read can hang
         raise PinError(f"{count} tokens must come in a sealed memfd of {4 * count} bytes")
     return np.frombuffer(os.pread(fds[0], 4 * count, 0), dtype=np.uint32)
 
 
 def ask(port: str, request: dict[str, Any], tokens: NDArray[np.uint32] | None = None) -> list[Pin]:
-    """Ask the controller that listens at ``port``; the user's side.
+    """Send a request to the controller that listens at ``port``; returns the pins of its reply.
 
     Raises
     ------
@@ -88,7 +94,8 @@ def ask(port: str, request: dict[str, Any], tokens: NDArray[np.uint32] | None = 
     """
     message = _MAGIC + json.dumps(request, ensure_ascii=False).encode()
     if len(message) > MAX_MESSAGE_BYTES:
-        raise PinError(f"name and namespace are too long: the request is {len(message)} bytes, not {MAX_MESSAGE_BYTES}")
+        raise PinError(f"name and namespace are too long: the request has {len(message)} bytes, the limit is "
+                       f"{MAX_MESSAGE_BYTES}")
     reply = _exchange(port, message, tokens)
     try:
         content = json.loads(reply)
@@ -99,14 +106,15 @@ def ask(port: str, request: dict[str, Any], tokens: NDArray[np.uint32] | None = 
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, PinError):
             raise
-        raise PinError(f"the answer at {port} is no controller's of this version: use one version of FlexKV") from None
+        raise PinError(f"the answer at {port} is not from a controller of this version: use the same version of FlexKV "
+                       "in all processes") from None
     if more and pins:
         pins += ask(port, {**request, "after": pins[-1].name})
     return pins
 
 
 def _exchange(port: str, message: bytes, tokens: NDArray[np.uint32] | None) -> bytes:
-    """Send a request, with tokens or without, and receive the reply."""
+    """Send a request, with or without tokens, and receive the reply."""
     fds = [] if tokens is None else [_sealed(tokens)]
     try:
         with connect(socket_path(port), time.monotonic() + _TIMEOUT_S) as connection:

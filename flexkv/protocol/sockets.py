@@ -1,4 +1,4 @@
-"""Unix sockets in the file system: made, found and removed without harm to other files and other processes."""
+"""Unix sockets in the file system: creation, probe and removal without harm to other files and processes."""
 
 import errno
 import fcntl
@@ -20,13 +20,13 @@ from flexkv.errors import RegistrationError
 logger = logging.getLogger("flexkv.protocol")
 
 _LOCK_S = 5.0
-"""Maximum wait for another start in the same directory; a start holds the lock for milliseconds."""
+"""Maximum wait for another start in the same directory, in seconds; a start holds the lock for milliseconds."""
 
 _RETRY_S = 0.05
-"""Pause between two attempts to connect or to lock: nothing reports when the next can succeed."""
+"""Pause between two attempts to connect or to lock, in seconds: no event reports when the next can succeed."""
 
 _OURS = ("register-*.sock", "vllm-*.sock", "layers-*.sock")
-"""Names that FlexKV gives to sockets of its own."""
+"""Names of the sockets that FlexKV creates."""
 
 _KINDS = {
     stat.S_IFREG: "an ordinary file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a symbolic link",
@@ -35,14 +35,17 @@ _KINDS = {
 
 
 def socket_path(port: str) -> Path:
-    """File of a port, given as a path or as upstream's ``ipc://`` address; ConfigError for another address."""
+    """Socket file of a port, which is a path or an ``ipc://`` address as upstream uses it; ConfigError for another
+    address."""
     return Path(str(register_port("gpu_register_port", port)).removeprefix("ipc://"))
 
 
 class ListeningSocket:
-    """A non-blocking listening socket, for this user alone. The socket file of a controller that died is replaced.
+    """A non-blocking listening socket that only this user can connect to. It replaces the socket file of a dead
+    controller.
 
-    Probe, removal, ``bind`` and ``listen`` are done under a lock of the directory, so that of two starts one fails.
+    Probe, removal, ``bind`` and ``listen`` are done under a lock of the directory, so that one of two concurrent starts
+    fails.
 
     Parameters
     ----------
@@ -56,8 +59,8 @@ class ListeningSocket:
     Raises
     ------
     RegistrationError
-        Another controller listens there, the path names something that is no socket of this user, or the place cannot
-        be used. Nothing has changed then.
+        Another controller listens at the path, the path names a file that is not a socket of this user, or the path
+        cannot be used. Nothing has changed then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +78,7 @@ class ListeningSocket:
                 if path.exists():
                     _remove_dead(path)
                 self.socket.bind(str(path))
-                os.chmod(path, 0o600)     # before listen: nobody can have connected yet
+                os.chmod(path, 0o600)     # before listen: no process can have connected yet
                 self.socket.listen(64)
             self.socket.setblocking(False)
             self._file = _identity(path)
@@ -97,9 +100,9 @@ class ListeningSocket:
 
 
 def remove_dead_sockets(directory: Path) -> list[Path]:
-    """Remove sockets that controllers of this user left in ``directory`` when they died; returns their paths.
+    """Remove the sockets of dead controllers of this user from ``directory``; returns their paths.
 
-    A socket is dead if no process listens at it while no start can be under way.
+    A socket is dead if no process listens at it while the directory's lock is held, which excludes a start.
     """
     removed = []
     try:
@@ -117,18 +120,20 @@ def remove_dead_sockets(directory: Path) -> list[Path]:
 
 
 def _owner_lives(path: Path) -> bool:
-    """Whether the process is there that the name of a ``layers-`` socket has in it: a probe would disturb it."""
+    """Whether the process named in the path of a ``layers-`` socket exists. A probe by connecting would disturb it."""
     number = re.fullmatch(r"layers-(\d{1,10})-.*", path.name)
     return number is not None and Path("/proc", number[1]).exists()
 
 
 def listen_at(listener: socket.socket, path: Path, backlog: int) -> None:
-    """Bind a socket and listen, in place of a socket of a dead process at the path; a sweep finds it before or after.
+    """Bind a socket and listen, replacing the socket file of a dead process at the path.
+
+    The directory is locked meanwhile, so that ``remove_dead_sockets`` never sees a socket that does not listen yet.
 
     Raises
     ------
     RegistrationError
-        The directory is locked by another process for long.
+        Another process holds the directory's lock for longer than ``_LOCK_S``.
     OSError
         The path cannot be used.
     """
@@ -143,13 +148,12 @@ def connect(
 ) -> socket.socket:
     """Connect to a controller, by ``deadline`` (``time.monotonic``), or until ``closing`` is set.
 
-    A controller that is stopped or overloaded, and whose queue of connections is full, cannot hold up the caller for
-    longer.
+    The deadline holds also for a controller that is stopped or overloaded and whose queue of connections is full.
 
     Parameters
     ----------
     wait_for_it : bool
-        Also while no controller listens there yet.
+        Retry while no controller listens at the path, instead of failing at once.
 
     Returns
     -------
@@ -235,7 +239,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock (flock) of a directory: no file is needed for it, and the kernel drops it with the process."""
+    """Hold the lock (flock) of a directory. It needs no file, and the kernel releases it when the process ends."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not _retry(lambda: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB), _LOCK_S):
