@@ -1,1 +1,1 @@
-"""The command ``flexkv``, one file a command."""
+"""The command ``flexkv`` and its small subcommands; the larger ones are in ``flexkv.tools``."""

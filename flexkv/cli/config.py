@@ -14,7 +14,7 @@ FLEXKV_CONFIG_PATH names is read. The settings of the environment are read in bo
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; 1: there is a problem."""
+    """Run the command; returns the exit status, 1 if a setting is wrong."""
     parser = argparse.ArgumentParser(prog="flexkv config", description=_DESCRIPTION)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--check", nargs="?", type=Path, const=None, default=False, metavar="FILE",

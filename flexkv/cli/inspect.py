@@ -1,4 +1,4 @@
-"""The command ``flexkv inspect``: what a directory of the SSD tier holds."""
+"""The command ``flexkv inspect``: the contents of directories of the SSD tier."""
 
 import argparse
 import json
@@ -14,18 +14,18 @@ from flexkv.storage.ssd.slot_table import SlotTable
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """Contents of a directory, in use or not; nothing is changed.
+    """Describe the contents of a directory without changing it. The directory may be in use.
 
     Returns
     -------
     dict
-        ``slots`` counts slots by what they hold: ``used``, ``void`` (cleared, or of another size), ``broken``,
-        ``unreadable``, ``empty``. ``domains`` counts used ones by the digest of their domain.
+        ``slots`` counts slots by content: ``used``, ``void`` (cleared, or of another size), ``broken``,
+        ``unreadable``, ``empty``. ``domains`` counts used slots by the digest of their domain.
 
     Raises
     ------
     StorageError
-        There is no table, or not one that this version can read.
+        The directory has no slot table, or this version cannot read the table.
     """
     try:
         fd = os.open(directory / TABLE_NAME, os.O_RDONLY | os.O_CLOEXEC)
@@ -58,7 +58,7 @@ def describe(directory: Path) -> dict[str, Any]:
 
 
 def _date(sequence: int) -> str:
-    """A floor is the clock of when everything was forgotten."""
+    """Format a floor, which is the time of the last clearing in nanoseconds since 1970."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(sequence / 1e9))
 
 
@@ -89,7 +89,7 @@ def _show(directory: Path, found: dict[str, Any]) -> None:
     print(f"  {state}; last cleared: {found['last_cleared'] or 'never'}")
     missing = found["num_slots"] * found["slot_bytes"] - (found["data_bytes"] or 0)
     if found["data_bytes"] is None:
-        print(f"  {DATA_NAME} is missing: no block can be read, the next start removes them")
+        print(f"  {DATA_NAME} is missing: no block can be read; the next start removes the records")
     elif missing > 0:
         print(f"  {DATA_NAME} is too short by {missing} bytes: blocks at its end cannot be read")
     for digest, count in found["domains"].items():

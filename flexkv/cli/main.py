@@ -83,7 +83,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _usage(args: Sequence[str]) -> int:
-    """Print the usage: for ``--help``, or with an error for an unknown command."""
+    """Print the usage, on request or with the error of an unknown command; returns the exit status."""
     if args and args[0] in ("--help", "-h", "help"):
         print(_USAGE)
         return 0
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return _SIGINT_STATUS
-    except BrokenPipeError:              # the reader, such as head, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # else the interpreter tries to write the rest as it exits
+    except BrokenPipeError:              # the reader (for example head) has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # else the interpreter writes the rest at exit and fails
         return _SIGPIPE_STATUS
 

@@ -13,17 +13,18 @@ from flexkv.protocol.requests import MAX_TOKENS, ask
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"flexkv {command}", description=description)
-    parser.add_argument("--socket", required=True, help="where the ranks of the running engine register")
+    parser.add_argument("--socket", required=True, help="path at which the ranks of the running engine register "
+                                                        "(gpu_register_port)")
     return parser
 
 
 def read_tokens(text: str) -> NDArray[np.uint32]:
-    """Token ids, with spaces, commas or line ends between them, in brackets or not.
+    """Parse token ids that are separated by spaces, commas or line ends, with or without brackets.
 
     Raises
     ------
     PinError
-        It is something else.
+        The text has no tokens or too many, or a word is not an integer from 0 to 2**32 - 1.
     """
     try:
         tokens = np.array([int(word) for word in text.strip().strip("[]").replace(",", " ").split()], dtype=np.int64)
@@ -35,7 +36,7 @@ def read_tokens(text: str) -> NDArray[np.uint32]:
 
 
 def pin(argv: list[str]) -> int:
-    """Keep a prefix in a running engine's cache."""
+    """Pin a prefix in a running engine's cache; returns the exit status."""
     parser = _parser("pin", "Keep the cached blocks of a prefix until they are unpinned or the cache is reset.")
     parser.add_argument("--tokens", required=True, help="file of token ids, as numbers; - : standard input")
     parser.add_argument(
@@ -56,7 +57,7 @@ def pin(argv: list[str]) -> int:
 
 
 def unpin(argv: list[str]) -> int:
-    """Release a pinned prefix."""
+    """Unpin a prefix; returns the exit status."""
     parser = _parser("unpin", "Release a pinned prefix: its blocks may be evicted again.")
     parser.add_argument("--name", required=True)
     args = parser.parse_args(argv)
@@ -66,7 +67,7 @@ def unpin(argv: list[str]) -> int:
 
 
 def pins(argv: list[str]) -> int:
-    """List the pinned prefixes."""
+    """List the pinned prefixes; returns the exit status."""
     args = _parser("pins", "List the pinned prefixes.").parse_args(argv)
     found = list(ask(args.socket, {"command": "pins"}))
     for pinned in found:
