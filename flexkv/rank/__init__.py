@@ -1,1 +1,1 @@
-"""The process that owns the pages of an engine: registration, agent, GPUDirect Storage, signals of layers."""
+"""Code of a rank, the process that owns the engine's pages: registration, agent, GPUDirect Storage, layer signals."""

@@ -1,4 +1,4 @@
-"""NVIDIA's cuFile: reads and writes between files and device memory, many at a time."""
+"""NVIDIA's cuFile: batches of reads and writes between files and device memory."""
 
 import ctypes
 import errno
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from flexkv.errors import GdsUnavailableError
 
 NUM_BATCHES = 2
-"""Under way at a time: while one is dealt with, the disk has the other."""
+"""Number of batches: while the GPU processes one, the disk works on the other."""
 
 MAX_BATCH = 24
-"""Pieces of one. Where GPU and disk have no direct path, cuFile has 64 bounce buffers for all that a process has under
-way, and waits for ever for one more (docs/design/0011-gpudirect-storage.md)."""
+"""Maximum number of reads or writes of a batch. Without a direct path between GPU and disk, cuFile has 64 bounce
+buffers for all batches of a process, and hangs if it needs another (docs/design/0011-gpudirect-storage.md)."""
 
 _driver_is_open = False
 
 
 def _open_driver() -> None:
-    """Once a process; GdsUnavailableError."""
+    """Open the driver, once in each process; GdsUnavailableError if that fails."""
     global _driver_is_open
     if _driver_is_open:
         return
@@ -31,7 +31,7 @@ def _open_driver() -> None:
         from cuda.bindings import cufile
 
         cufile.driver_open()
-    except Exception as error:                  # a missing library is a RuntimeError, or one of the package's own
+    except Exception as error:                  # a missing library raises RuntimeError or an error of the package
         raise GdsUnavailableError(
             f"cuFile cannot be used ({error}): pip install nvidia-cufile, or install CUDA's gds packages"
         ) from error
@@ -39,21 +39,21 @@ def _open_driver() -> None:
 
 
 class CuFile:
-    """Files, and a buffer in device memory, that cuFile knows.
+    """Files, and a buffer in device memory, that are registered with cuFile.
 
-    Not thread safe. The device's context must be current on the thread that calls.
+    Not thread safe. The device's context must be current on the calling thread.
 
     Parameters
     ----------
     fds : sequence of int
-        Stay the caller's, and open.
+        Descriptors of the files. The caller keeps owning them.
     address, num_bytes : int
-        Of the buffer.
+        Address and size of the buffer.
 
     Raises
     ------
     GdsUnavailableError
-        The library is missing, or refuses one of the files; nothing is left registered then.
+        The library is missing or refuses one of the files. Nothing stays registered then.
     """
 
     def __init__(self, fds: Sequence[int], address: int, num_bytes: int) -> None:
@@ -88,23 +88,23 @@ class CuFile:
         self, batch: int, write: bool, files: NDArray[np.int32], file_offsets: NDArray[np.uint64],
         memory_offsets: NDArray[np.uint64], size: int,
     ) -> None:
-        """Start to read or write so many pieces of ``size`` bytes.
+        """Submit n reads or writes of ``size`` bytes each.
 
         Parameters
         ----------
         batch : int
-            Less than NUM_BATCHES; one of which nothing is under way.
+            Number of an idle batch, less than NUM_BATCHES.
         write : bool
-            From memory to the files.
+            True: from memory to the files; False: from the files to memory.
         files : (n,) int32
             Indices into ``fds``; n at most MAX_BATCH.
         file_offsets, memory_offsets : (n,) uint64
-            Bytes; the latter from ``address``.
+            Offsets in the files, and offsets from ``address``, in bytes.
 
         Raises
         ------
         GdsUnavailableError
-            cuFile takes nothing more.
+            cuFile has failed and cannot be used any more.
         """
         cufile, count = self._cufile, len(files)
         params = self._params[batch, :count]
@@ -122,17 +122,17 @@ class CuFile:
         self._under_way[batch] = count
 
     def wait(self, batch: int) -> NDArray[np.int32]:
-        """Wait for all pieces of the batch.
+        """Wait for all reads or writes of the batch.
 
         Returns
         -------
         (n,) int32
-            0, or a negative errno.
+            0 or a negative errno for each.
 
         Raises
         ------
         GdsUnavailableError
-            cuFile takes nothing more; what became of these pieces is not known.
+            cuFile has failed and cannot be used any more; the results of the batch are unknown.
         """
         cufile, count = self._cufile, self._under_way[batch]
         self._under_way[batch] = 0
@@ -152,12 +152,12 @@ class CuFile:
         return results
 
     def close(self) -> bool:
-        """Let go of files and buffer, when nothing is under way any more. Can be called again.
+        """Wait for all batches, then deregister files and buffer. Can be called again.
 
         Returns
         -------
         bool
-            False: cuFile has failed, and may still read or write.
+            False: cuFile has failed and may still read or write.
         """
         at_rest = True
         for number, batch in enumerate(self._batches):
@@ -177,7 +177,7 @@ class CuFile:
 
 
 def _reopened(fd: int) -> int:
-    """The same file, without flags that cuFile refuses (O_NOFOLLOW)."""
+    """Open the same file again, without flags that cuFile refuses (O_NOFOLLOW)."""
     direct = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | direct)
 
@@ -186,5 +186,5 @@ def _descriptor(cufile: Any, fd: int) -> Any:
     descriptor = cufile.Descr()
     descriptor.type = cufile.FileHandleType.OPAQUE_FD
     descriptor.handle.fd = fd
-    descriptor.fs_ops = 0                       # it is not set to begin with, and cuFile follows it
+    descriptor.fs_ops = 0                       # uninitialized, and cuFile dereferences it
     return descriptor

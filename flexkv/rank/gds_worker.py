@@ -1,4 +1,4 @@
-"""GPUDirect Storage on a rank: moves blocks between files and pages, as the controller says."""
+"""GPUDirect Storage on a rank: moves blocks between files and pages, as the controller requests."""
 
 import errno
 import logging
@@ -36,44 +36,45 @@ from flexkv.rank.kernels import checksum_function, move_function
 logger = logging.getLogger("flexkv.rank")
 
 _STAGING_BYTES = 64 << 20
-"""Of device memory: cuFile reads whole slots there, and a kernel spreads them to the pages."""
+"""Maximum size of the staging buffer, in bytes of device memory. cuFile reads whole slots into it, and a kernel
+scatters them to the pages."""
 
 _CLOSE_S = 5.0
-"""How long ``close`` waits for reads and writes of files that are under way."""
+"""Maximum time that ``close`` waits for the GPU's copies, and for reads and writes of files, in seconds."""
 
 
 class _Over(Exception):
-    """The other side has hung up, or ``close`` was called."""
+    """The controller has closed the connection, or ``close`` was called."""
 
 
 @dataclass
 class _Flight:
-    """Moves that cuFile has: all of one kind."""
+    """Moves of one kind that were submitted to cuFile."""
 
     batch: int
     moves: NDArray[np.void]
-    slots: NDArray[np.int32]                         # of the staging buffer, one after the other
-    checksums: NDArray[np.uint64] | None             # of what is written
+    slots: NDArray[np.int32]                         # consecutive slots of the staging buffer
+    checksums: NDArray[np.uint64] | None             # of the blocks written; None for reads
 
 
 class GdsWorker:
-    """A thread that moves blocks between files and the pages of this rank, until the controller hangs up.
+    """A thread that moves blocks between files and the pages of this rank, until the controller closes the connection.
 
-    A block is read into a staging buffer on the device, where its checksum is taken; then a kernel copies it to its
-    page. A write is the same backwards. Whether a checksum is right is for the controller to say. Two batches take
-    turns, so that the disk has work while a batch is dealt with.
+    A load reads a block into a staging buffer on the device and computes its checksum; a kernel then copies the block
+    to its page. A save takes the same steps in reverse. The controller verifies the checksums. Two batches alternate,
+    so that the disk is busy while the GPU processes the other batch.
 
     Parameters
     ----------
     connection : socket
-        To the controller's ``GdsQueue``; owned by this.
+        Connection to the controller's ``GdsQueue``; owned by this object.
     device : Device or None
-        None: the pages are in host memory, which the controller is told.
+        None: the pages are in host memory. The thread then reports to the controller that it cannot move blocks.
     regions : ndarray of REGION_DTYPE
-        Of the pages, which must stay valid until ``close``.
+        Regions of the pages, which must stay valid until ``close``.
     num_pages, slot_bytes : int
     num_ctas : int
-        Thread blocks of the kernel.
+        Number of thread blocks of the kernel.
     """
 
     def __init__(
@@ -89,17 +90,22 @@ class GdsWorker:
         self._num_ctas = num_ctas
         self._lock = threading.Lock()
         self._staging: DeviceStaging | None = None
-        self._streams: list[int] = []                # that the staging buffer's stream has still to wait for
+        self._streams: list[int] = []                # the staging buffer's stream must wait for these
         self._fences = np.zeros(2, dtype=np.uint64)  # of loads, of saves
         self._pending = np.empty(0, dtype=MOVE_DTYPE)
         self._closing = False
-        self._pages = threading.Lock()               # held while they are touched
+        self._pages = threading.Lock()               # held while the thread accesses pages
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="flexkv-gds", daemon=True)
         self._thread.start()
 
     def advance(self, load: int, save: int, stream: int | None) -> None:
-        """What waits for these fences may start, after what ``stream`` has been given until now; CudaError."""
+        """Let moves start whose fence is at most ``load`` or ``save``, after the work submitted to ``stream`` so far.
+
+        Raises
+        ------
+        CudaError
+        """
         with self._lock:
             if stream is not None:
                 if self._staging is not None:
@@ -107,26 +113,27 @@ class GdsWorker:
                 else:
                     self._streams.append(stream)
             self._fences[:] = load, save
-        if len(self._pending):                       # else there is nothing that this step lets start
+        if len(self._pending):                       # else no move waits for a fence
             os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> bool:
-        """End. Waits for the GPU and for cuFile, but not long, if one of them hangs. Once.
+        """Stop the thread. Waits at most ``_CLOSE_S`` for the GPU and again for cuFile. Must be called once only.
 
         Returns
         -------
         bool
-            Nothing touches the pages afterwards. False: the GPU hangs, and the pages must stay until the process ends.
+            True: the pages are not accessed any more. False: the GPU hangs, and the pages must stay valid until the
+            process ends.
         """
         self._closing = True
         os.eventfd_write(self._wake_fd, 1)
         if not self._pages.acquire(timeout=_CLOSE_S):
-            logger.error("the GPU does not finish its copies within %g s", _CLOSE_S)
+            logger.error("the GPU has not finished its copies within %g s", _CLOSE_S)
             return False
         self._pages.release()
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
-            logger.warning("cuFile has not come back within %g s: a disk hangs", _CLOSE_S)
+            logger.warning("cuFile has not returned within %g s: a disk hangs", _CLOSE_S)
         else:
             os.close(self._wake_fd)
         return True
@@ -153,7 +160,7 @@ class GdsWorker:
     def _receive_files(self) -> list[int]:
         while True:
             self._wait_for(self._connection.fileno(), self._wake_fd)
-            with suppress(BlockingIOError):          # it was woken for a fence
+            with suppress(BlockingIOError):          # woken by a fence, not by a message
                 message, files, _, _ = socket.recv_fds(self._connection, 1, MAX_FILES, socket.MSG_CMSG_CLOEXEC)
                 if message != FILES:
                     raise _Over
@@ -211,7 +218,7 @@ class GdsWorker:
             raise _Over
 
     def _receive(self) -> None:
-        """Take in what the controller has said."""
+        """Receive all messages of the controller that have arrived."""
         while not self._closing:
             try:
                 message = self._connection.recv(MAX_MESSAGE_BYTES)
@@ -223,16 +230,16 @@ class GdsWorker:
             elif message[:1] == CANCEL:
                 self._refuse(np.isin(self._pending["tag"], np.frombuffer(message, np.uint64, offset=1)))
             else:
-                break                                # it has hung up
+                break                                # closed by the controller
         raise _Over
 
     def _refuse(self, which: NDArray[np.bool_]) -> None:
-        """Of no disk's doing."""
+        """Drop pending moves and report ECANCELED for them: the disk has no fault."""
         tags, self._pending = self._pending["tag"][which], self._pending[~which]
         self._report(tags, np.full(len(tags), -errno.ECANCELED), np.zeros(len(tags), dtype=np.uint64))
 
     def _next_batch(self, limit: int) -> NDArray[np.void]:
-        """What can be moved now and is of one kind: reads first, someone waits for them."""
+        """Take the next moves of one kind that may start. Reads come first, because a request waits for them."""
         able = self._pending["fence"] <= self._fences[self._pending["kind"]]
         reads = able & (self._pending["kind"] == READ)
         chosen = np.flatnonzero(reads if reads.any() else able)[:limit]
@@ -258,7 +265,7 @@ class GdsWorker:
     def _finish(
         self, staging: DeviceStaging, cufile: CuFile, flight: _Flight
     ) -> tuple[NDArray[np.int32], NDArray[np.uint64]]:
-        """Results and checksums."""
+        """Wait for a batch, and copy the blocks read to their pages; returns results and checksums."""
         results = cufile.wait(flight.batch)
         if flight.checksums is not None:
             return results, flight.checksums
@@ -282,8 +289,8 @@ class GdsWorker:
             self._say(RESULT + found.tobytes())
 
     def _say(self, message: bytes) -> None:
-        """It has room: the controller gives no more than it can hear of."""
+        """Send a message. The socket has room for it, because at most ``MAX_BLOCKS`` moves are in progress."""
         try:
             self._connection.send(message)
         except OSError as error:
-            logger.debug("the controller does not hear of blocks that were moved: %s", error)
+            logger.debug("a message cannot be sent to the controller: %s", error)

@@ -1,4 +1,4 @@
-"""A rank finds its controller, introduces itself, and gets what its agent needs."""
+"""Registration of a rank: connect to the controller, send a HELLO, receive the descriptors for the agent."""
 
 import os
 import socket
@@ -17,19 +17,19 @@ from flexkv.protocol.sockets import connect
 def join_controller(
     path: Path, hello: Hello, deadline: float, closing: threading.Event
 ) -> tuple[socket.socket, Welcome, list[int]]:
-    """Connect and be welcomed, by ``deadline`` (``time.monotonic``), or until ``closing`` is set.
+    """Connect to the controller and register, until ``deadline`` (``time.monotonic``) or until ``closing`` is set.
 
     Returns
     -------
     connection : socket
     welcome : Welcome
     fds : list of int
-        As they come with a Welcome; sizes and seals of the memory are checked.
+        Descriptors of the Welcome; sizes and seals of the memory have been checked.
 
     Raises
     ------
     RegistrationError
-        No controller is there, it refuses, it does not answer, or other ranks do not come.
+        No controller listens, it refuses this rank, it does not answer in time, or other ranks do not register in time.
     """
     connection = connect(path, deadline, closing, wait_for_it=True)
     fds: list[int] = []
@@ -38,7 +38,7 @@ def join_controller(
         welcome = Welcome.unpack(message)
         if len(fds) not in (NUM_FDS, NUM_FDS + 1):
             raise RegistrationError(
-                f"{len(fds)} of {NUM_FDS} descriptors came from the controller: raise this process's limit of open "
+                f"{len(fds)} of {NUM_FDS} descriptors arrived from the controller: raise this process's limit of open "
                 "files (ulimit -n)"
             )
         if welcome.segment_bytes != hello.segment_bytes:
@@ -54,8 +54,8 @@ def join_controller(
 
 
 def abandon(connection: socket.socket | None, fds: Sequence[int]) -> None:
-    """Close what came from a controller, if this process touches no slot. Without the farewell, the controller would
-    wait for the end of this process."""
+    """Close the connection and descriptors of a controller. This process must not access any slot. Without the
+    farewell, the controller would wait until this process ends."""
     for fd in fds:
         os.close(fd)
     if connection is not None:
@@ -82,9 +82,9 @@ def _introduce(
                 ) from None
             continue
         except ConnectionError as error:
-            raise RegistrationError(f"the controller hung up ({error.strerror}): see its log") from error
+            raise RegistrationError(f"the controller closed the connection ({error.strerror}): see its log") from error
         fds += received
         if not message:
-            raise RegistrationError("the controller hung up: see its log")
+            raise RegistrationError("the controller closed the connection: see its log")
         return message
     raise RegistrationError("closed while connecting")

@@ -1,4 +1,4 @@
-"""The kernels that move blocks and checksum slots: compiled by NVRTC at first use, then kept on disk."""
+"""The kernels that move blocks and compute checksums of slots: compiled by NVRTC at first use, then kept on disk."""
 
 import hashlib
 import logging
@@ -13,14 +13,14 @@ logger = logging.getLogger("flexkv.rank")
 
 
 def _compile(source: bytes, architecture: str) -> bytes:
-    """A cubin.
+    """Compile a source to a cubin.
 
     Raises
     ------
     CudaUnavailableError
         NVRTC is missing.
     CudaError
-        It does not compile for this architecture.
+        The source does not compile for this architecture.
     """
     from cuda.bindings import nvrtc
 
@@ -58,10 +58,10 @@ def _cache_file(source: bytes, device: Device) -> Path:
 
 
 def compiled_kernel(device: Device) -> bytes:
-    """The kernels for a device, from disk if it was compiled for this source, driver and architecture before.
+    """The compiled kernels for a device, read from disk if they exist for this source, driver and architecture.
 
-    A file is trusted as far as its last 32 bytes are the SHA-256 of the others. Where the folder cannot be written they
-    are compiled each time.
+    A file is valid if its last 32 bytes are the SHA-256 of the bytes before them. If the folder cannot be written, the
+    kernels are compiled each time.
     """
     source = kernel_source()
     file = _cache_file(source, device)
@@ -71,7 +71,7 @@ def compiled_kernel(device: Device) -> bytes:
             return content[:-32]
         logger.warning("%s is damaged; compiling again", file)
     except OSError:
-        pass                                            # not there: the usual first time
+        pass                                            # no file yet: normal at first use
     image = _compile(source, device.architecture)
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
@@ -79,7 +79,7 @@ def compiled_kernel(device: Device) -> bytes:
         partial.write_bytes(image + hashlib.sha256(image).digest())
         partial.replace(file)
     except OSError as error:
-        logger.warning("the compiled kernels are not kept: %s", error)
+        logger.warning("the compiled kernels are not kept on disk, so the next start compiles again: %s", error)
     return image
 
 
@@ -99,5 +99,5 @@ def move_function(device: Device) -> int:
 
 
 def checksum_function(device: Device) -> int:
-    """Handle of the kernel that takes the checksums of slots, loaded into the device once."""
+    """Handle of the kernel that computes the checksums of slots, loaded into the device once."""
     return _function(device, b"flexkv_checksum_slots")

@@ -15,8 +15,8 @@ class KVCacheLayoutType(enum.Enum):
 
 @dataclass(frozen=True)
 class KVCacheLayout:
-    """What an engine says of its KV cache (upstream's signature). The tensors' own strides are what is used; this is
-    checked against them."""
+    """Description of an engine's KV cache (upstream's signature). The strides of the tensors decide; the number of
+    pages or token slots is checked against their shape."""
 
     type: KVCacheLayoutType
     num_layer: int

@@ -1,4 +1,4 @@
-"""Takes a rank's eventfds, by the protocol of SGLang 0.5.23 (``flexkv_connector.py``, ``_send_eventfds_to_worker``)."""
+"""Receives a rank's eventfds over SGLang's protocol (0.5.23, ``flexkv_connector.py``, ``_send_eventfds_to_worker``)."""
 
 import logging
 import os
@@ -18,34 +18,34 @@ _HEADER = struct.Struct("iiii")             # tp rank, tp size, layers, counters
 _COUNTER = struct.Struct("i")
 _TIMEOUT_S = 5.0
 _MAX_LAYERS = 253
-"""SCM_MAX_FD of <net/scm.h>: descriptors of one message."""
+"""Maximum number of layers: a message passes one descriptor for each, and at most SCM_MAX_FD (<net/scm.h>)."""
 
 _PAUSE_S = 0.1
-"""After the process ran out of descriptors."""
+"""Pause after a failed ``accept``, in seconds, for example when the process has no descriptor left."""
 
 _CLOSE_S = 10.0
-"""Longest wait for the thread at the end. It takes a connection's messages within their own time limit."""
+"""Maximum time that ``close`` waits for the thread, in seconds: more than the time limit of a connection's messages."""
 
 _live: set[Path] = set()
 
 
 class LayerSignals:
-    """Listens until ``close``; a rank connects once, and again if its first try failed.
+    """Listens for eventfds until ``close``. A rank connects once, and again if its first attempt failed.
 
     Parameters
     ----------
     path : Path
-        Of the socket.
+        Path of the socket.
     num_layers : int
-        What was registered; a rank with another number of layers is refused.
+        Number of registered layers; a rank with another number is refused.
     on_signals : callable
-        Called with the eventfds of each counter, one a layer, which become the callee's unless it raises ValueError
-        or OSError.
+        Called with a list for each counter, which has one eventfd for each layer. The callee takes ownership of the
+        eventfds unless it raises ValueError or OSError.
 
     Raises
     ------
     RegistrationError
-        The socket cannot be had, or another client of this process listens there.
+        The socket cannot be created, or another client of this process listens at the path.
     """
 
     def __init__(self, path: Path, num_layers: int, on_signals: Callable[[list[list[int]]], None]) -> None:
@@ -55,7 +55,8 @@ class LayerSignals:
         self._closing = threading.Event()
         if path in _live:
             raise RegistrationError(
-                f"another client of this process takes eventfds at {path}: give each its dp_client_id or pp_rank"
+                f"another client of this process takes eventfds at {path}: give each client its own dp_client_id or "
+                "pp_rank"
             )
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -92,23 +93,24 @@ class LayerSignals:
             self._receive(connection, fds)
             self._on_signals(fds)
         except (OSError, ValueError) as error:
-            logger.error("a rank's eventfds are refused, its layers are not told of: %s", error)
+            logger.error("a rank's eventfds are refused, so its loads do not signal layers: %s", error)
             for fd in [fd for row in fds for fd in row]:
                 os.close(fd)
             return
         try:
             connection.sendall(b"\x01")
         except OSError as error:
-            logger.warning("a rank went away before it was told that its eventfds were taken: %s", error)
+            logger.warning("a rank closed the connection before its eventfds were acknowledged: %s", error)
 
     def _receive(self, connection: socket.socket, fds: list[list[int]]) -> None:
         header = connection.recv(_HEADER.size, socket.MSG_WAITALL)
         if len(header) != _HEADER.size:
-            raise RegistrationError("the rank hung up")
+            raise RegistrationError("the rank closed the connection")
         _, _, num_layers, num_counters = _HEADER.unpack(header)
         if num_layers != self._num_layers or num_layers > _MAX_LAYERS or not 1 <= num_counters <= MAX_COUNTERS:
             raise RegistrationError(
-                f"eventfds for {num_counters} counters of {num_layers} layers; {self._num_layers} layers are registered"
+                f"eventfds for {num_counters} counters of {num_layers} layers; {self._num_layers} layers are "
+                f"registered, and 1 to {MAX_COUNTERS} counters are supported"
             )
         for counter in range(num_counters):
             message, row, _, _ = socket.recv_fds(connection, _COUNTER.size, num_layers, socket.MSG_CMSG_CLOEXEC)
@@ -121,7 +123,7 @@ class LayerSignals:
         self._closing.set()
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(_CLOSE_S)
-        if self._thread.is_alive():             # the listener stays open: its number must not become another's
+        if self._thread.is_alive():             # keep the listener open: the thread may still use its number
             logger.error("the thread that takes eventfds at %s has not ended within %g s", self._path, _CLOSE_S)
             return
         self._listener.close()

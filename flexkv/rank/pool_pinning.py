@@ -1,4 +1,4 @@
-"""Pinning of the host pool by a rank, without holding up the engine."""
+"""Pinning of the host pool by a rank, without delaying the engine."""
 
 import logging
 import time
@@ -10,14 +10,15 @@ from flexkv.errors import CudaError
 logger = logging.getLogger("flexkv.rank")
 
 PAUSE_FACTOR = 4.0
-"""Pause after a part, as a multiple of the time that the part took. While a part is pinned the driver holds a lock that
-kernel launches need; with this pause they find it free four fifths of the time (docs/design/0016-pool-start.md)."""
+"""Pause after a part, as a multiple of the time that the part took. While a part is pinned, the driver holds a lock
+that kernel launches need; with this pause the lock is free four fifths of the time
+(docs/design/0016-pool-start.md)."""
 
 MAX_PAUSE_S = 0.25
-"""Longest pause, in seconds: a part that took long on a busy machine must not delay the others by minutes."""
+"""Maximum pause, in seconds: a slow part on a busy machine must not delay the others by minutes."""
 
 _FAST_PARTS = 4
-"""Parts at the start that are pinned without a pause, so that the first blocks can be saved at once."""
+"""Number of parts at the start that are pinned without a pause, so that the first blocks can be saved at once."""
 
 _POLL_S = 0.02
 """Interval at which the extent of populated memory is read, in seconds: a tenth of the time that 1 GiB takes."""
@@ -36,15 +37,15 @@ class PinningAgent(Protocol):
 
 
 class PoolPinner:
-    """Pins the pool part by part, following the controller that populates it, with a pause after each part.
+    """Pins the pool part by part, behind the controller that populates it, with a pause after each part.
 
     Parameters
     ----------
     agent : PinningAgent
     pause : callable
-        ``pause(seconds) -> bool``: waits, at most so long; True: stop for good (``threading.Event.wait``).
+        ``pause(seconds) -> bool``: waits at most ``seconds``; True: stop for good (``threading.Event.wait``).
     clock : callable
-        Seconds.
+        Returns the time in seconds.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class PoolPinner:
         self._clock = clock
 
     def run(self) -> None:
-        """Pin until all populated slots are pinned, pinning fails, or the agent or ``pause`` ends it."""
+        """Pin until the pool is pinned, pinning fails, or the agent or ``pause`` ends it."""
         agent, began, num_parts, busy_s = self._agent, self._clock(), 0, 0.0
         try:
             while agent.pinning:

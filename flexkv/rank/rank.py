@@ -1,4 +1,4 @@
-"""A rank: its KV tensors, and the agent that copies them."""
+"""A rank: its KV tensors, and the agent that copies blocks from and to them."""
 
 import logging
 import os
@@ -35,14 +35,14 @@ logger = logging.getLogger("flexkv.rank")
 CONNECT_TIMEOUT_S = 60.0
 
 _left_behind: list[tuple[object, ExitStack]] = []
-"""Tensors that a GPU which hangs may still touch; kept until the process ends."""
+"""Owners of memory that a hanging GPU may still access; kept until the process ends."""
 
 _CLOSE_S = 10.0
-"""Longest wait of ``close`` for the thread that registers and pins. A part is pinned in 10 to 100 ms, so only a driver
-that hangs takes this long."""
+"""Maximum time that ``close`` waits for the thread that registers and pins, in seconds. A part is pinned in 10 to
+100 ms, so only a hanging driver takes this long."""
 
 _LAYER_GROUPS = 8
-"""Of a load layer by layer: compute starts after an eighth of it, and copies stay large."""
+"""Maximum number of groups of layers in a layerwise load: compute starts after an eighth; copies stay large."""
 
 
 class RankClient:
@@ -51,17 +51,17 @@ class RankClient:
     Parameters
     ----------
     gpu_register_port : str
-        Path of the controller's Unix socket (an ``ipc://`` address is taken too).
+        Path of the controller's Unix socket, or an ``ipc://`` address.
     dp_client_id : int
         Data-parallel rank of the engine.
     device_id : int
-        Device of this rank; it also distinguishes ranks where ``intra_client_id`` is not given.
+        Device of this rank. It is also the rank's number if ``intra_client_id`` is not given.
     pp_rank : int
         Pipeline-parallel rank.
     intra_client_id : int, optional
         Rank within the pipeline stage (tensor parallel).
     transfer_config : TransferConfig, optional
-        How blocks are to cross the bus; default: from ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
+        Settings of copies between pages and host memory; default: ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class RankClient:
         self._rank = device_id if intra_client_id is None else intra_client_id
         self._config = transfer_config or load_config().transfer
         self._device: Device | None = None
-        self._streams: dict[bool, int] = {}          # that the last fence of loads, of saves, was on
+        self._streams: dict[bool, int] = {}          # stream of the last fence of loads (True), of saves
         self._agent: DeviceAgent | None = None
         self._gds: GdsWorker | None = None
         self._partial: dict[int, list[OpResult]] = {}
@@ -92,11 +92,11 @@ class RankClient:
         self._keep_outcomes = True
         self._suspended = False
         self._num_tensors = 0
-        self._span_of: list[int] = []                # of each tensor
+        self._span_of: list[int] = []                # span of each tensor
         self._span_of_layer: list[int] = []
         self._lock = threading.Lock()
         self.error: Exception | None = None
-        """Why there is no agent, when connecting has failed for good."""
+        """The error that made connecting fail permanently, or None."""
 
     # ---- registration -----------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class RankClient:
         keep_alive: object = None, *, layers: Sequence[int] | None = None, opened: ExitStack | None = None,
         intra_client_id: int | None = None, keep_outcomes: bool = True,
     ) -> None:
-        """Register the tensors that hold KV, and return; a thread connects as soon as the controller is there.
+        """Register the tensors that hold KV, and return at once. A thread connects as soon as the controller listens.
 
         Parameters
         ----------
@@ -115,22 +115,22 @@ class RankClient:
         connect_timeout_s : float
             Time in seconds after which connecting fails.
         keep_alive : object
-            A reference that is kept until ``close``: the owner of the memory of TensorSpecs.
+            Owner of the memory of TensorSpecs; a reference is kept until ``close``.
         layers : sequence of int, optional
-            The layer of each tensor, from 0 and ascending; default: each is one.
+            The layer of each tensor, from 0 and ascending; default: each tensor is a layer.
         opened : ExitStack, optional
-            Owns memory that the specs are in; taken over, and closed with ``close`` or ``suspend``.
+            Owner of memory of the specs. The client takes it over; ``close`` and ``suspend`` close it.
         intra_client_id : int, optional
-            Replaces that of the constructor.
+            Replaces the constructor's ``intra_client_id``.
         keep_outcomes : bool
-            False: ``poll_results`` returns nothing.
+            False: results are not kept, and ``poll_results`` returns none.
 
         Raises
         ------
         RegistrationError
-            The tensors cannot be described by pages, or are on several devices.
+            The tensors cannot be divided into pages, are on several devices, or were registered before.
         CudaUnavailableError, CudaError
-            The tensors are on a GPU, and it cannot be used.
+            The tensors are on a GPU that cannot be used.
         """
         specs = [tensor if isinstance(tensor, TensorSpec) else tensor_spec(tensor) for tensor in tensors]
         regions, num_pages, segment_bytes = regions_from_tensors(specs)
@@ -167,7 +167,7 @@ class RankClient:
         self._thread.start()
 
     def suspend(self) -> int:
-        """Stop moving blocks, and let the tensors go, until ``register_tensors``; how many it was."""
+        """Stop moving blocks and release the tensors, until ``register_tensors``; returns their number."""
         if self._thread is None or self._closing.is_set():
             return 0
         self._closing.set()
@@ -195,13 +195,13 @@ class RankClient:
         spans: NDArray[np.void],
     ) -> None:
         gds_end = socket.socket(fileno=fds.pop()) if len(fds) > NUM_FDS else None
-        with ExitStack() as undo:                    # of what is owned here, if the rest fails
+        with ExitStack() as undo:                    # closes the resources owned here if a step fails
             if gds_end is not None:
                 undo.callback(gds_end.close)
             with ExitStack() as theirs:
                 theirs.callback(abandon, connection, fds)
                 move = 0 if self._device is None else move_function(self._device)
-                theirs.pop_all()                     # the agent's from here on
+                theirs.pop_all()                     # the agent owns them from here on
             agent = DeviceAgent(
                 regions=regions,
                 spans=spans,
@@ -247,44 +247,46 @@ class RankClient:
         Raises
         ------
         RegistrationError
-            It does not, after ``timeout_s`` seconds, or never will.
+            The agent does not run after ``timeout_s`` seconds, or connecting has failed permanently.
         """
         if not self._connected.wait(timeout_s):
-            raise RegistrationError(f"not registered after {timeout_s:g} s: is the controller there, and every rank?")
+            raise RegistrationError(f"not registered after {timeout_s:g} s: start the controller and every rank")
         if self.error is not None:
             raise RegistrationError(str(self.error)) from self.error
 
     @property
     def name(self) -> str:
-        """Tells ranks apart: data-parallel client, pipeline stage, rank."""
+        """Identity of the rank: data-parallel client, pipeline stage, rank."""
         return f"{self._dp_client_id}-{self._pp_rank}-{self._rank}"
 
     @property
     def is_suspended(self) -> bool:
-        """``suspend`` was called, and no tensors were registered since."""
+        """Whether ``suspend`` was called, and no tensors were registered since."""
         return self._suspended
 
     @property
     def is_connected(self) -> bool:
-        """The agent runs, and the controller is there."""
+        """Whether the agent runs and the controller is alive."""
         return self._agent is not None and self._agent.status == 0
 
     @property
     def is_lost(self) -> bool:
-        """There will be no more results: connecting failed, the controller is gone, or this is closed."""
+        """Whether no more results can arrive: connecting failed, the controller has ended, or this client is closed."""
         ended = self._connected.is_set() and self._agent is not None and self._agent.status != 0
         return self.error is not None or ended
 
-    # ---- what the rank's hooks call ---------------------------------------------------------------------------
+    # ---- called by the rank's hooks ---------------------------------------------------------------------------
 
     def advance_fence(self, load: int | None = None, save: int | None = None, stream: int | None = None) -> None:
-        """Let loads (saves) start whose fence is at most ``load`` (``save``): the compute that used (wrote) their
-        pages is done, or was given to the CUDA stream with the handle ``stream``, which they then wait for.
+        """Let loads (saves) start whose fence is at most ``load`` (``save``).
+
+        The compute that used (wrote) their pages must be done, or submitted to the CUDA stream with the handle
+        ``stream``; the copies then wait for that stream.
 
         Raises
         ------
         ArgumentError
-            A step is no whole number from 0 to 2**63 - 1; nothing has changed.
+            A step is not an integer from 0 to 2**63 - 1; nothing has changed.
         CudaError
         """
         load, save = (None if fence is None else fence_of(fence) for fence in (load, save))
@@ -301,7 +303,7 @@ class RankClient:
                 self._gds.advance(*self._fences, stream)
 
     def follow_load(self, task_id: int, tensor: int | None, timeout_s: float, stream: int | None = None) -> bool:
-        """Compute given to ``stream`` from now on starts after a layerwise load has filled a tensor's pages.
+        """Make compute that is submitted to ``stream`` from now on wait until a layerwise load has filled a tensor.
 
         Parameters
         ----------
@@ -309,15 +311,15 @@ class RankClient:
         tensor : int, optional
             Index of the tensor as registered; None: all of them.
         timeout_s : float
-            The thread waits, at most so long, until the copies were given to the GPU, not until they are made;
-            without a GPU it waits for the copies.
+            Maximum time that the caller is blocked, in seconds. It is blocked until the copies are submitted to the
+            GPU, not until they are done; without a GPU, until they are done.
         stream : int, optional
             Handle of a CUDA stream.
 
         Returns
         -------
         bool
-            False: the agent has ended, or not begun in time. True does not say that the load succeeds.
+            False: the agent has ended, or has not started the load in time. True does not mean that the load succeeds.
 
         Raises
         ------
@@ -327,8 +329,8 @@ class RankClient:
         return self._agent is not None and self._agent.follow(task_id, span, timeout_s, stream or 0)
 
     def signal_layers(self, eventfds: list[list[int]]) -> None:
-        """Let layerwise loads signal the eventfds of their counter, one a layer; they stay the caller's, and must stay
-        open until they are replaced or the agent has stopped.
+        """Let layerwise loads signal the eventfds of their counter, one for each layer. The caller owns them and must
+        keep them open until they are replaced or the agent has stopped.
 
         Raises
         ------
@@ -341,7 +343,7 @@ class RankClient:
             self._agent.set_signals(eventfds, self._span_of_layer)
 
     def poll_results(self) -> list[OpResult]:
-        """Tasks that ended on this rank since the last call."""
+        """Results of the tasks that ended on this rank since the last call."""
         results: list[OpResult] = []
         while self._agent is not None and (outcome := self._agent.take()) is not None:
             task_id, kind, op_blocks, pages, ok = outcome
@@ -357,7 +359,7 @@ class RankClient:
         return results
 
     def wait_results(self, timeout_s: float) -> bool:
-        """Wait until ``poll_results`` has something, or never will have again; False after ``timeout_s`` seconds."""
+        """Wait until ``poll_results`` has a result or can never have one again; False after ``timeout_s`` seconds."""
         agent = self._agent
         if agent is None or not self._connected.is_set():        # at first, and again after ``suspend``
             return self._connected.wait(min(timeout_s, threading.TIMEOUT_MAX))
@@ -379,7 +381,7 @@ class RankClient:
         self._opened.close()
 
     def _stop(self) -> None:
-        """Nothing touches the tensors afterwards."""
+        """Stop thread, agent and GDS worker. Tensors that may still be accessed afterwards go to ``_left_behind``."""
         if self._thread is not None:
             self._thread.join(_CLOSE_S)
         is_held = self._thread is not None and self._thread.is_alive()

@@ -10,14 +10,14 @@ from flexkv.protocol.ring import OpKind
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpResult:
-    """What became of one task on this rank.
+    """Result of one task on this rank.
 
     Attributes
     ----------
     pages : (n,) int32
         Pages of the task, in the order in which their copies ended.
     ok : (n,) bool
-        Whether each was copied.
+        Whether the block of each page was moved.
     """
 
     task_id: int
@@ -27,5 +27,5 @@ class OpResult:
 
     @property
     def failed_pages(self) -> NDArray[np.int32]:
-        """Pages whose block was not moved; after a failed load their content is undefined."""
+        """Pages of the blocks that were not moved. After a failed load the content of these pages is undefined."""
         return self.pages[~self.ok]

@@ -1,4 +1,4 @@
-"""GPU tensors of another process: described by a handle that travels over a Unix socket, and mapped from it."""
+"""GPU tensors of another process. A handle describes a tensor, is sent over a Unix socket, and maps the tensor."""
 
 import io
 import os
@@ -25,7 +25,7 @@ _HEAD = struct.Struct("<8sBBxxI16s16s64sQQQ")
 _MAX_DIMS = 16
 _CHECKSUM = struct.Struct("<I")
 
-_process = os.urandom(16)                               # told apart by more than the pid: containers have their own
+_process = os.urandom(16)                               # not the pid, which may be equal in two containers
 
 
 def _forked() -> None:
@@ -40,7 +40,8 @@ os.register_at_fork(after_in_child=_forked)
 class TensorSharedHandle:
     """A tensor in GPU memory that other processes of this host can open.
 
-    It does not keep the tensor: its process must, until everybody has closed what they opened.
+    A handle does not own the tensor. The exporting process must keep the tensor until every process that opened it has
+    closed it.
 
     Attributes
     ----------
@@ -49,15 +50,15 @@ class TensorSharedHandle:
     itemsize : int
         Bytes of an element.
     device_uuid : bytes
-        Of the GPU: its ordinal may be another one in another process.
+        Identifies the GPU; its ordinal may differ between processes.
     process : bytes
-        Chosen at random by the process that exports.
+        Random identity of the exporting process.
     ptr : int
-        Address of the first element, in that process.
+        Address of the first element in the exporting process.
     num_bytes, offset : int
-        Size of the allocation, and where in it the tensor starts: allocators put many tensors into one.
+        Size of the allocation, and offset of the tensor in it: allocators put many tensors into one allocation.
     memory : bytes or FileIO
-        The allocation: a handle of CUDA IPC, or a file of CUDA's virtual memory, which ``close`` closes.
+        The allocation: a CUDA IPC handle, or a file of CUDA's virtual memory management, which ``close`` closes.
     """
 
     shape: tuple[int, ...]
@@ -77,26 +78,26 @@ class TensorSharedHandle:
         last = sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
         if min((0, *strides)) < 0 or self.offset + (last + 1) * self.itemsize > self.num_bytes:
             raise RegistrationError(
-                f"a tensor of shape {shape}, {self.offset} bytes into an allocation of {self.num_bytes}, goes beyond "
-                "its end: one that spans several allocations cannot be shared; with torch, allocate KV without "
+                f"a tensor of shape {shape}, {self.offset} bytes into an allocation of {self.num_bytes}, extends past "
+                "its end: a tensor that spans several allocations cannot be shared; with torch, allocate KV without "
                 "expandable_segments"
             )
 
     @classmethod
     def export(cls, tensor: "torch.Tensor") -> "TensorSharedHandle":
-        """Make a tensor open to other processes.
+        """Create a handle with which other processes can open a tensor.
 
         Raises
         ------
         RegistrationError
-            It is not on a GPU, or in memory that cannot be shared.
+            The tensor is not on a GPU, or its memory cannot be shared.
         CudaUnavailableError, CudaError
         """
         return cls.export_spec(tensor_spec(tensor))
 
     @classmethod
     def export_spec(cls, spec: TensorSpec) -> "TensorSharedHandle":
-        """The same for memory that is no framework's."""
+        """Like ``export``, for memory that no framework owns."""
         if spec.device is None:
             raise RegistrationError("a tensor on the CPU cannot be shared by handle; export a tensor that is on a GPU")
         device = load_driver().device(spec.device)
@@ -123,7 +124,7 @@ class TensorSharedHandle:
         return OpenedTensor(self)
 
     def close(self) -> None:
-        """Let go of the file of an allocation, if there is one. What was opened stays so."""
+        """Close the file of the allocation, if it has one. Opened tensors stay open. Can be called again."""
         if isinstance(self.memory, io.FileIO):
             self.memory.close()
 
@@ -138,7 +139,7 @@ class TensorSharedHandle:
     # ---- between processes ------------------------------------------------------------------------------------
 
     def pack(self) -> tuple[bytes, list[int]]:
-        """A message, and the descriptors to send with it (``socket.send_fds``), which stay the handle's."""
+        """Returns a message and the descriptors to send with it (``socket.send_fds``). The handle keeps owning them."""
         is_ipc = isinstance(self.memory, bytes)
         head = _HEAD.pack(
             _MAGIC, not is_ipc, len(self.shape), self.itemsize, self.device_uuid, self.process,
@@ -150,12 +151,13 @@ class TensorSharedHandle:
 
     @classmethod
     def unpack(cls, message: bytes, fds: Sequence[int] = ()) -> "TensorSharedHandle":
-        """The handle of a message from ``pack``; owns the descriptors from now on, and closes them if it is refused.
+        """Read a handle from a message of ``pack``. The handle takes ownership of the descriptors; they are closed if
+        the message is refused.
 
         Raises
         ------
         RegistrationError
-            The message is damaged, or another version's.
+            The message is damaged or of another version.
         """
         files = [io.FileIO(fd) for fd in fds]
         try:
@@ -169,10 +171,14 @@ class TensorSharedHandle:
     def _unpack(cls, message: bytes, files: list[io.FileIO]) -> "TensorSharedHandle":
         body, checksum = message[: -_CHECKSUM.size], message[-_CHECKSUM.size :]
         if len(body) < _HEAD.size or body[:8] != _MAGIC or checksum != _CHECKSUM.pack(zlib.crc32(body)):
-            raise RegistrationError("no handle of a tensor, or a damaged one; export the tensor with this version")
+            raise RegistrationError("the message is not a tensor handle of this version, or is damaged; export the "
+                                    "tensor again, with this version")
         _, has_file, dims, itemsize, uuid, process, ipc, ptr, num_bytes, offset = _HEAD.unpack_from(body)
         if len(body) != _HEAD.size + 16 * dims or len(files) != has_file:
-            raise RegistrationError(f"a handle of {dims} dimensions in {len(body)} bytes with {len(files)} descriptors")
+            raise RegistrationError(
+                f"a tensor handle of {dims} dimensions has {len(body)} bytes and {len(files)} descriptors, expected "
+                f"{_HEAD.size + 16 * dims} and {has_file}; export the tensor again"
+            )
         numbers = struct.unpack_from(f"<{2 * dims}Q", body, _HEAD.size)
         return cls(
             numbers[:dims], numbers[dims:], itemsize, uuid, process, ptr, num_bytes, offset, files[0] if files else ipc
@@ -180,14 +186,14 @@ class TensorSharedHandle:
 
 
 class OpenedTensor:
-    """A tensor of another process, mapped into this one until ``close``.
+    """A tensor of another process, mapped into this process until ``close``.
 
-    In the process that exported it, the tensor itself: CUDA refuses to map memory twice there.
+    In the exporting process the tensor itself is used, because CUDA refuses to map its memory a second time there.
 
     Parameters
     ----------
     handle : TensorSharedHandle
-        May be closed afterwards.
+        Handle of the tensor; may be closed afterwards.
     """
 
     def __init__(self, handle: TensorSharedHandle) -> None:
@@ -211,12 +217,12 @@ class OpenedTensor:
         self._device = device
 
     def spec(self, page_dim: int = 0, tokens_per_page: int | None = None) -> TensorSpec:
-        """Where it is in this process, as ``KVTPClient.register_tensors`` wants it.
+        """The tensor's memory in this process, as ``KVTPClient.register_tensors`` takes it.
 
         Raises
         ------
         RegistrationError
-            It was closed.
+            The tensor was closed.
         """
         if self._ptr == 0:
             raise RegistrationError("the tensor was closed; open its handle again")
@@ -225,7 +231,7 @@ class OpenedTensor:
         )
 
     def close(self) -> None:
-        """Unmap it; no client may have it registered any more. Can be called again.
+        """Unmap the tensor. It must not be registered with a client any more. Can be called again.
 
         Raises
         ------
@@ -247,7 +253,8 @@ class OpenedTensor:
 def local_specs(
     tensors: "Sequence[torch.Tensor | TensorSharedHandle]", layouts: Sequence[KVCacheLayout], opened: ExitStack
 ) -> list[TensorSpec]:
-    """Tensors of this process, and handles, which are opened here until ``opened`` is closed, with their layouts."""
+    """Describe tensors of this process and handles of others, with their layouts. Handles are opened, and stay so until
+    ``opened`` is closed."""
     specs = []
     for tensor, layout in zip(tensors, layouts, strict=True):
         if isinstance(tensor, TensorSharedHandle):

@@ -1,4 +1,4 @@
-"""Tensors of a framework, as memory with strides."""
+"""Descriptions of a framework's tensors as memory with strides."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ def tensor_spec(tensor: KVTensor, page_dim: int = 0, tokens_per_page: int | None
     Parameters
     ----------
     tensor : ndarray or torch.Tensor
-        KV of one layer, of any shape and dtype of fixed size. Pages, or token slots, are counted by one dimension.
+        KV of one layer, of any shape and any dtype of fixed size. One dimension counts pages or token slots.
     page_dim : int
         The dimension that counts pages; negative values count from the last dimension.
     tokens_per_page : int, optional
-        ``page_dim`` counts token slots instead of pages; a page is this many of them.
+        Number of token slots of a page, if ``page_dim`` counts token slots instead of pages.
 
     Returns
     -------
@@ -38,7 +38,8 @@ def tensor_spec(tensor: KVTensor, page_dim: int = 0, tokens_per_page: int | None
     Raises
     ------
     RegistrationError
-        The tensor is neither of these, is read-only, is on another device, or has no dimension ``page_dim``.
+        The tensor is neither a NumPy array nor a torch tensor, is read-only, is on another kind of device, or has no
+        dimension ``page_dim``.
     """
     if isinstance(tensor, np.ndarray):
         if tensor.dtype.hasobject or not tensor.flags.writeable:
@@ -66,10 +67,15 @@ def tensor_spec(tensor: KVTensor, page_dim: int = 0, tokens_per_page: int | None
 
 
 def content_digest(specs: Sequence[TensorSpec]) -> bytes:
-    """16 bytes that say what the bytes of a block mean: which tensors, of which shapes, on what kind of device.
+    """Digest of the layout of a block's bytes: the shapes and item sizes of its tensors and their kind of device.
 
-    Engines arrange K, V, heads and tokens as version and backend like; the same bytes of two arrangements are not the
-    same KV, though all else be equal.
+    The order of K, V, heads and tokens depends on the engine's version and attention backend. Blocks of two layouts
+    must not be exchanged, even if their domain and size are equal.
+
+    Returns
+    -------
+    bytes
+        16 bytes.
     """
     shapes = [
         (spec.shape[: spec.page_dim], spec.shape[spec.page_dim + 1 :], spec.tokens_per_page, spec.itemsize,
@@ -80,7 +86,13 @@ def content_digest(specs: Sequence[TensorSpec]) -> bytes:
 
 
 def upstream_spec(spec: TensorSpec, layout: KVCacheLayout) -> TensorSpec:
-    """A tensor whose first dimension counts the layout's pages, or its token slots."""
+    """The tensor with its ``tokens_per_page`` taken from the layout, if its first dimension counts token slots.
+
+    Raises
+    ------
+    RegistrationError
+        The first dimension counts neither the layout's pages nor its token slots.
+    """
     rows, slots = spec.shape[0], layout.num_block * layout.tokens_per_block
     if rows not in (layout.num_block, slots):
         raise RegistrationError(
