@@ -9,24 +9,24 @@ from flexkv.transfer.repeated_log import RepeatedLog
 logger = logging.getLogger("flexkv.transfer")
 
 _MAX_FAILURES = 5
-"""Failures in a row after which the work is given up. With the pauses between them that takes 1.5 s."""
+"""Number of consecutive failures after which the work is abandoned. With the pauses between them that takes 1.5 s."""
 
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 1.0
-"""Pause after a failure; it doubles with each failure in a row."""
+"""First and maximum pause after a failure, in seconds; the pause doubles with each consecutive failure."""
 
 
 class BackgroundThread(threading.Thread):
     """Calls ``turn`` until ``stop``, whatever ``turn`` raises.
 
-    Failures are logged at a bounded rate and slow the thread down. After ``_MAX_FAILURES`` in a row ``give_up`` is
-    called, once; the thread calls ``turn`` after that too, in case part of its work still succeeds.
+    Failures are logged at a bounded rate, and a pause follows each. After ``_MAX_FAILURES`` consecutive failures
+    ``give_up`` is called; the thread continues to call ``turn``, because part of its work may still succeed.
 
     Parameters
     ----------
     name : str
     turn : callable
     is_over : callable
-        Asked between two turns: True ends the thread.
+        Called between two turns; True ends the thread.
     give_up : callable
     """
 
@@ -46,12 +46,12 @@ class BackgroundThread(threading.Thread):
             try:
                 self._turn()
                 self._failures = 0
-            except BaseException as error:               # a thread that ends takes deadlines and registration along
+            except BaseException as error:               # without the thread, deadlines and registration stop
                 self._failed(error)
 
     def _failed(self, error: BaseException) -> None:
         self._failures += 1
-        self._log.write(logging.ERROR, f"the data plane's thread failed, {self._failures} times in a row", error)
+        self._log.write(logging.ERROR, f"the data plane's thread has failed {self._failures} times in a row", error)
         if self._failures == _MAX_FAILURES:
             try:
                 self._give_up()
@@ -60,5 +60,5 @@ class BackgroundThread(threading.Thread):
         self._halt.wait(min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 5)))
 
     def stop(self) -> None:
-        """End after the turn that is under way."""
+        """End the thread after the current turn."""
         self._halt.set()

@@ -1,4 +1,4 @@
-"""Deadlines of transfers: time counts from the moment when blocks may be moved, not from submission."""
+"""Deadlines of transfers. Time counts from the moment when blocks may be moved, not from submission."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,11 +7,11 @@ from flexkv.protocol.ring import OpKind
 from flexkv.transfer.graph import TransferGraph, TransferOp
 
 LONGEST_WAIT = 10
-"""Longest time that a transfer may take in all, in multiples of its limit. It bounds the wait for a step that the
-engine never finishes, and exceeds the steps that it does finish: 200 s at the default limit."""
+"""Maximum total time of a transfer, as a multiple of its limit. It bounds the wait for a step that the engine never
+finishes. It is longer than any real step: 200 s at the default limit."""
 
 LONGEST_TICK_S = 1.0
-"""Longest interval between two looks at deadlines, in seconds: transfers end at most so much later."""
+"""Maximum interval between two checks of deadlines, in seconds: the maximum delay of a transfer's end."""
 
 _SUBJECT = {
     OpKind.D2H: "saving", OpKind.H2D: "loading", OpKind.DISK2H: "reading from SSD", OpKind.H2DISK: "writing to SSD",
@@ -21,15 +21,16 @@ _SUBJECT = {
 
 
 def waits(graph: TransferGraph, reached: Callable[[TransferOp], bool], bounded: Callable[[int], bool]) -> bool:
-    """Whether nothing of a graph can move now: its blocks wait for steps of the engine, or for other transfers.
+    """Whether no block of a graph can move now: all wait for steps of the engine or for other transfers.
 
     Parameters
     ----------
     graph : TransferGraph
     reached : callable
-        ``reached(op)``: the engine has done the step that the op's fence names.
+        ``reached(op)``: whether the engine has finished the step of the op's fence.
     bounded : callable
-        ``bounded(task_id)``: that graph has a deadline of its own. Waiting for one that has none counts as running.
+        ``bounded(task_id)``: whether that graph has a deadline. A wait for a graph without a deadline counts as
+        running.
     """
     for op in graph.ops:
         if op.done:
@@ -50,12 +51,12 @@ def _others(op: TransferOp) -> Iterable[TransferOp]:
 
 class Deadline:
     """Decides when a graph has taken too long: ``limit_s`` seconds after its blocks could be moved, or ``LONGEST_WAIT``
-    times as long after its submission, whichever is first.
+    times that long after its submission, whichever is first.
 
     Parameters
     ----------
     limit_s : float
-        Seconds; infinite: never.
+        Limit in seconds; infinite: the graph has no deadline.
     now : float
         Time of the submission (``time.monotonic``).
     """
@@ -69,11 +70,11 @@ class Deadline:
 
     @property
     def is_finite(self) -> bool:
-        """The graph has a deadline."""
+        """Whether the graph has a deadline."""
         return math.isfinite(self._limit_s)
 
     def look(self, now: float, waiting: bool) -> bool:
-        """Whether the deadline has passed. To be called regularly; ``waiting``: see ``waits``."""
+        """Whether the deadline has passed. Must be called regularly; ``waiting``: the result of ``waits``."""
         if waiting:
             self._began = None
         elif self._began is None:
@@ -81,7 +82,7 @@ class Deadline:
         return now >= self._last or (self._began is not None and now >= self._began + self._limit_s)
 
     def reason(self, graph: TransferGraph) -> str:
-        """Why the graph is late, in words for a user."""
+        """The reason why the graph is late, for a user."""
         left = [op for op in graph.ops if not op.done]
         op = next((op for op in left if op.fence), left[0])
         subject = f"{_SUBJECT[op.kind]} {len(op)} blocks"

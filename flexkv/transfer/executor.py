@@ -1,4 +1,4 @@
-"""The interface between the scheduler of a graph and what moves its blocks."""
+"""The interface of executors, which move the blocks of ops for the scheduler of graphs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from flexkv.protocol.ring import OpKind
 from flexkv.transfer.graph import TransferOp
 
 Progress = Callable[[TransferOp, NDArray[np.intp] | slice, NDArray[np.bool_]], None]
-"""``progress(op, indices, ok)``: these blocks, given by their indices or as a slice, have their result, and nothing
-touches their slots or pages any more."""
+"""``progress(op, indices, ok)`` reports the results of the blocks ``indices``, an array or a slice. Their slots and
+pages must not be accessed any more."""
 
 
 class Executor(ABC):
@@ -23,7 +23,7 @@ class Executor(ABC):
     Attributes
     ----------
     event_fd : int
-        Readable when ``drain`` has something to take in; the engine's background thread watches it. -1: none.
+        Readable when ``drain`` has results to collect; the engine's background thread watches it. -1: none.
     """
 
     kinds: frozenset[OpKind]
@@ -31,29 +31,31 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
-        """Move blocks ``indices`` of ``op``; if ``doomed``, only tell whoever waits for them that they failed."""
+        """Move blocks ``indices`` of ``op``; if ``doomed``, move nothing and report that they failed."""
 
     @abstractmethod
     def cancel(self, op: TransferOp) -> None:
-        """Start nothing more of ``op``; what is under way is finished, and every block still gets its result."""
+        """Start no further block of ``op``. Blocks in progress are finished, and every block still gets its result."""
 
-    def forget(self, op: TransferOp) -> None:  # noqa: B027  (most keep nothing)
-        """The op has ended: drop what is kept for it."""
+    def forget(self, op: TransferOp) -> None:  # noqa: B027  (most keep no state)
+        """Drop the state of an op that has ended."""
 
     def drain(self) -> bool:
-        """Take in results that are there; True if there was any."""
+        """Collect the results that are available; True if there was any."""
         return False
 
-    def give_up(self) -> None:  # noqa: B027  (of those that are drained)
-        """It is broken: what it was given fails, as soon as nothing touches its slots any more (this may wait for that,
-        as ``close``), and so does what it is given from now on. Does not raise."""
+    def give_up(self) -> None:  # noqa: B027  (for executors that are drained)
+        """Fail all submitted blocks, and all blocks submitted from now on, because the executor is broken.
+
+        A block must not fail before its slots and pages are no longer accessed; like ``close``, the method may wait for
+        that. Must not raise."""
 
     def close(self) -> None:  # noqa: B027
-        """Give back what is held; nothing is touched any more afterwards. Called once, by the engine's shutdown."""
+        """Free all resources. Slots and pages must not be accessed afterwards. Called once, when the engine stops."""
 
 
 class ArrivalExecutor(Executor):
-    """Moves nothing: each block has arrived as soon as it may start."""
+    """Copies nothing: each block completes as soon as it may start."""
 
     kinds = frozenset({OpKind.ARRIVAL})
 
@@ -61,4 +63,4 @@ class ArrivalExecutor(Executor):
         progress(op, indices, np.full(len(indices), not doomed))
 
     def cancel(self, op: TransferOp) -> None:
-        """Nothing is ever under way."""
+        """Do nothing: no block is ever in progress."""

@@ -1,4 +1,4 @@
-"""Transfer graphs: ops on lists of blocks, and the order between them."""
+"""Transfer graphs: ops on lists of blocks, and the dependencies between them."""
 
 import enum
 import operator
@@ -15,7 +15,7 @@ _INT32 = np.dtype(np.int32)
 
 
 class OpStatus(enum.Enum):
-    """How an op, or a whole graph, stands; all but the first two are final."""
+    """State of an op or a graph; all states but PENDING and RUNNING are final."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -26,28 +26,30 @@ class OpStatus(enum.Enum):
 
 
 class Dependency:
-    """Block ``mine[i]`` of the op that has it waits for block ``theirs[i]`` of ``op``, which may be of another graph.
+    """Dependency of an op on ``op``, which may be of another graph: block ``mine[i]`` waits for block ``theirs[i]``.
 
     Parameters
     ----------
     op : TransferOp
     mine : (k,) intp
-        No block twice.
+        Blocks of the dependent op; each block at most once.
     theirs : (k,) intp
+        Blocks of ``op``.
     """
 
     __slots__ = ("_order", "mine", "op", "theirs")
 
     def __init__(self, op: "TransferOp", mine: NDArray[np.intp], theirs: NDArray[np.intp]) -> None:
         if len(mine) != len(theirs):
-            raise ValueError(f"{len(mine)} blocks depend on {len(theirs)}: they must match")
+            raise ValueError(f"{len(mine)} blocks depend on {len(theirs)} blocks: the numbers must be equal")
         self.op = op
         self.mine = np.ascontiguousarray(mine, dtype=np.intp)
         self.theirs = np.ascontiguousarray(theirs, dtype=np.intp)
         self._order: NDArray[np.intp] | None = None
 
     def waiting_for(self, indices: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Which of the pairs wait for blocks ``indices`` of ``op``; takes as long as there are such blocks."""
+        """Indices of the pairs that wait for blocks ``indices`` of ``op``, in time linear in the number of these pairs
+        (times a logarithm for each block)."""
         if self._order is None:
             self._order = np.argsort(self.theirs, kind="stable")
         first = np.searchsorted(self.theirs, indices, side="left", sorter=self._order)
@@ -58,13 +60,13 @@ class Dependency:
 
     @classmethod
     def each(cls, op: "TransferOp") -> "Dependency":
-        """Every block waits for the one at its own place."""
+        """Dependency of every block on the block of ``op`` with the same index."""
         every = np.arange(len(op))
         return cls(op, every, every)
 
 
 def _number(name: str, value: int, bits: int) -> int:
-    """``value`` as an int; ValueError unless it is a whole number of at most so many bits."""
+    """Convert ``value`` to int; ValueError unless it is an integer in ``[0, 2**bits)``."""
     if type(value) is int and 0 <= value < 1 << bits:
         return value
     try:
@@ -72,17 +74,17 @@ def _number(name: str, value: int, bits: int) -> int:
     except TypeError:
         number = -1
     if not 0 <= number < 1 << bits:
-        raise ValueError(f"{name} is {value!r}: must be a whole number from 0 to 2**{bits} - 1")
+        raise ValueError(f"{name} is {value!r}: it must be an integer from 0 to 2**{bits} - 1")
     return number
 
 
 def _int32(name: str, values: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Slots or pages as the agents need them; ValueError if a number would change."""
+    """Convert slots or pages to the agents' format, contiguous int32; ValueError if a number does not fit."""
     array = np.ascontiguousarray(values)
     if array.dtype != _INT32:
         bounds = np.iinfo(np.int32)
         if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < bounds.min or array.max() > bounds.max:
-            raise ValueError(f"{name} is {array.dtype} {array.shape}: must be a row of 32-bit whole numbers")
+            raise ValueError(f"{name} is {array.dtype} {array.shape}: it must have one dimension of 32-bit integers")
         array = array.astype(np.int32)
     return array
 
@@ -90,44 +92,44 @@ def _int32(name: str, values: NDArray[np.int32]) -> NDArray[np.int32]:
 class TransferOp:
     """Moves block i from ``src[i]`` to ``dst[i]``.
 
-    A block starts when all blocks that it depends on have arrived, whatever other blocks do; if one of those fails, it
-    fails.
+    A block starts when all blocks that it depends on have arrived, independently of other blocks of its op. It fails if
+    one of its dependencies fails.
 
     Parameters
     ----------
     kind : OpKind
     src, dst : (n,) int32
-        Slots or pages, by ``kind``. A slot or page that does not exist fails its block.
+        Slots or pages, depending on ``kind``. A block whose slot or page does not exist fails.
     dp_client_id : int
-        Whose ranks move it.
+        Data-parallel client whose ranks move the blocks.
     fence : int
-        Step of the ranks before which pages must not be touched; 0: none.
+        Step of the ranks that must be done before the pages are accessed; 0: none.
     layerwise : bool
-        A load that goes layer by layer, so that compute of the first overlaps it.
+        Load layer by layer, so that compute of the first layers overlaps the load.
     counter : int
-        Of a layerwise load: whose eventfds tell of its layers, from 1; 0: none.
+        Counter, from 1, whose eventfds signal the layers of a layerwise load; 0: none.
     depends_on : sequence of Dependency
     after : sequence of TransferOp
-        Ops of other graphs that must succeed as a whole before any block starts; if one does not, every block fails.
+        Ops of other graphs that must succeed as a whole before any block starts. If one fails, every block fails.
     keys, parents : (n, 2) uint64, optional
-        Names under which a tier that outlives the process records what it is given.
+        Keys of the blocks and of their parents, which a persistent tier records.
 
     Attributes
     ----------
     ok, resolved : (n,) bool
-        Arrived; arrived or failed.
+        Blocks that have arrived; blocks that have arrived or failed.
     missing : (n,) int32
-        How many blocks that it depends on have not arrived, once the op was begun.
+        Number of dependencies of each block that have not arrived, set by ``begin``.
     dependents : list of (TransferOp, Dependency)
-        Running ops that wait for this one, and how; kept by the engine.
+        Running ops that depend on this op, with their dependency; kept by the engine.
     followers : list of TransferOp
-        Running ops that have this one in ``after``.
+        Running ops that have this op in ``after``.
     unmet : int
         Ops of ``after`` that have not ended.
     is_refused : bool
         An op of ``after`` did not succeed.
     is_lost : bool
-        A process that moved blocks of it ended meanwhile, or was cut off.
+        A process that moved blocks of the op has ended meanwhile, or was disconnected.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class TransferOp:
         parents: NDArray[np.uint64] | None = None,
     ) -> None:
         if len(src) != len(dst) or len(src) == 0:
-            raise ValueError(f"{len(src)} sources, {len(dst)} destinations: they must match, and not be none")
+            raise ValueError(f"{len(src)} sources, {len(dst)} destinations: the numbers must be equal, and at least 1")
         self.kind = kind
         self.src, self.dst = _int32("src", src), _int32("dst", dst)
         self.dp_client_id = _number("dp_client_id", dp_client_id, 31)
@@ -173,12 +175,12 @@ class TransferOp:
         return len(self.src)
 
     def add_callback(self, callback: Callable[["TransferOp"], None]) -> None:
-        """Call ``callback(op)`` once, when the op has ended and nothing touches its slots or pages any more."""
+        """Call ``callback(op)`` once, when the op has ended and its slots and pages are not accessed any more."""
         self.callbacks.append(callback)
 
     @property
     def done(self) -> bool:
-        """Every block has a result."""
+        """Whether every block has a result."""
         return self.num_resolved == len(self)
 
     @property
@@ -187,12 +189,12 @@ class TransferOp:
         return (~self.started).nonzero()[0]
 
     def resolve(self, indices: NDArray[np.integer] | slice, ok: NDArray[np.bool_] | bool) -> None:
-        """Record results of blocks; each block has one.
+        """Record the results of blocks. Each block has exactly one result.
 
         Raises
         ------
         InvariantError
-            A block had its result already.
+            A block already has a result.
         """
         resolved = self.resolved[indices]
         if np.count_nonzero(resolved):
@@ -202,7 +204,7 @@ class TransferOp:
         self.num_resolved += len(resolved)
 
     def begin(self) -> None:
-        """Register with the ops that this one waits for: see ``heard`` and ``ended``."""
+        """Register with the ops that this op depends on, so that ``heard`` and ``ended`` are called."""
         for dependency in self.depends_on:
             self.missing[dependency.mine] += ~dependency.op.ok[dependency.theirs]
             if not dependency.op.done:
@@ -215,12 +217,12 @@ class TransferOp:
                 self.is_refused = True
 
     def ended(self, op: "TransferOp") -> None:
-        """An op of ``after`` has ended: ``startable`` may have changed."""
+        """Record the end of an op of ``after``. ``startable`` may change."""
         self.unmet -= 1
         self.is_refused |= op.status is not OpStatus.DONE
 
     def startable(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Blocks not started that can start now, and blocks not started that never can."""
+        """Blocks that can start now, and blocks that can never start, each (k,) intp. Neither have started before."""
         if self.is_refused:
             return _NONE, self.waiting
         if not self.depends_on:
@@ -235,7 +237,8 @@ class TransferOp:
     def heard(
         self, dependency: Dependency, indices: NDArray[np.intp]
     ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """Blocks ``indices`` of ``dependency.op`` have their result now: ``startable`` of those that wait for them."""
+        """Record new results of the blocks ``indices`` of ``dependency.op``; returns ``startable`` for their
+        dependents."""
         pairs = dependency.waiting_for(indices)
         mine, arrived = dependency.mine[pairs], dependency.op.ok[dependency.theirs[pairs]]
         self.missing[mine] -= arrived
@@ -245,19 +248,19 @@ class TransferOp:
 
 
 class TransferGraph:
-    """The ops of one task, in an order in which each comes after those of them that it depends on.
+    """The ops of one task. Each op must come after the ops of the graph that it depends on.
 
     Attributes
     ----------
     status : OpStatus
-        Final as soon as the result is known; TIMEOUT and CANCELLED can be, before ``quiesced``.
+        Final as soon as the result is known. A stopped graph has its final status before ``quiesced``.
     verdict : OpStatus or None
-        The graph was stopped, and this is its result, whatever its blocks did. Set before the graph is submitted, it
-        keeps every block from starting.
+        Result of a stopped graph, independent of the results of its blocks; None if it was not stopped. If it is set
+        before the graph is submitted, no block starts.
     reason : str
-        Why it was stopped, in words for a user; empty where that needs none.
+        Reason of the stop, for a user; empty if it needs no explanation.
     quiesced : bool
-        Nothing touches the slots or pages of any op any more.
+        Slots and pages of the graph's ops are not accessed any more.
     """
 
     def __init__(self, task_id: int, ops: Sequence[TransferOp]) -> None:
@@ -273,17 +276,17 @@ class TransferGraph:
 
     @property
     def done(self) -> bool:
-        """The result is known."""
+        """Whether the result is known."""
         return self.status not in (OpStatus.PENDING, OpStatus.RUNNING)
 
     def check_integrity(self) -> None:
-        """Raise InvariantError if an op is missing, out of order, or its counts are wrong."""
+        """Raise InvariantError if the graph has no ops, or an op is out of order or has wrong counts."""
         later = set(self.ops)
         if not self.ops:
             raise InvariantError("a graph without ops")
         for op in self.ops:
             if any(needed.op in later for needed in op.depends_on):
-                raise InvariantError("an op comes before what it depends on")
+                raise InvariantError("an op comes before its dependency")
             if op.num_resolved != np.count_nonzero(op.resolved) or np.count_nonzero(op.ok > op.resolved):
                 raise InvariantError("the results of an op are inconsistent")
             later.remove(op)

@@ -14,22 +14,22 @@ from flexkv.transfer.watch import Watch
 logger = logging.getLogger("flexkv.transfer")
 
 _UNKNOWN_PROCESS_S = 10.0
-"""Time from the hang-up of a process that cannot be watched (no pidfd) until its slots are given back. Teardown of a
-GPU process takes 50 ms to a few seconds."""
+"""Time from the hang-up of a process that cannot be watched (no pidfd) until its slots are freed, in seconds. Teardown
+of a GPU process takes 50 ms to a few seconds."""
 
 _PAUSE_S = 0.5
-"""Pause after an event that could not be handled."""
+"""Pause after an event that could not be handled, in seconds."""
 
 
 class Membership:
     """The agents of an engine, from registration until they can no longer access a slot.
 
     1. *Connected*: the agent takes ops.
-    2. *Hung up without a farewell*: its process died, or is about to, and its GPU may still write. Graphs with
-       blocks under way there fail at once, so that their waiters continue; their slots stay reserved.
-    3. *At rest*: the agent said farewell, or its process has ended. Its blocks have failed, their slots are free.
+    2. *Hung up without a farewell*: its process is dead or dying, and its GPU may still write. Graphs with blocks in
+       progress there fail at once, so that waiting threads continue; their slots stay reserved.
+    3. *At rest*: the agent has sent a farewell, or its process has ended. Its blocks have failed; their slots are free.
 
-    Every method is called by the background thread, under the engine's lock or taking it.
+    Every method is called by the background thread, which holds the engine's lock or acquires it.
 
     Parameters
     ----------
@@ -37,9 +37,9 @@ class Membership:
     device : DeviceExecutor
     scheduler : Scheduler
     locked : callable
-        ``locked(function)`` calls it under the engine's lock, and runs the callbacks that are due after that.
+        ``locked(function)`` calls ``function`` under the engine's lock, and runs the callbacks that are due after that.
     on_join, on_leave : callable
-        Called under the lock with each link that takes ops from now on, or takes none any more.
+        Called under the lock with each link that takes ops from now on, and with each link that takes none any more.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Membership:
         self._on_leave = on_leave
         self._dying: list[AgentLink] = []
         self.is_closing = False
-        """The engine stops: agents that leave are expected."""
+        """Whether the engine stops, so that agents are expected to leave."""
 
     def add(self, link: AgentLink) -> None:
-        """An agent has registered; its connection is not watched yet."""
+        """Add an agent that has registered, and watch its connection, its results and its process."""
         handlers: dict[int, Callable[[], None]] = {
             link.connection.fileno(): partial(self._hear, link), link.rings.completion_event_fd: link.clear_news,
-            link.process.fd: partial(self._check, link),     # a child may have inherited the socket: no hang-up then
+            link.process.fd: partial(self._check, link),     # no hang-up if a child inherited the socket
         }
         try:
             for fd, handler in handlers.items():
@@ -78,7 +78,7 @@ class Membership:
         self._on_join(link)
 
     def _failed(self, fd: int, link: AgentLink, error: Exception) -> None:
-        """An event of the link could not be handled: the fault stays with this link."""
+        """Disconnect the agent of a link whose event could not be handled; other agents are not affected."""
         ours = not isinstance(error, RingCorruptedError)
         link.condemn(f"{type(error).__name__} in the controller" if ours else str(error))
         self._watch.pause(fd, _PAUSE_S)
@@ -124,7 +124,7 @@ class Membership:
             self._locked(partial(self._leave, link))
 
     def _bury(self, link: AgentLink) -> None:
-        """The agent can no longer access a slot: fail its blocks, free their slots."""
+        """Fail the blocks of an agent that can no longer access a slot, and free their slots."""
         if link in self._dying:
             self._dying.remove(link)
         self._watch.remove(link.process.fd)
@@ -132,7 +132,8 @@ class Membership:
         link.close()
 
     def close(self) -> None:
-        """Hang up on all agents; blocks that they have not reported fail. Under the engine's lock, after its thread."""
+        """Disconnect all agents; blocks that they have not reported fail. Must be called under the engine's lock, after
+        its thread has ended."""
         for link in [*self._device.links, *self._dying]:
             self._device.detach(link)
             link.lose()

@@ -1,4 +1,4 @@
-"""Growth of the host pool: slots are usable when the controller has populated them and every rank has pinned them."""
+"""Growth of the host pool: a slot is usable when the controller has populated it and every rank has pinned it."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,27 +6,27 @@ from flexkv.transfer.executors.agent_link import AgentLink
 
 
 class PoolGrowth:
-    """Counts the usable slots of the host pool: the first ones, populated by the controller and pinned by every rank.
+    """Counts the usable slots of the host pool: the leading slots that are populated and pinned by every rank.
 
-    The count never shrinks. A rank that registers later, because its process was restarted, begins with nothing pinned:
-    until it has pinned the usable slots, it takes part in no transfer, and the engine is not ready
-    (``AgentLink.caught_up``). So no match offers a slot that some rank cannot copy from yet.
+    The count never decreases. A rank that registers later, because its process was restarted, has no pinned slots at
+    first. Until it has pinned the usable slots (``AgentLink.caught_up``), it takes part in no transfer and the engine
+    is not ready. So a match never returns a slot that a rank cannot copy from yet.
 
     Parameters
     ----------
     on_capacity : callable
-        ``on_capacity(num_slots)``, called by ``update`` each time that more slots are usable.
+        ``on_capacity(num_slots)``, called by ``update`` each time that more slots become usable.
     wake : callable
-        Called when there is news for ``update``, on the thread that populates the pool.
+        Called when ``update`` must be called, on the thread that populates the pool.
     on_change : callable
         Called by ``update`` when ``usable`` or ``complete`` has changed.
 
     Attributes
     ----------
     usable : int
-        Slots, from the first.
+        Number of usable slots, counted from the first slot.
     complete : bool
-        Every connected rank has caught up.
+        Whether every connected rank has pinned the usable slots.
     """
 
     def __init__(
@@ -42,16 +42,18 @@ class PoolGrowth:
         self.complete = False
 
     def populated(self, num_slots: int, last: bool) -> None:
-        """Record that so many slots are populated; ``last``: there will be no more. Any thread."""
+        """Record that ``num_slots`` slots are populated; ``last``: the pool does not grow further. Any thread may call
+        it."""
         self._populated = (num_slots, last)
         self._wake()
 
     def joined(self) -> None:
-        """A rank has registered; it has pinned nothing yet."""
+        """Record that a rank has registered; it has no pinned slots yet."""
         self.complete = False
 
     def update(self, links: Iterable[AgentLink]) -> None:
-        """Announce populated slots to the ranks, and read how many they have pinned. The data plane's thread alone."""
+        """Announce the populated slots to the ranks, and read the number that each has pinned. Must be called by the
+        data plane's thread."""
         links = set(links)
         extent = self._populated
         if extent != self._announced_extent:
@@ -61,7 +63,7 @@ class PoolGrowth:
         self._announced, self._announced_extent = links, extent
         if self.complete and self.usable == extent[0]:
             return
-        pinned = {link: min(extent[0], link.rings.usable_slots) for link in links}     # a rank can claim any number
+        pinned = {link: min(extent[0], link.rings.usable_slots) for link in links}     # a rank may report any number
         for link in links:
             link.caught_up = link.caught_up or pinned[link] >= self.usable
         complete, usable = all(link.caught_up for link in links), min(pinned.values(), default=0)

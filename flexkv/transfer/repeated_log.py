@@ -1,4 +1,4 @@
-"""A log line whose cause may come back thousands of times a second."""
+"""Rate limit for a log line whose cause may recur thousands of times a second."""
 
 import logging
 import time
@@ -7,7 +7,7 @@ _INTERVAL_S = 10.0
 
 
 class RepeatedLog:
-    """Writes a line at most once in ``interval_s`` seconds, with the number of lines that were left out.
+    """Writes a line at most once in ``interval_s`` seconds, with the number of lines suppressed since the last one.
 
     Parameters
     ----------

@@ -17,24 +17,25 @@ from flexkv.transfer.scheduler import Observe, OnDone, Scheduler
 logger = logging.getLogger("flexkv.transfer")
 
 _SPIN_NS = 50_000
-"""A waiter watches the rings so long before it sleeps: about the time that a 64 KiB block takes."""
+"""Time that a waiting thread polls the rings before it sleeps, in nanoseconds: about the time that a 64 KiB block
+takes."""
 
 
 class GraphRunner:
-    """Graphs that run, and the threads that wait for them.
+    """Runs graphs, and wakes the threads that wait for them.
 
     Every method may be called from any thread. No method raises an exception of a callback, an executor or an
-    agent: such a failure ends the graph or executor that it concerns, and other graphs continue.
+    agent: such a failure ends the affected graph or executor, and other graphs continue.
 
     Parameters
     ----------
     config : TransferConfig
     ranks : int
-        Device agents of each data-parallel client.
+        Number of device agents of each data-parallel client.
     executors : sequence of Executor
-        For kinds of ops that device agents do not move.
+        Executors for the kinds of ops that device agents do not move.
     observe : Observe, optional
-        As in ``Scheduler``.
+        See ``Scheduler``.
     """
 
     def __init__(
@@ -52,19 +53,20 @@ class GraphRunner:
         self._closing = self._out_of_service = False
         self._log = RepeatedLog(logger)
         self._unwatch: Callable[[int], None] = lambda fd: None
-        """Called with the ``event_fd`` of an executor that was given up."""
+        """Called with the ``event_fd`` of an executor that has failed."""
 
     @property
     def in_service(self) -> bool:
-        """False after the background thread failed again and again: nothing is moved any more, every graph fails at
-        once, and the agents are cut off."""
+        """False after repeated failures of the background thread: no block is moved any more, every graph fails at
+        once, and the agents are disconnected."""
         return not self._out_of_service
 
     def submit(self, graph: TransferGraph, on_done: OnDone, background: bool = False) -> None:
-        """Run a graph. ``on_done(graph)`` is called once, when it is quiesced: every block has its result, and
-        nothing touches its slots or pages any more. ``graph.status`` may be final before.
+        """Run a graph. ``on_done(graph)`` is called once, when the graph is quiesced: every block has its result, and
+        its slots and pages are not accessed any more. ``graph.status`` may be final before that.
 
-        A ``background`` graph has no deadline: no caller waits for it, and its executor bounds each block."""
+        A ``background`` graph has no deadline: no caller waits for it, and its executor limits the time of each
+        block."""
         with self._lock:
             limit_s = math.inf if background else self._config.op_timeout_s
             verdict = OpStatus.CANCELLED if self._closing else OpStatus.FAILED if self._out_of_service else None
@@ -72,8 +74,10 @@ class GraphRunner:
         self._fire()
 
     def cancel(self, task: int | TransferGraph) -> None:
-        """Start nothing more of a graph, given by its id or itself; blocks that are being copied are finished. Unknown
-        or ended graphs are left alone. A graph that is submitted later, by another thread, starts nothing."""
+        """Start no further block of a graph, which is given as task id or object; blocks in progress are finished.
+
+        Unknown or ended graphs are ignored. If a graph object is submitted later, by another thread, none of its blocks
+        start."""
         with self._lock:
             if isinstance(task, TransferGraph):
                 self._scheduler.stop_graph(task, OpStatus.CANCELLED)
@@ -83,7 +87,7 @@ class GraphRunner:
         self._fire()
 
     def notify(self) -> None:
-        """Let ``wait`` look at its predicate again."""
+        """Let ``wait`` evaluate its predicate again."""
         with self._lock:
             self._news.notify_all()
 
@@ -107,7 +111,7 @@ class GraphRunner:
     # ---- results ----------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take in results that are there, and run their callbacks; does not wait."""
+        """Collect the results that are available, and run their callbacks; does not wait."""
         with self._lock:
             for link in list(self._device.links):
                 link.drain()
@@ -115,18 +119,19 @@ class GraphRunner:
         self._fire()
 
     def _drain_executors(self) -> None:
-        """Collect the results of executors, under the lock. One that raises is not used again, and its ops fail."""
+        """Collect the results of executors, under the lock. An executor that raises is not used again, and its ops
+        fail."""
         for executor in list(self._watched):
             try:
                 executor.drain()
             except Exception:
-                logger.exception("results could not be taken in: %s is given up", type(executor).__name__)
+                logger.exception("%s has failed and is not used any more", type(executor).__name__)
                 self._watched.remove(executor)
                 self._unwatch(executor.event_fd)
                 try:
                     executor.give_up()
                 except Exception:
-                    logger.exception("%s could not be given up", type(executor).__name__)
+                    logger.exception("%s could not fail its ops", type(executor).__name__)
 
     def wait(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until ``predicate()``, which callbacks make true; False after ``timeout_s`` seconds."""
@@ -144,7 +149,7 @@ class GraphRunner:
         return True
 
     def _spin(self, predicate: Callable[[], bool]) -> bool:
-        """Watch the rings for a short while: for a small block that is sooner than being woken."""
+        """Poll the rings for a short time: for a small block that is faster than a sleep and a wake-up."""
         links = [link for link in list(self._device.links) if link.busy]
         for link in links:
             link.rings.set_waiting(False)
@@ -179,20 +184,20 @@ class GraphRunner:
                 self._news.notify_all()
 
     def _stop(self, task_id: int, verdict: OpStatus) -> None:
-        """Stop a graph, under the lock. One that cannot be stopped has its verdict all the same, so that its waiters
-        end; other graphs go on."""
+        """Stop a graph, under the lock. Even if an executor fails meanwhile, the graph has its verdict, so that waiting
+        threads return; other graphs continue."""
         try:
             self._scheduler.stop(task_id, verdict)
         except Exception as error:
             self._log.write(logging.ERROR, f"task {task_id} could not be stopped", error)
 
     def _take_out_of_service(self) -> None:
-        """Fail every graph, now and from now on, and have the agents end."""
+        """Fail all graphs, running and future, and disconnect the agents."""
         with self._lock:
             self._out_of_service = True
             logger.critical(
-                "FlexKV is out of service: its data plane failed again and again, see the errors above. The engine "
-                "goes on without loading or saving KV; restart it to use FlexKV again"
+                "FlexKV is out of service: its data plane failed repeatedly, see the errors above. The engine "
+                "continues without loading or saving KV; restart it to use FlexKV again"
             )
             for link in list(self._device.links):
                 link.condemn("the data plane is out of service")

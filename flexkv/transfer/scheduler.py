@@ -1,4 +1,4 @@
-"""Scheduler of graphs: starts each block when what it depends on has arrived, and notices when all have ended."""
+"""Scheduler of graphs: starts each block when its dependencies have arrived, and ends a graph after its last block."""
 
 import logging
 import time
@@ -21,8 +21,8 @@ logger = logging.getLogger("flexkv.transfer")
 
 OnDone = Callable[[TransferGraph], None]
 Observe = Callable[[str, str, int, float], None]
-"""Told of each op that has ended, under the lock: name of its kind, its status, blocks that were moved, seconds since
-its graph was submitted."""
+"""Called for each op that has ended, under the lock: ``observe(kind, status, num_moved, seconds)`` with the name of its
+kind, its status, the number of blocks moved, and the time since its graph was submitted."""
 
 
 @dataclass(eq=False, slots=True)
@@ -35,22 +35,22 @@ class _Active:
 
 
 class Scheduler:
-    """Graphs that run, over executors. The caller locks.
+    """Runs graphs over executors. Every method must be called under the engine's lock.
 
     Parameters
     ----------
     executors : mapping from OpKind to Executor
-        May be added to.
+        The caller may add executors later.
     observe : Observe, optional
     reached : callable
-        ``reached(op)``: the engine has done the step that the op's fence names.
+        ``reached(op)``: whether the engine has finished the step of the op's fence.
 
     Attributes
     ----------
     ended : deque of callables
-        Callbacks of ops and graphs that have ended; to be called without the lock, in order.
+        Callbacks of ops and graphs that have ended. They must be called in order and without the lock.
     tick_s : float
-        Interval at which deadlines are looked at, in seconds.
+        Interval at which deadlines are checked, in seconds.
     """
 
     def __init__(
@@ -68,16 +68,18 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """No graph runs."""
+        """Whether no graph runs."""
         return not self._active
 
     def running(self) -> list[int]:
-        """Ids of the graphs that run."""
+        """Task ids of the graphs that run."""
         return list(self._active)
 
     def late(self, now: float) -> list[tuple[int, str]]:
-        """Ids of the graphs whose deadline has passed and that were not stopped, and why. To be called every
-        ``tick_s`` seconds, since it notices when a graph begins to run; calls before that return nothing."""
+        """Task ids of the graphs whose deadline has passed and that were not stopped, each with the reason.
+
+        Must be called every ``tick_s`` seconds, because it records when a graph begins to run; calls before that return
+        an empty list."""
         late: list[tuple[int, str]] = []
         if now < self._next_look:
             return late
@@ -99,13 +101,13 @@ class Scheduler:
     def submit(
         self, graph: TransferGraph, on_done: OnDone, limit_s: float, verdict: OpStatus | None = None
     ) -> None:
-        """Run a graph, for ``limit_s`` seconds from when it can run: see ``late``. With a ``verdict``, this one or its
-        own, it starts nothing.
+        """Run a graph. Its deadline is ``limit_s`` seconds after its blocks can be moved (``Deadline``). With a
+        ``verdict``, from the caller or already set on the graph, no block starts.
 
         Raises
         ------
         InvariantError
-            A graph of that id runs.
+            A graph with the same task id runs.
         """
         if graph.task_id in self._active:
             raise InvariantError(f"task {graph.task_id} is submitted twice")
@@ -121,13 +123,13 @@ class Scheduler:
             self._start_blocks(active, op, *op.startable())
 
     def stop(self, task_id: int, verdict: OpStatus) -> None:
-        """Start nothing more of a graph; what is under way is finished. Unknown or ended graphs are left alone."""
+        """Start no further block of a graph; blocks in progress are finished. Unknown or ended graphs are ignored."""
         active = self._active.get(task_id)
         if active is not None:
             self.stop_graph(active.graph, verdict)
 
     def stop_graph(self, graph: TransferGraph, verdict: OpStatus) -> None:
-        """As ``stop``; a graph that has not been submitted yet will start nothing."""
+        """Like ``stop``, for a graph object. If the graph is submitted later, none of its blocks start."""
         if graph.verdict is not None or graph.quiesced:
             return
         graph.verdict = verdict

@@ -1,4 +1,4 @@
-"""Descriptors and timers that one thread waits for, each with a handler of its own."""
+"""Descriptors and timers that one thread waits for; each has a handler."""
 
 import heapq
 import itertools
@@ -19,7 +19,7 @@ OnError = Callable[[Exception], None]
 class Watch:
     """Calls handlers when their descriptors are readable or their time has come.
 
-    An exception of a handler concerns its own descriptor only: it is logged, and ``on_error`` of that descriptor is
+    An exception of a handler affects its own descriptor only. It is logged, and ``on_error`` of the descriptor is
     called, which must stop watching it or change its state. All other handlers are called nevertheless.
 
     ``turn`` must be called by one thread; ``add``, ``remove`` and ``wake`` may be called by any.
@@ -39,9 +39,9 @@ class Watch:
         self._epoll.register(self._wake_fd, select.EPOLLIN)
 
     def add(self, fd: int, handler: Handler, on_error: OnError) -> None:
-        """Call ``handler`` whenever ``fd`` is readable or hung up, until ``remove``.
+        """Call ``handler`` whenever ``fd`` is readable or its peer has closed it, until ``remove``.
 
-        A handler must check that its descriptor has news: after a descriptor number is used anew, one call too many is
+        A handler must check that its descriptor has an event: after a descriptor number is reused, a spurious call is
         possible.
         """
         self._epoll.register(fd, select.EPOLLIN)
@@ -53,7 +53,7 @@ class Watch:
             self._epoll.unregister(fd)
 
     def pause(self, fd: int, seconds: float) -> None:
-        """Do not look at ``fd`` for so long."""
+        """Ignore ``fd`` for ``seconds``."""
         if fd in self._handlers:
             self._epoll.modify(fd, 0)
             self.after(seconds, lambda: self._resume(fd))
@@ -63,11 +63,11 @@ class Watch:
             self._epoll.modify(fd, select.EPOLLIN)
 
     def after(self, seconds: float, handler: Handler) -> None:
-        """Call ``handler`` once, in so many seconds. For the thread of ``turn``."""
+        """Call ``handler`` once, after ``seconds``. Must be called by the thread of ``turn``."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), handler))
 
     def wake(self) -> None:
-        """End the ``turn`` that waits now, or else the next one, at once."""
+        """End the wait of the current ``turn``, or of the next ``turn`` if none waits."""
         os.eventfd_write(self._wake_fd, 1)
 
     def turn(self, timeout_s: float) -> None:
@@ -89,6 +89,6 @@ class Watch:
             heapq.heappop(self._timers)[2]()
 
     def close(self) -> None:
-        """Give the descriptors of this object back; watched ones stay their owners'."""
+        """Close the descriptors of this object. Watched descriptors stay open; their owners close them."""
         self._epoll.close()
         os.close(self._wake_fd)

@@ -1,1 +1,1 @@
-"""What moves blocks, one executor a kind of route."""
+"""The executors: one for copies by the ranks' agents, one for stores."""

@@ -1,4 +1,4 @@
-"""One rank's agent, as the controller sees it: what it was given, and what it has reported."""
+"""The controller's link to one rank's agent: parts of ops that were sent to it, and their results."""
 
 import logging
 import os
@@ -25,12 +25,12 @@ logger = logging.getLogger("flexkv.transfer")
 
 @dataclass(eq=False, slots=True)
 class Flight:
-    """An op on its way, over all ranks: a block has arrived when it has on every one.
+    """An op in progress on all ranks. A block is complete when every rank has reported it.
 
     Attributes
     ----------
     missing : (n,) int16
-        Ranks that have not answered yet.
+        Number of ranks that have not reported each block yet.
     """
 
     op: TransferOp
@@ -41,7 +41,7 @@ class Flight:
     parts: list["Part"] = field(default_factory=list)
 
     def answer(self, indices: NDArray[np.intp] | slice, ok: NDArray[np.bool_]) -> None:
-        """One rank's results."""
+        """Record one rank's results of the blocks ``indices``, and report the blocks that are complete."""
         self.missing[indices] -= 1
         self.ok[indices] &= ok
         missing = self.missing[indices]
@@ -57,15 +57,15 @@ class Flight:
 
 @dataclass(eq=False, slots=True)
 class Part:
-    """Some blocks of an op, for one rank, small enough for one record.
+    """Blocks of an op for one rank that fit into one record of its ring.
 
     Attributes
     ----------
     first : int
-        The first block, where they follow one another; -1 where they do not. numpy reads and writes a slice several
-        times sooner than a list of indices.
+        The first block, if the blocks are consecutive; else -1. NumPy reads and writes a slice several times faster
+        than a list of indices.
     answered : int
-        Results that were taken in.
+        Number of results received.
     """
 
     part_id: int
@@ -76,12 +76,12 @@ class Part:
     answered: int = 0
 
     def rows(self, start: int, stop: int) -> NDArray[np.intp] | slice:
-        """Blocks of the op, for results ``[start, stop)`` of the part."""
+        """Indices in the op of the part's blocks ``[start, stop)``."""
         return self.indices[start:stop] if self.first < 0 else slice(self.first + start, self.first + stop)
 
 
 class AgentLink:
-    """One rank's agent, as the controller sees it.
+    """The controller's link to one rank's agent.
 
     Parameters
     ----------
@@ -94,11 +94,11 @@ class AgentLink:
     Attributes
     ----------
     process : PeerProcess
-        The agent's; owned by the link.
+        Process of the agent; owned by the link.
     said_farewell : bool
-        The agent has ended on purpose: it touches no slot and no page any more.
+        The agent has ended on purpose: it accesses no slot and no page any more.
     on_backlog : callable
-        Called when a message found the ring full; ``flush`` must be called until ``backlog`` is False.
+        Called when the ring has no room for a message; ``flush`` must then be called until ``backlog`` is False.
     """
 
     def __init__(self, connection: socket.socket, hello: Hello, rings: ControllerRings) -> None:
@@ -112,18 +112,19 @@ class AgentLink:
         self._backlog: deque[Part] = deque()
         self._cancels: deque[int] = deque()
         self._condemned = False
-        self.caught_up = False      # it has pinned what others use already: see PoolGrowth
+        self.caught_up = False      # it has pinned the usable slots: see PoolGrowth
         self._log = RepeatedLog(logger)
 
     # ---- to the agent -----------------------------------------------------------------------------------------
 
     def submit(self, part: Part) -> None:
-        """Give a part to the agent, now or as soon as the ring has room."""
+        """Send a part to the agent, now or as soon as the ring has room."""
         self._backlog.append(part)
         self._send()
 
     def cancel(self, flight: Flight) -> None:
-        """Ask the agent to stop the parts of a flight that it has; the others are sent as cancelled."""
+        """Request the agent to stop the parts of a flight that it has received. Parts still in the backlog are sent as
+        cancelled."""
         for part in flight.parts:
             if part.part_id in self._outstanding:
                 self._cancels.append(part.part_id)
@@ -136,11 +137,11 @@ class AgentLink:
 
     @property
     def backlog(self) -> bool:
-        """Messages wait for room in the ring."""
+        """Whether messages wait for room in the ring."""
         return bool(self._backlog or self._cancels) and not self._condemned
 
     def flush(self) -> None:
-        """Write what waits for room in the ring."""
+        """Write waiting messages while the ring has room."""
         if self._condemned:
             return
         try:
@@ -152,8 +153,8 @@ class AgentLink:
             self.condemn(str(error))
 
     def _push(self, part: Part) -> bool:
-        """Write a part, the first of the backlog; False: there is no room for it. A part that cannot be written as a
-        record fails, and all others are sent."""
+        """Write the first part of the backlog; False if the ring has no room. A part that cannot be written as a record
+        fails; the other parts are sent."""
         op, loading = part.flight.op, part.flight.op.kind is OpKind.H2D
         whole = len(part.indices) == len(op)
         src, dst = (op.src, op.dst) if whole else (op.src[part.indices], op.dst[part.indices])
@@ -168,7 +169,7 @@ class AgentLink:
         except RingCorruptedError:
             raise
         except Exception as error:
-            self._log.write(logging.ERROR, f"task {op.task_id} cannot be sent to {self.hello}, its blocks fail", error)
+            self._log.write(logging.ERROR, f"task {op.task_id} cannot be sent to {self.hello}; its blocks fail", error)
             self._backlog.popleft()
             part.flight.answer(part.indices, np.zeros(len(part.indices), dtype=np.bool_))
             return True
@@ -177,22 +178,22 @@ class AgentLink:
         return True
 
     def condemn(self, reason: str) -> None:
-        """Ask an agent that cannot be trusted to end. Until it has, its slots and pages stay as they are."""
+        """Disconnect an agent that cannot be trusted, so that it ends. Its slots and pages stay reserved until then."""
         if not self._condemned:
             self._condemned = True
-            logger.error("agent of %s: %s; it is cut off", self.hello, reason)
-            with suppress(OSError):                          # it has hung up already
+            logger.error("agent of %s: %s; it is disconnected", self.hello, reason)
+            with suppress(OSError):                          # the agent has closed the connection already
                 self.connection.shutdown(socket.SHUT_WR)
 
     # ---- from the agent ---------------------------------------------------------------------------------------
 
     def hear(self) -> bool:
-        """Read what the agent said on its connection; True if it has left. It says nothing but farewell.
+        """Read the agent's connection; True if the agent has left. The only valid message is a farewell.
 
         Raises
         ------
         RingCorruptedError
-            It said something else.
+            The agent sent another message.
         """
         try:
             message = self.connection.recv(MAX_MESSAGE_BYTES)
@@ -206,13 +207,14 @@ class AgentLink:
         return True
 
     def clear_news(self) -> None:
-        """Results were announced: take the announcement back."""
+        """Reset the eventfd with which the agent announces results."""
         with suppress(BlockingIOError):
             os.eventfd_read(self.rings.completion_event_fd)
 
     def drain(self) -> bool:
-        """Take in what the agent reported; True if it was anything. One that reports what cannot be is condemned, as is
-        one whose reports cannot be taken in for whatever reason: the others go on."""
+        """Collect the agent's results; True if there was any.
+
+        If a result is impossible or cannot be processed, the agent is disconnected; other agents are not affected."""
         if self._condemned:
             return False
         try:
@@ -220,7 +222,7 @@ class AgentLink:
         except RingCorruptedError as error:
             self.condemn(str(error))
         except Exception as error:
-            self._log.write(logging.ERROR, "a result could not be taken in", error)
+            self._log.write(logging.ERROR, "a result of an agent could not be processed", error)
             self.condemn(f"{type(error).__name__} in the controller")
         return False
 
@@ -244,14 +246,14 @@ class AgentLink:
         return any_result
 
     def fail_backlog(self) -> None:
-        """Parts that were never sent fail."""
+        """Fail the parts that were never sent."""
         parts = list(self._backlog)
         self._backlog.clear()
         self._cancels.clear()
         self._fail(parts)
 
     def lose(self) -> None:
-        """Nothing of the agent touches a slot any more: what it had not reported has failed."""
+        """Fail all blocks that the agent has not reported. It must not access any slot any more."""
         parts = list(self._outstanding.values())
         self._outstanding.clear()
         self._fail(parts)
@@ -272,16 +274,16 @@ class AgentLink:
 
     @property
     def healthy(self) -> bool:
-        """Whether what it reports is believed."""
+        """Whether the agent's reports are trusted."""
         return not self._condemned
 
     @property
     def busy(self) -> bool:
-        """Whether a result is expected."""
+        """Whether the agent has parts without a result."""
         return bool(self._outstanding)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection, the rings and the descriptor of the process."""
         self.connection.close()
         self.rings.close()
         self.process.close()

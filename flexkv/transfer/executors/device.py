@@ -1,4 +1,4 @@
-"""Device executor: gives ops to the agents of the ranks, and collects what they report."""
+"""Device executor: sends ops to the agents of the ranks, and collects their results."""
 
 import itertools
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from flexkv.transfer.graph import TransferOp
 
 _LOADS = frozenset({OpKind.H2D, OpKind.DISK2D})
 _SAVES = frozenset({OpKind.D2H, OpKind.D2DISK})
-"""Ops that wait for fences of loads, of saves."""
+"""Kinds of ops that wait for fences of loads, and of saves."""
 
 
 def _consecutive(indices: NDArray[np.intp]) -> bool:
@@ -30,7 +30,7 @@ class DeviceExecutor(Executor):
     Parameters
     ----------
     ranks_per_client : int
-        An op needs so many agents; where one is missing its blocks fail.
+        Number of agents that an op needs; if one is missing, its blocks fail.
     """
 
     kinds = frozenset({OpKind.D2H, OpKind.H2D})
@@ -42,11 +42,11 @@ class DeviceExecutor(Executor):
         self._part_ids = itertools.count(1)
 
     def add(self, link: AgentLink) -> None:
-        """An agent has registered."""
+        """Add an agent that has registered."""
         self._links.setdefault(link.hello.dp_client_id, []).append(link)
 
     def detach(self, link: AgentLink) -> None:
-        """An agent takes nothing more; parts that it was never sent fail. May be repeated."""
+        """Send no more ops to an agent; parts that were not sent yet fail. Can be called again."""
         links = self._links.get(link.hello.dp_client_id, [])
         if link in links:
             links.remove(link)
@@ -55,10 +55,10 @@ class DeviceExecutor(Executor):
     @property
     def links(self) -> Iterable[AgentLink]:
         """Agents that are connected."""
-        return [link for links in list(self._links.values()) for link in links]     # read without the lock, too
+        return [link for links in list(self._links.values()) for link in links]     # also read without the lock
 
     def reached(self, op: TransferOp) -> bool:
-        """Whether every rank has done the step of the op's fence, so that only the copies take time."""
+        """Whether every rank has finished the step of the op's fence, so that only the copies take time."""
         if not op.fence or op.kind not in _LOADS | _SAVES:
             return True
         links = self._links.get(op.dp_client_id, [])
@@ -80,7 +80,7 @@ class DeviceExecutor(Executor):
         if not links:
             progress(op, rows, flight.ok[rows])
             return
-        flags = doomed * OpFlag.CANCELLED | op.layerwise * OpFlag.LAYERWISE     # numbers: an enum's are slow to make
+        flags = doomed * OpFlag.CANCELLED | op.layerwise * OpFlag.LAYERWISE     # int: an IntFlag is slow to create
         complete = bool(np.count_nonzero(op.started) == len(op))
         for link in links:
             for start in range(0, len(indices), link.rings.max_blocks):
@@ -95,7 +95,7 @@ class DeviceExecutor(Executor):
 
     def cancel(self, op: TransferOp) -> None:
         flight = self._flights.get(op)
-        if flight is not None and not flight.cancelled:      # one cancel a part: so many have room in the ring
+        if flight is not None and not flight.cancelled:      # once: the ring has room for one cancel a part
             flight.cancelled = True
             for link in self._links.get(op.dp_client_id, []):
                 link.cancel(flight)

@@ -1,4 +1,4 @@
-"""Store executor: gives ops between host slots and the slots of a store to the store, and collects its results."""
+"""Store executor: submits ops to a store, for example the SSD tier, and collects its results."""
 
 import itertools
 import logging
@@ -74,9 +74,9 @@ class StoreExecutor(Executor):
     def give_up(self) -> None:
         self._given_up = True
         try:
-            self._store.close()                # a slot that is still read into must not be another's
+            self._store.close()                # first: a slot that is still written must not be freed
         except Exception:
-            logger.exception("the SSD store cannot be closed: what it was moving keeps its slots")
+            logger.exception("the SSD store cannot be closed: blocks in progress keep their slots")
             return
         for op, indices, progress in self._jobs.values():
             left = indices[~op.resolved[indices]]
@@ -84,7 +84,7 @@ class StoreExecutor(Executor):
                 if op.status is OpStatus.RUNNING:
                     progress(op, left, np.zeros(len(left), dtype=np.bool_))
             except Exception:
-                logger.exception("task %d cannot be told that its reads or writes have failed", op.task_id)
+                logger.exception("the failure of reads or writes of task %d cannot be reported", op.task_id)
         self._jobs.clear()
 
     def close(self) -> None:

@@ -354,7 +354,7 @@ def test_a_store_that_loses_its_results_is_given_up_and_nothing_waits_for_it(
         loads = [made.start_get(5, 1), made.start_get(3, 1, 40)]
         made.store.results = broken                         # type: ignore[assignment, method-assign]
         assert {result.status for result in made.manager.wait(loads, 10.0).values()} == {Status.FAILED}
-        assert "given up" in caplog.text
+        assert "is not used any more" in caplog.text
         assert made.store.closed
         made.settle()
         made.put(5, 1)                                      # host memory serves on
