@@ -1,4 +1,4 @@
-"""Independent check of what comes back: page bytes, read through torch, against what they were when they were saved."""
+"""Independent check of loads: compares the bytes of loaded pages, read through torch, with the bytes saved."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,16 @@ _RECORD = np.dtype([("key", np.uint64, 2), ("checksum", np.uint64)])
 
 
 class PageAudit:
-    """Remembers a checksum of each saved page by the key of its block. Reads the tensors itself, by logical index: it
-    shares nothing with the code that copies them.
+    """Keeps a checksum of each saved page under the key of its block. It reads the tensors by logical index, and shares
+    no code with the copies that it checks.
 
     Parameters
     ----------
     tensors : sequence of Tensor
     specs : sequence of TensorSpec
-        Which dimension of each counts pages.
+        Description of each tensor, for its page dimension.
     path : Path, optional
-        Keeps the checksums, for the next start: appended as they are made, and read here.
+        File that keeps the checksums for the next start. It is read at the start, and each new checksum is appended.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PageAudit:
         return np.concatenate(rows)
 
     def record(self, keys: NDArray[np.uint64], pages: NDArray[np.int32]) -> None:
-        """Pages that are about to be saved under ``keys``."""
+        """Record the checksums of pages that are about to be saved under ``keys``."""
         made = np.zeros(len(keys), dtype=_RECORD)
         for record, key, page in zip(made, keys, pages, strict=True):
             record["key"], record["checksum"] = key, xxh3_64(self._page(int(page)))
@@ -62,7 +62,7 @@ class PageAudit:
                 made.tofile(file)
 
     def compare(self, keys: NDArray[np.uint64], pages: NDArray[np.int32], ok: NDArray[np.bool_]) -> None:
-        """Pages that were loaded, where ``ok``, with blocks of ``keys``."""
+        """Check pages that were loaded with the blocks ``keys``. Pages that are not ``ok`` are skipped."""
         for key, page, loaded in zip(keys, pages, ok, strict=True):
             if not loaded:
                 continue
@@ -76,7 +76,8 @@ class PageAudit:
             self._checked_blocks += 1
 
     def counts(self) -> dict[str, int]:
-        """``checked_blocks``; of these ``wrong_blocks`` (``wrong_bytes``) differ, ``unknown_blocks`` have no record."""
+        """Counts of checked blocks; among them ``wrong_blocks`` (of ``wrong_bytes`` bytes) differ and
+        ``unknown_blocks`` have no checksum."""
         return {
             "checked_blocks": self._checked_blocks,
             "wrong_blocks": self._wrong_blocks,

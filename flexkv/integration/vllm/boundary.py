@@ -1,8 +1,9 @@
-"""The border to the engine: no exception of FlexKV's crosses it.
+"""The boundary to the engine, which no exception of FlexKV crosses.
 
-vLLM calls every hook of a connector inside its scheduler's loop or its worker's, where an exception ends the engine.
-Each hook is called through ``HookGuard.call``. After an unexpected exception KV is off for good: nothing is offered or
-saved, loads under way are reported as failed and saves as finished, and the engine goes on without FlexKV.
+vLLM calls every hook of a connector inside its scheduler's or worker's loop, where an exception ends the engine. So
+each hook is called through ``HookGuard.call``. After an unexpected exception KV caching is off permanently: no block is
+offered or saved, loads in progress are reported as failed and saves as finished, and the engine continues without
+FlexKV.
 """
 
 import logging
@@ -29,57 +30,57 @@ _Value = TypeVar("_Value")
 
 
 class HookGuard(Generic[_Half]):
-    """One half of the connector, until it fails.
+    """Calls the hooks of one half of the connector, until one fails.
 
     Parameters
     ----------
     side : SchedulerSide, WorkerSide, OffScheduler, OffWorker or None
-        None: there is no half of this role, or it has failed.
+        The half; None: this process has no half of this role, or the half has failed.
     """
 
     def __init__(self, side: _Half | None) -> None:
         self.side: _Half | None = side
 
     def call(self, hook: Callable[[_Half], _Value], otherwise: _Value) -> _Value:
-        """Call a hook and return its result; return ``otherwise`` if KV is off, or if the hook fails."""
+        """Call a hook and return its result; return ``otherwise`` if caching is off or the hook fails."""
         if self.side is None:
             return otherwise
         try:
             return hook(self.side)
         except Exception:
             logger.critical(
-                "KV caching is off until the engine is started again, because of an error in FlexKV; the engine goes "
-                "on without it. Please report this:", exc_info=True,
+                "KV caching is off until the engine is restarted, because of an error in FlexKV; the engine continues "
+                "without it. Please report this:", exc_info=True,
             )
             failed, self.side = self.side, None
             self.turn_off(failed)
         return otherwise
 
     def turn_off(self, failed: _Half) -> None:
-        """Stop what the failed half had under way."""
+        """Stop the transfers of the failed half."""
         try:
             failed.shutdown()
         except Exception:
-            logger.exception("FlexKV could not be stopped in an orderly way")
+            logger.exception("FlexKV could not be stopped cleanly")
 
     def shutdown(self) -> None:
-        """Stop the half at the end of the engine, if there is one."""
+        """Stop the half, if there is one, when the engine ends."""
         self.call(lambda side: side.shutdown(), None)
 
 
 class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
-    """The scheduler's hooks. ``block_size``: tokens of a vLLM block."""
+    """Guard of the scheduler's hooks. ``block_size``: tokens of a vLLM block."""
 
     def __init__(self, side: SchedulerSide | OffScheduler | None, block_size: int) -> None:
         super().__init__(side)
         self._block_size = block_size
-        self._offers: dict[str, tuple[int, bool]] = {}      # computed tokens, asynchronous; of requests to be allocated
+        self._offers: dict[str, tuple[int, bool]] = {}      # by request: tokens computed, whether asynchronous
         self._orphans: list[LoadJob] = []                   # loads that the workers must report as failed
         self._finishing: dict[str, list[int]] = {}
         self._step = 0
 
     def turn_off(self, failed: SchedulerSide | OffScheduler) -> None:
-        """The next step passes loads and finished requests that are new to the workers."""
+        """Take the loads and finished requests that the workers do not know yet. The next step passes them on."""
         loads, self._finishing = failed.take_pending()
         self._orphans += loads
         super().turn_off(failed)
@@ -93,7 +94,7 @@ class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
         return offer
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        """Blocks were allocated. A load that was offered and cannot be launched is reported as failed."""
+        """Launch the load of a request whose blocks were allocated. If that fails, the load is reported as failed."""
         computed, is_async = self._offers.pop(request.request_id, (0, False))
 
         def launch(side: SchedulerSide | OffScheduler) -> bool:
@@ -108,7 +109,7 @@ class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
             )
 
     def build_connector_meta(self, output: "SchedulerOutput") -> FlexKVConnectorMetadata:
-        """Metadata of the coming step for the workers."""
+        """Metadata of the next step for the workers."""
         self._step += 1
         meta: FlexKVConnectorMetadata | None = self.call(lambda side: side.build_connector_meta(output), None)
         if meta is None:
@@ -120,15 +121,15 @@ class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
         return meta
 
     def update_connector_output(self, output: "KVConnectorOutput") -> None:
-        """The workers have reported a step."""
+        """Record the workers' report of a step."""
         self.call(lambda side: side.step_reported(output), None)
 
     def step_ended(self) -> None:
-        """vLLM has processed a step."""
+        """Record that vLLM has processed a step."""
         self.call(lambda side: side.step_ended(), None)
 
     def on_new_request(self, request: "Request") -> None:
-        """A request was queued."""
+        """Start the prefetch of a queued request."""
         self.call(lambda side: side.on_new_request(request), None)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -138,28 +139,28 @@ class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
         return self.call(lambda side: side.request_finished(request, block_ids), nothing)
 
     def reset_cache(self) -> bool:
-        """Forget all KV. True also when KV is off: nothing is kept then."""
+        """Drop all cached KV; True also if caching is off, since no KV is cached then."""
         return self.call(lambda side: side.reset_cache(), True)
 
 
 class GuardedWorker(HookGuard[WorkerSide | OffWorker]):
-    """The worker's hooks on one rank."""
+    """Guard of the worker's hooks on one rank."""
 
     def __init__(self, side: WorkerSide | OffWorker | None) -> None:
         super().__init__(side)
         self._lost = LostTransfers()
 
     def turn_off(self, failed: WorkerSide | OffWorker) -> None:
-        """What was under way is reported in this step, as failed."""
-        super().turn_off(failed)                            # afterwards nothing touches a page
+        """Stop the half, and take its transfers, which are reported as failed in this step."""
+        super().turn_off(failed)                            # first: afterwards no transfer accesses a page
         self._lost.take(failed)
 
     def start_load(self, meta: FlexKVConnectorMetadata | None) -> None:
-        """The step's loads may start."""
+        """Let the step's loads start."""
         if meta is None:
             return
         if meta.off and self.side is not None:
-            logger.error("KV caching is off: the scheduler's half of FlexKV has failed, see its log")
+            logger.error("KV caching is off: FlexKV has failed in the scheduler process, see its log")
             failed, self.side = self.side, None
             self.turn_off(failed)
 
@@ -177,24 +178,24 @@ class GuardedWorker(HookGuard[WorkerSide | OffWorker]):
         self.call(lambda side: side.wait_for_layer(layer_name), None)
 
     def wait_for_save(self) -> None:
-        """Compute of the step is done."""
+        """Let the saves of the step start after its compute."""
         self.call(lambda side: side.wait_for_save(), None)
 
     def get_finished(self) -> tuple[set[str], set[str]]:
-        """Requests whose saves and whose loads have ended."""
+        """Requests whose saves have ended, and requests whose loads have ended."""
         nothing: tuple[set[str], set[str]] = (set(), set())
         saved, loaded = self.call(lambda side: side.get_finished(), nothing)
         lost = self._lost.take_finished()
         return saved | lost[0], loaded | lost[1]
 
     def take_failed_pages(self) -> set[int]:
-        """Blocks that could not be loaded."""
+        """Return and forget the pages of failed loads."""
         nothing: set[int] = set()
         return self.call(lambda side: side.take_failed_pages(), nothing) | self._lost.take_pages()
 
 
 class LostTransfers:
-    """Transfers that a rank whose KV is off must still report, once: loads as failed, saves as ended."""
+    """Transfers that a rank must still report, once, after caching is off: loads as failed, saves as ended."""
 
     def __init__(self) -> None:
         self._step = -1
@@ -203,7 +204,7 @@ class LostTransfers:
         self._pages: set[int] = set()
 
     def take(self, failed: WorkerSide | OffWorker) -> None:
-        """Record the transfers that a half had under way when it failed."""
+        """Record the transfers of a half that has failed."""
         loads, saves, pages = failed.take_pending()
         self._add(loads, saves)
         self._pages |= pages
@@ -220,11 +221,11 @@ class LostTransfers:
         self._pages.update(page for job in loads for page in job.pages.tolist())
 
     def take_finished(self) -> tuple[set[str], set[str]]:
-        """Requests whose saves, and whose loads, have ended."""
+        """Return and forget the requests with saves, and the requests with loads."""
         finished, self._saved, self._loaded = (self._saved, self._loaded), set(), set()
         return finished
 
     def take_pages(self) -> set[int]:
-        """Blocks of these loads."""
+        """Return and forget the pages of the recorded loads."""
         pages, self._pages = self._pages, set()
         return pages

@@ -1,6 +1,6 @@
-"""The stock connector, and what it does not pass on.
+"""vLLM's stock connector, extended by two calls that it does not forward.
 
-For ``kv_connector_module_path: flexkv.integration.vllm.connector`` with ``kv_connector: FlexKVConnector``.
+Select it with ``kv_connector_module_path: flexkv.integration.vllm.connector`` and ``kv_connector: FlexKVConnector``.
 """
 
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class FlexKVConnector(FlexKVConnectorV1):
-    """``FlexKVConnectorV1`` whose cached KV is forgotten by ``reset_prefix_cache(reset_connector=True)``, and that
-    reads from SSD as soon as a request is queued."""
+    """``FlexKVConnectorV1`` that drops cached KV at ``reset_prefix_cache(reset_connector=True)``, and prefetches from
+    SSD as soon as a request is queued."""
 
     def on_new_request(self, request: "Request") -> None:
-        """A request was queued."""
+        """Start the prefetch of a request that was queued."""
         self._flexkv_connector.on_new_request(request)
 
     def reset_cache(self) -> bool:
-        """Forget all KV that was saved, as after a change of weights."""
+        """Drop all cached KV, as after a change of weights."""
         return bool(self._flexkv_connector.reset_cache())

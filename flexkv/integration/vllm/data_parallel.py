@@ -1,4 +1,4 @@
-"""Data-parallel ranks of one vLLM: each has a cache, and paths, of its own."""
+"""Data-parallel ranks of one vLLM. Each has a separate cache with separate paths."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 def data_parallel_rank(vllm_config: "VllmConfig") -> int:
     """Number of this engine among the data-parallel ranks.
 
-    vLLM describes independent ranks as single ones (size 1, rank 0), and leaves the index as it is.
+    vLLM gives independent ranks size 1 and rank 0, and only their index differs.
     """
     return int(getattr(vllm_config.parallel_config, "data_parallel_index", 0) or 0)
 
 
 def settings_of_rank(config: FlexKVConfig, rank: int) -> FlexKVConfig:
-    """The settings, with paths of its own for every rank but the first."""
+    """The settings of a data-parallel rank. All paths get a suffix, except for rank 0."""
     if rank == 0:
         return config
     cache, transfer, connector = config.cache, config.transfer, config.connector

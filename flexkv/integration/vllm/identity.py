@@ -1,4 +1,4 @@
-"""Identity of a vLLM engine's KV: its weights, and the configuration that decides their KV.
+"""Identity of a vLLM engine's KV: its weights, and the configuration that affects their KV.
 
 Decisions and their reasons: docs/design/0014-identity.md.
 """
@@ -26,14 +26,14 @@ FILE_FORMATS = frozenset({
     "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "mistral", "sharded_state",
     "runai_streamer", "runai_streamer_sharded", "gguf", "bitsandbytes",
 })
-"""Load formats whose weights are files in the model's directory (vLLM 0.32). Others take them from elsewhere."""
+"""Load formats whose weights are files in the model's directory (vLLM 0.32). Other formats use other sources."""
 
 _VOLATILE = frozenset({"_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "torch_dtype"})
 _SECTIONS = ("model_config", "cache_config", "parallel_config", "attention_config", "engram_config", "offload_config")
-"""Parts of vLLM's configuration whose ``compute_hash`` goes into the digest."""
+"""Parts of vLLM's configuration whose ``compute_hash`` is part of the digest."""
 
 _SLACK_NS = 100_000_000
-"""Tolerance for the clock of file systems. No engine reads weights so soon after its process was started."""
+"""Tolerance for the clock of file systems, in nanoseconds. No engine reads weights that soon after its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,9 @@ class Identity:
     Attributes
     ----------
     weights_id, config_digest : str
-        As in ``ModelConfig``.
+        See ``ModelConfig``.
     unknown : str
-        Reason why KV must not outlive the engine, so that its identity is used only once; empty: KV may outlive it.
+        Reason why KV must not outlive the engine, whose identity is then unique; empty: KV may outlive the engine.
     """
 
     weights_id: str
@@ -54,7 +54,7 @@ class Identity:
 
 
 def identify(vllm_config: "VllmConfig") -> Identity:
-    """The identity of an engine's KV. Never raises, and reads no weights but samples."""
+    """Determine the identity of an engine's KV. Never raises. Of the weights, only samples are read."""
     known, unknown = ["", ""], []
     for i, part in enumerate((_weights, config_digest)):
         try:
@@ -71,7 +71,7 @@ def identify(vllm_config: "VllmConfig") -> Identity:
 
 
 def process_started_ns() -> int:
-    """When this process was started, in ns since 1970."""
+    """Start time of this process, in ns since 1970."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[19])                             # starttime, in 1/100 s since boot (proc(5))
     age_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * 10_000_000
@@ -84,7 +84,7 @@ def _weights(vllm_config: "VllmConfig") -> str:
     if load_format == "dummy":
         return f"dummy {model.seed}"
     if load_format not in FILE_FORMATS:
-        raise IdentityError(f"load_format {load_format} takes weights from elsewhere than files")
+        raise IdentityError(f"load_format {load_format} does not load weights from files")
     names = [(model.model_weights or model.model, model.revision)]
     speculative = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
@@ -92,7 +92,7 @@ def _weights(vllm_config: "VllmConfig") -> str:
         names.append((draft.model, draft.revision))
     found = [_identity_of(name, revision, vllm_config.load_config.download_dir) for name, revision in names]
     if max(weights.changed_ns for weights in found) > process_started_ns() + _SLACK_NS:
-        raise IdentityError("weight files were changed after the start of this process, perhaps after they were loaded")
+        raise IdentityError("weight files were changed after this process started, possibly after they were loaded")
     return " ".join(weights.digest for weights in found)
 
 
@@ -104,7 +104,7 @@ def _identity_of(name: str, revision: str | None, download_dir: str | None) -> W
 
 
 def snapshot(name: str, revision: str | None, download_dir: str | None = None) -> Path:
-    """The snapshot in the Hugging Face cache that a name of the hub stands for. IdentityError: there is none."""
+    """Directory of a hub model's snapshot in the Hugging Face cache. IdentityError: the cache has none."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -116,7 +116,7 @@ def snapshot(name: str, revision: str | None, download_dir: str | None = None) -
                     return Path(found).parent
     except HFValidationError:
         pass
-    raise IdentityError(f"the weights of {name} are no local files and no snapshot in the Hugging Face cache")
+    raise IdentityError(f"the weights of {name} are neither local files nor a snapshot in the Hugging Face cache")
 
 
 def _changes_at_run_time(vllm_config: "VllmConfig") -> str:
@@ -130,7 +130,7 @@ def _changes_at_run_time(vllm_config: "VllmConfig") -> str:
 
 
 def config_digest(vllm_config: "VllmConfig") -> str:
-    """Digest of the effective configuration: all that changes KV of given weights and tokens, or how it is stored."""
+    """Digest of all effective settings that change the KV of given weights and tokens, or its layout in memory."""
     model, cache, load = vllm_config.model_config, vllm_config.cache_config, vllm_config.load_config
     lora = getattr(vllm_config, "lora_config", None)
     speculative = getattr(vllm_config, "speculative_config", None)
@@ -154,14 +154,15 @@ def config_digest(vllm_config: "VllmConfig") -> str:
                    if (section := getattr(vllm_config, name, None)) is not None},
         "additional": canonical(getattr(vllm_config, "additional_config", None)),
         "processor": _processor(),
-        "flashinfer": importlib.util.find_spec("flashinfer") is not None,    # then vLLM may choose its attention
+        "flashinfer": importlib.util.find_spec("flashinfer") is not None,    # if installed, vLLM may use its attention
         "partition": _from_environment("VLLM_PP_LAYER_PARTITION"),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def canonical(value: Any) -> Any:
-    """The value in types of JSON, the same in every process; names and versions that change no KV are left out."""
+    """Convert a value to JSON types, with the same result in every process. Names and versions that do not change KV
+    are left out."""
     if isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, dict):
@@ -187,7 +188,7 @@ def _from_environment(name: str) -> str:
 
 
 def _processor() -> str:
-    """What decides which kernels vLLM takes, and how they arrange KV: the model of the GPU, or a CPU's instructions."""
+    """Name of the GPU, or instruction set of the CPU. vLLM selects kernels by it, which decide the layout of KV."""
     if not current_platform.is_cpu():
         return str(current_platform.get_device_name())
     return f"{torch.backends.cpu.get_cpu_capability()} amx {torch.cpu._is_amx_tile_supported()}"

@@ -1,23 +1,23 @@
-"""The log of this package inside vLLM: the same stream, format and level as vLLM's own."""
+"""The log of this package inside vLLM, with the stream, format and level of vLLM's log."""
 
 import copy
 import logging
 
 _PLACE = "%(fileinfo)s"
-"""In vLLM's format: the file. Loggers of this package have names that say more."""
+"""Field of vLLM's log format for the file. The names of this package's loggers are more useful there."""
 
 
 def follow_vllm_log(log_level: str) -> None:
-    """Write the log of this package where vLLM writes its own.
+    """Write the log of this package to vLLM's log.
 
-    vLLM gives handlers to its own logger alone, so that Python drops the INFO lines of all other packages. If the
-    application has configured logging (the root logger, or ``flexkv``, has handlers), or has turned vLLM's
-    configuration off, handlers stay as they are.
+    vLLM adds handlers to its own logger only, so Python drops the INFO lines of all other packages. Handlers are not
+    changed if the application has configured logging (the root logger or ``flexkv`` has handlers), or has turned vLLM's
+    configuration off.
 
     Parameters
     ----------
     log_level : str
-        The setting of that name. INFO, the default, means INFO or vLLM's level, whichever is stricter.
+        Value of the setting ``log_level``. INFO, the default, means INFO or vLLM's level, whichever is stricter.
     """
     ours, theirs = logging.getLogger("flexkv"), logging.getLogger("vllm")
     level = logging.getLevelNamesMapping()[log_level]
@@ -35,7 +35,7 @@ def follow_vllm_log(log_level: str) -> None:
 
 
 def _with_name(formatter: logging.Formatter | None) -> logging.Formatter | None:
-    """A copy of vLLM's formatter that writes the logger's name in place of the file; other formats stay."""
+    """Copy vLLM's formatter, with the logger's name in place of the file. Other formatters are returned unchanged."""
     style = getattr(formatter, "_style", None)
     if formatter is None or style is None or _PLACE not in style._fmt:
         return formatter

@@ -1,4 +1,4 @@
-"""Versions of the LoRAs that requests use: which content of an adapter's files the engine computes with."""
+"""Versions of the LoRAs of requests. A version identifies the content of an adapter's files that the engine loaded."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ _SLACK_NS = 1_000_000_000
 """Tolerance for the clock of file systems."""
 
 _Signature = tuple[tuple[str, int, int, int, int], ...]
-"""Of each file: name, size, inode, times of its last write and its last change."""
+"""Name, size, inode, time of last write and time of last change of each file."""
 
 
 @dataclass(slots=True)
@@ -31,19 +31,19 @@ class _Loaded:
 
 
 class LoraVersions:
-    """Names the content of each LoRA.
+    """Determines the version of each LoRA.
 
-    vLLM reads an adapter when a request needs it and it is not loaded, and again at each use if its request says
-    ``load_inplace``. The scheduler is not notified of that. So:
+    vLLM reads an adapter when a request needs it and it is not loaded, and at each use if the request has
+    ``load_inplace``. The scheduler is not notified of a read. So there are four cases:
 
-    1. Files that have not changed since before this object was made have the content that was loaded, whenever that
-       was. Their digest is the version.
-    2. Files that were changed later are taken to have been loaded as they are when the LoRA is first seen. Their
-       version is of this process only.
-    3. Files that changed after that have an unknown relation to the loaded content, and the LoRA has no version, until
-       a request loads it in place.
-    4. An adapter without files here (tensors, a name of the hub that is resolved when it is loaded) has a version of
-       this process, for each ``lora_int_id``; loaded in place, it has none.
+    1. The files have not changed since before this object was created. They are equal to the loaded content, at
+       whatever time it was loaded. Their digest is the version.
+    2. The files changed between this object's creation and the first request with the LoRA. They are assumed to be
+       equal to the loaded content. The version is valid in this process only.
+    3. The files changed after the first request. The loaded content is unknown, and the LoRA has no version until a
+       request loads it in place.
+    4. The adapter has no local files (tensors, or a name of the hub that is resolved at load). The version is valid in
+       this process only, for its ``lora_int_id``; if the adapter is loaded in place, it has no version.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class LoraVersions:
         self._warned: set[int] = set()
 
     def version(self, lora: "LoRARequest") -> str | None:
-        """The version of the loaded content; None: it is unknown, so KV of the LoRA is neither used nor saved."""
+        """Version of the loaded content; None: the content is unknown, so the LoRA's KV is neither used nor saved."""
         number = int(getattr(lora, "lora_int_id", 0))
         in_place = bool(getattr(lora, "load_inplace", False))
         try:
@@ -90,14 +90,15 @@ class LoraVersions:
 
 
 def _local_path(path: str) -> Path:
-    """The directory that vLLM reads an adapter from. IdentityError: it is not known before it is loaded."""
+    """Directory from which vLLM reads an adapter. IdentityError: the directory is unknown before the adapter is
+    loaded."""
     local = Path(os.path.expanduser(path))
     if local.is_dir():
         return local
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     if not HF_HUB_OFFLINE:
-        raise IdentityError(f"{path} is resolved when it is loaded")
+        raise IdentityError(f"{path} is resolved when the adapter is loaded")
     return snapshot(path, None)
 
 

@@ -14,11 +14,11 @@ class LoadJob:
     Attributes
     ----------
     pages : (n,) int32
-        vLLM block ids that it fills.
+        vLLM block ids that the load fills.
     keys : (n, 2) uint64 or None
         Keys of the blocks; only when the audit is on.
     layerwise : bool
-        The request runs in this very step, layer after layer behind its load.
+        Whether the request runs in the same step, layer by layer behind its load.
     """
 
     req_id: str
@@ -30,7 +30,7 @@ class LoadJob:
 
 @dataclass
 class SavedBlocks:
-    """Blocks that the coming step completes, and that are being saved; only when the audit is on."""
+    """Blocks that the next step completes and that are saved after it; only when the audit is on."""
 
     pages: NDArray[np.int32]
     keys: NDArray[np.uint64]
@@ -38,22 +38,22 @@ class SavedBlocks:
 
 @dataclass
 class FlexKVConnectorMetadata(KVConnectorMetadata):
-    """One step.
+    """Metadata of one step.
 
     Attributes
     ----------
     step : int
-        Counts the steps of the scheduler; loads and saves of the step wait for this fence.
+        Number of the scheduler's step; loads and saves of the step wait for this fence.
     has_forward : bool
-        The step computes something.
+        Whether the step computes tokens.
     loads : list of LoadJob
     finishing : dict from request id to task ids
-        Requests that have ended, whose blocks must stay until these saves are done.
+        Put tasks of ended requests, whose blocks must stay allocated until these tasks are done.
     oldest_task : int
-        The scheduler no longer asks about tasks before this one.
+        The scheduler does not refer to tasks before this one any more.
     saved : list of SavedBlocks
     off : bool
-        KV caching has ended for good: ``loads`` were never launched, or are given up.
+        KV caching has ended permanently: ``loads`` were not launched, or have been abandoned.
     """
 
     step: int

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class OffScheduler:
-    """Scheduler half that offers nothing and saves nothing. Has the methods of ``SchedulerSide``."""
+    """Scheduler half that offers and saves no KV. Has the methods of ``SchedulerSide``."""
 
     def __init__(self) -> None:
         self._step = 0
@@ -23,7 +23,7 @@ class OffScheduler:
         """Does nothing."""
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
-        """Returns that no token can be loaded."""
+        """Returns 0: no token can be loaded."""
         return 0, False
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
@@ -41,15 +41,15 @@ class OffScheduler:
         """Does nothing."""
 
     def take_pending(self) -> tuple[list[LoadJob], dict[str, list[int]]]:
-        """Returns that nothing is under way."""
+        """Returns no transfers."""
         return [], {}
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Returns that vLLM may free the blocks at once."""
+        """Returns False: vLLM may free the blocks at once."""
         return False, None
 
     def reset_cache(self) -> bool:
-        """Returns True: nothing is cached."""
+        """Returns True: no KV is cached."""
         return True
 
     def stats(self) -> dict[str, int]:
@@ -88,7 +88,7 @@ class OffWorker:
         return set()
 
     def take_pending(self) -> tuple[list[LoadJob], set[str], set[int]]:
-        """Returns that nothing is under way."""
+        """Returns no transfers."""
         return [], set(), set()
 
     def audit_counts(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""How fast the engine computes prompts, from the times of its steps."""
+"""The engine's prefill rate, measured from the durations of its steps."""
 
 import statistics
 import time
@@ -6,50 +6,52 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 _MIN_TOKENS = 256
-"""Steps with fewer tokens of prompts say little about how fast a long one is."""
+"""Minimum number of prompt tokens of a measured step: shorter steps do not represent a long prompt."""
 
 _MAX_DECODED = 16
-"""A request that computes so few tokens in a step is decoding, with speculation or without."""
+"""Maximum number of tokens in a step of a request that decodes, with or without speculation."""
 
 _SAMPLES = 32
-"""Steps whose median is the rate: one that was held up, or ran on cold code, changes little."""
+"""Number of steps whose median is the rate. A single slow step, for example on cold code, changes it little."""
 
 _MAX_IN_FLIGHT = 16
-"""More steps are not under way, even with pipeline parallelism: if they seem to be, some are not reported."""
+"""Maximum number of steps in flight, even with pipeline parallelism. If there seem to be more, steps are not
+reported."""
 
 
 class PrefillRate:
-    """Tokens of prompts a second, while the engine computes. For one thread.
+    """Measures prompt tokens per second while the engine computes. Must be used by one thread only.
 
-    A step lasts from when it was sent out, or from when the one before it ended if that was later (asynchronous
-    scheduling), until it is reported; so idle time does not count.
+    A step begins when it is sent to the workers, or when the previous step has ended, whichever is later (asynchronous
+    scheduling). It ends with its report. So idle time does not count.
 
     Parameters
     ----------
     clock : callable
-        Seconds, monotonic.
+        Returns monotonic time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._in_flight: deque[tuple[float, int]] = deque()     # sent out at, tokens of prompts
+        self._in_flight: deque[tuple[float, int]] = deque()     # time of sending, prompt tokens
         self._last_end = 0.0
         self._rates: deque[float] = deque(maxlen=_SAMPLES)
 
     def began(self, scheduled: Iterable[int]) -> None:
-        """A step with compute is sent out; ``scheduled``: how many tokens of each request. None of them if it does
-        more than compute, such as to wait for a load."""
+        """Record that a step with compute is sent to the workers. ``scheduled``: number of tokens of each request;
+        empty if the step does not only compute, for example if it waits for a load."""
         if len(self._in_flight) == _MAX_IN_FLIGHT:
             self._in_flight.clear()
         self._in_flight.append((self._clock(), sum(tokens for tokens in scheduled if tokens > _MAX_DECODED)))
 
     def forget_steps(self) -> None:
-        """A step without compute is sent out. It is reported only if a transfer ended in it: the next report may be
-        its own, so what is under way is not measured."""
+        """Drop the steps in flight, because a step without compute is sent to the workers. It is reported only if a
+        transfer ended in it, so the next report may be of either step."""
         self._in_flight.clear()
 
     def ended(self) -> float:
-        """The oldest step under way is reported; returns tokens a second, 0: not known yet, or nothing new."""
+        """Record the report of the oldest step in flight; returns tokens per second, or 0 if the rate is unknown or has
+        not changed."""
         now = self._clock()
         if not self._in_flight:
             self._last_end = now

@@ -1,4 +1,4 @@
-"""Log lines about requests: one for each at DEBUG, one for every N at INFO."""
+"""Log lines about requests: one for each request at DEBUG, one for every N requests at INFO."""
 
 import logging
 import math
@@ -13,12 +13,13 @@ from flexkv.controller.response import KVResponse, KVResponseStatus
 logger = logging.getLogger("flexkv.vllm")
 
 _SINCE = {StopReason.EVICTED, StopReason.FAILED, StopReason.EXPIRED, StopReason.OVER_QUOTA, StopReason.NOT_ADMITTED}
-"""Reasons of which a match may know the time."""
+"""Reasons for which a match may contain a time."""
 
 
 @dataclass(slots=True)
 class _Blocks:
-    """Blocks of one request: wanted in all, in vLLM's own cache, found, on SSD alone, loaded."""
+    """Block counts of one request: blocks wanted, blocks in vLLM's own cache (``computed``), blocks found (``match``),
+    blocks being loaded, blocks loaded."""
 
     wanted: int
     computed: int
@@ -34,16 +35,16 @@ class RequestLog:
     Parameters
     ----------
     every : int
-        Requests between two lines at INFO; 0: none.
+        Number of requests between two lines at INFO; 0: no lines.
     block_size : int
         Tokens of a block.
     stats : callable
-        Counts for the line at INFO; called when it is written.
+        Returns the counts for the line at INFO; called when the line is written.
 
     Attributes
     ----------
     num_requests, num_hit_tokens : int
-        Requests that have ended, and tokens that were to be loaded, since the start.
+        Number of requests that have ended, and of tokens whose load was started, since the start.
     """
 
     def __init__(self, every: int, block_size: int, stats: Callable[[], Mapping[str, int]]) -> None:
@@ -55,19 +56,19 @@ class RequestLog:
         self._loads: dict[int, str] = {}
 
     def matched(self, request_id: str, wanted: int, computed: int, match: MatchResult) -> None:
-        """``match`` was found for a request of ``wanted`` whole blocks, ``computed`` of which vLLM has itself."""
+        """Record the match of a request of ``wanted`` whole blocks, ``computed`` of which are in vLLM's own cache."""
         if logger.isEnabledFor(logging.DEBUG):
             self._blocks[request_id] = _Blocks(wanted, computed, match)
 
     def loading(self, request_id: str, task_id: int, num_tokens: int) -> None:
-        """A task loads ``num_tokens`` tokens of a request."""
+        """Record that a task loads ``num_tokens`` tokens of a request."""
         self.num_hit_tokens += num_tokens
         if (blocks := self._blocks.get(request_id)) is not None:
             blocks.loading = -(-num_tokens // self._block_size)
             self._loads[task_id] = request_id
 
     def tasks_ended(self, responses: Iterable[KVResponse]) -> None:
-        """Tasks have ended, those of ``loading`` among them."""
+        """Record the results of tasks that have ended. Tasks other than loads are ignored."""
         for response in responses:
             blocks = self._blocks.get(self._loads.pop(response.task_id, ""))
             if blocks is not None and response.status is KVResponseStatus.SUCCESS:
@@ -76,7 +77,7 @@ class RequestLog:
                 blocks.failed = True
 
     def request_ended(self, request_id: str, num_prompt_tokens: int) -> None:
-        """A request has ended: its line, and the line that is due."""
+        """Record the end of a request, and write the lines that are due."""
         self.num_requests += 1
         self._num_prompt_tokens += num_prompt_tokens
         if (blocks := self._blocks.pop(request_id, None)) is not None:

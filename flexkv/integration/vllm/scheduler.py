@@ -1,4 +1,4 @@
-"""Scheduler side: decides what is loaded and saved, and launches it."""
+"""Scheduler side: decides which blocks are loaded and saved, and launches the transfers."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("flexkv.vllm")
 
 _DRAIN_TIMEOUT_S = 5.0
-"""How long a step may be held back until saves of preempted requests have let go of their pages."""
+"""Maximum delay of a step, in seconds, while saves of preempted requests release their pages."""
 
 
 def skips_prefix_cache(request: "Request") -> bool:
-    """Whether the request computes its whole prompt, as one that asks for the prompt's log probabilities does."""
+    """Whether vLLM must compute the whole prompt of a request, for example for prompt log probabilities."""
     skips = getattr(request, "skip_reading_prefix_cache", None)
     if skips is None and (ask := getattr(request, "get_skip_reading_prefix_cache", None)) is not None:
         skips = ask()
@@ -36,20 +36,20 @@ def skips_prefix_cache(request: "Request") -> bool:
 
 
 class SchedulerSide:
-    """Owns the controller; called by vLLM's scheduler, all on one thread.
+    """The connector's half in vLLM's scheduler; owns the controller. Every method must be called on one thread.
 
     Parameters
     ----------
     controller : Blocks
-        Started.
+        A controller that was started.
     block_size : int
         Tokens of a vLLM block.
     config : ConnectorConfig
     may_load, may_save : bool
-        What the engine's role allows.
+        Whether the engine's role allows loads and saves.
     max_in_flight : int
-        Steps that vLLM schedules before the oldest of them has ended: ``VllmConfig.max_concurrent_batches``. With
-        more than one no load goes layer by layer: vLLM cannot take back the step that follows a failed one.
+        Number of steps that vLLM schedules before the oldest has ended (``VllmConfig.max_concurrent_batches``). If it
+        is more than 1, no load is layerwise: vLLM cannot revoke the step that follows a failed step.
     """
 
     def __init__(
@@ -69,21 +69,22 @@ class SchedulerSide:
         self._saved: list[SavedBlocks] = []
         self._finishing: dict[str, list[int]] = {}
         self._outstanding: set[int] = set()
-        self._newest_task = 0                               # later ones may be waited for while this step is in flight
+        self._newest_task = 0                               # the latest task that was launched
         self._prefetches: set[int] = set()
-        self._must_compute: list[Request] = []              # the whole prompt, once this step is scheduled
+        self._must_compute: list[Request] = []              # these compute the whole prompt from the next step on
         self._loaded: set[str] = set()                      # requests with a load since they were last preempted
         self._prefill = PrefillRate()
-        self._running: set[str] = set()                     # computing, as of the last step
+        self._running: set[str] = set()                     # requests that compute in the last step
         self._num_layerwise = 0
         self._log = RequestLog(config.num_log_interval_requests, block_size, lambda: self._controller.stats())
 
-    # ---- what can be loaded -----------------------------------------------------------------------------------
+    # ---- loads ------------------------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens beyond ``num_computed_tokens`` that can be loaded. Holds nothing; may be asked any number of times.
+        """Number of tokens after ``num_computed_tokens`` that can be loaded, and whether the load is asynchronous.
 
-        None: the request must wait, until it is known whether vLLM's own copy of its prefix is good.
+        Acquires no blocks, and may be called any number of times. None: the request must wait until it is known whether
+        vLLM's own copy of its prefix is good.
         """
         if not is_cacheable(request):
             return 0, False
@@ -93,7 +94,7 @@ class SchedulerSide:
             return None, False
         if not self._may_load or not self._controller.is_ready() or skips_prefix_cache(request):
             return 0, False
-        if request.request_id in self._loaded:              # asked again: nothing of its load was of use
+        if request.request_id in self._loaded:              # its load was of no use
             return 0, False
         keys = tracked.lookup_keys = tracked.keys()
         match = self._controller.lookup(
@@ -108,21 +109,21 @@ class SchedulerSide:
         if match.num_to_fetch:
             self._prefetch(tracked, match.num_ready, num_computed_tokens // self._block_size)
         tracked.layerwise = match.num_to_fetch == 0 and self._may_run_behind_load(request)
-        if tracked.layerwise:          # vLLM needs a token to compute, and not in a page that is being loaded
+        if tracked.layerwise:          # vLLM must compute at least one token, in a page that is not loaded
             whole = (request.num_tokens - 1) // self._block_size * self._block_size
             num_new = max(0, min(num_new, whole - num_computed_tokens))
         return num_new, not tracked.layerwise and num_new > 0
 
     def _must_wait(self, tracked: TrackedRequest, num_computed_tokens: int) -> bool:
-        """vLLM caches the pages of a layer-by-layer load before it is known to succeed, and keeps those that failed: a
-        request must not compute over them. One whose prefix is bad there computes all of it."""
+        """Whether a request must wait: vLLM caches the pages of a layerwise load before the load has succeeded, and
+        keeps them if it fails. A request must not use such pages. If its prefix has bad pages, it computes all."""
         trust = self._steps.trust(tracked.keys(), num_computed_tokens // self._block_size)
         if trust is Trust.BAD:
-            self._must_compute.append(tracked.request)      # not at once: vLLM would not heed that it must wait
+            self._must_compute.append(tracked.request)      # in the next step: vLLM would ignore that it must wait
         return trust is not Trust.GOOD
 
     def on_new_request(self, request: "Request") -> None:
-        """A request was queued: bring what is on SSD into host memory while it waits."""
+        """Prefetch the SSD blocks of a queued request into host memory while it waits."""
         if not self._may_load or skips_prefix_cache(request):
             return
         if self._controller.is_ready() and is_cacheable(request):
@@ -132,7 +133,7 @@ class SchedulerSide:
                 self._prefetch(tracked, match.num_ready)
 
     def _prefetch(self, tracked: TrackedRequest, num_blocks: int, start_block: int = 0) -> None:
-        """Once a request, so that it is being read even if the request cannot be scheduled yet; its load joins in."""
+        """Start the prefetch of a request, once, so that it is read before it is scheduled. Its load joins the read."""
         if not tracked.prefetched:
             task_id = self._controller.prefetch_blocks(tracked.keys()[:num_blocks], start_block, tracked.group)
             if task_id is not None:
@@ -140,8 +141,8 @@ class SchedulerSide:
                 self._prefetches.add(task_id)
 
     def _may_run_behind_load(self, request: "Request") -> bool:
-        """Whether the request should run at once, layer by layer behind its load. The whole step runs at the speed of
-        the load then: good for the request, bad for the others in it."""
+        """Whether the request should run at once, layer by layer behind its load. The whole step is then as slow as the
+        load, which delays other requests in it."""
         mode = self._layerwise
         return mode == "always" or (mode == "auto" and not self._running - {request.request_id})
 
@@ -154,9 +155,9 @@ class SchedulerSide:
         return tracked
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        """Blocks were given to the request; if some are for tokens to be loaded, launch the load.
+        """Record the blocks that vLLM allocated to a request, and launch the load of ``num_external_tokens`` tokens.
 
-        It starts when the workers reach the coming step, after the compute that last used these blocks.
+        The load starts when the workers reach the next step, after the compute that last used these blocks.
         """
         if not is_cacheable(request):
             return
@@ -186,7 +187,7 @@ class SchedulerSide:
     # ---- steps ------------------------------------------------------------------------------------------------
 
     def build_connector_meta(self, output: "SchedulerOutput") -> FlexKVConnectorMetadata:
-        """Launch the saves of the coming step, and say what the workers must know of it."""
+        """Launch the saves of the next step; returns its metadata for the workers."""
         self._step += 1
         for request in self._must_compute:
             request.skip_reading_prefix_cache = True
@@ -214,10 +215,10 @@ class SchedulerSide:
         return meta
 
     def _take_pages(self, output: "SchedulerOutput") -> dict[str, int]:
-        """Take the pages of the step's requests, and return how many tokens of each are computed before it.
+        """Record the pages of the step's requests; returns the number of tokens of each that are computed before it.
 
-        What a step starts or resumes names all of its pages. ``update_state_after_alloc`` may not have named them: a
-        MultiConnector of vLLM 0.23 does so only for what is loaded.
+        A request that is started or resumed has all of its pages in ``output``. A MultiConnector of vLLM 0.23 calls
+        ``update_state_after_alloc`` only for loads, so its pages may be unknown before.
         """
         computed = {}
         for new in output.scheduled_new_reqs:
@@ -242,7 +243,7 @@ class SchedulerSide:
     def _time_step(self, output: "SchedulerOutput") -> None:
         if output.total_num_scheduled_tokens == 0:
             self._prefill.forget_steps()
-        elif any(job.layerwise for job in self._loads):     # it will last as long as the load
+        elif any(job.layerwise for job in self._loads):     # the step lasts as long as the load
             self._prefill.began(())
         else:
             self._prefill.began(output.num_scheduled_tokens.values())
@@ -259,11 +260,11 @@ class SchedulerSide:
             self._controller.accept_put(task_id, 0)
         if self._steps.lost and not was_lost:
             self._may_save = False
-            logger.error("vLLM schedules steps that it does not report: no KV is saved any more. Please report this "
+            logger.error("vLLM schedules steps that it does not report, so no KV is saved any more. Please report this "
                          "with vLLM's version")
 
     def step_reported(self, output: "KVConnectorOutput") -> None:
-        """What the workers say of the oldest step; not called for a step of which they say nothing."""
+        """Record the workers' report of the oldest step. It is not called for an empty report."""
         if rate := self._prefill.ended():
             self._controller.set_prefill_rate(rate)
         self._steps.report(
@@ -271,7 +272,7 @@ class SchedulerSide:
         )
 
     def step_ended(self) -> None:
-        """vLLM has processed the oldest step: called once for each step, in their order."""
+        """Record that vLLM has processed the oldest step. Must be called once for each step, in order."""
         if (verdict := self._steps.end()) is not None:
             self._decide(verdict)
 
@@ -279,7 +280,7 @@ class SchedulerSide:
         for task_id, stop_block in verdict.accepted:
             self._controller.accept_put(task_id, stop_block)
         if verdict.spoiled:
-            for tracked in self._requests.values():         # what is computed again is to be saved again
+            for tracked in self._requests.values():         # recomputed blocks must be saved again
                 if tracked.num_offered != NEVER_SAVED:
                     first = self._steps.first_suspect(tracked.pages[: tracked.num_offered])
                     tracked.num_offered = tracked.num_offered if first is None else first
@@ -289,9 +290,9 @@ class SchedulerSide:
             self._controller.accept_put(task_id, 0)
 
     def _save(self, tracked: TrackedRequest, num_tokens: int) -> None:
-        """Save the blocks that are full once the first ``num_tokens`` tokens are computed."""
+        """Save the blocks that are full when the first ``num_tokens`` tokens are computed."""
         keys, full = tracked.keys(), num_tokens // self._block_size
-        if full > len(tracked.pages):                       # not all of its pages are known, so none can be told apart
+        if full > len(tracked.pages):                       # some pages are unknown, so positions are too
             return
         last = min(full, len(keys))
         if last <= tracked.num_offered or not self._may_save or not self._controller.is_ready():
@@ -299,7 +300,7 @@ class SchedulerSide:
         first, tracked.num_offered = tracked.num_offered, last
         task_id = self._put(tracked, keys[:last], first)
         if task_id is None and first > 0:
-            # either all is there, or what comes before was evicted meanwhile: then it has to be saved again too
+            # either all blocks are cached, or earlier blocks were evicted meanwhile and must be saved again
             task_id = self._put(tracked, keys[:last], 0)
         if task_id is None:
             return
@@ -311,7 +312,7 @@ class SchedulerSide:
             self._saved.append(SavedBlocks(tracked.pages[positions].copy(), keys[positions].copy()))
 
     def _put(self, tracked: TrackedRequest, keys: NDArray[np.uint64], first: int) -> int | None:
-        """Save blocks from ``first`` on; they are visible when the step has ended, and their pages are good then."""
+        """Save blocks from ``first`` on. They become visible when the step has ended and if their pages are good."""
         pages = tracked.pages[first : len(keys)]
         return self._controller.put_blocks(keys, first, pages, self._step, tracked.group, provisional=True)
 
@@ -320,7 +321,7 @@ class SchedulerSide:
         self._newest_task = max(self._newest_task, task_id)
 
     def _collect(self) -> None:
-        """Take the results of tasks that have ended."""
+        """Collect the results of tasks that have ended."""
         ended = self._controller.try_wait(self._outstanding)
         self._outstanding.difference_update(ended)
         self._log.tasks_ended(ended.values())
@@ -328,9 +329,10 @@ class SchedulerSide:
             self._prefetches.difference_update(self._controller.try_wait(self._prefetches))
 
     def _release_preempted(self, output: "SchedulerOutput") -> None:
-        """Preempted requests lose their pages in the coming step: no save may still read them.
+        """End the saves of preempted requests, which lose their pages in the next step.
 
-        vLLM 0.23 does not list those that a reset of its prefix cache has preempted; their count shows it.
+        vLLM 0.23 does not list requests that were preempted by a reset of its prefix cache. Their ``num_preemptions``
+        shows it.
         """
         preempted = set(output.preempted_req_ids or ())
         preempted.update(name for name, tracked in self._requests.items() if tracked.was_preempted())
@@ -349,7 +351,7 @@ class SchedulerSide:
             tracked.forget_pages()
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Whether saves still read the request's blocks; the workers report it when they are done."""
+        """Whether the request's blocks must stay allocated for saves. The workers report the end of these saves."""
         tracked = self._requests.pop(request.request_id, None)
         self._running.discard(request.request_id)
         self._loaded.discard(request.request_id)
@@ -371,7 +373,7 @@ class SchedulerSide:
         return request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
     def reset_cache(self) -> bool:
-        """Forget all KV (after a change of weights)."""
+        """Drop all cached KV, after a change of weights."""
         self._controller.reset(new_weights=True)
         self._drop_puts()
         for tracked in self._requests.values():
@@ -379,14 +381,14 @@ class SchedulerSide:
         return True
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start, and of the controller now."""
+        """Counts since the start, and the controller's current counts."""
         return {
             "requests": self._log.num_requests, "hit_tokens": self._log.num_hit_tokens,
             "layerwise_loads": self._num_layerwise, **self._controller.stats(),
         }
 
     def take_pending(self) -> tuple[list[LoadJob], dict[str, list[int]]]:
-        """Loads and finished requests that no step has brought to the workers."""
+        """Return and forget the loads and finished requests that were not yet sent to the workers."""
         pending = self._loads, self._finishing
         self._loads, self._finishing = [], {}
         return pending

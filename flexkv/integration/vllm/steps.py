@@ -1,8 +1,8 @@
-"""Steps in flight, and which of the engine's pages hold KV that is known to be right.
+"""Steps in flight, and the correctness of the KV in the engine's pages.
 
-The engine computes a step, and reports later which loads of it have failed. What the step computed over such a page is
-wrong too, and so is what a later step in flight computes over that. The ledger follows this by page, through every
-request whose block table holds the page, and decides which saved blocks may become visible.
+The engine computes a step, and reports later that some loads of the step have failed. KV that the step computed from
+a page of a failed load is wrong too, as is KV that later steps in flight compute from that. The ledger tracks wrong
+pages through every request whose block table contains them, and decides which saved blocks may become visible.
 """
 
 from collections import deque
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from flexkv.integration.vllm.tracked_request import TrackedRequest
 
 _MAX_IN_FLIGHT = 64
-"""Steps that are not reported: an engine has two, or as many as pipeline stages."""
+"""Maximum number of steps in flight. An engine has two, or as many as pipeline stages; more means that steps are not
+reported."""
 
 LOADING, BAD = np.uint8(1), np.uint8(2)
 _NOT_BAD, _NOT_LOADING = np.uint8(0xFF ^ 2), np.uint8(0xFF ^ 1)
@@ -28,9 +29,9 @@ class Trust(Enum):
 
     GOOD = "good"
     UNKNOWN = "unknown"
-    """A page of it is being loaded for a request that computes already: it is known after that step."""
+    """A page of the prefix is being loaded for a request that computes already; the result is known after that step."""
     BAD = "bad"
-    """The engine caches a page of it whose content is wrong."""
+    """The engine caches a page of the prefix whose content is wrong."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +41,7 @@ class Write:
     Attributes
     ----------
     pages : (n,) int32
-        The request's pages up to the last one that is written.
+        The request's pages up to the last page that is written.
     first : int
         Position of the first page that is written.
     whole : int
@@ -55,7 +56,7 @@ class Write:
 
 @dataclass(slots=True, eq=False)
 class Put:
-    """Blocks that are being saved; ``pages`` ((n,) int32) are the request's pages up to the last of them."""
+    """Blocks that are being saved. ``pages`` ((n,) int32): the request's pages up to the last saved block."""
 
     task_id: int
     pages: NDArray[np.int32]
@@ -63,7 +64,7 @@ class Put:
 
 @dataclass(slots=True, eq=False)
 class SyncLoad:
-    """A load into ``pages`` ((n,) int32) that its request's step computes behind; ``key``: of its first block."""
+    """A layerwise load into ``pages`` ((n,) int32). ``first``, ``key``: position and key of its first block."""
 
     pages: NDArray[np.int32]
     first: int
@@ -72,14 +73,14 @@ class SyncLoad:
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """A step that was scheduled, and is not reported yet.
+    """A step that was scheduled and has not ended yet.
 
     Attributes
     ----------
     reported : bool
-        The engine has said which pages are invalid after the step.
+        Whether the engine has reported the step's invalid pages.
     invalid : set of int
-        These pages.
+        Pages that are invalid after the step.
     """
 
     has_forward: bool
@@ -92,14 +93,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the end of a step decides.
+    """Decisions at the end of a step.
 
     Attributes
     ----------
     accepted : list of (int, int or None)
-        Task of each put of the step, and the block from which on it is dropped; None: nothing is dropped.
+        Task of each put of the step, and the first block that must be dropped; None: no block is dropped.
     spoiled : bool
-        Pages have become bad.
+        Whether pages have become bad, or puts are dropped.
     """
 
     accepted: list[tuple[int, int | None]]
@@ -107,18 +108,19 @@ class Verdict:
 
 
 class StepLedger:
-    """The steps in flight, in their order, and the state of each page as of the last step that has ended.
+    """The steps in flight, in order, and the state of each page after the last step that has ended.
 
     Parameters
     ----------
     several : bool
-        The engine schedules a step before the one before it has ended. vLLM then mixes up the tokens of a request whose
-        load fails in a step that computes it: whatever that request writes is bad from there on.
+        Whether the engine schedules a step before the previous step has ended. If a load fails in a step that computes
+        its request, vLLM then mixes up the request's tokens: all pages that the request writes from then on are bad.
 
     Attributes
     ----------
     lost : bool
-        The engine schedules more steps than it ends, so it is not known which step has ended: nothing is accepted.
+        Whether the engine schedules more steps than it ends. Then it is unknown which step has ended, and no put is
+        accepted.
     """
 
     def __init__(self, several: bool = False) -> None:
@@ -131,18 +133,18 @@ class StepLedger:
         self._next_loads: list[SyncLoad] = []
         self._next_puts: list[Put] = []
         self._async_loads: dict[str, list[NDArray[np.int32]]] = {}
-        self._doubted: dict[bytes, int] = {}                # keys of bad pages that the engine may offer to others
+        self._doubted: dict[bytes, int] = {}                # bad pages that other requests may reuse, by key
 
     @property
     def num_in_flight(self) -> int:
-        """Steps that have begun and not ended."""
+        """Number of steps that have begun and not ended."""
         return len(self._steps)
 
-    # ---- what the scheduler does ------------------------------------------------------------------------------
+    # ---- called when the scheduler acts -----------------------------------------------------------------------
 
     def load_started(self, req_id: str, pages: NDArray[np.int32], sync: bool, first: int, key: bytes) -> None:
-        """``pages`` of a request are to be loaded; ``first``, ``key``: position and key of the first of these blocks.
-        ``sync``: the request computes in the next step already."""
+        """Record a load into ``pages`` of a request; ``first``, ``key``: position and key of its first block. ``sync``:
+        the request already computes in the next step."""
         self._grow(pages)
         self._state[pages] = LOADING
         if sync:
@@ -152,7 +154,7 @@ class StepLedger:
         self._recount()
 
     def begin(self, has_forward: bool, writes: list[Write]) -> list[int]:
-        """The next step is scheduled. Returns tasks of puts that will never be decided."""
+        """Record that the next step is scheduled; returns the tasks of puts that will never be decided."""
         dropped = []
         if len(self._steps) == _MAX_IN_FLIGHT:
             self.lost = True
@@ -166,12 +168,13 @@ class StepLedger:
         return dropped
 
     def add_put(self, task_id: int, pages: NDArray[np.int32]) -> None:
-        """A put that the latest step must have ended for; ``pages``: the request's, up to the last block of the put."""
+        """Record a put that is decided at the end of the latest step. ``pages``: the request's pages up to the last
+        block of the put."""
         puts = self._steps[-1].puts if self._steps else self._next_puts
         puts.append(Put(task_id, pages))
 
     def drop_puts(self, task_ids: set[int] | None = None) -> list[int]:
-        """Forget puts that are not decided (None: all), and return their tasks."""
+        """Forget undecided puts of these tasks (None: of all tasks); returns the tasks that were forgotten."""
         dropped = []
         for puts in (*(step.puts for step in self._steps), self._next_puts):
             gone = [put.task_id for put in puts if task_ids is None or put.task_id in task_ids]
@@ -180,11 +183,11 @@ class StepLedger:
                 puts[:] = [put for put in puts if put.task_id not in gone]
         return dropped
 
-    # ---- what the engine says ---------------------------------------------------------------------------------
+    # ---- called when the engine reports -----------------------------------------------------------------------
 
     def report(self, invalid: Iterable[int], loaded: Iterable[str], failed: Iterable[str] = ()) -> None:
-        """Record the report of the oldest step: invalid pages, requests whose asynchronous loads have ended, and those
-        of these requests whose loads have failed completely."""
+        """Record the report of the oldest step: its invalid pages, the requests whose asynchronous loads have ended
+        (``loaded``), and the requests among them whose loads have failed as a whole (``failed``)."""
         if not self._steps:
             return
         step = self._steps[0]
@@ -199,7 +202,7 @@ class StepLedger:
         self._recount()
 
     def end(self) -> Verdict | None:
-        """The oldest step has ended; None if there is none."""
+        """Record the end of the oldest step; returns the decisions, or None if no step is in flight."""
         if not self._steps:
             return None
         step = self._steps.popleft()
@@ -236,13 +239,13 @@ class StepLedger:
             self._state[array] |= BAD
 
     def _follow(self, step: Step) -> None:
-        """Mark the pages that the step wrote: a page is as good as the pages before it in its request."""
+        """Mark the pages that the step wrote. A page is bad if any page before it in its request is bad."""
         for write in step.writes:
             self._state[write.pages[write.whole :]] &= _NOT_BAD
         for write in step.writes:
             if write.tracked in self._mixed_up:
                 self._state[write.pages[write.first :]] |= BAD
-        self._mark_bad(step.invalid)                        # reported after the step: what it wrote does not count
+        self._mark_bad(step.invalid)                        # reported after the step: its writes do not repair them
         changed = True
         while changed:
             changed = False
@@ -260,10 +263,10 @@ class StepLedger:
             for position in np.flatnonzero(self._state[write.pages[: len(keys)]] & BAD).tolist():
                 self._doubted[keys[position].tobytes()] = int(write.pages[position])
 
-    # ---- what is known of pages -------------------------------------------------------------------------------
+    # ---- state of pages ---------------------------------------------------------------------------------------
 
     def first_suspect(self, pages: NDArray[np.int32]) -> int | None:
-        """Position of the first of ``pages`` that is being loaded, or bad; None: there is none."""
+        """Position of the first page that is bad or being loaded; None: no page is."""
         if not self._num_bad and not self._num_loading:
             return None
         self._grow(pages)
@@ -271,7 +274,7 @@ class StepLedger:
         return int(suspects[0]) if len(suspects) else None
 
     def trust(self, keys: NDArray[np.uint64], num_blocks: int) -> Trust:
-        """Trust in the first ``num_blocks`` blocks of a sequence, which the engine has in its own cache."""
+        """Trust in the first ``num_blocks`` blocks of a sequence, which are in the engine's own cache."""
         if num_blocks:
             loads = (*self._next_loads, *(load for step in self._steps for load in step.loads))
             if any(load.first < num_blocks and keys[load.first].tobytes() == load.key for load in loads):

@@ -1,4 +1,4 @@
-"""How vLLM stops its engine, and whether that leaves time to write queued blocks to SSD."""
+"""Check that vLLM, when it stops, leaves its engine enough time to write queued blocks to SSD."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("flexkv.vllm")
 
 _ENOUGH_S = 30
-"""Time that a stop may need: the manager writes queued blocks for at most as long."""
+"""Maximum time that a stop needs, in seconds: the controller's limit for writing queued blocks."""
 
 
 def warn_of_short_stop(vllm_config: "VllmConfig", cache: CacheConfig) -> None:

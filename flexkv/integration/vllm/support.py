@@ -15,16 +15,16 @@ KV_DTYPES = frozenset({
     "int4_per_token_head", "int8_per_token_head", "fp8_per_token_head",
     "turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc", "ultraquant_4bit",
 })
-"""vLLM's KV cache dtypes (0.32). Their scales are constants of the weights, or lie in the pages beside the values."""
+"""KV cache dtypes of vLLM 0.32. Their scales are constants of the weights, or are stored in the pages."""
 
 LAYER_KINDS = frozenset({"FullAttentionSpec", "MLAAttentionSpec"})
-"""vLLM's kinds of KV layers whose pages keep all tokens of a sequence and are never changed once they are full."""
+"""Supported kinds of vLLM's KV layers: their pages keep all tokens of a sequence, and full pages never change."""
 
 
 def unsupported(vllm_config: "VllmConfig") -> str | None:
-    """Why caching must be off for this engine; None: the adapter supports it.
+    """The reason why the adapter does not support an engine; None: it does.
 
-    Never raises. Both halves of the connector call it, and get the same answer from the same configuration.
+    Never raises. Both halves of the connector call it, and get the same result from the same configuration.
     """
     for check in _CHECKS:
         try:
@@ -37,7 +37,8 @@ def unsupported(vllm_config: "VllmConfig") -> str | None:
 
 
 def unsupported_layers(kv_cache_config: Any, block_size: int) -> str | None:
-    """Why caching must be off for a KV cache of these groups (vLLM's ``KVCacheConfig``); None: it is supported."""
+    """The reason why the adapter does not support the groups of a KV cache (vLLM's ``KVCacheConfig``); None: it
+    does."""
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         return f"the model has {len(groups)} KV cache groups; FlexKV supports one"
@@ -55,7 +56,8 @@ def unsupported_layers(kv_cache_config: Any, block_size: int) -> str | None:
 
 
 def unsupported_tensors(kv_caches: "Mapping[str, torch.Tensor]", kv_cache_config: Any) -> str | None:
-    """Why caching must be off for these tensors, given by layer; None: they hold all of each page's bytes."""
+    """The reason why the adapter does not support these tensors, given by layer; None: they contain every byte of each
+    page."""
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     for name, tensor in kv_caches.items():
         if not isinstance(tensor, torch.Tensor):
@@ -71,7 +73,7 @@ def unsupported_tensors(kv_caches: "Mapping[str, torch.Tensor]", kv_cache_config
 
 
 def find_kv_cache_config(owner: object) -> Any:
-    """The ``KVCacheConfig`` that vLLM gave to the connector that wraps ``owner``; None: it gave none."""
+    """The ``KVCacheConfig`` that vLLM passed to the connector that wraps ``owner``; None: it passed none."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
     if not has_kv_transfer_group():

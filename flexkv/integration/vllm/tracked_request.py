@@ -1,4 +1,4 @@
-"""What the scheduler side knows of one vLLM request."""
+"""State of one vLLM request on the scheduler side: keys, pages and transfers."""
 
 import logging
 import struct
@@ -22,12 +22,17 @@ _NO_KEYS = np.empty((0, 2), dtype=np.uint64)
 _NO_KEYS.flags.writeable = False
 
 NEVER_SAVED = int(np.iinfo(np.int32).max)
-"""``num_offered`` of a request whose KV was computed with weights that are no longer there."""
+"""Value of ``num_offered`` for a request whose blocks must not be saved, because its weights were replaced or its keys
+cannot be computed."""
 
 
 def namespace_of(request: "Request", loras: LoraVersions = _LORAS) -> list[NamespaceEntry] | None:
-    """The entries that separate this request's KV from that of others with the same tokens: LoRA, cache salt, and
-    what the engine gives as ``namespace_info``. None: the content of its LoRA is not known, so it has no KV to share.
+    """Entries of the request's namespace: its LoRA, its cache salt, and the engine's ``namespace_info``.
+
+    Returns
+    -------
+    list of NamespaceEntry or None
+        None: the content of the request's LoRA is unknown, so its KV is neither used nor saved.
     """
     entries = []
     if (lora := request.lora_request) is not None:
@@ -42,15 +47,15 @@ def namespace_of(request: "Request", loras: LoraVersions = _LORAS) -> list[Names
 
 
 def is_cacheable(request: "Request") -> bool:
-    """Whether tokens and multimodal content say all that the request's KV depends on. Prompts with embeddings, alone or
-    between tokens, are not cached."""
+    """Whether the request's KV depends on its tokens and multimodal items only. Prompts with embeddings, with or
+    without tokens, are not cached."""
     if getattr(request, "prompt_embeds", None) is not None or request.prompt_token_ids is None:
         return False
     return all(feature.identifier is not None for feature in request.mm_features or ())
 
 
 def _media_before(request: "Request", num_tokens: int) -> list[tuple[int, int, str]]:
-    """Multimodal items that start before a position: offset, length and identifier of each, in order."""
+    """Offset, length and identifier of the multimodal items that start before a position, in order."""
     items = (
         (feature.mm_position.offset, feature.mm_position.length, feature.identifier)
         for feature in request.mm_features or ()
@@ -59,10 +64,10 @@ def _media_before(request: "Request", num_tokens: int) -> list[tuple[int, int, s
 
 
 def block_extras(request: "Request", block_size: int, first: int, stop: int) -> dict[int, bytes]:
-    """Multimodal content of the blocks ``[first, stop)``, as the request has it now.
+    """Multimodal content of the blocks ``[first, stop)`` in the current state of the request, for their keys.
 
-    An item enters the key of each block that it touches, by its start as seen from the block (8 bytes, signed), its
-    length, and its identifier behind that one's length (8 bytes each, little-endian).
+    An item enters the key of each block that it overlaps. Its bytes are: its start relative to the block (8 bytes,
+    signed), its length, the length of its identifier (8 bytes each), and the identifier. Integers are little-endian.
     """
     extras: dict[int, bytes] = {}
     for offset, length, identifier in _media_before(request, stop * block_size):
@@ -80,21 +85,21 @@ class TrackedRequest:
     Attributes
     ----------
     num_computed : int
-        Tokens that vLLM had in its own cache when it last asked.
+        Number of tokens in vLLM's own cache at its last query.
     num_offered : int
-        Leading blocks that were saved, loaded, or found to be saved; ``NEVER_SAVED``: none of its blocks may be saved.
+        Number of leading blocks that were saved, loaded, or found cached; ``NEVER_SAVED``: no block may be saved.
     layerwise : bool
-        What vLLM was told of the load to come: the request runs behind it, layer by layer.
+        Whether the load offered to vLLM is layerwise: the request runs behind it, layer by layer.
     group : int
-        Whose quota counts.
+        Tenant whose quota is charged.
     counted : bool
-        How its match ended.
+        Whether the metrics count the request's match.
     prefetched : bool
-        What is on SSD was asked for.
+        Whether a prefetch was started for the request.
     saves : set of int
-        Tasks that are not known to have ended.
+        Put tasks that may still run.
     lookup_keys : (n, 2) uint64
-        Keys of the last lookup: a load is of these blocks, whatever becomes of the request afterwards.
+        Keys of the last lookup. A load is of these blocks, even if the request changes afterwards.
     """
 
     def __init__(
@@ -120,7 +125,7 @@ class TrackedRequest:
             self._give_up(error)
 
     def _start(self, namespace: list[NamespaceEntry] | None) -> None:
-        """Begin the keys at the first token."""
+        """Start computing keys from the first token."""
         self._namespace = namespace
         self.group = self._controller.group(namespace or [])
         self._hasher: SequenceHasher = self._controller.hasher(namespace or [])
@@ -131,8 +136,8 @@ class TrackedRequest:
             self.num_offered = 0
 
     def _has_changed(self, num_hashed: int) -> bool:
-        """Whether what was hashed is no longer what the request has. vLLM changes tokens only when it continues a
-        session, which also makes its prompt longer."""
+        """Whether the first ``num_hashed`` tokens or their multimodal items differ from those that were hashed. vLLM
+        changes tokens only when it continues a session, which also makes the prompt longer."""
         request = self.request
         if len(request.prompt_token_ids or ()) != self._num_prompt_tokens or request.num_tokens < num_hashed:
             return True
@@ -140,10 +145,10 @@ class TrackedRequest:
         return list(last_block) != self._last_block or _media_before(request, num_hashed) != self._media
 
     def keys(self) -> NDArray[np.uint64]:
-        """(n, 2) uint64: keys of all full blocks of tokens that are known now.
+        """Keys of all full blocks of the tokens known now, (n, 2) uint64.
 
-        There are none if the content of the LoRA is not known, or has changed while the request was computed; and from
-        then on where keys cannot be computed, such as for a negative token.
+        The array is empty if the content of the LoRA is unknown or has changed while the request was computed. It stays
+        empty if keys cannot be computed, for example because of a negative token.
         """
         if not self._has_keys:
             return _NO_KEYS
@@ -183,11 +188,11 @@ class TrackedRequest:
         return int(getattr(self.request, "num_preemptions", 0))
 
     def was_preempted(self) -> bool:
-        """Whether vLLM has preempted the request since ``forget_pages`` was called, or it was first seen."""
+        """Whether vLLM has preempted the request since the last call of ``forget_pages``, or since its creation."""
         return self._count_preemptions() != self._num_preemptions
 
     def forget_pages(self) -> None:
-        """The request was preempted: it has no pages, and is computed anew."""
+        """Reset the pages of a preempted request. vLLM computes it again from the start."""
         self._num_preemptions = self._count_preemptions()
         self.set_pages([])
         if self.num_offered != NEVER_SAVED:
@@ -195,16 +200,16 @@ class TrackedRequest:
 
     @property
     def pages(self) -> NDArray[np.int32]:
-        """(n,) int32: vLLM block ids, in order."""
+        """vLLM block ids of the request in order, (n,) int32."""
         return self._pages[: self._num_pages]
 
     def set_pages(self, block_ids: list[int]) -> None:
-        """The request has these blocks now, and no others; ``pages`` of before keeps what it was."""
+        """Replace the request's pages. Arrays returned by ``pages`` before keep their content."""
         self._pages, self._num_pages = np.empty(max(64, 2 * len(block_ids)), dtype=np.int32), 0
         self.add_pages(block_ids)
 
     def add_pages(self, block_ids: list[int]) -> None:
-        """The request was given more blocks."""
+        """Append pages to the request."""
         end = self._num_pages + len(block_ids)
         if end > len(self._pages):
             pages = np.empty(2 * end, dtype=np.int32)

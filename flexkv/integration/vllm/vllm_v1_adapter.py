@@ -1,4 +1,4 @@
-"""The class that vLLM's own ``FlexKVConnectorV1`` makes and calls: one for the scheduler, one for each worker."""
+"""The class that vLLM's ``FlexKVConnectorV1`` forwards to: one object in the scheduler, one in each worker."""
 
 import hashlib
 import logging
@@ -45,13 +45,13 @@ logger = logging.getLogger("flexkv.vllm")
 
 
 def _settings(vllm_config: "VllmConfig", rank: int) -> FlexKVConfig:
-    """Settings of this engine: ``kv_connector_extra_config`` wins over file and environment."""
+    """Settings of this engine. ``kv_connector_extra_config`` overrides file and environment."""
     config = engine_config(vllm_config.kv_transfer_config.kv_connector_extra_config, follow_vllm_log)
     return settings_of_rank(config, rank)
 
 
 def _register_port(vllm_config: "VllmConfig", config: FlexKVConfig) -> str:
-    """Where the engine's ranks meet its scheduler: derived from the engine id, which vLLM gives to all of them."""
+    """Path at which the engine's ranks register. It is derived from the engine id, which all processes of vLLM have."""
     if config.transfer.gpu_register_port:
         return config.transfer.gpu_register_port
     engine = hashlib.sha256(str(vllm_config.kv_transfer_config.engine_id).encode()).hexdigest()[:24]
@@ -84,17 +84,18 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
 
 
 def _steps_in_flight(vllm_config: "VllmConfig") -> int:
-    """How many steps vLLM schedules before it has the result of the oldest; older versions do not say."""
+    """Number of steps that vLLM schedules before it has the result of the oldest. For versions of vLLM without the
+    property it is estimated."""
     several = getattr(getattr(vllm_config, "scheduler_config", None), "async_scheduling", False)
     several = several or vllm_config.parallel_config.pipeline_parallel_size > 1
     return int(getattr(vllm_config, "max_concurrent_batches", 2 if several else 1))
 
 
 class FlexKVConnectorV1Impl:
-    """What ``FlexKVConnectorV1`` forwards to.
+    """Implementation of vLLM's connector interface, called by ``FlexKVConnectorV1``.
 
-    Where FlexKV does not support the engine (``support.py``), caching is off: one line of the log says why, and the
-    engine runs without it.
+    If FlexKV does not support the engine (``support.py``), caching is off: one line of the log gives the reason, and
+    the engine runs without FlexKV.
 
     Parameters
     ----------
@@ -175,14 +176,15 @@ class FlexKVConnectorV1Impl:
         return self._worker.side
 
     def shutdown(self) -> None:
-        """Stop threads, give memory back."""
+        """Stop all threads and free all memory."""
         self._scheduler.shutdown()
         self._worker.shutdown()
 
     # ---- worker -----------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: "dict[str, torch.Tensor]") -> None:
-        """The KV cache of each layer. If FlexKV does not support it, the rank does not register: nothing is cached."""
+        """Register the KV cache of each layer. If FlexKV does not support it, the rank does not register, and caching
+        is off."""
         reason = self._worker.call(lambda side: self._register(side, kv_caches), None)
         if reason is not None:
             logger.warning("KV caching is off: %s. The engine runs without FlexKV", reason)
@@ -190,7 +192,7 @@ class FlexKVConnectorV1Impl:
             self._worker.side = OffWorker()
 
     def _register(self, side: WorkerSide | OffWorker, kv_caches: "dict[str, torch.Tensor]") -> str | None:
-        """Why the rank cannot be registered; None: it is."""
+        """Register the rank; returns the reason if that is impossible, else None."""
         reason = self._unsupported_caches(kv_caches)
         if reason is None:
             num_blocks = self._vllm_config.cache_config.num_gpu_blocks
@@ -202,7 +204,7 @@ class FlexKVConnectorV1Impl:
 
     def _unsupported_caches(self, kv_caches: "dict[str, torch.Tensor]") -> str | None:
         if self._vllm_config.cache_config.num_gpu_blocks is None:
-            return "vLLM does not give the number of KV blocks, which the tensors' shapes alone do not show"
+            return "vLLM does not pass the number of KV blocks, and the shapes of the tensors do not determine it"
         config = find_kv_cache_config(self)
         if config is None:
             return None
@@ -211,12 +213,14 @@ class FlexKVConnectorV1Impl:
         )
 
     def start_load_kv(self, forward_context: "ForwardContext | None", **kwargs: Any) -> None:
-        """Called in each step; by vLLM 0.32 after compute was launched, unless that needs loads."""
+        """Start the step's loads. vLLM 0.32 calls it after it has launched compute, unless compute needs the loads."""
         self._worker.start_load(find_metadata(self))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Called before a layer's attention: loads of the step that go layer by layer are waited for. At the first
-        layer the step's other loads start, which need not wait for its compute: no page of theirs is in it."""
+        """Wait for the step's layerwise loads of a layer; called before its attention.
+
+        The call for the first layer also starts the step's other loads. They need not wait for the step's compute,
+        which uses none of their pages."""
         self._worker.wait_for_layer(layer_name, self._find_metadata)
 
     def _find_metadata(self) -> FlexKVConnectorMetadata | None:
@@ -225,41 +229,43 @@ class FlexKVConnectorV1Impl:
     def save_kv_layer(
         self, layer_name: str, kv_layer: "torch.Tensor", attn_metadata: "AttentionMetadata", **kwargs: Any
     ) -> None:
-        """Nothing to do: blocks are saved whole, after the step."""
+        """Do nothing: blocks are saved as a whole, after the step."""
 
     def wait_for_save(self) -> None:
-        """Called in each step, after its compute."""
+        """Start the step's saves; called after its compute."""
         self._worker.wait_for_save()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose saves and whose loads have ended."""
+        """Requests whose saves have ended, and requests whose loads have ended."""
         saved, loaded = self._worker.get_finished()
         return saved or None, loaded or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that could not be loaded; vLLM computes them (``kv_load_failure_policy: recompute``)."""
+        """Pages whose block could not be loaded; vLLM computes them (``kv_load_failure_policy: recompute``)."""
         return self._worker.take_failed_pages()
 
     # ---- scheduler --------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: "Request") -> None:
-        """A request was queued. The stock wrapper does not pass this on; ``connector.FlexKVConnector`` does."""
+        """Start the prefetch of a queued request. vLLM's stock connector does not forward this call;
+        ``connector.FlexKVConnector`` does."""
         self._scheduler.on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens can be loaded, and that it happens while others compute; None: ask again in a step."""
+        """Number of tokens that can be loaded, and whether the load is asynchronous. None: vLLM must repeat the query
+        in a later step."""
         return self._scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        """Blocks were allocated, ``num_external_tokens`` of them to be loaded."""
+        """Launch the load of ``num_external_tokens`` tokens into newly allocated blocks."""
         self._scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> FlexKVConnectorMetadata:
-        """What the workers must know of the coming step."""
+        """Metadata of the next step for the workers."""
         return self._scheduler.build_connector_meta(scheduler_output)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
-        """What the workers report of a step: not called when that is nothing."""
+        """Record the workers' report of a step. vLLM does not call it for an empty report."""
         self._scheduler.update_connector_output(connector_output)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -267,15 +273,15 @@ class FlexKVConnectorV1Impl:
         return self._scheduler.request_finished(request, block_ids)
 
     def reset_cache(self) -> bool:
-        """Forget all KV. The stock wrapper does not pass this on; ``connector.FlexKVConnector`` does."""
+        """Drop all cached KV. vLLM's stock connector does not forward this call; ``connector.FlexKVConnector`` does."""
         return self._scheduler.reset_cache()
 
     def take_events(self) -> "Iterable[KVCacheEvent]":
-        """No events in this version. vLLM asks once after each step that it has processed, in their order, so this says
-        which step a report was of."""
+        """Returns no events in this version. vLLM calls it once after each processed step, in order, so the calls
+        determine the step of each report."""
         self._scheduler.step_ended()
         return ()
 
     def get_kv_connector_stats(self) -> "KVConnectorStats | None":
-        """No statistics in this version."""
+        """Returns no statistics in this version."""
         return None

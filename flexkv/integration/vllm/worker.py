@@ -1,4 +1,4 @@
-"""Worker side: the rank's tensors, the fences around its compute, and the reports that vLLM waits for."""
+"""Worker side: the rank's tensors, the fences of its compute, and the reports that vLLM waits for."""
 
 import logging
 import time
@@ -23,41 +23,43 @@ if TYPE_CHECKING:
 logger = logging.getLogger("flexkv.vllm")
 
 _START_TIMEOUT_S = 60.0
-"""For a load to be given to the GPU: it takes a millisecond, and longer only when something is broken."""
+"""Maximum time until a load is submitted to the GPU, in seconds. It normally takes a millisecond."""
 
 _LOAD_TIMEOUT_S = 120.0
-"""For a load that a step computes behind: the controller ends it within ``op_timeout_s``, or the agent is broken."""
+"""Maximum time of a layerwise load, in seconds. The controller ends it within ``op_timeout_s``, so a longer load means
+that the agent is broken."""
 
 _IDLE_WAIT_S = 0.005
-"""A step without compute waits so long for a transfer, instead of coming back at once."""
+"""Maximum time that a step without compute waits for a transfer, in seconds, so that such steps do not spin."""
 
 
 def page_spec(tensor: "torch.Tensor", num_blocks: int | None) -> TensorSpec:
-    """Describe one layer's KV cache: which dimension counts vLLM's blocks.
+    """Describe one layer's KV cache by the dimension that counts vLLM's blocks.
 
-    4-D and 3-D tensors, and 5-D ``[blocks, 2, ...]``, count them first; ``[2, blocks, ...]`` second.
+    It is the first dimension of 3-D, 4-D and 5-D ``[blocks, 2, ...]`` tensors, and the second of ``[2, blocks, ...]``.
 
     Raises
     ------
     RegistrationError
-        The shape does not tell, or does not fit ``num_blocks``.
+        The shape is ambiguous, or does not fit ``num_blocks``.
     """
     shape = tuple(tensor.shape)
     page_dim = 0
     if len(shape) == 5 and shape[0] == 2:
         if shape[1] == 2:
-            raise RegistrationError(f"KV cache of shape {shape}: cannot tell K and V from two blocks; use more blocks")
+            raise RegistrationError(f"a KV cache of shape {shape} is ambiguous: either of its first two dimensions may "
+                                    "count blocks; use more than 2 blocks")
         page_dim = 1
     parts = None
     if num_blocks is not None and shape[page_dim] != num_blocks:
         if shape[page_dim] % num_blocks:
-            raise RegistrationError(f"KV cache of shape {shape} does not hold {num_blocks} blocks")
+            raise RegistrationError(f"a KV cache of shape {shape} cannot hold {num_blocks} blocks")
         parts = shape[page_dim] // num_blocks          # the kernel's blocks are smaller than vLLM's
     return tensor_spec(tensor, page_dim, parts)
 
 
 class WorkerSide:
-    """One rank; every method is called on the worker's main thread.
+    """The connector's half in a worker, for one rank. Every method must be called on the worker's main thread.
 
     Parameters
     ----------
@@ -70,25 +72,25 @@ class WorkerSide:
         self._config = config
         self._meta: FlexKVConnectorMetadata | None = None
         self.between_steps = True
-        """No step has begun since the last one ended."""
+        """Whether the last step has ended and no other has begun."""
         self._loads: dict[int, LoadJob] = {}                # launched, not reported
-        self._outcomes: dict[int, OpResult] = {}            # of loads that are not known yet
-        self._saved: set[int] = set()                       # tasks that ended here
+        self._outcomes: dict[int, OpResult] = {}            # of loads, until their job ends
+        self._saved: set[int] = set()                       # put tasks that ended on this rank
         self._finishing: dict[str, set[int]] = {}
         self._failed_pages: set[int] = set()
-        self._layerwise: list[int] = []                     # loads that the step's compute follows
-        self._followed = -1                                 # the last tensor that it does
-        self._not_followed: set[int] = set()                # loads that compute did not wait for: not to be trusted
+        self._layerwise: list[int] = []                     # loads that the step's compute waits for
+        self._followed = -1                                 # index of the last tensor that compute waits for
+        self._not_followed: set[int] = set()                # loads that compute did not wait for: they count as failed
         self._tensor_of: dict[str, int] = {}
         self._audit: PageAudit | None = None
-        self._device: torch.device | None = None            # where the tensors are, if on a GPU
+        self._device: torch.device | None = None            # GPU of the tensors; None: CPU
 
     def register_kv_caches(
         self, kv_caches: "dict[str, torch.Tensor]", num_blocks: int | None, connect_timeout_s: float
     ) -> None:
-        """Register the tensors; the controller is reached in the background."""
+        """Register the tensors; a background thread connects to the controller."""
         tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-        for tensor in kv_caches.values():                   # layers may share one
+        for tensor in kv_caches.values():                   # layers may share a tensor
             tensors.setdefault((tensor.data_ptr(), tuple(tensor.shape)), tensor)
         order = {key: index for index, key in enumerate(tensors)}
         self._tensor_of = {
@@ -104,7 +106,8 @@ class WorkerSide:
     # ---- the hooks of a step, in the order in which vLLM calls them ----------------------------------------------
 
     def start_load(self, meta: FlexKVConnectorMetadata) -> None:
-        """Compute that used the step's pages is done, or ordered before: its loads may start. Once a step."""
+        """Let the step's loads start: compute that used their pages is done, or submitted before. Later calls in the
+        same step do nothing."""
         if self._meta is not None and meta.step == self._meta.step:
             return
         self._meta, self.between_steps = meta, False
@@ -117,8 +120,8 @@ class WorkerSide:
         self._client.advance_fence(load=meta.step, stream=self._stream())
 
     def wait_for_layer(self, layer_name: str) -> None:
-        """Compute of the layer starts after the step's layerwise loads have filled it. Loads keep their order: whoever
-        has the last has all."""
+        """Make compute of the layer wait until the step's layerwise loads have filled it. The loads run in order, so
+        it waits for the last one."""
         if not self._layerwise:
             return
         tensor = self._tensor_of.get(layer_name)
@@ -131,7 +134,7 @@ class WorkerSide:
                 self._followed = tensor
 
     def _stream(self) -> int | None:
-        """The stream that the step's compute is on, None where compute is done when it returns."""
+        """Handle of the stream of the step's compute; None on the CPU, where compute is synchronous."""
         if self._device is None:
             return None
         import torch
@@ -139,7 +142,7 @@ class WorkerSide:
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
     def wait_for_save(self) -> None:
-        """Compute of the step is done: its saves may start."""
+        """Let the saves of the step start after its compute."""
         self.between_steps = True
         if self._meta is not None:
             if self._audit is not None:
@@ -153,12 +156,12 @@ class WorkerSide:
         if pending and self._meta is not None and not self._meta.has_forward:
             self._client.wait_results(_IDLE_WAIT_S)
         self._wait_layerwise()
-        lost = self._client.is_lost                         # before the poll: what it has is then taken
+        lost = self._client.is_lost                         # before the poll, so that no result is missed
         self._take_results()
         ended = [job for job in self._loads.values() if self._end_load(job, lost)]
         loaded = {job.req_id for job in ended if not job.layerwise}
         saved = {req_id for req_id, task_ids in self._finishing.items() if lost or task_ids <= self._saved}
-        for job in ended:                                   # not before: what fails up to here is reported as failed
+        for job in ended:                                   # last: an error before reports them as failed
             del self._loads[job.task_id]
         for req_id in saved:
             del self._finishing[req_id]
@@ -173,13 +176,14 @@ class WorkerSide:
                 self._saved.add(result.task_id)
 
     def _wait_layerwise(self) -> None:
-        """A request that ran behind its load has tokens already: the step must say now whether they are worth anything.
-        The controller ends every load in bounded time; an agent that does not is stopped, and touches no page then."""
+        """Wait for the step's layerwise loads. Their requests already have tokens, so this step must report whether the
+        loads succeeded. If an agent does not end a load in bounded time, it is stopped and then accesses no page."""
         pending = {job.task_id for job in self._loads.values() if job.layerwise}
         deadline = time.monotonic() + _LOAD_TIMEOUT_S
         while not pending <= self._outcomes.keys() and not self._client.is_lost:
             if time.monotonic() > deadline:
-                logger.critical("a load has not ended in %g s: this rank loads and saves no more KV", _LOAD_TIMEOUT_S)
+                logger.critical("a load has not ended within %g s: this rank stops loading and saving KV",
+                                _LOAD_TIMEOUT_S)
                 self._client.close()
             self._client.wait_results(_IDLE_WAIT_S)
             self._take_results()
@@ -208,18 +212,18 @@ class WorkerSide:
             self._saved = {task_id for task_id in self._saved if task_id >= oldest or task_id in asked}
 
     def take_failed_pages(self) -> set[int]:
-        """Blocks that could not be loaded, of the requests just reported."""
+        """Return and forget the pages of failed loads, of the requests that ``get_finished`` has just reported."""
         failed, self._failed_pages = self._failed_pages, set()
         return failed
 
     def take_pending(self) -> tuple[list[LoadJob], set[str], set[int]]:
-        """Loads, requests with saves, and failed blocks that were not reported; nobody else will."""
+        """Return and forget unreported loads, requests with saves, and failed pages. The caller must report them."""
         pending = list(self._loads.values()), set(self._finishing), self._failed_pages
         self._loads, self._finishing, self._failed_pages = {}, {}, set()
         return pending
 
     def audit_counts(self) -> dict[str, int]:
-        """What the audit has found; empty when it is off."""
+        """Counts of the audit (``PageAudit.counts``); empty if it is off."""
         return self._audit.counts() if self._audit is not None else {}
 
     def shutdown(self) -> None:
@@ -228,7 +232,8 @@ class WorkerSide:
 
 
 def find_metadata(owner: Any) -> FlexKVConnectorMetadata | None:
-    """The step's metadata, which vLLM binds to the connector that wraps ``owner``, alone or among several."""
+    """Metadata of the step, which vLLM binds to the connector that wraps ``owner``, also inside a MultiConnector; None:
+    there is none."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
     if not has_kv_transfer_group():

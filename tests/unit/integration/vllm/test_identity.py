@@ -134,7 +134,7 @@ def test_weights_that_change_during_the_start_are_not_known(root: Path, monkeypa
     assert process_started_ns() > TIME_NS
     monkeypatch.setattr(identity, "process_started_ns", process_started_ns)
     found = identify(engine_config(root))
-    assert "changed after the start" in found.unknown       # the test has written them just now
+    assert "changed after this process started" in found.unknown       # the test has written them just now
     assert identify(engine_config(root)).weights_id != found.weights_id
 
 
@@ -143,8 +143,8 @@ def test_weights_that_change_during_the_start_are_not_known(root: Path, monkeypa
     [
         ({"load_config__load_format": "tensorizer"}, "load_format tensorizer"),
         ({"load_config__load_format": "of_a_plugin"}, "load_format of_a_plugin"),
-        ({"model_config__model": "s3://bucket/model"}, "no local files"),
-        ({"model_config__model": "org/not-in-the-cache"}, "no local files"),
+        ({"model_config__model": "s3://bucket/model"}, "neither local files"),
+        ({"model_config__model": "org/not-in-the-cache"}, "neither local files"),
         ({"model_config__enable_sleep_mode": True}, "enable_sleep_mode"),
         ({"cache_config__calculate_kv_scales": True}, "calculate_kv_scales"),
         ({"model_config__hf_config": None}, "cannot be read"),

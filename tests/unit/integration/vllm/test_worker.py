@@ -160,10 +160,10 @@ def test_which_dimension_counts_blocks(
     assert (spec.page_dim, spec.tokens_per_page) == (page_dim, tokens_per_page)
 
 
-def test_a_shape_that_does_not_tell_is_refused() -> None:
-    with pytest.raises(RegistrationError, match="cannot tell"):
+def test_an_ambiguous_shape_is_refused() -> None:
+    with pytest.raises(RegistrationError, match="is ambiguous"):
         page_spec(torch.zeros(2, 2, 4, 2, 8), 2)
-    with pytest.raises(RegistrationError, match="does not hold 10 blocks"):
+    with pytest.raises(RegistrationError, match="cannot hold 10 blocks"):
         page_spec(torch.zeros(9, 2, 4, 8), 10)
 
 
