@@ -1,1 +1,1 @@
-"""Programs beside the product: benchmarks, replay of traces, the demo."""
+"""Programs that are not part of the service: benchmarks, replay of traces, the demo."""

@@ -1,4 +1,4 @@
-"""``flexkv bench``: what the control plane costs, beside a ceiling measured in the same run."""
+"""``flexkv bench``: measures parts of FlexKV, many beside a ceiling that is measured in the same run."""
 
 from flexkv.tools.bench.command import main
 

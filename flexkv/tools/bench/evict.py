@@ -1,4 +1,4 @@
-"""What it costs to make room: when every put has to, and when it is made ahead of need, as in service."""
+"""Cost of eviction: during every put, and ahead of need as in service."""
 
 import gc
 import time
@@ -14,7 +14,7 @@ from flexkv.tools.bench.filled_tree import NEW, SHARED, random_keys
 from flexkv.tools.bench.report import Line
 
 _GET_SHARE = 0.25
-"""Of the puts follow on a prompt that is used again."""
+"""Share of puts that come after another use of an old sequence."""
 
 
 class FullEngine:
@@ -25,7 +25,7 @@ class FullEngine:
     policy : str
     num_blocks : int
     start_threshold, ratio : float
-        As in ``GlobalCacheEngine``; by default nothing is evicted ahead of need.
+        See ``GlobalCacheEngine``; by default no block is evicted ahead of need.
     """
 
     def __init__(self, policy: str, num_blocks: int, start_threshold: float = 1.0, ratio: float = 0.0) -> None:
@@ -40,7 +40,7 @@ class FullEngine:
             self.evict_ahead()
 
     def put(self) -> float:
-        """Put a sequence; seconds until it has slots."""
+        """Put a sequence; returns the seconds until it has slots."""
         if self._used and self._rng.random() < _GET_SHARE:
             old = self._used[int(self._rng.integers(len(self._used)))]
             plan = self.cache.begin_get(old, 0, len(old))
@@ -54,14 +54,14 @@ class FullEngine:
         return took
 
     def evict_ahead(self) -> float:
-        """Seconds that requests wait for it."""
+        """Evict ahead of need; returns the duration in seconds, for which requests wait."""
         start = time.perf_counter()
         self.cache.evict_ahead()
         return time.perf_counter() - start
 
 
 def run(num_blocks: int, n: int = 1000) -> Iterator[Line]:
-    """For every policy: microseconds of a put for each block that it evicts, of a whole put, and of a batch ahead."""
+    """Measure every policy: microseconds for each evicted block, of a put, and of a batch evicted ahead of need."""
     for policy in POLICIES:
         full = FullEngine(policy, num_blocks)
         before = full.cache.stats()["evicted_blocks"]

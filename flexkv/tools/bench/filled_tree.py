@@ -1,4 +1,4 @@
-"""An index with many sequences, for the benches."""
+"""An index with many sequences, for benchmarks."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +13,18 @@ NUM_TIERS = 3
 
 
 def random_keys(rng: np.random.Generator, count: int) -> NDArray[np.uint64]:
-    """(count, 2) uint64. Keys are digests: random numbers are as good."""
+    """Random keys, (count, 2) uint64. They behave like real keys, which are digests."""
     return rng.integers(0, 1 << 63, (count, 2), dtype=np.uint64)
 
 
 class FilledTree:
-    """``num_blocks`` blocks in sequences of 2,048 that share their first 128; every block on the first tier;
-    room for ``spare`` more.
+    """An index with about ``num_blocks`` blocks, in sequences of 2,048 blocks that share their first 128. Every block
+    is in the first tier. There is room for ``spare`` more blocks.
 
     Attributes
     ----------
     sequences : list of (2048, 2) uint64
-        Up to 256 of them, spread over the whole.
+        Keys of up to 256 sequences, spread evenly over the index.
     """
 
     def __init__(self, num_blocks: int, spare: int = 0, seed: int = 0) -> None:
@@ -42,25 +42,25 @@ class FilledTree:
                 self.sequences.append(keys)
 
     def new_sequence(self) -> NDArray[np.uint64]:
-        """Keys that the tree lacks, after the shared ones."""
+        """Keys of a sequence whose blocks are not in the index, except for the shared blocks."""
         return np.concatenate([self.shared, random_keys(self.rng, NEW)])
 
     def slots_for(self, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
-        """A slot for each absent block, -1 for the others."""
+        """A slot for each block that is not in the index; -1 for the others."""
         slots = np.full(len(keys), -1, dtype=np.int32)
         absent = self.tree.absent(keys)
         slots[absent] = np.arange(len(absent)) + int(self.now) * SEQUENCE
         return slots
 
     def insert(self, keys: NDArray[np.uint64]) -> None:
-        """Write a sequence and make it ready."""
+        """Insert a sequence and make its blocks ready."""
         slots = self.slots_for(keys)
         self.now += 1
         self.tree.insert(keys, slots, 0, self.now)
         self.tree.set_ready(keys, slots, 0)
 
     def evict_oldest(self, count: int) -> None:
-        """Free ``count`` slots of the sequences that were used longest ago."""
+        """Evict ``count`` blocks of the least recently used sequences."""
         ranking = self.tree.ranking(0)
         events = ranking.drain()
         self._policy.place(events)

@@ -1,4 +1,4 @@
-"""SSD to GPU: straight, by GPUDirect Storage, beside the way through host memory and its legs; they take turns."""
+"""SSD to GPU by GPUDirect Storage, beside the route through host memory and its legs. The measurements alternate."""
 
 import time
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ _READY_S = 30.0
 
 
 def _direct_turn(direct: Pipeline) -> float:
-    """Microseconds from SSD to pages, compared; nothing of it comes to host memory."""
+    """Load from SSD to pages without host memory, and compare the bytes; returns the microseconds of the load."""
     direct.forget()
     took = direct.loaded.checked_get()
     if direct.loaded.manager.stats()["ssd_store_device_is_ready"] != 1:
-        raise FlexKVError("GPUDirect Storage went out of service; see the log")
+        raise FlexKVError("GPUDirect Storage has been taken out of service; see the log")
     return took
 
 
@@ -34,12 +34,13 @@ def _await_device(pipeline: Pipeline) -> None:
 
 
 def run(folder: Path | None, n: int = 7) -> Iterator[Line]:
-    """Time to ready of blocks that are on SSD only; the ceiling of the direct way is the way through host memory.
+    """Measure the load of blocks that are on SSD only. The ceiling of the direct route is the route through host
+    memory.
 
     Raises
     ------
     CudaUnavailableError
-        There is no GPU.
+        No GPU was found.
     FlexKVError
         GPUDirect Storage cannot be used.
     """
@@ -54,7 +55,7 @@ def run(folder: Path | None, n: int = 7) -> Iterator[Line]:
         ):
             host, direct = Pipeline(through_host), Pipeline(directly)
             _await_device(direct)
-            host.turn()                                 # the first is slower
+            host.turn()                                 # the first turn is slower
             _direct_turn(direct)
             took = np.array([(*host.turn(), _direct_turn(direct)) for _ in range(n)])
         case = f"{count:,} blocks of {size // KIB} KiB"

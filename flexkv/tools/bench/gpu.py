@@ -30,12 +30,12 @@ REPEATS = 15
 KIB = 1024
 
 _SLICES = 25
-"""Of matrix products with each background."""
+"""Number of slices of matrix products with each background copy."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of KV: ``num_tensors`` tensors, each with ``chunk_bytes`` of a page."""
+    """A shape of KV: ``num_tensors`` tensors, each with ``chunk_bytes`` bytes of a page."""
 
     name: str
     chunk_bytes: int
@@ -59,7 +59,7 @@ CASES = [
 
 
 class Session:
-    """A device agent with tensors of a case on the GPU, driven as the controller drives it."""
+    """A device agent with the tensors of a case on the GPU. It is driven over its rings, like by the controller."""
 
     def __init__(self, case: Case, config: TransferConfig) -> None:
         import torch
@@ -100,14 +100,14 @@ class Session:
         self.pages = self.rng.permutation(num_pages).astype(np.int32)
 
     def submit(self, kind: OpKind, slots: NDArray[np.int32], pages: NDArray[np.int32]) -> int:
-        """Give the agent an op; its number."""
+        """Send an op to the agent; returns its number."""
         self._ids += 1
         if not self.rings.push_op(self._ids, self._ids, kind, 0, slots, pages, len(slots), False):
-            raise FlexKVError("the ring is full; give gpu benches a larger ring_bytes")
+            raise FlexKVError("the ring is full: use a larger ring_bytes")
         return self._ids
 
     def wait(self, num_ops: int, pause_s: float = 0.0) -> None:
-        """Until so many ops have ended well; looks all the time, or every ``pause_s`` seconds."""
+        """Wait until ``num_ops`` ops have succeeded; polls without a pause, or every ``pause_s`` seconds."""
         while num_ops:
             result = self.rings.pop_result()
             if result is None:
@@ -124,13 +124,13 @@ class Session:
             pass
 
     def move(self, kind: OpKind, half: int = 0) -> None:
-        """All blocks, from or to one half of the pages."""
+        """Move all blocks from or to one half of the pages."""
         count = self.case.num_blocks
         self.submit(kind, self.slots, self.pages[half * count : (half + 1) * count])
         self.wait(1)
 
     def keep_moving(self, kind: OpKind, stop: threading.Event) -> None:
-        """The same again and again, never idle, and without taking processor time from who measures."""
+        """Move all blocks repeatedly without a pause between ops, with little processor time."""
         self.submit(kind, self.slots, self.pages[: self.case.num_blocks])
         while not stop.is_set():
             self.submit(kind, self.slots, self.pages[: self.case.num_blocks])
@@ -138,7 +138,7 @@ class Session:
         self.wait(1, pause_s=1e-3)
 
     def check(self) -> None:
-        """Save pages, load them into others, compare on the device."""
+        """Save pages, load them into other pages, and compare the bytes on the device."""
         import torch
 
         count = self.case.num_blocks
@@ -209,7 +209,7 @@ class Plain:
 
 
 def _times(*functions: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    """Median seconds of each; they take turns."""
+    """Median duration of each function in seconds. The functions alternate."""
     took: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats + 2):
         for i, function in enumerate(functions):
@@ -268,7 +268,7 @@ def _latency(session: Session) -> Iterator[Line]:
 
 
 class _Products:
-    """A stream of bf16 matrix products that never runs dry: their speed is what a copy in the background costs."""
+    """A stream of bf16 matrix products without gaps. Their slowdown is the cost of a copy in the background."""
 
     COUNT = 30
 
@@ -288,10 +288,11 @@ class _Products:
             self._torch.mm(self._a, self._b, out=self._out)
 
     def seconds(self, background: Callable[[threading.Event], object] | None) -> float:
-        """Of a product, while ``background`` runs, from now until the next call, which tells it to stop."""
+        """Seconds of a product while ``background`` runs. ``background`` runs until the next call, which sets its stop
+        event."""
         self._stop.set()
         with self._torch.cuda.stream(self._stream):
-            self._give(self.COUNT)                      # while what ran before ends
+            self._give(self.COUNT)                      # while the background before ends
             if self._thread is not None:
                 self._thread.join()
             self._thread = None
@@ -308,8 +309,10 @@ class _Products:
 
 
 def _slowdowns(products: _Products, *backgrounds: Callable[[threading.Event], object]) -> list[tuple[float, float]]:
-    """Median slowdown by each background and its standard error, in percent. The clocks of a GPU under load drift by
-    more than what is measured, so slices of some 40 ms take turns, and each is compared with the two beside it."""
+    """Median slowdown by each background and its standard error, in percent.
+
+    The clocks of a GPU under load drift by more than the measured slowdown. So slices of about 40 ms with and without
+    background alternate, and each is compared with the slices before and after it."""
     ratios: list[list[float]] = [[] for _ in backgrounds]
     products.seconds(None)
     before = products.seconds(None)
@@ -333,12 +336,12 @@ def _interference(session: Session, plain: Plain) -> Iterator[Line]:
 
 
 def run(config: TransferConfig | None = None, only: str = "") -> Iterator[Line]:
-    """Every case of shapes, both directions, latency of one block, and how much compute is slowed down.
+    """Measure copies of every shape in both directions, the latency of one block, and the slowdown of compute.
 
     Raises
     ------
     CudaUnavailableError
-        There is no GPU to measure.
+        No GPU was found.
     """
     config = config or TransferConfig(ring_bytes=1 << 22)
     load_driver()

@@ -1,4 +1,4 @@
-"""Keys of a prompt, against one SHA-256 of as many bytes by OpenSSL, and against vLLM's own block hashes."""
+"""Keys of a prompt, beside one SHA-256 of as many bytes by OpenSSL, and beside vLLM's own block hashes."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from flexkv.tools.bench.report import Line, line_of, measure
 NUM_TOKENS = 32_768
 TOKENS_PER_BLOCK = 16
 LONG_PROMPT = 100_000
-MESSAGE_BYTES = 128                    # of a block: header, tokens, chain value, padding
+MESSAGE_BYTES = 128                    # hashed bytes of a block: header, tokens, chain value, padding
 
 
 def _vllm_block_hashes(tokens: Sequence[int]) -> list[bytes] | None:
-    """Chained ``sha256_cbor`` hashes as vLLM's prefix cache makes them; None where vLLM is not installed."""
+    """Chained ``sha256_cbor`` hashes as vLLM's prefix cache computes them; None if vLLM is not installed."""
     try:
         from vllm.utils.hashing import sha256_cbor
         from vllm.v1.core.kv_cache_utils import hash_block_tokens, init_none_hash
@@ -30,14 +30,14 @@ def _vllm_block_hashes(tokens: Sequence[int]) -> list[bytes] | None:
 
 
 def run(n: int = 2000, with_vllm: bool = True) -> Iterator[Line]:
-    """32,768 int64 tokens, 16 a block: 2,048 chained keys; and a prompt of 100,000 tokens."""
+    """Measure 2,048 chained keys (32,768 int64 tokens, 16 a block), and the keys of a prompt of 100,000 tokens."""
     tokens = np.random.default_rng(0).integers(0, 128_000, NUM_TOKENS)
     seed = chain_seed(b"bench")
     keys = hash_blocks(tokens, TOKENS_PER_BLOCK, seed)
     if keys.shape != (2048, 2) or len(np.unique(keys[:, 0])) != 2048:
         raise AssertionError("the keys are wrong")
     if (keys != hash_blocks(tokens, TOKENS_PER_BLOCK, seed, portable=True)).any():
-        raise AssertionError("the portable code makes other keys")
+        raise AssertionError("the portable code computes different keys")
     message = np.random.default_rng(1).bytes(MESSAGE_BYTES * len(keys))
     bare = float(np.median(measure(lambda: hashlib.sha256(message).digest(), n)))
     took = measure(lambda: hash_blocks(tokens, TOKENS_PER_BLOCK, seed), n)

@@ -1,4 +1,4 @@
-"""How long it takes to add a prompt to the index."""
+"""Time to add a prompt to the index."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,8 @@ from flexkv.tools.bench.report import Line, line_of
 
 
 def run(num_blocks: int, n: int = 400) -> Iterator[Line]:
-    """1,920 new blocks after 128 shared ones: into an index that grows, and into one that evicts as much."""
+    """Measure the insertion of 1,920 new blocks after 128 shared blocks, into a growing index and into a full index
+    from which as many blocks were evicted."""
     filled = FilledTree(max(2 * SEQUENCE, num_blocks - n * NEW), spare=n * NEW)
     tree = filled.tree
     for case, evicting in (("growing", False), ("steady, after evicting as many", True)):
@@ -26,6 +27,6 @@ def run(num_blocks: int, n: int = 400) -> Iterator[Line]:
             filled.now += 1
             tree.set_ready(keys, slots, 0)
             if i == 0 and tree.match(keys).num_ready != SEQUENCE:
-                raise AssertionError("what was inserted is not found")
+                raise AssertionError("an inserted sequence is not found")
         yield line_of("insert", f"1,920 blocks, {case}; {tree.num_blocks / 1e6:.3g} M blocks", took / 1e3)
     tree.check_integrity()

@@ -1,4 +1,4 @@
-"""How long it takes to find a prompt in the index."""
+"""Time to find a prompt in the index."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,7 +8,8 @@ from flexkv.tools.bench.report import Line, line_of, measure
 
 
 def run(num_blocks: int, n: int = 5000) -> Iterator[Line]:
-    """Full hit of 2,048 blocks, and 128 shared blocks, through the public Python call; three tiers in one walk."""
+    """Measure a full hit of 2,048 blocks, and a hit of 128 shared blocks, in an index of three tiers, through the
+    public Python call."""
     filled = FilledTree(num_blocks)
     tree = filled.tree
     known = itertools.cycle(filled.sequences)

@@ -1,4 +1,4 @@
-"""How much memory the index takes."""
+"""Memory of the index."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from flexkv.tools.bench.report import Line
 
 
 def resident_bytes() -> int:
-    """Memory of this process."""
+    """Resident memory of this process, in bytes."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         raise AssertionError("/proc/self/status has no VmRSS")
@@ -17,7 +17,7 @@ def resident_bytes() -> int:
 
 
 def run(num_blocks: int) -> Iterator[Line]:
-    """Bytes a block, with three tiers: as the index counts them, and as the process grew."""
+    """Measure the bytes of a block in an index of three tiers: as the index counts them, and as the process grows."""
     before = resident_bytes()
     filled = FilledTree(num_blocks)
     grown = resident_bytes() - before - sum(keys.nbytes for keys in filled.sequences)

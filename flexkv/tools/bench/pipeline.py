@@ -1,4 +1,4 @@
-"""SSD -> host -> pages as one pipeline, beside its two legs alone; they take turns."""
+"""SSD -> host -> pages as one pipeline, beside each of its two legs. The measurements alternate."""
 
 import time
 from collections.abc import Iterator
@@ -15,18 +15,18 @@ from flexkv.tools.bench.session import LAYERS, Session, session
 
 KIB = 1024
 CASES = [(2048 * KIB, 256), (64 * KIB, 4096)]
-"""Bytes of a block, blocks."""
+"""Bytes of a block and number of blocks of each case."""
 
 _WRITTEN_S = 60.0
 
 
 class Pipeline:
-    """A sequence that is on SSD, and comes and goes in host memory.
+    """A sequence that is on SSD, and is loaded into host memory and evicted from it repeatedly.
 
     Parameters
     ----------
     loaded : Session
-        With an SSD tier, and as many host slots as the sequence has blocks.
+        Session with an SSD tier, and with as many host slots as the sequence has blocks.
     """
 
     def __init__(self, loaded: Session) -> None:
@@ -35,24 +35,24 @@ class Pipeline:
         until = time.monotonic() + _WRITTEN_S
         while self._stat("ssd_written_blocks") < loaded.num_blocks:
             if time.monotonic() > until:
-                raise FlexKVError(f"not written to SSD within {_WRITTEN_S:.0f} s; see the log")
-            loaded.get(loaded.num_blocks)              # what is used is written, as much of it as may be queued
+                raise FlexKVError(f"the blocks were not written to SSD within {_WRITTEN_S:.0f} s; see the log")
+            loaded.get(loaded.num_blocks)              # used blocks are written back, within the limit of the queue
             time.sleep(0.01)
-        self.forget()                                  # what slots are left on SSD are taken: nothing is written later
+        self.forget()                                  # fills the free SSD slots, so that no block is written later
         while self._stat("ssd_queued_blocks") + self._stat("ssd_blocks_being_written"):
             if time.monotonic() > until:
-                raise FlexKVError(f"the SSD is not done within {_WRITTEN_S:.0f} s; see the log")
+                raise FlexKVError(f"write-back has not ended within {_WRITTEN_S:.0f} s; see the log")
             time.sleep(0.01)
 
     def _stat(self, name: str) -> int:
         return self._manager.stats().get(name, 0)
 
     def forget(self) -> None:
-        """Another sequence takes its place in host memory; no slot is free on SSD for one that is put once."""
+        """Evict the sequence from host memory by a put of another, which is not written to the full SSD tier."""
         self.loaded.put(self.loaded.other_tokens())
 
     def prefetch(self) -> float:
-        """Microseconds until all of it is in host memory."""
+        """Prefetch the whole sequence into host memory; returns the microseconds."""
         start = time.perf_counter_ns()
         response = self.loaded.wait(self._manager.prefetch_async(self.loaded.tokens))
         took = (time.perf_counter_ns() - start) / 1e3
@@ -61,7 +61,7 @@ class Pipeline:
         return took
 
     def turn(self) -> tuple[float, float, float]:
-        """Microseconds of SSD -> host, host -> pages, and SSD -> host -> pages."""
+        """Measure SSD -> host, host -> pages, and SSD -> host -> pages; returns the microseconds of each."""
         before = self._stat("ssd_store_blocks_read")
         self.forget()
         first = self.prefetch()
@@ -69,12 +69,13 @@ class Pipeline:
         self.forget()
         both = self.loaded.checked_get()
         if self._stat("ssd_store_blocks_read") - before != 2 * self.loaded.num_blocks:
-            raise AssertionError("a block was read that should have been in memory, or the other way round")
+            raise AssertionError("the number of blocks read from SSD is not twice the sequence")
         return first, second, both
 
 
 def cache_options(directory: str | Path, size: int, count: int) -> dict[str, Any]:
-    """Of ``CacheConfig``: a sequence of ``count`` blocks fills the host tier, and is not pushed out ahead of need."""
+    """Settings of ``CacheConfig`` with which a sequence of ``count`` blocks fills the host tier, and is not evicted
+    ahead of need."""
     return {
         "num_cpu_blocks": count, "evict_start_threshold": 1.0, "ssd_cache_dir": str(directory),
         "ssd_cache_gb": total_bytes(count + count // 8, size) / (1 << 30),
@@ -82,7 +83,7 @@ def cache_options(directory: str | Path, size: int, count: int) -> dict[str, Any
 
 
 def run(folder: Path, n: int = 11, cases: list[tuple[int, int]] = CASES) -> Iterator[Line]:
-    """Time to ready of blocks that are on SSD only; the ceiling is the slower of the two legs alone."""
+    """Measure the load of blocks that are on SSD only. The ceiling is the slower of the two legs."""
     for size, count in cases:
         with (
             TemporaryDirectory(dir=folder) as store,

@@ -1,4 +1,4 @@
-"""How long the SSD tier takes to know again what it holds, after a restart."""
+"""Time to recover the blocks of the SSD tier after a restart."""
 
 import mmap
 import time
@@ -17,16 +17,17 @@ from flexkv.tools.bench.filled_tree import SEQUENCE, random_keys
 from flexkv.tools.bench.report import Line, line_of
 
 _SLOT_BYTES = 4096
-"""Nothing is read but the table, so small slots do."""
+"""Size of a slot in bytes. It may be small, because only the slot table is read."""
 
 _MOST_BLOCKS = 524_288
-"""A terabyte of 2 MiB; here they take 2 GiB of disk."""
+"""Maximum number of blocks: a terabyte with slots of 2 MiB. In this benchmark they take 2 GiB of disk."""
 
 _DOMAIN = b"bench"
 
 
 def run(num_blocks: int, n: int = 5) -> Iterator[Line]:
-    """A full table in random order, from the page cache: read it, and put its blocks into an index."""
+    """Measure the recovery of a full slot table in random order from the page cache: open, recover, insert into an
+    index."""
     num_blocks = min(num_blocks, _MOST_BLOCKS)
     with TemporaryDirectory(prefix="flexkv-bench-", dir=Path.cwd()) as directory:
         _fill(Path(directory), num_blocks)
@@ -53,7 +54,7 @@ def _open(directory: Path, num_blocks: int) -> SsdStore:
 
 
 def _fill(directory: Path, num_blocks: int) -> None:
-    """Records of sequences of 2,048 blocks, in slots that say nothing of their order."""
+    """Write records of sequences of 2,048 blocks, in slots of random order."""
     rng = np.random.default_rng(0)
     records = np.zeros(num_blocks, dtype=RECORD)
     records["key"] = random_keys(rng, num_blocks)

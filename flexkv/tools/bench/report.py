@@ -1,4 +1,4 @@
-"""One measured figure, and how it is printed."""
+"""Measurement of durations, and the output of results."""
 
 import json
 import time
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A result; what does not apply is None.
+    """A result. Fields that do not apply are None.
 
     Attributes
     ----------
     value : float
-        The figure that counts, in ``unit``.
+        The result, in ``unit``.
     ceiling, ratio : float
-        The best that this machine can do, and how near ``value`` comes (1: as good).
+        The best value possible on this machine, in ``unit``, and the ratio of ``value`` to it (1: equal).
     n : int
-        Measurements.
+        Number of measurements.
     p50, p99 : float
-        In ``unit``.
+        Percentiles, in ``unit``.
     """
 
     bench: str
@@ -37,7 +37,7 @@ class Line:
 
 
 def measure(function: Callable[[], object], n: int, warm_up: int = 3) -> NDArray[np.float64]:
-    """(n,) microseconds that each call took."""
+    """Call a function ``n`` times; returns the duration of each call in microseconds, (n,)."""
     for _ in range(warm_up):
         function()
     took = np.empty(n)
@@ -49,14 +49,14 @@ def measure(function: Callable[[], object], n: int, warm_up: int = 3) -> NDArray
 
 
 def line_of(bench: str, case: str, took: NDArray[np.float64], ceiling: float | None = None) -> Line:
-    """The p50 of durations in microseconds, and its ratio to a ceiling in microseconds."""
+    """Line with the p50 of durations in microseconds, and its ratio to a ceiling in microseconds."""
     p50, p99 = (round(float(np.percentile(took, q)), 2) for q in (50, 99))
     ratio = None if ceiling is None else round(ceiling / p50, 3)
     return Line(bench, case, p50, "us", None if ceiling is None else round(ceiling, 2), ratio, len(took), p50, p99)
 
 
 def show(lines: Iterable[Line], as_json: bool) -> None:
-    """Print each line as soon as it is there, as JSON or as a table row."""
+    """Print each line as soon as it is available, as JSON or as a table row."""
     if not as_json:
         print(f"{'bench':<8} {'case':<54} {'value':>10} {'unit':<12}{'ceiling':>9} {'ratio':>6} {'p99':>10} {'n':>6}")
     for line in lines:

@@ -1,4 +1,4 @@
-"""A KVManager and one rank in another process, for benches of what a user of KVManager sees."""
+"""A KVManager and one rank in another process, for benchmarks through KVManager's calls."""
 
 import multiprocessing
 import tempfile
@@ -47,7 +47,7 @@ def _rank(pipe: Connection, port: str, num_blocks: int, layer_bytes: int, on_gpu
             for layer in layers:
                 layer[:] = 0
             if on_gpu:
-                layers[0].sum().item()                 # it is done
+                layers[0].sum().item()                 # waits for the GPU
             pipe.send(None)
         elif question == "compare":
             pipe.send(all(bool((a == b).all()) for a, b in zip(layers, content, strict=True)))
@@ -55,13 +55,13 @@ def _rank(pipe: Connection, port: str, num_blocks: int, layer_bytes: int, on_gpu
 
 
 class Session:
-    """One sequence whose KV is in the rank's pages, in order, and was put.
+    """One sequence, whose KV is in the rank's pages in order, and was put.
 
     Attributes
     ----------
     tokens : (num_blocks * TOKENS_PER_BLOCK,) int64
     slots : (num_blocks * TOKENS_PER_BLOCK,) int64
-        Where the rank has the KV of each token.
+        Token slot of each token in the rank's pages.
     """
 
     def __init__(self, manager: KVManager, pipe: Connection, num_blocks: int) -> None:
@@ -73,11 +73,12 @@ class Session:
         self.slots = np.arange(len(self.tokens))
 
     def other_tokens(self) -> NDArray[np.int64]:
-        """A sequence as long that was never seen."""
+        """A new random sequence of the same length."""
         return self._rng.integers(0, 128_000, self.num_blocks * TOKENS_PER_BLOCK)
 
     def ask(self, question: str) -> object:
-        """Have the rank do something with its pages."""
+        """Send a command to the rank; returns its reply. ``clear``: zero its pages; ``compare``: whether they are
+        unchanged since the start."""
         self._pipe.send(question)
         return self._pipe.recv()
 
@@ -86,14 +87,14 @@ class Session:
         self.wait(self.manager.put_async(tokens, self.slots))
 
     def wait(self, task_id: int) -> KVResponse:
-        """The result of a task; it must be a success."""
+        """Wait for a task, which must succeed; returns its response."""
         response = self.manager.wait([task_id])[task_id]
         if response.status is not KVResponseStatus.SUCCESS:
             raise AssertionError(f"a task ended with {response.status}")
         return response
 
     def get(self, num_blocks: int) -> float:
-        """Load leading blocks; microseconds from match to bytes in place."""
+        """Load leading blocks; returns the microseconds from the start of the match to the end of the load."""
         tokens = self.tokens[: num_blocks * TOKENS_PER_BLOCK]
         start = time.perf_counter_ns()
         task_id, mask = self.manager.get_match(tokens)
@@ -105,7 +106,7 @@ class Session:
         return took
 
     def checked_get(self) -> float:
-        """Load everything into cleared pages, and have the rank compare; microseconds of the load."""
+        """Load all blocks into cleared pages, and compare them in the rank; returns the microseconds of the load."""
         self.ask("clear")
         took = self.get(self.num_blocks)
         if self.ask("compare") is not True:
@@ -115,7 +116,7 @@ class Session:
 
 @contextmanager
 def session(num_blocks: int, layer_bytes: int, on_gpu: bool = False, **cache: Any) -> Iterator[Session]:
-    """A session whose bytes are checked before and after; ``cache``: of ``CacheConfig``."""
+    """A session whose bytes are compared before and after; ``cache``: settings of ``CacheConfig``."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
         port = f"{directory}/register.sock"

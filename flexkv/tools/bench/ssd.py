@@ -1,4 +1,4 @@
-"""The SSD tier: the I/O queue with checksums beside ``fio`` with io_uring on one file; the pipeline beside its legs."""
+"""The SSD tier: the I/O queue with checksums beside ``fio`` with io_uring on the same file, then the pipeline."""
 
 import json
 import mmap
@@ -28,20 +28,20 @@ KIB = 1024
 SIZES = [64 * KIB, 256 * KIB, 2048 * KIB]
 DEPTHS = [4, 32]
 STALL_S = 60.0
-PAUSE_S = 1e-3      # between two looks at results: who uses the queue has other things to do
+PAUSE_S = 1e-3      # pause between two polls of the results, as in service, where the thread has other work
 _FIO_WORDS = {"read": "randread", "write": "randwrite", "mixed": "randrw"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What it took to move all bytes once."""
+    """Time to move all bytes once."""
 
     seconds: float
     cpu_seconds: float
 
 
 class Fio:
-    """``fio`` on the same file (another may lie elsewhere, and be faster), each block once, in random order."""
+    """``fio`` on the same file, each block once, in random order. Another file may be on a faster part of the disk."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         program = shutil.which("fio")
@@ -49,7 +49,7 @@ class Fio:
             raise FlexKVError("the ceiling of this bench is fio: sudo apt-get install fio")
         self._num_bytes = num_bytes
         self._command = [
-            "env", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1",     # huge pages as ours: scattered ones are slower
+            "env", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1",     # huge pages like ours: small pages are slower
             program, "--name=flexkv", f"--filename={path}", f"--size={num_bytes}", "--ioengine=io_uring", "--direct=1",
             "--fallocate=none", "--randrepeat=0", "--output-format=json",
         ]
@@ -61,13 +61,13 @@ class Fio:
             raise FlexKVError(f"fio failed: {done.stderr.strip() or done.stdout.strip()}")
         job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
         if job["error"] or job["read"]["io_bytes"] + job["write"]["io_bytes"] != self._num_bytes:
-            raise FlexKVError(f"fio did not move what it was asked to: error {job['error']}")
+            raise FlexKVError(f"fio did not move all {self._num_bytes} bytes: error {job['error']}")
         seconds = max(job["read"]["runtime"], job["write"]["runtime"]) / 1e3
         return Run(seconds, (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3)
 
 
 class Ours:
-    """The queue on a file and memory of the same size, each piece once, in random order in both."""
+    """The I/O queue on a file and memory of the same size, each piece once, in random order in both."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -78,14 +78,14 @@ class Ours:
         self._rng = np.random.default_rng(0)
         self._bytes.view(np.uint64)[:] = self._rng.integers(0, 1 << 64, num_bytes // 8, dtype=np.uint64)
         os.posix_fallocate(self._fd, 0, num_bytes)
-        self._content = np.zeros(num_bytes, dtype=np.uint8)      # what is in the file
+        self._content = np.zeros(num_bytes, dtype=np.uint8)      # expected content of the file
 
     def write_all(self) -> None:
-        """Every block of the file has been written: what is measured writes over it."""
+        """Write every block of the file, so that measured writes overwrite allocated blocks."""
         self.run("write", 1024 * KIB, 32)
 
     def run(self, way: str, size: int, depth: int) -> Run:
-        """Move all bytes; raises if bytes are not right."""
+        """Move all bytes and compare them; FlexKVError if bytes differ."""
         count = self.num_bytes // size
         in_file, in_memory = (self._rng.permutation(count).astype(np.int64) for _ in range(2))
         reads = count if way == "read" else count // 2 if way == "mixed" else 0
@@ -108,7 +108,7 @@ class Ours:
     def _move(
         self, queue: IoQueue, in_file: NDArray[np.int64], in_memory: NDArray[np.int64], reads: int, size: int
     ) -> tuple[NDArray[np.uint64], Run]:
-        """Checksums of each piece, and what it took."""
+        """Move all pieces; returns the checksum of each piece, and the time."""
         count = len(in_file)
         tags, files, sums = np.arange(count, dtype=np.uint64), np.zeros(count, np.int32), np.zeros(count, np.uint64)
         before, start, done = _cpu_seconds(), time.perf_counter(), 0
@@ -116,11 +116,11 @@ class Ours:
             queue.submit(kind, tags[part], files[part], in_file[part], in_memory[part], size)
         while done < count:
             if not select.select([queue.event_fd], [], [], STALL_S)[0]:
-                raise FlexKVError(f"nothing was moved for {STALL_S:.0f} seconds")
+                raise FlexKVError(f"no read or write has ended for {STALL_S:.0f} seconds")
             time.sleep(PAUSE_S)
             which, results, checksums = queue.take()
             if results.any():
-                raise FlexKVError(f"a piece was not moved: {os.strerror(-int(results.min()))}")
+                raise FlexKVError(f"a read or write failed: {os.strerror(-int(results.min()))}")
             sums[which.astype(np.intp)] = checksums
             done += len(which)
         return sums, Run(time.perf_counter() - start, _cpu_seconds() - before)
@@ -132,7 +132,7 @@ class Ours:
 
 
 def _cpu_seconds() -> float:
-    """Of all threads of this process, those that the kernel runs for it too."""
+    """CPU time of all threads of this process in seconds, including kernel threads that work for it."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
@@ -143,7 +143,7 @@ def _compare(ours: Ours, fio: Fio, way: str, size: int, depth: int, repeats: int
         if turn % 2:
             theirs.append(fio.run(way, size, depth))
         if way == "mixed":
-            ours.write_all()        # for what we read to be known again
+            ours.write_all()        # so that the content of the file is known for reads
         mine.append(ours.run(way, size, depth))
         if not turn % 2:
             theirs.append(fio.run(way, size, depth))
@@ -157,12 +157,12 @@ def _compare(ours: Ours, fio: Fio, way: str, size: int, depth: int, repeats: int
 
 
 def run(directory: Path | None) -> Iterator[Line]:
-    """The queue, then the pipeline.
+    """Measure the queue, then the pipeline.
 
     Raises
     ------
     FlexKVError
-        There is no fio, or the file system has no O_DIRECT.
+        fio is not installed, or the file system does not support O_DIRECT.
     """
     with tempfile.TemporaryDirectory(prefix="flexkv-bench-", dir=directory) as folder:
         yield from against_fio(Path(folder))
@@ -172,12 +172,12 @@ def run(directory: Path | None) -> Iterator[Line]:
 def against_fio(
     folder: Path, only: str = "", num_bytes: int = FILE_BYTES, repeats: int = REPEATS
 ) -> Iterator[Line]:
-    """Reads, writes, and both at once, in several sizes and depths; those whose case has ``only`` in it.
+    """Measure reads, writes, and both at once, in several sizes and depths; only cases whose name contains ``only``.
 
     Raises
     ------
     FlexKVError
-        There is no fio, or the file system has no O_DIRECT.
+        fio is not installed, or the file system does not support O_DIRECT.
     """
     fio = Fio(folder / "file", num_bytes)
     try:

@@ -1,4 +1,4 @@
-"""Start of a host pool: how fast it is populated and pinned, and how long steps of an engine take meanwhile."""
+"""Start of a host pool: time to populate and pin it, and duration of an engine's steps meanwhile."""
 
 import os
 import socket
@@ -19,14 +19,15 @@ from flexkv.tools.bench.report import Line
 
 _SLOT_BYTES = 2 << 20
 _LAUNCHES = 400
-"""Small kernels of a step: as many as a decode step of a model with 30 to 60 layers launches without CUDA graphs."""
+"""Number of small kernels of a step. A decode step of a model with 30 to 60 layers launches as many without CUDA
+graphs."""
 
 _ALONE_S = 2.0
-"""How long steps are measured with nothing beside them, in seconds."""
+"""Duration of a measurement of steps without a growing pool, in seconds."""
 
 
 class Steps:
-    """A thread that does what an engine's step does: many small launches, then a wait for the GPU.
+    """A thread that imitates an engine's steps: many small launches, then a wait for the GPU.
 
     Attributes
     ----------
@@ -53,19 +54,19 @@ class Steps:
             self.took_ms.append((time.perf_counter() - start) * 1e3)
 
     def restart(self) -> list[float]:
-        """Begin anew; the steps so far."""
+        """Begin a new list of steps; returns the old one."""
         took, self.took_ms = self.took_ms, []
         return took
 
     def close(self) -> list[float]:
-        """End the thread; the steps since ``restart``."""
+        """End the thread; returns the steps since ``restart``."""
         self._stop.set()
         self._thread.join()
         return self.took_ms
 
 
 class Start:
-    """A pool of ``num_gib`` GiB and one rank on the current GPU, which starts to grow at once."""
+    """A pool of ``num_gib`` GiB with one rank on the current GPU. The pool starts to grow at once."""
 
     def __init__(self, num_gib: int) -> None:
         import torch
@@ -104,11 +105,11 @@ class Start:
         self.pinned_s = time.perf_counter() - self._began
 
     def wait(self) -> None:
-        """Until all is pinned."""
+        """Wait until the whole pool is pinned."""
         self._pinner.join()
 
     def close(self) -> None:
-        """Give all back."""
+        """Free pool and rank."""
         self.agent.close()
         self._socket.close()
         self.rings.close()
@@ -131,14 +132,14 @@ def _steps(case: str, took_ms: list[float], alone_ms: float | None = None) -> Li
 
 
 def run(num_gib: int, on_pinned: Callable[[Start], None] = lambda start: None) -> Iterator[Line]:
-    """Populate and pin a pool beside an engine's steps, then without them; without a GPU, only populate.
+    """Populate and pin a pool beside an engine's steps, and measure both. Without a GPU, the pool is only populated.
 
     Parameters
     ----------
     num_gib : int
         Size of the pool.
     on_pinned : callable
-        Called with the pool and its rank when all is pinned.
+        Called with the pool and its rank when the whole pool is pinned.
     """
     try:
         load_driver()
@@ -146,7 +147,7 @@ def run(num_gib: int, on_pinned: Callable[[Start], None] = lambda start: None) -
         yield from _populate_only(num_gib)
         return
     steps = Steps()
-    time.sleep(_ALONE_S)                                # the first are slower
+    time.sleep(_ALONE_S)                                # the first steps are slower
     steps.restart()
     time.sleep(_ALONE_S)
     alone = steps.restart()

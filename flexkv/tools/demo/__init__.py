@@ -1,1 +1,1 @@
-"""``flexkv demo``: a real vLLM that reads its KV back instead of computing it."""
+"""``flexkv demo``: a real vLLM that loads its KV instead of computing it."""

@@ -7,7 +7,7 @@ from typing import Any
 PHASES = ("cold", "warm", "restarted")
 
 Answers = dict[str, list[dict[str, Any]]]
-"""Of each phase: the answer to each prompt, as the session reports it."""
+"""Answers to the prompts in each phase, as the session reports them."""
 
 _LOOKS = {
     "cold": ("cold: computed", "#b0b7c3"), "warm": ("warm: loaded from memory", "#2f7ed8"),
@@ -22,7 +22,7 @@ def can_draw() -> bool:
 
 
 def draw(answers: Answers, path: Path) -> None:
-    """Draw the chart. A prompt that was computed although it was asked before has a hatched bar."""
+    """Draw the chart. A hatched bar marks a repeated prompt for which no KV was loaded."""
     import matplotlib
 
     matplotlib.use("Agg")

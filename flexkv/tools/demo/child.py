@@ -1,4 +1,4 @@
-"""A child process with all that it starts: read line by line, and ended completely, at any time."""
+"""A child process and its descendants. Its output is read line by line, and all of them can be ended at any time."""
 
 import atexit
 import contextlib
@@ -15,13 +15,13 @@ from flexkv.tools.demo.ending_signals import EndingSignals
 from flexkv.tools.demo.process_group import GRACE_S, signal_group, wait_for_group
 
 _TERMINATE_S = 10.0
-"""Time for the child to end by itself after SIGTERM, before SIGKILL."""
+"""Time that the child has to end after SIGTERM, in seconds; then it gets SIGKILL."""
 
 _KILL_S = 5.0
-"""Maximum wait after SIGKILL, which only a process in an uninterruptible system call outlasts."""
+"""Maximum wait after SIGKILL, in seconds. Only a process in an uninterruptible system call takes longer."""
 
 _SILENCE_S = 1800.0
-"""Maximum time between two lines of the child. Starting an engine takes minutes on a busy machine."""
+"""Maximum time between two lines of the child, in seconds. An engine takes minutes to start on a busy machine."""
 
 
 class ChildError(FlexKVError, RuntimeError):
@@ -29,23 +29,23 @@ class ChildError(FlexKVError, RuntimeError):
 
 
 class Child:
-    """A child process in a session of its own. A context manager, for the main thread.
+    """A child process in a separate session. A context manager, which must be used in the main thread.
 
-    1. The child calls ``flexkv.tools.demo.process_group.end_with_parent`` first: its group ends with this process,
-       however this process ends.
-    2. When the child has ended, what is left of its group is killed after a moment, so that no process of it keeps the
+    1. The child must first call ``flexkv.tools.demo.process_group.end_with_parent``. Its process group then ends with
+       this process, however this process ends.
+    2. A few seconds after the child has ended, the remaining processes of its group are killed, so that none keeps the
        pipe of ``lines`` open.
-    3. At the end of the context, and at the latest when this process exits, the group gets SIGTERM, and SIGKILL if that
-       does not help. All waits are bounded.
+    3. At the end of the context, and at the latest when this process exits, the group gets SIGTERM, and SIGKILL if it
+       does not end. All waits are bounded.
 
     Parameters
     ----------
     command : sequence of str
     log : Path
-        File that its standard error is appended to.
+        File to which the child's standard error is appended.
     environment : mapping
     signals : EndingSignals
-        Signals that must not arrive between a start and its record.
+        Signals that are held while the child is started or ended.
 
     Raises
     ------
@@ -69,7 +69,7 @@ class Child:
             with self._signals.held():
                 atexit.register(self.end)
                 self._start()
-        except BaseException:               # a signal too: __exit__ is not called then
+        except BaseException:               # also a signal; __exit__ is not called then
             self.end()
             raise
         return self
@@ -80,12 +80,12 @@ class Child:
         self.end()
 
     def lines(self) -> Iterator[str]:
-        """Lines of its standard output until it has ended.
+        """Iterate over the lines of the child's standard output until it is closed.
 
         Raises
         ------
         ChildError
-            It has written nothing for half an hour.
+            The child has written no line for ``_SILENCE_S`` seconds.
         """
         output = self._running().stdout
         if output is None:
@@ -101,19 +101,19 @@ class Child:
         raise ChildError(f"the engine has written nothing for {_SILENCE_S / 60:.0f} minutes")
 
     def status(self) -> int:
-        """Exit status, after ``lines`` has ended; negative: the signal that ended it.
+        """Exit status of the child, after ``lines`` has ended; negative: number of the signal that ended it.
 
         Raises
         ------
         ChildError
-            It has closed its output, but does not end.
+            The child has closed its output but does not end.
         """
         if not self._ended.wait(_TERMINATE_S):
             raise ChildError("the engine does not end")
         return self._running().wait(_KILL_S)
 
     def end(self) -> None:
-        """End it, and all that it has started. Can be called again."""
+        """End the child and its group. Can be called again."""
         with self._signals.held():
             if self._process is not None:
                 self._stop(self._process)
@@ -136,10 +136,10 @@ class Child:
         return self._process
 
     def _wait_for_end(self) -> None:
-        """Wait for the child without reaping it, so that its number still names its group, and end the group."""
+        """Wait for the child, then end its group. The child is not reaped, so that its number still names the group."""
         group = self._running().pid
         os.waitid(os.P_PID, group, os.WEXITED | os.WNOWAIT)
-        wait_for_group(group, GRACE_S + 1.0)                           # a second more than its watcher
+        wait_for_group(group, GRACE_S + 1.0)                           # a second longer than the watcher waits
         signal_group(group, signal.SIGKILL)
         self._ended.set()
 

@@ -1,4 +1,4 @@
-"""The demo as its user sees it: a progress bar, a table, a chart, and a last line for machines."""
+"""The command ``flexkv demo``: shows a progress bar, a table, a chart, and a last line for programs."""
 
 import argparse
 import importlib.util
@@ -21,16 +21,16 @@ from flexkv.tools.demo.output import new_file, scratch_folder
 from flexkv.tools.demo.session import EVENT
 
 SESSION = [sys.executable, "-m", "flexkv.tools.demo.session"]
-"""Command of the process that has the engine."""
+"""Command of the engine's process."""
 
 _LOG_LINES = 8
-"""Last lines of the engine's log that an error shows."""
+"""Number of last lines of the engine's log that an error shows."""
 
 _REQUEST_LINE = re.compile(r"request (cold|warm|restarted)-(\d+)\S*: (.*)")
-"""Line of FlexKV's log on a request, at DEBUG."""
+"""Line of FlexKV's log about a request, at DEBUG."""
 
 _KV_GIB_PER_TOKEN = 2 * 30 * 3 * 64 * 2 / (1 << 30)
-"""KV of a token of SmolLM2-135M in bfloat16: K and V, 30 layers, 3 heads of 64."""
+"""KV of a token of SmolLM2-135M in bfloat16, in GiB: K and V, 30 layers, 3 heads of 64."""
 
 _ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -70,7 +70,7 @@ def _bar(done: int, total: int, text: str) -> None:
 
 
 class _Engine:
-    """Runs of the demo's engine, one after the other, over the same SSD.
+    """Runs the demo's engine one or more times, with the same SSD folder.
 
     Parameters
     ----------
@@ -103,12 +103,12 @@ class _Engine:
         _bar(sum(map(len, self.answers.values())), self._total, text)
 
     def run(self, *phases: str) -> None:
-        """Start vLLM and FlexKV, ask every prompt in each phase, and stop them.
+        """Start vLLM and FlexKV, send every prompt in each phase, and stop them.
 
         Raises
         ------
         FlexKVError
-            The engine did not end well.
+            The engine failed.
         """
         self._progress("starting vLLM (about a minute)")
         audits = len(self.audits)
@@ -141,7 +141,7 @@ class _Engine:
         return "\n".join(f"    {line}" for line in lines) or "    (it is empty)"
 
     def reasons(self) -> dict[tuple[str, int], str]:
-        """What FlexKV's log says of each request, by phase and prompt."""
+        """Text of FlexKV's log about each request, by phase and prompt."""
         with self._log.open(errors="replace") as log:
             found = [match for line in log if (match := _REQUEST_LINE.search(line))]
         return {(match[1], int(match[2])): match[3].strip() for match in found}
@@ -166,23 +166,23 @@ def _table(answers: Answers, reasons: dict[tuple[str, int], str]) -> None:
     for phase in PHASES[1:]:
         for i, answer in enumerate(answers[phase]):
             if not answer["cached"]:
-                reason = reasons.get((phase, i), "the log does not say why")
+                reason = reasons.get((phase, i), "the log has no reason")
                 print(f"prompt {i + 1}, {phase}: nothing was loaded: {reason}")
 
 
 def _check() -> None:
-    """Raise FlexKVError unless everything that the demo needs is installed."""
+    """Raise FlexKVError unless all packages that the demo needs are installed."""
     for module, name in (("torch", "PyTorch"), ("transformers", "transformers"), ("vllm", "vLLM")):
         if importlib.util.find_spec(module) is None:
             raise FlexKVError(f"{name} is not installed: ./build.sh demo installs it")
 
 
 def main(argv: list[str]) -> int:
-    """Run the demo; returns 0 if every answer was the same and every byte right."""
+    """Run the demo; returns 0 if all answers are equal and all loaded bytes are right."""
     args = _parse(argv)
     _check()
     if args.model is not None and not (args.model / "config.json").is_file():
-        raise FlexKVError(f"--model {args.model}: is not the folder of a model (it has no config.json)")
+        raise FlexKVError(f"--model {args.model} is not the folder of a model (it has no config.json)")
     with ExitStack() as stack:
         signals = stack.enter_context(EndingSignals())
         log = new_file(args.output, "engine.log")
@@ -203,7 +203,7 @@ def main(argv: list[str]) -> int:
 
 
 def _result(args: argparse.Namespace, engine: _Engine) -> int:
-    """Print the line for machines."""
+    """Print the line for programs; returns the exit status."""
     answers = engine.answers
     cold, warm, restarted = (_median_ms(answers, phase) for phase in PHASES)
     same = all(_same(answers, prompt) for prompt in range(args.prompts))

@@ -1,4 +1,4 @@
-"""Signals that end a command, as one exception, so that it cleans up undisturbed."""
+"""Signals that end a command raise a single exception, so that they do not interrupt its clean-up."""
 
 import select
 import signal
@@ -14,9 +14,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class EndingSignals:
     """Within its context, the first of SIGINT, SIGTERM and SIGHUP raises; the others are ignored.
 
-    SIGINT raises KeyboardInterrupt, the others SystemExit with 128 + the signal. The clean-up that follows has bounded
-    waits, and an impatient user cannot interrupt it. A signal that the process ignores stays ignored. For the main
-    thread.
+    SIGINT raises KeyboardInterrupt, the others raise SystemExit with 128 + the signal. The clean-up that follows must
+    have bounded waits, because further signals do not interrupt it. A signal that the process ignores stays ignored.
+    Must be used in the main thread.
     """
 
     def __init__(self) -> None:
@@ -48,22 +48,22 @@ class EndingSignals:
         self._waker.close()
 
     def wait_readable(self, fd: int, timeout_s: float) -> bool:
-        """Wait until a descriptor can be read; False: it cannot, after so long.
+        """Wait until a descriptor is readable; False after ``timeout_s`` seconds.
 
-        A signal that arrives just before the wait ends it. Other waits of Python do not notice such a signal.
+        A signal ends the wait even if it arrives just before the wait starts. Other waits of Python miss such a signal.
         """
         deadline, arrivals = time.monotonic() + timeout_s, self._arrivals.fileno()
         while True:
             readable = select.select([fd, arrivals], [], [], max(0.0, deadline - time.monotonic()))[0]
             if arrivals in readable:
                 with suppress(BlockingIOError):
-                    self._arrivals.recv(4096)    # the handler runs now, and raises unless all this is held
+                    self._arrivals.recv(4096)    # the handler runs now; it raises unless signals are held
             elif not readable or fd in readable:
                 return fd in readable
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Within, nothing is raised; a signal that arrives takes effect at the end."""
+        """Hold signals within the context: a signal that arrives raises at its end."""
         self._held += 1
         try:
             yield

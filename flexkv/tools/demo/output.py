@@ -1,4 +1,4 @@
-"""The folder of the demo's output, in which nothing is overwritten and nothing removed but its own files."""
+"""The folder of the demo's output. No file in it is overwritten, and only files of the demo are removed."""
 
 import contextlib
 import tempfile
@@ -10,16 +10,16 @@ from flexkv.tools.demo.ending_signals import EndingSignals
 
 
 class OutputError(FlexKVError, OSError):
-    """The folder of the output cannot be used."""
+    """The output folder cannot be used."""
 
 
 def new_file(folder: Path, name: str) -> Path:
-    """Make an empty file of a name that is not taken: ``chart.png``, else ``chart.1.png`` and so on.
+    """Create an empty file with an unused name: ``chart.png``, else ``chart.1.png`` and so on.
 
     Raises
     ------
     OutputError
-        The folder cannot be made or written to.
+        The folder cannot be created, or is not writable.
     """
     path = folder / name
     for number in range(1, 1_000_000):
@@ -39,12 +39,12 @@ def new_file(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path, signals: EndingSignals) -> Iterator[Path]:
-    """A new folder ``flexkv-demo-XXXX`` in ``folder`` for KV on SSD, which is removed at the end.
+    """Create a folder ``flexkv-demo-XXXX`` in ``folder`` for KV on SSD, and remove it at the end.
 
     Raises
     ------
     OutputError
-        It cannot be made.
+        The folder cannot be created.
     """
     try:
         made = tempfile.TemporaryDirectory(prefix="flexkv-demo-", dir=folder, ignore_cleanup_errors=True)

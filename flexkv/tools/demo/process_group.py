@@ -1,4 +1,4 @@
-"""A process group that ends completely: with its leader, and with the parent of its leader."""
+"""A process group that ends as a whole when its leader or the leader's parent ends."""
 
 import contextlib
 import os
@@ -8,20 +8,20 @@ import time
 from pathlib import Path
 
 GRACE_S = 3.0
-"""Time for the other processes of a group to end by themselves after the leader."""
+"""Time that the other processes of a group have to end after the leader, in seconds; then they are killed."""
 
 
 def end_with_parent(lifeline: int = 0) -> None:
-    """Leave a watcher in this process's group, which ends the group with this process or with the parent.
+    """Start a watcher process in this process's group, which ends the group when this process or its parent ends.
 
-    The watcher is a process. A thread would end with this process, and leave behind what this process has started; so
-    would PR_SET_PDEATHSIG, which reaches one process alone. To be called first, by the leader of a group, before it has
-    threads.
+    The watcher is a process, because a thread would end with this process and leave its children running.
+    PR_SET_PDEATHSIG would also leave them, because it signals one process only. Must be called by the leader of a
+    group, before it starts threads.
 
     Parameters
     ----------
     lifeline : int
-        Reading end of a pipe whose writing end the parent alone has: the kernel closes it however the parent ends.
+        Reading end of a pipe whose writing end only the parent has; the kernel closes it however the parent ends.
         Standard input by default.
     """
     leader = os.getpid()
@@ -38,7 +38,7 @@ def _watch(lifeline: int, leader: int, leader_fd: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)                          # the parent reads until the last process has closed these
+    os.dup2(nowhere, 1)                          # the parent reads until all processes have closed these
     os.dup2(nowhere, 2)
     while True:
         readable = select.select([lifeline, leader_fd], [], [])[0]
@@ -47,17 +47,18 @@ def _watch(lifeline: int, leader: int, leader_fd: int) -> None:
             break
         if not os.read(lifeline, 4096):
             break
-    signal_group(leader, signal.SIGKILL)         # this process too
+    signal_group(leader, signal.SIGKILL)         # including this process
 
 
 def signal_group(group: int, number: int) -> None:
-    """Send a signal to every process of a group that is left."""
+    """Send a signal to every remaining process of a group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
 
 
 def wait_for_group(group: int, timeout_s: float) -> None:
-    """Wait, at most so long, until all processes of a group have ended but its leader and this process."""
+    """Wait until all processes of a group except its leader and this process have ended, at most ``timeout_s``
+    seconds."""
     deadline = time.monotonic() + timeout_s
     while (members := _members(group)) and (left := deadline - time.monotonic()) > 0:
         with contextlib.suppress(OSError):       # it has ended meanwhile
@@ -69,7 +70,7 @@ def wait_for_group(group: int, timeout_s: float) -> None:
 
 
 def _members(group: int) -> list[int]:
-    """Processes of a group that run, without its leader and this process."""
+    """Ids of the running processes of a group, without its leader and this process."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdecimal() and int(name) not in (group, os.getpid()):

@@ -1,4 +1,4 @@
-"""The demo's engine, in a process of its own: asks every prompt in each phase, and reports line by line."""
+"""The demo's engine, in a separate process: answers every prompt in each phase, and reports line by line."""
 
 import argparse
 import json
@@ -8,18 +8,19 @@ from typing import Any
 from flexkv.tools.demo.process_group import end_with_parent
 
 EVENT = "@flexkv "
-"""Start of a line that is an event; every other line is the engine's log."""
+"""Start of a line that is an event; all other lines are the engine's log."""
 
 BLOCK_SIZE = 32
 ANSWER_TOKENS = 12
 
 
-def tell(**event: Any) -> None:
+def emit(**event: Any) -> None:
+    """Print an event as one line of JSON."""
     print(EVENT + json.dumps(event), flush=True)
 
 
 def audit_counts(worker: Any) -> dict[str, int]:
-    """Runs in the worker: what its audit has found."""
+    """Counts of the worker's audit; runs in the worker."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     counts: dict[str, int] = get_kv_transfer_group()._flexkv_connector.worker.audit_counts()
@@ -27,18 +28,19 @@ def audit_counts(worker: Any) -> dict[str, int]:
 
 
 def make_prompts(tokenizer: Any, count: int, length: int) -> list[list[int]]:
-    """``count`` prompts of ``length`` tokens: different pages of Python's language reference."""
+    """Make ``count`` different prompts of ``length`` tokens from Python's language reference."""
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
     tokens = tokenizer.encode(text)
     if len(tokens) < count * length:
-        raise SystemExit(f"the text has {len(tokens)} tokens, not {count} x {length}; ask for fewer or shorter prompts")
+        raise SystemExit(f"the text has {len(tokens)} tokens, less than {count} x {length}; use fewer or shorter "
+                         "prompts")
     return [tokens[i * length : (i + 1) * length] for i in range(count)]
 
 
 class Session:
-    """A vLLM engine with FlexKV, on a KV cache of its own that holds no more than about one prompt."""
+    """A vLLM engine with FlexKV. The engine's own KV cache has room for about one prompt."""
 
     def __init__(self, model: str, prompt_tokens: int, settings: dict[str, Any]) -> None:
         from vllm import LLM
@@ -63,7 +65,7 @@ class Session:
         )
 
     def ask(self, prompt: list[int], name: str, answer_tokens: int = ANSWER_TOKENS) -> dict[str, Any]:
-        """Answer one prompt: time to the first token, the tokens, and how many came from a cache."""
+        """Answer one prompt; returns the time to the first token, the tokens, and the number of cached tokens."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -85,28 +87,28 @@ class Session:
 
 
 def main() -> None:
-    """Entry of the child process."""
+    """Run the child process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=int, required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--phases", nargs="+", required=True)
-    parser.add_argument("--settings", type=json.loads, required=True, help="of FlexKV, as JSON")
+    parser.add_argument("--settings", type=json.loads, required=True, help="settings of FlexKV, as JSON")
     parser.add_argument("--lifeline", action="store_true", help="end as soon as standard input ends")
     args = parser.parse_args()
     if args.lifeline:
         end_with_parent()
     session = Session(args.model, args.tokens, args.settings)
     prompts = make_prompts(session.llm.get_tokenizer(), args.prompts + 1, args.tokens)
-    # the last one warms the engine up, and evicts what the cold pass left in the engine's own cache
+    # the last prompt warms the engine up, and evicts the KV of other prompts from the engine's own cache
     session.ask(prompts[-1][: args.tokens // 2], "warm-up", 1)
-    tell(event="ready")
+    emit(event="ready")
     for phase in args.phases:
         for i, prompt in enumerate(prompts[:-1]):
-            tell(event="answer", phase=phase, prompt=i, **session.ask(prompt, f"{phase}-{i}"))
+            emit(event="answer", phase=phase, prompt=i, **session.ask(prompt, f"{phase}-{i}"))
         session.ask(prompts[-1], f"evict-{phase}", 1)
     counts = session.llm.collective_rpc(audit_counts)
-    tell(event="audit", block_size=BLOCK_SIZE, **counts[0])
+    emit(event="audit", block_size=BLOCK_SIZE, **counts[0])
     session.llm.llm_engine.engine_core.shutdown()
 
 

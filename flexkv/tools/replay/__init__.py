@@ -1,4 +1,4 @@
-"""``flexkv replay``: what hit rate a trace of requests would have had, by capacity and eviction policy."""
+"""``flexkv replay``: computes the hit rate of a trace of requests, by capacity and eviction policy."""
 
 from flexkv.tools.replay.command import main
 

@@ -1,4 +1,4 @@
-"""What no policy can do better: OPT, which knows the future, and a cache without bounds."""
+"""Upper bounds of hit rates: OPT, which knows the future, and a cache of unlimited capacity."""
 
 from itertools import pairwise
 
@@ -8,24 +8,24 @@ from numpy.typing import NDArray
 from flexkv.tools.replay.trace import Trace
 
 _BUCKET_BITS = 10
-"""Positions of a trace are counted in buckets of so many bits, to find the farthest kept one soon."""
+"""Number of bits of a bucket's positions. Marks are counted by bucket, so that the farthest mark is found quickly."""
 
 
 def unbounded_hits(trace: Trace) -> int:
-    """Blocks that were there before: every use of a block but its first. They lead their request, as keys are chained.
-    """
+    """Number of hits without evictions: every use of a block except its first. The hits of a request are its leading
+    blocks, because keys are chained."""
     return trace.num_blocks - trace.num_distinct
 
 
 def optimal_hits(trace: Trace, capacity_blocks: int) -> int:
-    """Blocks that a clairvoyant cache of ``capacity_blocks`` has when they are asked for (Belady 1966, with bypass).
+    """Number of hits of a clairvoyant cache of ``capacity_blocks`` blocks (Belady 1966, with bypass).
 
-    After each request it keeps, of what it had and what came, the blocks that are used again soonest, and none that is
-    not. A block is never used sooner than the one before it, so what is kept of a sequence is always a prefix, and
-    whatever is there leads its request.
+    After each request the cache keeps the blocks that are used again soonest, of its old blocks and the request's
+    blocks. It keeps no block that is not used again. A block is never used earlier than the block before it in its
+    sequence, so the cache always keeps prefixes, and the hits of a request are its leading blocks.
     """
     uses = trace.next_use
-    # What is kept is marked where it is used next: the blocks that a request finds are the marks in its own range.
+    # A kept block is marked at the position of its next use, so the hits of a request are the marks in its range.
     kept = np.zeros(((len(uses) >> _BUCKET_BITS) + 1) << _BUCKET_BITS, dtype=np.bool_)
     buckets = np.zeros(len(kept) >> _BUCKET_BITS, dtype=np.int64)
     hits = num_kept = 0

@@ -21,25 +21,25 @@ from flexkv.tools.replay.trace import Trace
 from flexkv.tools.replay.workers import OPT, Task, outcomes
 
 _SWEEP = 8
-"""Capacities that are tried if none is given: each half the next, up to all that the trace has."""
+"""Number of capacities if none is given. Each is half of the next; the largest is the number of different blocks."""
 
 _ALWAYS = (OPT, "unbounded")
-"""Are printed whether they are asked for or not."""
+"""References that are always printed."""
 
 _PAGE_BYTES = 4096
-"""Slots are a multiple of it."""
+"""Size of a memory page in bytes; the size of a slot is a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Sizes of the tiers, in tokens; ``ssd`` 0: there is none. What is no whole block is of no use."""
+    """Sizes of the tiers, in tokens; ``ssd`` 0: no SSD tier. A size is rounded down to whole blocks."""
 
     host: int
     ssd: int = 0
 
 
 def main(argv: list[str]) -> int:
-    """Replay traces and print the hit rates."""
+    """Replay traces and print the hit rates; returns the exit status."""
     args = _parse(argv)
     policies = _policies(args.policy)
     model = _model(args)
@@ -75,21 +75,21 @@ def replay(
     trace: Trace, policies: list[str], capacities: list[Capacity], model: Model | None = None, write_all: bool = False,
     jobs: int = 1,
 ) -> Generator[Line]:
-    """Replay a trace with each policy at each capacity, and beside them what none can do better.
+    """Replay a trace with each policy at each capacity, and compute the upper bounds.
 
     Parameters
     ----------
     model : Model, optional
-        Needed for SSD tiers, and to tell what was saved.
+        Needed for the bytes written to SSD, and for the prefill time saved.
     write_all : bool
-        What is written to SSD, as ``SsdWriter``.
+        Write all blocks to SSD; see ``SsdWriter``.
     jobs : int
-        Processes that share the work.
+        Number of processes that share the work.
     """
     size = trace.block_tokens
     work = []
     for capacity in capacities:
-        # more slots than different blocks make no difference
+        # slots beyond the number of different blocks have no effect
         host, ssd = (min(tokens // size, trace.num_distinct) for tokens in (capacity.host, capacity.ssd))
         work += [(capacity, Task(policy, max(1, host), ssd, write_all)) for policy in [*policies, OPT]]
     with closing(outcomes(trace, [task for _, task in work], jobs)) as results:
@@ -187,7 +187,7 @@ def _positive(text: str) -> float:
     return number
 
 
-_whole.__name__ = "whole number, at least 1"                    # argparse names the expected value by it
+_whole.__name__ = "whole number, at least 1"                    # argparse shows it as the expected value
 _block_tokens.__name__ = f"whole number from 1 to {MAX_BLOCK_TOKENS}"
 _list_of_whole.__name__ = "list of whole numbers"
 _positive.__name__ = "number above 0"

@@ -1,4 +1,4 @@
-"""Hit rate over capacity, as a picture."""
+"""Plot of hit rate over capacity."""
 
 import tempfile
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from flexkv.tools.replay.report import Line
 
 
 class PlotError(FlexKVError, RuntimeError):
-    """A picture cannot be made."""
+    """The plot cannot be drawn or written."""
 
 
 def check_plot(path: Path) -> None:
-    """Raise PlotError unless a picture can be made and written to ``path``, as far as this can be known before."""
+    """Raise PlotError if it is foreseeable that a plot cannot be drawn or written to ``path``."""
     try:
         import matplotlib
     except ImportError as error:
@@ -34,7 +34,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """Draw a panel for each trace: a curve for each policy, and what none can do better.
+    """Draw a panel for each trace, with a curve for each policy and for the upper bounds.
 
     Raises
     ------

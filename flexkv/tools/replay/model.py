@@ -1,4 +1,4 @@
-"""How much KV a token of a well-known model has, and how fast a GPU computes it."""
+"""KV bytes per token and prefill speed of well-known models."""
 
 from dataclasses import dataclass
 
@@ -6,23 +6,24 @@ from flexkv.config import ModelConfig
 from flexkv.errors import ConfigError
 
 _PEAK_FLOPS = 989e12
-"""Dense bf16 of an H100 SXM: https://www.nvidia.com/en-us/data-center/h100/ (1,979e12 is with sparsity)."""
+"""Dense bf16 operations per second of an H100 SXM: https://www.nvidia.com/en-us/data-center/h100/ (1,979e12 is with
+sparsity)."""
 
 _UTILIZATION = 0.5
-"""Of the peak that prefill reaches. An estimate: vLLM 0.23 on an H200, which has the same peak, was measured to prefill
-Llama-3.1-8B at 32,000 tokens/s (docs/performance.md), 0.52 of it."""
+"""Estimated share of the peak that prefill reaches. vLLM 0.23 on an H200, which has the same peak, prefilled
+Llama-3.1-8B at 32,000 tokens/s (docs/performance.md), a share of 0.52."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What replay has to know.
+    """Properties of a model that replay uses.
 
     Attributes
     ----------
     kv_bytes_per_token : int
-        Over all ranks.
+        Total of all ranks.
     prefill_tokens_per_s : float
-        Of one GPU of the H100's class: an estimate; n GPUs are up to n times as fast. 0: not known.
+        Estimate for one GPU of the H100's class; n GPUs are up to n times as fast. 0: unknown.
     """
 
     kv_bytes_per_token: int
@@ -30,7 +31,7 @@ class Model:
 
 
 def _model(layers: int, kv_heads: int, head_size: int, active_billions: float, use_mla: bool = False) -> Model:
-    """bf16 KV; prefill takes 2 operations a token for each parameter that is active (attention itself left out)."""
+    """Model with bf16 KV. Prefill takes 2 operations a token for each active parameter; attention is not counted."""
     config = ModelConfig(num_layers=layers, num_kv_heads=kv_heads, head_size=head_size, use_mla=use_mla)
     return Model(config.kv_bytes_per_token, round(_UTILIZATION * _PEAK_FLOPS / (2e9 * active_billions)))
 
@@ -51,18 +52,18 @@ MODELS = {
     "deepseek-v3": _model(61, 1, 576, 37.0, use_mla=True),
     "deepseek-r1": _model(61, 1, 576, 37.0, use_mla=True),
 }
-"""Layers, KV heads and head size are ``num_hidden_layers``, ``num_key_value_heads`` and ``head_dim`` of each model's
-``config.json`` on huggingface.co (MLA: ``kv_lora_rank`` + ``qk_rope_head_dim``); active parameters are those of its
-model card. Written down from memory, and not checked against those files."""
+"""Known models by name. Layers, KV heads and head size are ``num_hidden_layers``, ``num_key_value_heads`` and
+``head_dim`` of each model's ``config.json`` on huggingface.co (MLA: ``kv_lora_rank`` + ``qk_rope_head_dim``); active
+parameters are from its model card. The numbers were written from memory and not checked against those files."""
 
 
 def find_model(name: str) -> Model:
-    """A model by its name, with or without its maker; case does not count.
+    """Find a model by its name, with or without its organisation; case is ignored.
 
     Raises
     ------
     ConfigError
-        It is not in the table.
+        The model is not in ``MODELS``.
     """
     short = name.lower().rsplit("/", 1)[-1].removeprefix("meta-").removesuffix("-instruct")
     if short not in MODELS:

@@ -1,4 +1,4 @@
-"""A progress bar for those who watch."""
+"""A progress bar on a terminal."""
 
 import sys
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from typing import Protocol
 
 
 class Bar(Protocol):
-    """Of ``tqdm``, what is used here."""
+    """The part of ``tqdm`` that replay uses."""
 
     def update(self, count: int, /) -> object:
-        """So many more are done; this may draw the bar."""
+        """Add ``count`` to the requests that are done; may draw the bar."""
 
     def clear(self) -> None:
-        """Something else is to be written to the terminal; the bar comes back with an update."""
+        """Remove the bar from the terminal, so that other output can be written; ``update`` draws it again."""
 
 
 class _NoBar:
@@ -26,7 +26,8 @@ class _NoBar:
 
 @contextmanager
 def progress(total: int, what: str) -> Iterator[Bar]:
-    """A bar of so many requests, if stderr is a terminal and tqdm is installed; else one that does nothing."""
+    """A bar for ``total`` requests with the label ``what``, if stderr is a terminal and tqdm is installed; else an
+    object that draws no bar."""
     if sys.stderr.isatty():
         try:
             from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Reads a trace, whatever its format: by content, not by name; plain, gzip or xz."""
+"""Reads traces: recorded by FlexKV, or JSON lines; plain, gzip or xz. The format is detected from the content."""
 
 import gzip
 import json
@@ -24,31 +24,32 @@ SUPPORTED = (
 )
 
 MOONCAKE_BLOCK_TOKENS = 512
-"""Of the traces published with Mooncake (FAST'25), if lengths do not tell."""
+"""Block size of the traces published with Mooncake (FAST'25), used if it cannot be inferred from lengths."""
 
 BAILIAN_BLOCK_TOKENS = 16
-"""Of Alibaba's Qwen-Bailian traces, whose times are in seconds: https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon"""
+"""Block size of Alibaba's Qwen-Bailian traces, whose times are in seconds:
+https://github.com/alibaba-edu/qwen-bailian-usagetraces-anon"""
 
 TOKENS_BLOCK_TOKENS = 16
-"""Block size for a trace of tokens that does not give one: the default of ``tokens_per_block``."""
+"""Block size for a trace of tokens without a block size: the default of ``tokens_per_block``."""
 
 MAX_BLOCK_TOKENS = 1 << 24
-"""Largest block size that is taken from a trace or its user."""
+"""Maximum block size in a trace or from a user, in tokens."""
 
 _MAX_LENGTH = 1 << 40
-"""Largest ``input_length``, tokens."""
+"""Maximum ``input_length``, in tokens."""
 
 _MAX_TIME = 1e19
-"""Largest distance of a timestamp from 0, in the trace's unit: nanoseconds since 1970 are below it."""
+"""Maximum absolute value of a timestamp, in the trace's unit: nanoseconds since 1970 are below it."""
 
 _MAX_LINE_BYTES = 256 << 20
-"""Longest line: a prompt of 20 million tokens."""
+"""Maximum length of a line in bytes: a prompt of 20 million tokens."""
 
 _MARK = b"\xef\xbb\xbf"
-"""Byte order mark of UTF-8, which editors and spreadsheets write."""
+"""Byte order mark of UTF-8, which some editors and spreadsheets write at the start."""
 
 _BLOCK_SIZES = [512, *(1 << i for i in range(14) if i != 9), *range(48, 4096, 16)]
-"""Tokens of a block that lengths are compared with; the first that fits best is taken."""
+"""Block sizes that are compared with the lengths of requests; the first of the best fits is chosen."""
 
 
 def read_trace(path: Path, block_tokens: int | None = None) -> Trace:
@@ -57,12 +58,12 @@ def read_trace(path: Path, block_tokens: int | None = None) -> Trace:
     Parameters
     ----------
     block_tokens : int, optional
-        Default: what the trace says or its lengths tell, else 512 (Mooncake) or 16 (Bailian, or token ids).
+        Default: the size in the trace or inferred from its lengths, else 512 (Mooncake) or 16 (Bailian, or token ids).
 
     Raises
     ------
     TraceError
-        It cannot be read, or is none; names the line.
+        The file cannot be read or is not a trace. The error names the line.
     """
     try:
         with _opened(path) as file:
@@ -76,9 +77,9 @@ def read_trace(path: Path, block_tokens: int | None = None) -> Trace:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """The content, unpacked."""
+    """Open the file; gzip and xz are decompressed."""
     kind = os.stat(path).st_mode
-    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):        # a directory cannot be opened, which says enough
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):        # opening a directory raises a clear error below
         raise TraceError(str(path), 0, "is not an ordinary file, and it is read twice: write it to a file first")
     with path.open("rb") as file:
         head = file.read(6)
@@ -132,7 +133,7 @@ def _json_lines(path: Path, file: BinaryIO, block_tokens: int | None) -> Trace:
 
 
 def _objects(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers from 1, and what is on them."""
+    """Iterate over the JSON objects of the lines, with line numbers from 1. Empty lines are skipped."""
     for number, text in enumerate(iter(lambda: file.readline(_MAX_LINE_BYTES + 1), b""), 1):
         if len(text) > _MAX_LINE_BYTES:
             raise TraceError(str(path), number, f"is longer than {_MAX_LINE_BYTES >> 20} MiB")
@@ -154,7 +155,7 @@ def _objects(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def _kind(path: Path, number: int, line: dict[str, Any]) -> str:
-    """Which field has the blocks."""
+    """Name of the field that contains the blocks."""
     for kind in ("hash_ids", "prompt_token_ids"):
         if kind in line:
             return kind
@@ -176,7 +177,7 @@ def _block_size(path: Path, number: int, line: dict[str, Any]) -> int | None:
 
 
 def _time(path: Path, number: int, line: dict[str, Any], tick: float) -> float | None:
-    """Seconds; None: it has no time."""
+    """Time of the request in seconds; None: the line has no time."""
     time = line.get("timestamp")
     if time is None:
         return None
@@ -188,7 +189,7 @@ def _time(path: Path, number: int, line: dict[str, Any], tick: float) -> float |
 
 
 def _length(path: Path, number: int, line: dict[str, Any]) -> int:
-    """Tokens of the prompt; 0: it does not say."""
+    """Number of tokens of the prompt; 0: the line has none."""
     length = line.get("input_length", 0)
     if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= _MAX_LENGTH:
         text = f"input_length is {short(length)}; must be a whole number from 0 to {_MAX_LENGTH}"
@@ -216,11 +217,11 @@ def _keys_of_tokens(path: Path, number: int, tokens: NDArray[np.int64], block_to
 
 
 def _block_tokens_of(lengths: list[int], sequences: list[NDArray[np.uint64]]) -> int:
-    """Of which size a block is, as the number of tokens and of blocks of each request tell."""
+    """Infer the block size from the numbers of tokens and of blocks of the requests."""
     tokens = np.array(lengths)
     counts = np.array([len(sequence) for sequence in sequences])
     tokens, counts = tokens[counts > 0], counts[counts > 0]
-    # most count a partial block, some do not
+    # most traces count a partial block, some do not
     fits = [2 * int((-(-tokens // n) == counts).sum()) + int((tokens // n == counts).sum()) for n in _BLOCK_SIZES]
     best = int(np.argmax(fits)) if len(tokens) else 0
     return _BLOCK_SIZES[best] if fits[best] else MOONCAKE_BLOCK_TOKENS

@@ -1,4 +1,4 @@
-"""One result of a replay, and how it is printed."""
+"""Results of a replay, and their output."""
 
 import json
 from collections.abc import Iterable
@@ -7,22 +7,23 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A result; what does not apply is None.
+    """A result. Fields that do not apply are None.
 
     Attributes
     ----------
     policy : str
         An eviction policy, or ``opt`` or ``unbounded``.
     capacity_tokens : int
-        Of the host tier; of ``unbounded``, the different tokens of the trace. ``opt`` has both tiers as one.
+        Capacity of the host tier; for ``unbounded``, the number of different tokens of the trace. ``opt`` uses host and
+        SSD as one tier.
     hit_rate : float
-        Leading blocks of requests that were there, of all blocks.
+        Share of all blocks that were hits; the hits of a request are its leading blocks that are cached.
     host_hit_rate : float
-        Those that were in host memory.
+        Share of all blocks that were hits in host memory.
     prefill_seconds_saved : float
-        GPU seconds that computing the hits would take: an estimate.
+        Estimated GPU seconds to compute the hits.
     ssd_drive_writes_per_day : float
-        How often a day the SSD tier is written over.
+        Number of times a day that the whole SSD tier is written.
     """
 
     trace: str
@@ -52,19 +53,19 @@ _COLUMNS = {
 
 
 def show_json(lines: Iterable[Line]) -> None:
-    """One JSON object a line, as soon as it is there, without what does not apply."""
+    """Print each result as soon as it is available, as one line of JSON without the fields that do not apply."""
     for line in lines:
         print(json.dumps({key: value for key, value in asdict(line).items() if value is not None}), flush=True)
 
 
 def show_table(lines: Iterable[Line], columns: set[str]) -> None:
-    """A row for each, as soon as it is there; ``columns``: of those that do not always apply."""
+    """Print each result as soon as it is available, as a table row. ``columns``: optional columns to print."""
     optional = {key for key, default in Line.__dataclass_fields__.items() if default.default is None}
     chosen = [(key, *spec) for key, spec in _COLUMNS.items() if key not in optional or key in columns]
     widths = [spec.split(",")[0].split(".")[0].strip("{:}") for _, _, spec in chosen]
     head = "".join(f"{title:{width}} " for (_, title, _), width in zip(chosen, widths, strict=True)).rstrip()
     for number, line in enumerate(lines):
-        if number == 0:                  # not earlier: an error of the trace must not stand below a table
+        if number == 0:                  # not earlier: no table head before an error of the trace
             print(head)
         cells = []
         for (key, _, spec), width in zip(chosen, widths, strict=True):

@@ -1,4 +1,4 @@
-"""Sends the requests of a trace through the real control plane. No KV is moved: every transfer ends at once."""
+"""Simulation of a trace with the real control plane. No KV is moved: every transfer ends at once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,20 +17,21 @@ from flexkv.config import CacheConfig
 from flexkv.tools.replay.trace import Trace
 
 _QUEUE_SHARE = 2
-"""One part in so many of the host tier may be queued for SSD at a time, as in service."""
+"""Divisor of the host tier: at most 1/2 of the host slots may wait for write-back, as in service."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What a replay gave, in blocks.
+    """Result of a replay, in blocks.
 
     Attributes
     ----------
     hits : int
-        Leading blocks of requests that were there.
+        Cached leading blocks of all requests.
     host_hits : int
-        Those of them that were in host memory.
+        Hits in host memory.
     ssd_written : int
+        Blocks written to SSD.
     """
 
     hits: int = 0
@@ -41,7 +42,7 @@ class Outcome:
 class Simulation:
     """A control plane without a data plane, on the trace's clock.
 
-    Tiers are used to the last slot: in service, one or two percent are kept free ahead of need (``evict_ratio``).
+    All slots of a tier are used. In service, one or two percent are kept free ahead of need (``evict_ratio``).
 
     Parameters
     ----------
@@ -50,7 +51,7 @@ class Simulation:
     host_blocks, ssd_blocks : int
         Capacities; no SSD tier if ``ssd_blocks`` is 0.
     write_all : bool
-        What is written to SSD, as ``SsdWriter``.
+        Write all blocks to SSD; see ``SsdWriter``.
     """
 
     def __init__(self, policy: str, host_blocks: int, ssd_blocks: int = 0, write_all: bool = False) -> None:
@@ -59,7 +60,7 @@ class Simulation:
         self._outcome = Outcome()
 
     def run(self, trace: Trace, progress: Callable[[int], object] = lambda count: None) -> Outcome:
-        """Replay all requests; ``progress`` is told how many more were."""
+        """Replay all requests; ``progress(count)`` is called for each ``count`` replayed requests."""
         ok = np.ones(int(np.diff(trace.starts).max(initial=0)), dtype=np.bool_)
         starts, keys = trace.starts.tolist(), trace.keys
         for i, self._now in enumerate(trace.seconds.tolist()):

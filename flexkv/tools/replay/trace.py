@@ -1,4 +1,4 @@
-"""A trace in memory: when each request came, and the keys of its blocks."""
+"""A trace in memory: the arrival time of each request, and the keys of its blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 _TIE_S = 1e-6
-"""Requests of the same time are taken to be so far apart, in the order of the trace, so that an order by time is one
-by request."""
+"""Distance in seconds that is assumed between requests of the same time, in the order of the trace, so that the order
+by time is the order of requests."""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Requests in the order in which they came.
+    """Requests in order of arrival.
 
     Attributes
     ----------
@@ -22,15 +22,15 @@ class Trace:
     block_tokens : int
         Tokens of a block.
     seconds : (r,) float64
-        When each came, from 0; strictly increasing.
+        Arrival time of each request in seconds, from 0; strictly increasing.
     starts : (r + 1,) int64
         The blocks of request ``i`` are ``[starts[i], starts[i + 1])``.
     keys : (n, 2) uint64
         Key of each block, chained over its prefix. A request never has a key twice.
     next_use : (n,) int64
-        Where in ``keys`` each block comes next; -1: never again.
+        Index in ``keys`` of the next use of each block; -1: the block is not used again.
     is_timed : bool
-        The trace has times; else its requests are a second apart.
+        Whether the trace has times; else its requests are one second apart.
     """
 
     name: str
@@ -43,22 +43,22 @@ class Trace:
 
     @property
     def num_requests(self) -> int:
-        """Requests, those without a whole block included."""
+        """Number of requests, including requests without a whole block."""
         return len(self.seconds)
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of all requests."""
+        """Number of blocks of all requests."""
         return len(self.keys)
 
     @cached_property
     def num_distinct(self) -> int:
-        """Different blocks: as many would have to be kept for the best hit rate."""
+        """Number of different blocks: the capacity that is needed for the best hit rate."""
         return int((self.next_use < 0).sum())
 
     @property
     def duration_s(self) -> float:
-        """From the first request to the last."""
+        """Time from the first request to the last, in seconds."""
         return float(self.seconds[-1] - self.seconds[0]) if len(self.seconds) else 0.0
 
 
@@ -69,21 +69,21 @@ def make_trace(
     sequences: Sequence[NDArray[np.uint64]],
     are_keys: bool = False,
 ) -> Trace:
-    """Put a trace together.
+    """Build a trace.
 
     Parameters
     ----------
     seconds : sequence of float, or None
-        Need not be in order: requests are sorted by it.
+        Arrival times in any order; requests are sorted by them. None: the trace has no times.
     sequences : sequence of (k,) uint64
-        Of each request: ids of its blocks, which need not be chained over the prefix.
+        Ids of the blocks of each request, which need not be chained over the prefix.
     are_keys : bool
-        They are 64 bits of keys, chained and spread evenly already.
+        Whether the ids are 64 bits of keys, which are chained over the prefix and evenly distributed.
     """
     times = np.arange(len(sequences), dtype=np.float64) if seconds is None else np.array(seconds, dtype=np.float64)
     order = np.argsort(times, kind="stable")
     times = times[order] - (times[order[0]] if len(order) else 0.0)
-    # a tie that rounding does not lose beside times far apart
+    # the distance of ties must exceed the rounding of large times
     span = float(times[-1]) if len(times) else 0.0
     ties = np.arange(len(times)) * max(_TIE_S, 4 * float(np.spacing(span)))
     times = np.maximum.accumulate(times - ties) + ties
@@ -106,7 +106,7 @@ def _next_use(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's output function (Steele, Lea, Flood 2014): every bit depends on all; one to one."""
+    """SplitMix64's output function (Steele, Lea, Flood 2014): a bijection whose bits depend on all input bits."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -114,9 +114,9 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _chained(ids: NDArray[np.uint64], starts: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """(n,) uint64 that name each block and all before it, whatever the ids of the trace are chained over.
+    """Keys that depend on each block and all blocks before it, (n,) uint64. The ids may be chained or not.
 
-    Goes through the positions, with all requests that are long enough at a time.
+    The loop is over positions; each iteration processes all requests that are long enough.
     """
     lengths = np.diff(starts)
     longest_first = np.argsort(-lengths, kind="stable")

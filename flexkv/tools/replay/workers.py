@@ -1,4 +1,4 @@
-"""Replays of one trace, in this process or side by side in several."""
+"""Replays of one trace, in this process or in several worker processes."""
 
 import os
 import signal
@@ -20,23 +20,21 @@ from flexkv.tools.replay.simulation import Outcome, Simulation
 from flexkv.tools.replay.trace import Trace
 
 OPT = "opt"
-"""In place of a policy: the clairvoyant cache."""
+"""Name of the clairvoyant cache, used in place of a policy."""
 
-_TELL_S = 0.1
-"""A worker tells of its progress, and notices that nobody waits for it any more, so often."""
-
-
+_REPORT_S = 0.1
+"""Interval in seconds at which a worker reports its progress, and detects that its parent has ended."""
 _TERMINATE_S = 10.0
-"""Longest wait for a worker that was terminated; then it is killed."""
+"""Maximum wait for a worker that was terminated, in seconds; then it is killed."""
 
 
 class WorkerError(FlexKVError, RuntimeError):
-    """Replays cannot be spread over processes, or one of these processes ended too early."""
+    """Replays cannot be distributed over processes, or a worker process ended too early."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One replay: a policy, or ``OPT``, at one capacity. Arguments as ``Simulation`` has them."""
+    """One replay: a policy, or ``OPT``, at one capacity. The fields are parameters of ``Simulation``."""
 
     policy: str
     host_blocks: int
@@ -45,9 +43,9 @@ class Task:
 
 
 def outcomes(trace: Trace, tasks: Sequence[Task], jobs: int = 1) -> Generator[Outcome]:
-    """What each task gave, in the order of the tasks.
+    """Iterate over the outcomes of the tasks, in the order of the tasks.
 
-    With more than one job as many processes share the work, at most one for each task. They have gone when the
+    With more than one job, worker processes share the work, at most one for each task. They have ended when the
     iterator ends, is closed, or raises.
 
     Raises
@@ -62,21 +60,21 @@ def outcomes(trace: Trace, tasks: Sequence[Task], jobs: int = 1) -> Generator[Ou
             results = (_carry_out(trace, task, bar.update) for task in tasks)
         with closing(results):
             for outcome in results:
-                bar.clear()                              # it is printed now
+                bar.clear()                              # the caller prints the outcome now
                 yield outcome
 
 
-def _carry_out(trace: Trace, task: Task, told: Callable[[int], object]) -> Outcome:
+def _carry_out(trace: Trace, task: Task, report: Callable[[int], object]) -> Outcome:
     if task.policy == OPT:
         return Outcome(optimal_hits(trace, task.host_blocks + task.ssd_blocks))
-    return Simulation(task.policy, task.host_blocks, task.ssd_blocks, task.write_all).run(trace, told)
+    return Simulation(task.policy, task.host_blocks, task.ssd_blocks, task.write_all).run(trace, report)
 
 
 # ---- this process ---------------------------------------------------------------------------------------------------
 
 
 def _side_by_side(
-    trace: Trace, tasks: Sequence[Task], jobs: int, told: Callable[[int], object]
+    trace: Trace, tasks: Sequence[Task], jobs: int, report: Callable[[int], object]
 ) -> Generator[Outcome]:
     waiting = iter(enumerate(tasks))
     done: dict[int, Outcome] = {}
@@ -100,21 +98,21 @@ def _side_by_side(
                             done[busy.pop(worker)] = message
                             give_next(worker)
                         else:
-                            told(message)
+                            report(message)
                 yield done.pop(number)
         except (EOFError, ConnectionError) as error:
             raise WorkerError(
-                "a process that replays ended too early, for want of memory perhaps: try fewer --jobs"
+                "a worker process ended too early, possibly because memory was exhausted: try fewer --jobs"
             ) from error
 
 
 @contextmanager
 def _workers(shared: "SharedTrace", count: int) -> Iterator[list[Connection]]:
-    """A connection to each of so many processes, which are ended at the end."""
+    """Start ``count`` worker processes, and end them at the end; yields a connection to each."""
     context = get_context("spawn")
     processes, connections = [], []
-    resource_tracker.ensure_running()                    # else the first start does it, and lets interrupts through
-    # An interrupt from the keyboard goes to all processes of the terminal; it is this one that ends the others.
+    resource_tracker.ensure_running()                    # else the first start does it, and unblocks SIGINT
+    # The keyboard sends SIGINT to all processes of the terminal. Workers inherit the mask; this process ends them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         try:
@@ -142,7 +140,7 @@ def _workers(shared: "SharedTrace", count: int) -> Iterator[list[Connection]]:
 
 @contextmanager
 def _shared(trace: Trace) -> Iterator["SharedTrace"]:
-    """A trace in a file without a name, which other processes can map while this lasts."""
+    """Write a trace to an unnamed file, which other processes can map within the context."""
     arrays = trace.seconds, trace.starts, trace.keys, trace.next_use
     try:
         with tempfile.TemporaryFile() as file:
@@ -162,7 +160,7 @@ def _shared(trace: Trace) -> Iterator["SharedTrace"]:
 
 @dataclass(frozen=True, slots=True)
 class SharedTrace:
-    """Where the arrays of a trace are, one behind the other, all of items of 8 bytes."""
+    """File that contains the arrays of a trace one after another, all with items of 8 bytes."""
 
     path: str
     name: str
@@ -172,7 +170,7 @@ class SharedTrace:
     num_blocks: int
 
     def open(self) -> Trace:
-        """The trace, in memory that all who open it share."""
+        """Map the trace; the memory is shared by all processes."""
         words = np.asarray(np.memmap(self.path, dtype=np.uint64, mode="r"))
         ends = np.cumsum([self.num_requests, self.num_requests + 1, 2 * self.num_blocks])
         seconds, starts, keys, next_use = np.split(words, ends)
@@ -183,22 +181,22 @@ class SharedTrace:
 
 
 def _work(connection: Connection, shared: SharedTrace) -> None:
-    """Carry out what comes, until nothing more can."""
+    """Run the tasks that arrive on a connection, until its other end is closed."""
     trace = shared.open()
-    news, told_at = 0, time.monotonic()
+    news, reported_at = 0, time.monotonic()
 
-    def told(count: int) -> None:
-        nonlocal news, told_at
+    def report(count: int) -> None:
+        nonlocal news, reported_at
         news += count
-        if (now := time.monotonic()) >= told_at + _TELL_S:
+        if (now := time.monotonic()) >= reported_at + _REPORT_S:
             connection.send(news)
-            news, told_at = 0, now
+            news, reported_at = 0, now
 
     try:
         while True:
-            outcome = _carry_out(trace, connection.recv(), told)
+            outcome = _carry_out(trace, connection.recv(), report)
             connection.send(news)
             news = 0
             connection.send(outcome)
-    except (EOFError, ConnectionError):                  # whoever waited has gone
+    except (EOFError, ConnectionError):                  # the parent has ended
         pass

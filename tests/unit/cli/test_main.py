@@ -38,7 +38,7 @@ def test_every_command_has_help(command: str) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["bench", "ssd", "--dir", "/nope"], "--dir /nope: is not a folder"),
+        (["bench", "ssd", "--dir", "/nope"], "--dir /nope is not a folder"),
         (["bench", "ssd", "--dir", "/proc/self"], "choose a folder"),
         (["bench", "gds", "--dir", os.devnull], "is not a folder"),
         (["inspect", "/nope"], "/nope is not a directory of the SSD tier"),

@@ -171,7 +171,7 @@ def test_an_engine_that_leaves_its_core_behind_is_noticed(tmp_path: Path, model:
         (["--output", "/proc/x"], "choose another --output"),
         (["--output", "/dev/null"], "/dev/null is not a folder"),
         (["--output", "/dev/null/x"], "choose another --output"),
-        (["--model", "/nope"], "--model /nope: is not the folder of a model"),
+        (["--model", "/nope"], "--model /nope is not the folder of a model"),
     ],
 )
 def test_bad_folders_are_one_line(tmp_path: Path, model: Path, options: list[str], message: str) -> None:
