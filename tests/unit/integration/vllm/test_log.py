@@ -61,7 +61,7 @@ def test_lines_have_time_process_and_name_in_vllms_format(capsys: pytest.Capture
         assert re.fullmatch(process + r"WARNING .* \[flexkv\.controller:\d+\] line one", said[1])
         assert re.fullmatch(process + r"WARNING .* \[flexkv\.controller:\d+\] line two", said[2])
         logging.getLogger("vllm.engine").info("hello")
-        assert re.fullmatch(process + r"INFO .* \[test_vllm_log\.py:\d+\] hello", lines(capsys)[0])       # as before
+        assert re.fullmatch(process + r"INFO .* \[test_log\.py:\d+\] hello", lines(capsys)[0])       # as before
 
 
 @pytest.mark.parametrize(
