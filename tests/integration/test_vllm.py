@@ -24,8 +24,10 @@ ENVIRONMENT = {
 
 def run(**options: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.integration.vllm_session", json.dumps(options)]
+    two_ranks = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "tensor_parallel_size" in options.get("llm", {}) else {}
     done = subprocess.run(
-        command, cwd=ROOT, env=process_environment(**ENVIRONMENT), capture_output=True, text=True, timeout=400
+        command, cwd=ROOT, env=process_environment(**ENVIRONMENT, **two_ranks), capture_output=True, text=True,
+        timeout=400,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     assert done.returncode == 0, done.stderr[-6000:]

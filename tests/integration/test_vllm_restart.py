@@ -73,7 +73,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None] | None, dict[str, Any]]] = {
     "norm epsilon": (None, {"llm": {"hf_overrides": {"rms_norm_eps": 0.5}}}),
     "maximum length": (None, {"max_len": 512 + 128}),
     "dtype": (None, {"llm": {"dtype": "bfloat16"}}),
-    "pipeline parallelism": (None, {"llm": {"pipeline_parallel_size": 2}}),
+    "tensor parallelism": (None, {"llm": {"tensor_parallel_size": 2}}),
     "weights": (overwrite_weights, {}),
 }
 
