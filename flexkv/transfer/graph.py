@@ -2,7 +2,7 @@
 
 import enum
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,14 +169,9 @@ class TransferOp:
         self.started = np.zeros(len(src), dtype=np.bool_)
         self.missing = np.zeros(len(src), dtype=np.int32)
         self.num_resolved = 0
-        self.callbacks: list[Callable[[TransferOp], None]] = []
 
     def __len__(self) -> int:
         return len(self.src)
-
-    def add_callback(self, callback: Callable[["TransferOp"], None]) -> None:
-        """Call ``callback(op)`` once, when the op has ended and its slots and pages are not accessed any more."""
-        self.callbacks.append(callback)
 
     @property
     def done(self) -> bool:

@@ -176,8 +176,6 @@ class Scheduler:
             if not later.done:
                 later.ended(op)
                 self._start_blocks(self._active[later.task_id], later, *later.startable())
-        for callback in op.callbacks:
-            self.ended.append(partial(callback, op))
         active.ops_left -= 1
         if active.ops_left == 0:
             graph = active.graph

@@ -103,6 +103,15 @@ def test_rank_is_apart_and_tools_are_beside(path: Path) -> None:
         assert theirs != ["tools"] or mine in (["tools"], ["cli"]), name
 
 
+BEHIND_THE_INTERFACE = {f"flexkv.controller.{name}" for name in ("controller", "space", "requests", "tasks.table")}
+"""``flexkv.controller.blocks`` is the interface; ``flexkv.server.connect`` makes what is behind it."""
+
+
+def test_adapters_call_the_interface_of_the_controller() -> None:
+    for path in [PACKAGE / "kvmanager.py", *(PACKAGE / "integration").rglob("*.py")]:
+        assert not imports(path) & BEHIND_THE_INTERFACE, path
+
+
 def test_every_folder_says_what_belongs_there() -> None:
     for path in PACKAGE.rglob("__init__.py"):
         assert (ast.get_docstring(ast.parse(path.read_text())) or "").endswith("."), path

@@ -135,11 +135,6 @@ class StepLedger:
         self._async_loads: dict[str, list[NDArray[np.int32]]] = {}
         self._doubted: dict[bytes, int] = {}                # bad pages that other requests may reuse, by key
 
-    @property
-    def num_in_flight(self) -> int:
-        """Number of steps that have begun and not ended."""
-        return len(self._steps)
-
     # ---- called when the scheduler acts -----------------------------------------------------------------------
 
     def load_started(self, req_id: str, pages: NDArray[np.int32], sync: bool, first: int, key: bytes) -> None:
