@@ -149,8 +149,8 @@ except importlib.metadata.PackageNotFoundError:
 EOF
 }
 
-build() { # $1: release or debug
-    local sources; sources=$(find csrc flexkv/_core -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -path 'csrc/*' -o -name '*.h' -o -name '*.cu' | sort)
+build() { # $1: release or debug; in place, and so with the modules of the tests
+    local sources; sources=$(find csrc flexkv/_core tests/native -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -path 'csrc/*' -o -name 'io_*.c' -path 'tests/*' -o -name '*.h' -o -name '*.cu' | sort)
     # shellcheck disable=SC2086
     local stamp; stamp=$PWD-$1-$(cat setup.py pyproject.toml $sources | cksum)
     if done_already build "$stamp" && "$PYTHON" -c 'import flexkv._core.index.radix' 2>/dev/null; then return; fi
@@ -158,7 +158,7 @@ build() { # $1: release or debug
     local force=()
     done_already kind "$1" || force=(--force)
     local debug=0; [ "$1" = debug ] && debug=1
-    FLEXKV_BUILD_DEBUG=$debug run "$PYTHON" setup.py build_ext --inplace "${force[@]}"
+    FLEXKV_BUILD_DEBUG=$debug FLEXKV_BUILD_TESTS=1 run "$PYTHON" setup.py build_ext --inplace "${force[@]}"
     run "$PYTHON" -m pip install --no-deps --no-build-isolation --editable .
     mark_done kind "$1"
     mark_done build "$stamp"
@@ -170,10 +170,11 @@ sanitize_with() { # $1: address or thread
     [ "$kind" = address ] && flags=address,undefined || flags=thread
     [ "$kind" = address ] && library=libasan.so || library=libtsan.so
     mkdir -p "$tree"
-    cp -a setup.py pyproject.toml csrc tests "$tree/"
+    cp -a setup.py pyproject.toml csrc "$tree/"
+    find tests -type f ! -name '*.so' -print0 | xargs -0 cp --parents -p -t "$tree"    # modules are those of this build
     mkdir -p "$tree/flexkv"
     (cd flexkv && find . \( -name '*.py' -o -name '*.pyx' -o -name '*.pxd' \) -print0 | xargs -0 cp --parents -p -t "../$tree/flexkv")
-    (cd "$tree" && FLEXKV_BUILD_SANITIZE=$flags run "$PYTHON" setup.py build_ext --inplace)
+    (cd "$tree" && FLEXKV_BUILD_SANITIZE=$flags FLEXKV_BUILD_TESTS=1 run "$PYTHON" setup.py build_ext --inplace)
     (
         cd "$tree"
         export PYTHONPATH=$PWD PYTHONMALLOC=malloc PROPERTY_EXAMPLES=${PROPERTY_EXAMPLES:-300}
@@ -211,7 +212,7 @@ case "${1:-}" in
         ! command -v dpkg-query >/dev/null || debian_packages $DEBIAN_TEST
         step "linters and type checks"
         run "$PYTHON" -m ruff check flexkv tests setup.py
-        run cython-lint flexkv
+        run cython-lint flexkv tests
         run "$PYTHON" -m mypy
         step "tests"
         "$PYTHON" -m pytest "$@" ;;
@@ -222,8 +223,13 @@ case "${1:-}" in
         step "long tests"
         "$PYTHON" -m pytest -m "nightly and not gpu" "$@" ;;
     sanitize)   environment; dependencies demo,replay,test; sanitize_with address; sanitize_with thread ;;
-    --release)  environment; dependencies torch; run "$PYTHON" -m pip wheel --no-deps --no-build-isolation -w dist . ; ls dist ;;
-    --clean)    rm -rf build dist ./*.egg-info; find flexkv/_core -name "*.so" -delete -o -name "*.c" -delete; rm -f .venv/.flexkv-* ;;
+    --release)
+        environment; dependencies torch
+        rm -rf build/lib*                # a wheel would have the modules of earlier builds too, those of the tests among them
+        run "$PYTHON" -m pip wheel --no-deps --no-build-isolation -w dist .
+        ls dist ;;
+    --clean)    rm -rf build dist ./*.egg-info; find flexkv/_core tests/native -name "*.so" -delete -o -name "*.c" ! -path "tests/*" -delete
+                rm -f tests/native/faulty_io_queue.c .venv/.flexkv-* ;;
     -h|--help)  usage ;;
     *)          usage >&2; die "unknown command: $1" ;;
 esac

@@ -10,7 +10,6 @@
 
 enum flexkv_io_kind { FLEXKV_IO_READ = 0, FLEXKV_IO_WRITE = 1 };
 
-struct flexkv_io_faults;
 struct flexkv_io_method;
 
 struct flexkv_io_options {
@@ -21,7 +20,6 @@ struct flexkv_io_options {
     uint32_t depth;               /* I/Os under way, of each file */
     uint64_t deadline_ns;         /* for an I/O to end */
     const struct flexkv_io_method *method;
-    struct flexkv_io_faults *faults;    /* for the method of tests */
 };
 
 struct flexkv_io_pieces {         /* arrays of `count`, except for what all have in common */

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv._core.io.io_queue import FAILS, READ, SHORT, WRITE, FaultyIoQueue
+from flexkv._core.io.io_queue import READ, WRITE
+from tests.native.faulty_io_queue import FAILS, SHORT, FaultyIoQueue
 from tests.support.faulty_files import FaultyFiles, wait_until
 from tests.support.ssd_store import (
     METHODS,

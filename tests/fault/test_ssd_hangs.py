@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flexkv._core.io.io_queue import HANGS, READ, WRITE, FaultyIoQueue, IoQueue
+from flexkv._core.io.io_queue import READ, WRITE, IoQueue
 from flexkv.errors import StorageError
+from tests.native.faulty_io_queue import HANGS, FaultyIoQueue
 from tests.support.faulty_files import FaultyFiles, wait_until
 from tests.support.ssd_store import METHODS, Tier, check_what_is_offered, hanging_queue
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.io.io_queue import FAILS, HANGS, READ, SHORT, WRITE, FaultyIoQueue
+from flexkv._core.io.io_queue import READ, WRITE
+from tests.native.faulty_io_queue import FAILS, HANGS, SHORT, FaultyIoQueue
 from tests.support.faulty_files import FaultyFiles, ThreadQueue, wait_until
 from tests.support.ssd_store import SLOT_BYTES, Tier, content_of
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flexkv._core.io.io_queue import FaultyIoQueue
 from flexkv.storage.ssd.directory import total_bytes
 from flexkv.storage.ssd.store import SsdStore
+from tests.native.faulty_io_queue import FaultyIoQueue
 from tests.support.faulty_files import FaultyFiles, ThreadQueue
 
 SLOT_BYTES = 4096

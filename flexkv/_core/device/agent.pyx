@@ -11,7 +11,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
-from flexkv._core._csrc cimport (
+from flexkv._core.csrc.agent cimport (
     flexkv_agent,
     flexkv_agent_advance,
     flexkv_agent_options,
@@ -24,6 +24,18 @@ from flexkv._core._csrc cimport (
     flexkv_agent_take,
     flexkv_agent_wait,
     flexkv_agent_wait_span,
+    flexkv_host_backend,
+    flexkv_kind,
+    flexkv_outcome,
+    flexkv_pages,
+    flexkv_region,
+    flexkv_signals,
+    flexkv_span,
+    FLEXKV_D2H,
+    FLEXKV_H2D,
+)
+from flexkv._core.csrc.cuda_api cimport cu_function, cu_stream
+from flexkv._core.csrc.cuda_copy cimport (
     flexkv_cuda_backend,
     flexkv_cuda_copy,
     flexkv_cuda_copy_create,
@@ -34,17 +46,6 @@ from flexkv._core._csrc cimport (
     flexkv_cuda_copy_register,
     flexkv_cuda_copy_registered,
     flexkv_cuda_options,
-    flexkv_host_backend,
-    flexkv_kind,
-    flexkv_outcome,
-    flexkv_pages,
-    flexkv_region,
-    flexkv_signals,
-    flexkv_span,
-    FLEXKV_D2H,
-    FLEXKV_H2D,
-    cu_function,
-    cu_stream,
 )
 from flexkv._core.block_table import REGION_DTYPE, SPAN_DTYPE, whole_span
 from flexkv._core.device.cuda_driver cimport Device, Driver

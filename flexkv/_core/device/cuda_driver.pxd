@@ -1,4 +1,4 @@
-from flexkv._core._csrc cimport cu_context, flexkv_cuda
+from flexkv._core.csrc.cuda_api cimport cu_context, flexkv_cuda
 
 
 cdef class Driver:

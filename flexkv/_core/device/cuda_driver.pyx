@@ -1,7 +1,7 @@
 """CUDA: the driver's functions, found at run time. The only module that knows where they come from."""
 from libc.stdint cimport uint64_t, uintptr_t
 
-from flexkv._core._csrc cimport cu_context, cu_function, cu_module, cu_uuid, flexkv_cuda
+from flexkv._core.csrc.cuda_api cimport cu_context, cu_function, cu_module, cu_uuid, flexkv_cuda
 from flexkv.errors import CudaError, CudaUnavailableError
 
 

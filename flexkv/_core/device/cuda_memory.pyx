@@ -6,10 +6,20 @@ import warnings
 from libc.stdint cimport int32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 
-from flexkv._core._csrc cimport (
-    CU_ACCESS_READ_WRITE, CU_ERROR_INVALID_VALUE, CU_HANDLE_FILE_DESCRIPTOR, CU_IPC_LAZY_PEER_ACCESS,
-    CU_LOCATION_DEVICE, CU_MEMORYTYPE_DEVICE, CU_POINTER_DEVICE_ORDINAL, CU_POINTER_IPC_CAPABLE,
-    CU_POINTER_MEMORY_TYPE, cu_access, cu_allocation_properties, cu_ipc_handle, flexkv_cuda,
+from flexkv._core.csrc.cuda_api cimport (
+    CU_ACCESS_READ_WRITE,
+    CU_ERROR_INVALID_VALUE,
+    CU_HANDLE_FILE_DESCRIPTOR,
+    CU_IPC_LAZY_PEER_ACCESS,
+    CU_LOCATION_DEVICE,
+    CU_MEMORYTYPE_DEVICE,
+    CU_POINTER_DEVICE_ORDINAL,
+    CU_POINTER_IPC_CAPABLE,
+    CU_POINTER_MEMORY_TYPE,
+    cu_access,
+    cu_allocation_properties,
+    cu_ipc_handle,
+    flexkv_cuda,
 )
 from flexkv._core.device.cuda_driver cimport Device
 from flexkv.errors import RegistrationError

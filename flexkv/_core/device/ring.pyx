@@ -9,7 +9,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from flexkv._core._csrc cimport (
+from flexkv._core.csrc.agent cimport (
     FLEXKV_FAREWELL,
     FLEXKV_MSG_CANCEL,
     FLEXKV_MSG_OP,
@@ -19,10 +19,12 @@ from flexkv._core._csrc cimport (
     FLEXKV_NOTE_POPULATED,
     FLEXKV_NOTE_SAVE_FENCE,
     FLEXKV_NOTE_USABLE,
-    FLEXKV_RING_HEADER,
     flexkv_msg_cancel,
     flexkv_msg_op,
     flexkv_msg_result,
+)
+from flexkv._core.csrc.ring cimport (
+    FLEXKV_RING_HEADER,
     flexkv_part,
     flexkv_ring,
     flexkv_ring_attach,

@@ -3,10 +3,15 @@ import numpy as np
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
-from flexkv._core._csrc cimport (
-    CU_EVENT_DISABLE_TIMING, CU_STREAM_NON_BLOCKING, FLEXKV_MOVE_BLOCKS, cu_event, cu_function, cu_stream, flexkv_cuda,
-    flexkv_launch_move, flexkv_move,
+from flexkv._core.csrc.cuda_api cimport (
+    CU_EVENT_DISABLE_TIMING,
+    CU_STREAM_NON_BLOCKING,
+    cu_event,
+    cu_function,
+    cu_stream,
+    flexkv_cuda,
 )
+from flexkv._core.csrc.move_kernel cimport FLEXKV_MOVE_BLOCKS, flexkv_launch_move, flexkv_move
 from flexkv._core.block_table import REGION_DTYPE
 from flexkv._core.device.cuda_driver cimport Device
 

@@ -6,9 +6,6 @@ from typing_extensions import Buffer
 
 READ: int
 WRITE: int
-FAILS: int
-SHORT: int
-HANGS: int
 METHODS: tuple[str, ...]
 
 class IoQueue:
@@ -43,9 +40,3 @@ class IoQueue:
     def take(self) -> tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.uint64]]: ...
     def busy(self) -> NDArray[np.uint64]: ...
     def close(self) -> None: ...
-
-class FaultyIoQueue(IoQueue):
-    def plan(self, kind: int, fault: int, amount: int = -1, count: int = 1, file: int = -1) -> None: ...
-    def release(self) -> None: ...
-    @property
-    def num_planned(self) -> int: ...

@@ -8,15 +8,8 @@ import numpy as np
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
-from flexkv._core._csrc cimport (
-    flexkv_io_fault,
-    flexkv_io_faults,
-    flexkv_io_faults_create,
-    flexkv_io_faults_free,
-    flexkv_io_faults_left,
-    flexkv_io_faults_plan,
-    flexkv_io_faults_release,
-    flexkv_io_faulty,
+from flexkv._core.csrc.io_method cimport flexkv_io_threads, flexkv_io_uring
+from flexkv._core.csrc.io_queue cimport (
     flexkv_io_kind,
     flexkv_io_options,
     flexkv_io_pieces,
@@ -31,21 +24,13 @@ from flexkv._core._csrc cimport (
     flexkv_io_queue_registered,
     flexkv_io_queue_submit,
     flexkv_io_queue_take,
-    flexkv_io_threads,
-    flexkv_io_uring,
-    FLEXKV_IO_FAILS,
-    FLEXKV_IO_HANGS,
     FLEXKV_IO_READ,
-    FLEXKV_IO_SHORT,
     FLEXKV_IO_WRITE,
 )
 from flexkv.errors import TransferError
 
 READ = FLEXKV_IO_READ
 WRITE = FLEXKV_IO_WRITE
-FAILS = FLEXKV_IO_FAILS
-SHORT = FLEXKV_IO_SHORT
-HANGS = FLEXKV_IO_HANGS
 
 METHODS = ("auto", "uring", "threads")
 
@@ -102,16 +87,9 @@ cdef class IoQueue:
     OSError
         The method that was asked for cannot be used.
     """
-    cdef flexkv_io_queue *queue
-    cdef flexkv_io_faults *faults
-    cdef const uint8_t[::1] memory
-    cdef str refusal
-    cdef readonly str method
-    cdef readonly int event_fd
 
     def __cinit__(self, files, memory, *, uint32_t depth=64, str method="auto", double deadline_s=10.0):
         self.queue = NULL
-        self.faults = NULL
         self.event_fd = -1
 
     def __init__(self, files, memory, *, uint32_t depth=64, str method="auto", double deadline_s=10.0):
@@ -131,7 +109,6 @@ cdef class IoQueue:
         options.num_files = len(descriptors)
         options.depth = depth
         options.deadline_ns = <uint64_t>(deadline_s * 1e9)
-        options.faults = NULL
         self.refusal = ""
         self.method = "threads" if method == "threads" else "uring"
         rc = self.open(&options)
@@ -144,9 +121,14 @@ cdef class IoQueue:
         self.memory = writable
         self.event_fd = flexkv_io_queue_event_fd(self.queue)
 
+    cdef const flexkv_io_method *table(self) except NULL:
+        """Functions of ``self.method``."""
+        return &flexkv_io_threads if self.method == "threads" else &flexkv_io_uring
+
     cdef int open(self, flexkv_io_options *options) except 1:
+        """Start the queue; returns 0, or the negative errno for which the method cannot be used."""
         cdef int rc
-        options.method = &flexkv_io_threads if self.method == "threads" else &flexkv_io_uring
+        options.method = self.table()
         with nogil:
             rc = flexkv_io_queue_open(&self.queue, options)
         if rc:
@@ -281,9 +263,6 @@ cdef class IoQueue:
         if lost:
             raise TransferError(f"{lost} pieces are still with the kernel, which may yet write to their memory: "
                                 f"do not use it again; see the kernel's log for the device that hangs")
-        if self.faults != NULL:
-            flexkv_io_faults_free(self.faults)
-            self.faults = NULL
         self.memory = None
 
     def __dealloc__(self):
@@ -296,43 +275,3 @@ cdef class IoQueue:
         if self.queue != NULL:
             warnings.warn("an IoQueue was not closed", ResourceWarning, stacklevel=2)
         self.close()
-
-
-cdef class FaultyIoQueue(IoQueue):
-    """Twin for tests: its I/Os fail, come short or hang, on demand."""
-
-    cdef int open(self, flexkv_io_options *options) except 1:
-        cdef int rc
-        if flexkv_io_faults_create(&self.faults, &flexkv_io_threads if self.method == "threads" else &flexkv_io_uring):
-            raise MemoryError
-        options.method = &flexkv_io_faulty
-        options.faults = self.faults
-        with nogil:
-            rc = flexkv_io_queue_open(&self.queue, options)
-        if rc:
-            self.queue = NULL
-            flexkv_io_faults_free(self.faults)
-            self.faults = NULL
-        return rc
-
-    def plan(self, int kind, int fault, int64_t amount=-1, uint32_t count=1, int32_t file=-1):
-        """The next ``count`` I/Os of a kind, and of a file if it is not negative, have a fault.
-
-        FAILS: with the errno ``amount``; SHORT: only ``amount`` bytes are moved; HANGS: for ``amount`` milliseconds, or
-        until ``release``.
-        """
-        if fault == FAILS:
-            amount = -amount
-        self.opened()
-        if flexkv_io_faults_plan(self.faults, <flexkv_io_kind>kind, file, <flexkv_io_fault>fault, amount, count):
-            raise ValueError("too many faults are planned")
-
-    def release(self):
-        """What hangs goes on."""
-        self.opened()
-        flexkv_io_faults_release(self.faults)
-
-    @property
-    def num_planned(self):
-        """Faults that have not happened yet."""
-        return flexkv_io_faults_left(self.faults) if self.faults != NULL else 0

@@ -17,8 +17,9 @@ import pytest
 from numpy.typing import NDArray
 
 from flexkv._core.io.checksum import xxh3_64_slots
-from flexkv._core.io.io_queue import FAILS, HANGS, READ, SHORT, WRITE, FaultyIoQueue, IoQueue
+from flexkv._core.io.io_queue import READ, WRITE, IoQueue
 from flexkv.errors import TransferError
+from tests.native.faulty_io_queue import FAILS, HANGS, SHORT, FaultyIoQueue
 
 SIZE = 16384
 COUNT = 64

@@ -17,6 +17,7 @@ struct planned {
 };
 
 struct flexkv_io_faults {
+    struct flexkv_io_method method;       /* the faulty one: its address leads `open_faulty` here */
     const struct flexkv_io_method *inner;
     void *context;                /* of the inner method */
     int *files;
@@ -35,18 +36,6 @@ static int64_t now_ns(void)
 
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000ll + now.tv_nsec;
-}
-
-int flexkv_io_faults_create(struct flexkv_io_faults **result, const struct flexkv_io_method *inner)
-{
-    struct flexkv_io_faults *faults = calloc(1, sizeof(*faults));
-
-    if (!faults)
-        return -ENOMEM;
-    faults->inner = inner;
-    pthread_mutex_init(&faults->lock, NULL);
-    *result = faults;
-    return 0;
 }
 
 void flexkv_io_faults_free(struct flexkv_io_faults *faults)
@@ -122,7 +111,9 @@ static int is_released(struct flexkv_io_faults *faults)
 
 static int open_faulty(void **context, const struct flexkv_io_options *options)
 {
-    struct flexkv_io_faults *faults = options->faults;
+    /* the queue gets a const method, which is part of faults that are not */
+    char *method = (char *)options->method;
+    struct flexkv_io_faults *faults = (struct flexkv_io_faults *)(method - offsetof(struct flexkv_io_faults, method));
     int rc;
 
     faults->files = calloc(options->num_files, sizeof(int));
@@ -242,5 +233,22 @@ static void close_faulty(void *context, uint64_t lost)
     faults->inner->close(faults->context, lost);
 }
 
-const struct flexkv_io_method flexkv_io_faulty = { open_faulty, start, wait_faulty, ended,
-                                                   wake, NULL, grow, close_faulty };
+static const struct flexkv_io_method faulty = { open_faulty, start, wait_faulty, ended, wake, NULL, grow, close_faulty };
+
+int flexkv_io_faults_create(struct flexkv_io_faults **result, const struct flexkv_io_method *inner)
+{
+    struct flexkv_io_faults *faults = calloc(1, sizeof(*faults));
+
+    if (!faults)
+        return -ENOMEM;
+    faults->method = faulty;
+    faults->inner = inner;
+    pthread_mutex_init(&faults->lock, NULL);
+    *result = faults;
+    return 0;
+}
+
+const struct flexkv_io_method *flexkv_io_faults_method(const struct flexkv_io_faults *faults)
+{
+    return &faults->method;
+}

@@ -27,6 +27,7 @@ uint32_t flexkv_io_faults_left(struct flexkv_io_faults *faults);
 /* After the queue was closed. */
 void flexkv_io_faults_free(struct flexkv_io_faults *faults);
 
-extern const struct flexkv_io_method flexkv_io_faulty;    /* options.faults must be set */
+/* The twin: for one queue at a time. */
+const struct flexkv_io_method *flexkv_io_faults_method(const struct flexkv_io_faults *faults);
 
 #endif
