@@ -7,19 +7,10 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
 from flexkv._core.buffers cimport data_of
+from flexkv._core.index.checks cimport FLEXKV_CHECKS
 from flexkv._core.index.node cimport Node
 from flexkv._core.index.nodes cimport HAS_HOLE, WHY_EVICTED, WHY_EXPIRED, NodeStore
 from flexkv._core.index.eviction_queues cimport Heap, Ranking
-
-cdef extern from *:
-    """
-    #ifdef FLEXKV_DEBUG
-    #define FLEXKV_CHECKS 1
-    #else
-    #define FLEXKV_CHECKS 0
-    #endif
-    """
-    enum: FLEXKV_CHECKS
 
 cdef enum:
     ROOT = 0

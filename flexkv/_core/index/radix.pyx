@@ -16,20 +16,11 @@ from libc.math cimport INFINITY, NAN
 from libc.string cimport memcpy, memset
 
 from flexkv._core.buffers cimport data_of
+from flexkv._core.index.checks cimport FLEXKV_CHECKS
 from flexkv._core.index.eviction cimport EvictableNodes
 from flexkv._core.index.node cimport Node
 from flexkv._core.index.nodes cimport WHY_EXPIRED, WHY_FAILED, Forgotten
 from flexkv.errors import CapacityError, InvariantError
-
-cdef extern from *:
-    """
-    #ifdef FLEXKV_DEBUG
-    #define FLEXKV_CHECKS 1
-    #else
-    #define FLEXKV_CHECKS 0
-    #endif
-    """
-    enum: FLEXKV_CHECKS
 
 INT8, INT32 = np.dtype(np.int8), np.dtype(np.int32)      # an array is made sooner of a dtype than of its name
 

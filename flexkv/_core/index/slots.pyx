@@ -9,21 +9,12 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
 from flexkv._core.buffers cimport data_of
+from flexkv._core.index.checks cimport FLEXKV_CHECKS
 from flexkv.errors import InvariantError
 
 cdef extern from *:
     int __builtin_ctzll(unsigned long long) nogil
     int __builtin_popcountll(unsigned long long) nogil
-
-cdef extern from *:
-    """
-    #ifdef FLEXKV_DEBUG
-    #define FLEXKV_CHECKS 1
-    #else
-    #define FLEXKV_CHECKS 0
-    #endif
-    """
-    enum: FLEXKV_CHECKS
 
 INT32 = np.dtype(np.int32)
 UINT32 = np.dtype(np.uint32)
