@@ -18,7 +18,6 @@ LINK = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 # module -> C sources that it is built with
 MODULES: dict[str, list[str]] = {
     "arena": [],
-    "block_table": [],
     "device.agent": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
     "device.cuda_driver": [],
     "device.cuda_memory": [],
@@ -36,6 +35,7 @@ MODULES: dict[str, list[str]] = {
     "io.io_queue": [f"csrc/io_{part}.c" for part in ("job", "queue", "threads", "uring")],
     "io.slot_records": [],
     "mapping": [],
+    "slot_mapping": [],
 }
 
 # module -> libraries that become part of it, out of sight of others, so that a wheel needs none of them

@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from flexkv._core.block_table import pages_from_slot_mapping
+from flexkv._core.slot_mapping import pages_from_slot_mapping
 from flexkv.cache.plan import MatchResult
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, load_config
 from flexkv.controller.blocks import Blocks

@@ -13,7 +13,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.block_table import TensorSpec, layer_spans, regions_from_tensors
 from flexkv._core.device.agent import DeviceAgent
 from flexkv._core.device.cuda_driver import Device, load_driver
 from flexkv.at_exit import close_at_exit
@@ -27,6 +26,7 @@ from flexkv.rank.gds_worker import GdsWorker
 from flexkv.rank.handshake import abandon, join_controller
 from flexkv.rank.kernels import move_function
 from flexkv.rank.pool_pinning import PoolPinner
+from flexkv.rank.regions import TensorSpec, layer_spans, regions_from_tensors
 from flexkv.rank.results import OpResult
 from flexkv.rank.tensors import KVTensor, content_digest, tensor_spec
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from flexkv._core.block_table import TensorSpec
 from flexkv._core.device.cuda_driver import load_driver
 from flexkv._core.device.cuda_memory import ImportedMemory, export_memory
 from flexkv.errors import RegistrationError
 from flexkv.rank.kv_layout import KVCacheLayout
+from flexkv.rank.regions import TensorSpec
 from flexkv.rank.tensors import tensor_spec, upstream_spec
 
 if TYPE_CHECKING:

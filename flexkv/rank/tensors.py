@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 
-from flexkv._core.block_table import TensorSpec
 from flexkv.errors import RegistrationError
 from flexkv.rank.kv_layout import KVCacheLayout
+from flexkv.rank.regions import TensorSpec
 
 if TYPE_CHECKING:
     import torch

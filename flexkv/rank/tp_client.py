@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.block_table import TensorSpec
 from flexkv.at_exit import close_at_exit
 from flexkv.config import TransferConfig, load_config
 from flexkv.errors import AgentLostError, RegistrationError
@@ -19,6 +18,7 @@ from flexkv.protocol.layer_signals import layerwise_socket
 from flexkv.rank.kv_layout import KVCacheLayout
 from flexkv.rank.layer_signals import LayerSignals
 from flexkv.rank.rank import CONNECT_TIMEOUT_S, RankClient
+from flexkv.rank.regions import TensorSpec
 from flexkv.rank.results import OpResult
 from flexkv.rank.shared_tensor import TensorSharedHandle, local_specs
 from flexkv.rank.tensors import KVTensor

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from flexkv._core.block_table import regions_from_tensors
 from flexkv._core.device.agent import DeviceAgent
 from flexkv._core.device.ring import FAREWELL, RING_HEADER_BYTES, ControllerRings
 from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import TransferError
+from flexkv.rank.regions import regions_from_tensors
 from flexkv.rank.tp_client import KVTPClient
 from tests.fuzz.rounds import Leaks, mutated, rounds
 from tests.support.harness import (

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from flexkv._core.block_table import TensorSpec
 from flexkv._core.device.agent import STRATEGIES
 from flexkv.config import TransferConfig
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
+from flexkv.rank.regions import TensorSpec
 from flexkv.rank.tensors import tensor_spec
 from flexkv.rank.tp_client import KVTPClient
 from tests.support.harness import LAYERS, TOKENS, check_drained, make_manager, mapping, result_of, tokens_of, until

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from flexkv._core.block_table import TensorSpec
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.controller.controller import Controller
 from flexkv.controller.space import Space
 from flexkv.kvmanager import KVManager
+from flexkv.rank.regions import TensorSpec
 from flexkv.rank.results import OpResult
 from flexkv.rank.tp_client import KVTPClient
 

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -5,6 +7,10 @@ from flexkv._core.device.cuda_driver import Device
 from flexkv.errors import CudaError
 
 STRATEGIES: tuple[str, ...]
+REGION_DTYPE: np.dtype[np.void]
+SPAN_DTYPE: np.dtype[np.void]
+
+def spans_of(regions: NDArray[np.void], ranges: Sequence[tuple[int, int]]) -> NDArray[np.void]: ...
 
 class DeviceAgent:
     def __init__(

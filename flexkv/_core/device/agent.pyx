@@ -47,7 +47,6 @@ from flexkv._core.csrc.cuda_copy cimport (
     flexkv_cuda_copy_registered,
     flexkv_cuda_options,
 )
-from flexkv._core.block_table import REGION_DTYPE, SPAN_DTYPE, whole_span
 from flexkv._core.device.cuda_driver cimport Device, Driver
 from flexkv._core.mapping cimport SharedMapping
 from flexkv._core.device.ring import FAREWELL
@@ -55,8 +54,31 @@ from flexkv.errors import CudaError, TransferError
 
 logger = logging.getLogger("flexkv.client")
 
+REGION_DTYPE = np.dtype([("base", "u8"), ("page_stride", "i8"), ("chunk_bytes", "u8"), ("slot_offset", "u8")])
+"""For page p: ``chunk_bytes`` bytes at ``base + p * page_stride`` <-> ``slot_offset`` within the rank's segment."""
+
+SPAN_DTYPE = np.dtype(
+    [("first", np.uint32), ("num_regions", np.uint32), ("slot_offset", np.uint64), ("bytes", np.uint64),
+     ("max_chunk", np.uint64)]
+)
+"""Regions whose bytes follow one another in a slot: ``struct flexkv_span``."""
+
+assert REGION_DTYPE.itemsize == sizeof(flexkv_region) and SPAN_DTYPE.itemsize == sizeof(flexkv_span)
+
 _left_behind = []
 """Memory and descriptors that a GPU which hangs may still touch; kept until the process ends."""
+
+
+def spans_of(regions, ranges):
+    """(n,) SPAN_DTYPE: a span for each ``(first, end)`` of ``ranges``."""
+    spans = np.zeros(len(ranges), dtype=SPAN_DTYPE)
+    for span, (first, end) in zip(spans, ranges, strict=True):
+        head, last = regions[first], regions[end - 1]
+        span["first"], span["num_regions"], span["slot_offset"] = first, end - first, head["slot_offset"]
+        span["bytes"] = last["slot_offset"] + last["chunk_bytes"] - head["slot_offset"]
+        span["max_chunk"] = regions["chunk_bytes"][first:end].max()
+    return spans
+
 
 cdef int milliseconds(double seconds) noexcept:
     """Of a time to wait: 0 for none, and as long as an int holds for longer ones."""
@@ -131,7 +153,7 @@ cdef class DeviceAgent:
             os.close(ring_fd)
         self.regions = np.ascontiguousarray(regions, dtype=REGION_DTYPE).copy()
         region_view = self.regions.view(np.uint8)
-        spans = whole_span(self.regions) if spans is None else spans
+        spans = spans_of(self.regions, [(0, len(self.regions))]) if spans is None else spans
         self.spans = np.ascontiguousarray(spans, dtype=SPAN_DTYPE).copy()
         span_view = self.spans.view(np.uint8)
         self.at.pool = self.pool.data

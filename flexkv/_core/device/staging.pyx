@@ -12,7 +12,7 @@ from flexkv._core.csrc.cuda_api cimport (
     flexkv_cuda,
 )
 from flexkv._core.csrc.move_kernel cimport FLEXKV_MOVE_BLOCKS, flexkv_launch_move, flexkv_move
-from flexkv._core.block_table import REGION_DTYPE
+from flexkv._core.device.agent import REGION_DTYPE
 from flexkv._core.device.cuda_driver cimport Device
 
 MAX_SLOTS = FLEXKV_MOVE_BLOCKS

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.block_table import TensorSpec
 from flexkv._core.io.checksum import xxh3_64
+from flexkv.rank.regions import TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flexkv._core.block_table import TensorSpec
 from flexkv.config import ConnectorConfig
 from flexkv.errors import RegistrationError
 from flexkv.integration.vllm.audit import PageAudit
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob
 from flexkv.protocol.ring import OpKind
 from flexkv.rank.rank import RankClient
+from flexkv.rank.regions import TensorSpec
 from flexkv.rank.results import OpResult
 from flexkv.rank.tensors import tensor_spec
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.block_table import regions_from_tensors
 from flexkv._core.device.agent import DeviceAgent
 from flexkv._core.device.cuda_driver import load_driver
 from flexkv._core.device.ring import ControllerRings
@@ -20,6 +19,7 @@ from flexkv.config import TransferConfig
 from flexkv.errors import FlexKVError
 from flexkv.protocol.ring import OpKind
 from flexkv.rank.kernels import move_function
+from flexkv.rank.regions import regions_from_tensors
 from flexkv.rank.tensors import tensor_spec
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.block_table import TensorSpec
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.controller.response import KVResponse, KVResponseStatus
 from flexkv.kvmanager import KVManager
+from flexkv.rank.regions import TensorSpec
 from flexkv.rank.tensors import tensor_spec
 from flexkv.rank.tp_client import KVTPClient
 

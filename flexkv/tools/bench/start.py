@@ -71,8 +71,8 @@ class Start:
     def __init__(self, num_gib: int) -> None:
         import torch
 
-        from flexkv._core.block_table import regions_from_tensors
         from flexkv.rank.kernels import move_function
+        from flexkv.rank.regions import regions_from_tensors
         from flexkv.rank.tensors import tensor_spec
 
         config, device = TransferConfig(), load_driver().device(torch.cuda.current_device())

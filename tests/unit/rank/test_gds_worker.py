@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flexkv._core.block_table import regions_from_tensors
 from flexkv._core.device.cuda_driver import load_driver
 from flexkv._core.device.staging import DeviceStaging
 from flexkv._core.io.checksum import xxh3_64
@@ -22,6 +21,7 @@ from flexkv.errors import ConfigError, GdsUnavailableError
 from flexkv.kvmanager import KVManager
 from flexkv.rank import gds_worker as gds
 from flexkv.rank.kernels import checksum_function, move_function
+from flexkv.rank.regions import regions_from_tensors
 from tests.native.fake_cuda.fake import FakeCuda, FakeCuFile, fake_cuda, fake_cufile
 from tests.support.harness import Tensors, until
 from tests.support.ssd_engine import MAX_BLOCKS, Engine, length_of

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexkv._core.block_table import TensorSpec
 from flexkv._core.device.cuda_driver import load_driver
 from flexkv._core.device.cuda_memory import ImportedMemory
 from flexkv.common.memory_handle import TensorSharedHandle
 from flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import CudaError, FlexKVError, RegistrationError
+from flexkv.rank.regions import TensorSpec
 from flexkv.rank.tp_client import KVTPClient
 from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
 from tests.support.harness import (

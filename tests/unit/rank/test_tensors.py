@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flexkv import KVManager, KVTPClient, tensor_spec
-from flexkv._core.block_table import TensorSpec
 from flexkv.config import CacheConfig, ModelConfig
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError
+from flexkv.rank.regions import TensorSpec
 
 TOKENS, PAGES = 4, 8
 

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from flexkv import KVTPClient
-from flexkv._core.block_table import TensorSpec
 from flexkv.config import TransferConfig
 from flexkv.errors import ConfigError
 from flexkv.integration.vllm.vllm_v1_adapter import FlexKVConnectorV1Impl, _register_port, _settings
+from flexkv.rank.regions import TensorSpec
 from tests.support.harness import until
 from tests.support.vllm_stub import request, step, vllm_config
 

@@ -1,7 +1,6 @@
-"""Pages and regions: what regions gather must be the tensors' own elements, whatever their layout in memory."""
+"""Regions: what they gather must be the tensors' own elements, whatever their layout in memory."""
 
 import ctypes
-import itertools
 
 import numpy as np
 import pytest
@@ -9,14 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexkv._core.block_table import (
-    TensorSpec,
-    layer_spans,
-    merge_runs,
-    pages_from_slot_mapping,
-    regions_from_tensors,
-)
-from flexkv.errors import RegistrationError, SlotMappingError
+from flexkv.errors import RegistrationError
+from flexkv.rank.regions import TensorSpec, layer_spans, regions_from_tensors
 from flexkv.rank.tensors import tensor_spec
 
 L, B, H, N, C = 3, 5, 2, 4, 6
@@ -113,31 +106,6 @@ def test_what_cannot_be_registered_is_refused() -> None:
     for specs in cases:
         with pytest.raises(RegistrationError):
             regions_from_tensors(specs)
-
-
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_slot_mapping(dtype: type) -> None:
-    pages = np.array([7, 0, 3], dtype=np.int32)
-    mapping = (pages[:, None] * 16 + np.arange(16)).ravel().astype(dtype)
-    assert pages_from_slot_mapping(mapping, 16).tolist() == pages.tolist()
-    for wrong in (mapping[:-1], mapping + 1, np.roll(mapping, 1), -mapping, mapping.astype(np.float64),
-                  mapping.reshape(3, 16)):
-        with pytest.raises(SlotMappingError):
-            pages_from_slot_mapping(wrong, 16)
-    broken = mapping.copy()
-    broken[20] += 1
-    with pytest.raises(SlotMappingError, match="tokens 16 to 31"):
-        pages_from_slot_mapping(broken, 16)
-
-
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20))))
-def test_runs_cover_all_pairs_in_order(pairs: list[tuple[int, int]]) -> None:
-    a = np.array([p[0] for p in pairs], dtype=np.int32)
-    b = np.array([p[1] for p in pairs], dtype=np.int32)
-    runs = merge_runs(a, b).tolist()
-    assert list(itertools.chain(*([(x + i, y + i) for i in range(n)] for x, y, n in runs))) == pairs
-    for (x, y, n), (x2, y2, _) in itertools.pairwise(runs):
-        assert (x + n, y + n) != (x2, y2)
 
 
 @pytest.mark.parametrize(("layers", "groups"), [(1, 8), (3, 8), (16, 8), (61, 8), (5, 2)])

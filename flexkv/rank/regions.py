@@ -1,0 +1,145 @@
+"""An engine's tensors, with their strides, as regions of pages and spans of layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.device.agent import REGION_DTYPE, spans_of
+from flexkv.errors import RegistrationError
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that holds KV, as its owner's framework describes it.
+
+    Attributes
+    ----------
+    ptr : int
+        Address of its first element.
+    shape, strides : tuple of int
+        Strides in elements.
+    itemsize : int
+        Bytes of an element.
+    page_dim : int
+        The dimension that counts pages, or tokens if ``tokens_per_page`` is given.
+    tokens_per_page : int, optional
+        ``page_dim`` counts tokens; so many of them are a page.
+    device : int, optional
+        The GPU that has the memory; without it, the process.
+    """
+
+    ptr: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    page_dim: int = 0
+    tokens_per_page: int | None = None
+    device: int | None = None
+
+
+def _chunks(spec: TensorSpec) -> tuple[int, int, list[tuple[int, int]]]:
+    """(num_pages, page stride in bytes, [(offset, size)]) with the chunks of a page in logical order."""
+    shape, strides = list(spec.shape), [stride * spec.itemsize for stride in spec.strides]
+    if len(shape) != len(strides) or not 0 <= spec.page_dim < len(shape) or spec.itemsize < 1 or spec.ptr == 0:
+        raise RegistrationError(f"{spec}: shape, strides, page_dim and address do not describe a tensor")
+    if any(size < 1 for size in shape) or any(step < 1 for size, step in zip(shape, strides, strict=True) if size > 1):
+        raise RegistrationError(f"{spec}: an empty or broadcast dimension; register the whole tensor, not a view of it")
+    pages, page_stride = shape.pop(spec.page_dim), strides.pop(spec.page_dim)
+    if spec.tokens_per_page is not None:
+        shape.insert(0, spec.tokens_per_page)
+        strides.insert(0, page_stride)
+        pages, page_stride = pages // spec.tokens_per_page, page_stride * spec.tokens_per_page
+        if pages < 1:
+            raise RegistrationError(f"{spec}: fewer tokens than one page of {spec.tokens_per_page}")
+    size = spec.itemsize
+    while shape and (strides[-1] == size or shape[-1] == 1):
+        size *= shape.pop()
+        strides.pop()
+    offsets = np.zeros(1, dtype=np.int64)
+    for extent, step in zip(shape, strides, strict=True):
+        offsets = (offsets[:, None] + np.arange(extent, dtype=np.int64) * step).ravel()
+    ends = np.sort(offsets)
+    if (np.diff(ends) < size).any():
+        raise RegistrationError(f"{spec}: elements of a page overlap")
+    return pages, page_stride, [(int(offset), size) for offset in offsets]
+
+
+def regions_from_tensors(specs: Sequence[TensorSpec]) -> tuple[NDArray[np.void], int, int]:
+    """Where the bytes of a page are, over all tensors of a rank, and where they go in its segment of a slot.
+
+    The segment holds the tensors in their order, each in the logical (row-major) order of its dimensions without
+    ``page_dim``: two layouts in memory of the same tensors give the same bytes.
+
+    Parameters
+    ----------
+    specs : sequence of TensorSpec
+
+    Returns
+    -------
+    regions : ndarray of REGION_DTYPE
+    num_pages : int
+    segment_bytes : int
+
+    Raises
+    ------
+    RegistrationError
+        A tensor is no tensor of whole pages, or they have different numbers of pages, or pages overlap.
+    """
+    regions: list[list[int]] = []
+    num_pages, offset = 0, 0
+    for spec in specs:
+        pages, stride, chunks = _chunks(spec)
+        if num_pages and pages != num_pages:
+            raise RegistrationError(f"tensors of {num_pages} and of {pages} pages; all must have as many")
+        num_pages = pages
+        for start, size in chunks:
+            base = spec.ptr + start
+            last = regions[-1] if regions else None
+            if last and last[1] == stride and last[0] + last[2] == base and last[3] + last[2] == offset:
+                last[2] += size
+            else:
+                regions.append([base, stride, size, offset])
+            offset += size
+    if not regions:
+        raise RegistrationError("no tensors to register")
+    if num_pages > 1 and any(size > stride for _, stride, size, _ in regions):
+        raise RegistrationError("pages overlap: the page dimension steps by less than a page's bytes")
+    table = np.array([tuple(region) for region in regions], dtype=REGION_DTYPE)
+    return table, num_pages, offset
+
+
+def layer_spans(
+    regions: NDArray[np.void], tensor_bytes: Sequence[int], num_groups: int
+) -> tuple[NDArray[np.void], list[int]]:
+    """Groups of layers of about equal size, for loads layer by layer.
+
+    Parameters
+    ----------
+    regions : ndarray of REGION_DTYPE
+    tensor_bytes : sequence of int
+        Bytes of a page of each tensor, in the order of ``regions_from_tensors``: together the segment.
+    num_groups : int
+        At most so many.
+
+    Returns
+    -------
+    spans : ndarray of SPAN_DTYPE
+        All regions first, then the groups; without groups where a region is of more than one layer.
+    span_of : list of int
+        The span with the last byte of each tensor.
+    """
+    ends = np.cumsum(tensor_bytes)
+    region_ends = (regions["slot_offset"] + regions["chunk_bytes"]).astype(np.int64)
+    groups: list[tuple[int, int]] = []
+    first, wanted = 0, int(ends[-1]) / num_groups
+    for end in ends:
+        upto = int(np.searchsorted(region_ends, end)) + 1
+        if upto > first and region_ends[upto - 1] == end and end >= wanted * (len(groups) + 1) - 0.5:
+            groups.append((first, upto))
+            first = upto
+    if len(groups) < 2:
+        return spans_of(regions, [(0, len(regions))]), [0] * len(ends)
+    group_ends = [int(region_ends[upto - 1]) for _, upto in groups]
+    return spans_of(regions, [(0, len(regions)), *groups]), [1 + int(np.searchsorted(group_ends, end)) for end in ends]
