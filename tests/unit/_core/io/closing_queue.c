@@ -39,7 +39,7 @@ int main(void)
 {
     static uint8_t memory[4096];
     int files[] = { 0 };
-    struct flexkv_io_options options = { memory, sizeof(memory), files, 1, 1, 1000000000, &method, NULL };
+    struct flexkv_io_options options = { memory, sizeof(memory), files, 1, 1, 1000000000, &method };
     struct flexkv_io_queue *queue;
 
     method = flexkv_io_threads;
