@@ -338,17 +338,18 @@ class SchedulerSide:
         preempted.update(name for name, tracked in self._requests.items() if tracked.was_preempted())
         for req_id in preempted:
             self._loaded.discard(req_id)
-            tracked = self._requests.get(req_id)
-            if tracked is None:
-                continue
-            self._drop_puts(tracked.saves)
-            saves = tracked.saves & self._outstanding
-            if saves:
-                self._controller.cancel(saves)
-                self._controller.wait(saves, timeout=_DRAIN_TIMEOUT_S, completely=True)
-                self._outstanding -= saves
-            tracked.saves.clear()
-            tracked.forget_pages()
+            if (tracked := self._requests.get(req_id)) is not None:
+                self._release(tracked)
+
+    def _release(self, tracked: TrackedRequest) -> None:
+        """End the saves of a request whose pages vLLM has taken."""
+        self._drop_puts(tracked.saves)
+        if saves := tracked.saves & self._outstanding:
+            self._controller.cancel(saves)
+            self._controller.wait(saves, timeout=_DRAIN_TIMEOUT_S, completely=True)
+            self._outstanding -= saves
+        tracked.saves.clear()
+        tracked.forget_pages()
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Whether the request's blocks must stay allocated for saves. The workers report the end of these saves."""
@@ -358,6 +359,8 @@ class SchedulerSide:
         self._log.request_ended(request.request_id, request.num_prompt_tokens)
         if tracked is None:
             return False, None
+        if tracked.was_preempted():                         # by a reset, and no step was scheduled since
+            self._release(tracked)
         if block_ids and self._worth_saving(request):
             tracked.set_pages(block_ids)
             self._save(tracked, request.num_computed_tokens)
