@@ -1,5 +1,6 @@
 """Saves around vLLM's real scheduler. Each test is a situation in which one rule of the ledger keeps wrong KV out."""
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,25 @@ import pytest
 
 from tests.integration.paged_engine import PagedEngine
 from tests.integration.paged_model import BLOCK, answer
-from tests.integration.test_paged_cases import LONG, PREFIX, fill
+from tests.integration.test_paged_cases import LONG, PREFIX, ask, fill
+
+
+def test_a_request_without_keys_beside_a_load_that_its_step_computes_behind(
+    engines: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM has a prefix of the request in its own cache, and FlexKV cannot say whether the load is of that."""
+    engine = engines(layerwise_loads="always")
+    logging.getLogger("flexkv").addHandler(caplog.handler)
+    fill(engine)
+    cached = list(range(200, 200 + 4 * BLOCK))
+    ask(engine, "before", [*cached, 7])
+    engine.add("loads", [*PREFIX, 8], 6)
+    engine.add("no keys", [*cached, *([-7] * BLOCK)], 6)
+    engine.run()
+    for name in ("loads", "no keys"):
+        assert engine.answers[name] == answer(engine.prompts[name][0], 6)
+    assert not [one for one in caplog.records if one.levelname == "CRITICAL"]
+    assert engine.side.stats()["layerwise_loads"] == 1
 
 
 def wrong_answers_of(engine: PagedEngine) -> list[str]:

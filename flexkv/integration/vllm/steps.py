@@ -70,6 +70,10 @@ class SyncLoad:
     first: int
     key: bytes
 
+    def may_be_of(self, keys: NDArray[np.uint64]) -> bool:
+        """Whether a sequence may contain the first block of the load; not if it has another key there."""
+        return len(keys) <= self.first or keys[self.first].tobytes() == self.key
+
 
 @dataclass(slots=True, eq=False)
 class Step:
@@ -269,11 +273,14 @@ class StepLedger:
         return int(suspects[0]) if len(suspects) else None
 
     def trust(self, keys: NDArray[np.uint64], num_blocks: int) -> Trust:
-        """Trust in the first ``num_blocks`` blocks of a sequence, which are in the engine's own cache."""
+        """Trust in the first ``num_blocks`` blocks of a sequence, which are in the engine's own cache. A block without
+        a key, as of a request whose keys cannot be computed, may be any block that is being loaded or bad."""
         if num_blocks:
             loads = (*self._next_loads, *(load for step in self._steps for load in step.loads))
-            if any(load.first < num_blocks and keys[load.first].tobytes() == load.key for load in loads):
+            if any(load.first < num_blocks and load.may_be_of(keys) for load in loads):
                 return Trust.UNKNOWN
+        if self._num_bad and len(keys) < num_blocks:
+            return Trust.BAD
         if self._doubted:
             self._doubted = {key: page for key, page in self._doubted.items() if self._state[page] & BAD}
             if any(key.tobytes() in self._doubted for key in keys[:num_blocks]):

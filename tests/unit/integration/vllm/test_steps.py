@@ -108,6 +108,18 @@ def test_pages_of_an_asynchronous_load_count_when_it_is_reported(loaded: bool) -
     assert end(ledger) == {1: None if loaded else 0}
 
 
+def test_a_sequence_without_keys_may_have_any_page() -> None:
+    ledger, a, nothing = StepLedger(), tracked(1), np.empty((0, 2), dtype=np.uint64)
+    sync_load(ledger, a, 10)
+    assert [ledger.trust(nothing, num_blocks) for num_blocks in (0, 1)] == [Trust.GOOD, Trust.UNKNOWN]
+    begin(ledger, Write(a, pages(10, 11), 1, 1))
+    end(ledger, (11,))
+    assert [ledger.trust(nothing, num_blocks) for num_blocks in (0, 1)] == [Trust.GOOD, Trust.BAD]
+    begin(ledger, Write(a, pages(10, 11), 1, 1))
+    end(ledger)
+    assert ledger.trust(nothing, 1) is Trust.GOOD
+
+
 def test_a_step_that_computes_and_is_not_reported_is_not_accepted() -> None:
     ledger, a = StepLedger(), tracked(1)
     begin(ledger, Write(a, pages(10, 11), 0, 0), puts={1: pages(10)})
