@@ -48,7 +48,7 @@ class Scheduler:
     Attributes
     ----------
     ended : deque of callables
-        Callbacks of ops and graphs that have ended. They must be called in order and without the lock.
+        The ``on_done`` of each graph that has ended. They must be called in order and without the lock.
     tick_s : float
         Interval at which deadlines are checked, in seconds.
     """

@@ -229,15 +229,26 @@ class PagedEngine:
         """Schedule if there is room in the queue, else take the oldest result, as ``step_with_batch_queue`` does."""
         self.between_steps()
         if self.scheduler.has_requests() and len(self._queue) < self._depth:
-            output = self.scheduler.schedule()
-            self._queue.append([output, None])
+            self.schedule()
             if len(self._queue) < self._depth and self._random.random() < 0.8:
                 return
         if not self._queue:
             return
-        for entry in list(self._queue)[: self._random.randint(1, len(self._queue))]:
+        self.execute(self._random.randint(1, len(self._queue)))
+        self.end_step()
+
+    def schedule(self) -> None:
+        """Schedule a step; it is in flight then."""
+        self._queue.append([self.scheduler.schedule(), None])
+
+    def execute(self, count: int = 1) -> None:
+        """The workers execute the oldest ``count`` steps in flight, but for those that they have executed."""
+        for entry in list(self._queue)[:count]:
             if entry[1] is None:
                 entry[1] = self._execute(entry[0])
+
+    def end_step(self) -> None:
+        """The scheduler processes the result of the oldest step."""
         output, result = self._queue.popleft()
         for outputs in self.scheduler.update_from_output(output, result).values():
             for one in outputs.outputs:

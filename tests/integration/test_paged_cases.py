@@ -29,6 +29,17 @@ def fill(engine: PagedEngine) -> None:
     engine.forget()
 
 
+def end_copies_with_their_step(engine: PagedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise blocks of a dropped save may still be copied when they are computed again: they are not saved then."""
+    step = engine.step
+
+    def step_and_copy() -> None:
+        step()
+        until(lambda: bool(engine._queue) or not engine.manager._space.tasks.unsettled())
+
+    monkeypatch.setattr(engine, "step", step_and_copy)
+
+
 class Loads:
     """Loads fail from a block on; counts them."""
 
@@ -53,14 +64,7 @@ def test_a_load_that_fails_leaves_nothing_wrong(
     engines: Any, monkeypatch: pytest.MonkeyPatch, mode: str, depth: int, first_failed: int
 ) -> None:
     engine = engines(depth, layerwise_loads=mode)
-    step = engine.step
-
-    def step_and_copy() -> None:
-        """Blocks of a dropped save are not saved again while they are still copied: let copies end with their step."""
-        step()
-        until(lambda: bool(engine._queue) or not engine.manager._space.tasks.unsettled())
-
-    monkeypatch.setattr(engine, "step", step_and_copy)
+    end_copies_with_their_step(engine, monkeypatch)
     fill(engine)
     loads = Loads(engine, first_failed)
     ask(engine, "first", LONG)

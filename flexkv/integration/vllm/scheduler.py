@@ -267,9 +267,7 @@ class SchedulerSide:
         """Record the workers' report of the oldest step. It is not called for an empty report."""
         if rate := self._prefill.ended():
             self._controller.set_prefill_rate(rate)
-        self._steps.report(
-            output.invalid_block_ids or (), output.finished_recving or (), getattr(output, "failed_recving", None) or ()
-        )
+        self._steps.report(output.invalid_block_ids or (), output.finished_recving or ())
 
     def step_ended(self) -> None:
         """Record that vLLM has processed the oldest step. Must be called once for each step, in order."""

@@ -135,7 +135,6 @@ class StepLedger:
         self._state = np.zeros(1024, dtype=np.uint8)
         self._num_bad = self._num_loading = 0
         self._next_loads: list[SyncLoad] = []
-        self._next_puts: list[Put] = []
         self._async_loads: dict[str, list[NDArray[np.int32]]] = {}
         self._doubted: dict[bytes, int] = {}                # bad pages that other requests may reuse, by key
 
@@ -162,39 +161,34 @@ class StepLedger:
             self._steps.clear()
         for write in writes:
             self._grow(write.pages)
-        self._steps.append(Step(has_forward, writes, self._next_loads, self._next_puts))
-        self._next_loads, self._next_puts = [], []
+        self._steps.append(Step(has_forward, writes, self._next_loads))
+        self._next_loads = []
         return dropped
 
     def add_put(self, task_id: int, pages: NDArray[np.int32]) -> None:
-        """Record a put that is decided at the end of the latest step. ``pages``: the request's pages up to the last
-        block of the put."""
-        puts = self._steps[-1].puts if self._steps else self._next_puts
-        puts.append(Put(task_id, pages))
+        """Record a put that is decided at the end of the latest step, which must be in flight. ``pages``: the request's
+        pages up to the last block of the put."""
+        self._steps[-1].puts.append(Put(task_id, pages))
 
     def drop_puts(self, task_ids: set[int] | None = None) -> list[int]:
         """Forget undecided puts of these tasks (None: of all tasks); returns the tasks that were forgotten."""
         dropped = []
-        for puts in (*(step.puts for step in self._steps), self._next_puts):
-            gone = [put.task_id for put in puts if task_ids is None or put.task_id in task_ids]
-            if gone:
-                dropped += gone
-                puts[:] = [put for put in puts if put.task_id not in gone]
+        for step in self._steps:
+            gone = [put.task_id for put in step.puts if task_ids is None or put.task_id in task_ids]
+            dropped += gone
+            step.puts = [put for put in step.puts if put.task_id not in gone]
         return dropped
 
     # ---- called when the engine reports -----------------------------------------------------------------------
 
-    def report(self, invalid: Iterable[int], loaded: Iterable[str], failed: Iterable[str] = ()) -> None:
-        """Record the report of the oldest step: its invalid pages, the requests whose asynchronous loads have ended
-        (``loaded``), and the requests among them whose loads have failed as a whole (``failed``)."""
+    def report(self, invalid: Iterable[int], loaded: Iterable[str]) -> None:
+        """Record the report of the oldest step: its invalid pages, and the requests whose asynchronous loads have
+        ended."""
         if not self._steps:
             return
         step = self._steps[0]
         step.reported = True
         step.invalid.update(invalid)
-        for req_id in failed:
-            for pages in self._async_loads.get(req_id, ()):
-                step.invalid.update(pages.tolist())
         for req_id in loaded:
             for pages in self._async_loads.pop(req_id, ()):
                 self._state[pages] &= _NOT_LOADING
@@ -212,14 +206,12 @@ class StepLedger:
         if before or step.invalid or step.loads or not known:
             for load in step.loads:
                 self._state[load.pages] &= _NOT_LOADING
-            self._mark_bad(step.invalid)
             if self._several and step.invalid:
                 self._find_mixed_up(step)
-            for pages in () if known else (*(load.pages for load in step.loads),
-                                           *(write.pages[write.first :] for write in step.writes)):
-                self._state[pages] |= BAD
             if known:
                 self._follow(step)
+            else:
+                self._distrust(step)
             self._recount()
             self._doubt(step.writes)
         accepted = [(put.task_id, self.first_suspect(put.pages) if known else 0) for put in step.puts]
@@ -227,15 +219,22 @@ class StepLedger:
         return Verdict(accepted, spoiled or any(stop is not None for _, stop in accepted))
 
     def _find_mixed_up(self, step: Step) -> None:
+        """Find the requests whose outputs of this step vLLM drops, because of an invalid page, while its workers keep
+        them. vLLM takes the outputs of later steps in flight: ``_follow`` is enough for the pages of those."""
         invalid = np.fromiter(step.invalid, dtype=np.int32)
-        for one in (step, *self._steps):
-            self._mixed_up.update(write.tracked for write in one.writes if np.isin(write.pages, invalid).any())
+        self._mixed_up.update(write.tracked for write in step.writes if np.isin(write.pages, invalid).any())
 
     def _mark_bad(self, pages: set[int]) -> None:
         if pages:
             array = np.fromiter(pages, dtype=np.int32, count=len(pages))
             self._grow(array)
             self._state[array] |= BAD
+
+    def _distrust(self, step: Step) -> None:
+        """Mark all pages that the step wrote or loaded: nothing is known of them."""
+        self._mark_bad(step.invalid)
+        for pages in (*(load.pages for load in step.loads), *(write.pages[write.first :] for write in step.writes)):
+            self._state[pages] |= BAD
 
     def _follow(self, step: Step) -> None:
         """Mark the pages that the step wrote. A page is bad if any page before it in its request is bad."""
@@ -249,7 +248,7 @@ class StepLedger:
         while changed:
             changed = False
             for write in step.writes:
-                bad = np.flatnonzero(self._state[write.pages])
+                bad = np.flatnonzero(self._state[write.pages] & BAD)
                 if len(bad):
                     tail = write.pages[max(int(bad[0]), write.first) :]
                     if not (self._state[tail] & BAD).all():

@@ -132,12 +132,18 @@ def test_a_late_graph_is_reported_before_it_is_quiesced(pipeline: Pipeline) -> N
 
 
 def test_a_callback_that_raises_does_not_stop_the_others(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
-    def broken() -> None:
+    ended_before: list[int] = []
+
+    def broken(graph: TransferGraph) -> None:
+        ended_before.append(len(pipeline.done))
         raise RuntimeError("not my day")
 
+    last = pipeline.graph.ops[1]
+    arrival = TransferOp(OpKind.ARRIVAL, IDS, IDS, depends_on=[Dependency.each(last)])
+    pipeline.engine.submit(TransferGraph(8, [arrival]), broken)
     pipeline.first.arrive(pipeline.engine, 0, 1, 2, 3)
-    pipeline.engine._scheduler.ended.append(broken)          # due before that of the graph
-    pipeline.second.arrive(pipeline.engine, 0, 1, 2, 3)
+    pipeline.second.arrive(pipeline.engine, 0, 1, 2, 3)         # both graphs end, and 8 is the first of them
+    assert ended_before == [0]
     assert pipeline.done == [pipeline.graph]
     assert "not my day" in caplog.text
 

@@ -108,6 +108,38 @@ def test_pages_of_an_asynchronous_load_count_when_it_is_reported(loaded: bool) -
     assert end(ledger) == {1: None if loaded else 0}
 
 
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_bad_page_is_good_again_when_it_is_loaded(sync: bool) -> None:
+    ledger, a = StepLedger(), tracked(1)
+    begin(ledger, Write(a, pages(10, 11), 0, 0))
+    end(ledger, (10,))
+    ledger.load_started("r", pages(10, 11), sync, 0, a.keys()[0].tobytes())
+    begin(ledger, *([Write(a, pages(10, 11, 12), 2, 2)] if sync else []))
+    end(ledger, (), () if sync else ("r",))
+    begin(ledger, Write(a, pages(10, 11, 12), 2, 2), puts={1: pages(10, 11, 12)})
+    assert end(ledger) == {1: None}
+
+
+def test_a_report_is_of_the_oldest_step() -> None:
+    ledger, a, b = StepLedger(several=True), tracked(1), tracked(2)
+    begin(ledger, Write(a, pages(10, 11), 1, 1), puts={1: pages(10, 11)})
+    begin(ledger, Write(b, pages(10, 20), 0, 0), puts={2: pages(10, 20)})       # computes page 10 again
+    assert [end(ledger, (10,)), end(ledger)] == [{1: 0}, {2: None}]
+
+
+@pytest.mark.parametrize(("several", "stop"), [(False, None), (True, 0)])
+def test_a_request_whose_outputs_are_dropped_with_steps_in_flight_is_bad_from_there_on(
+    several: bool, stop: int | None
+) -> None:
+    ledger, a, b = StepLedger(several), tracked(1), tracked(2)
+    begin(ledger, Write(a, pages(10, 11), 1, 1))
+    end(ledger, (10,))
+    begin(ledger, Write(a, pages(10, 11), 0, 0), puts={1: pages(10, 11)})
+    assert end(ledger) == {1: stop}
+    begin(ledger, Write(b, pages(10, 11), 0, 0), puts={2: pages(10, 11)})
+    assert end(ledger) == {2: None}
+
+
 def test_a_sequence_without_keys_may_have_any_page() -> None:
     ledger, a, nothing = StepLedger(), tracked(1), np.empty((0, 2), dtype=np.uint64)
     sync_load(ledger, a, 10)
@@ -118,6 +150,15 @@ def test_a_sequence_without_keys_may_have_any_page() -> None:
     begin(ledger, Write(a, pages(10, 11), 1, 1))
     end(ledger)
     assert ledger.trust(nothing, 1) is Trust.GOOD
+
+
+def test_nothing_is_known_of_what_an_unreported_step_has_loaded() -> None:
+    ledger, a = StepLedger(), tracked(1)
+    sync_load(ledger, a, 10)
+    begin(ledger, Write(a, pages(10, 11), 1, 1))
+    end(ledger, reported=False)
+    begin(ledger, Write(a, pages(10, 11), 1, 1), puts={1: pages(10, 11)})
+    assert end(ledger) == {1: 0}
 
 
 def test_a_step_that_computes_and_is_not_reported_is_not_accepted() -> None:
@@ -137,8 +178,8 @@ def test_an_engine_that_never_ends_its_steps_saves_nothing_and_keeps_little() ->
         ledger.add_put(task_id, pages(10))
     assert ledger.lost
     assert dropped == list(range(3 * _MAX_IN_FLIGHT - 1))
-    assert len(ledger._steps) == 1
     assert end(ledger) == {3 * _MAX_IN_FLIGHT - 1: 0}
+    assert ledger.end() is None                                 # the steps before it were forgotten
 
 
 def test_dropped_puts_are_not_decided() -> None:
