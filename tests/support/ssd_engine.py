@@ -66,12 +66,13 @@ class Engine:
                       for i, pages in enumerate(self._pages)]
         self._tensors = tensors
         self.client = KVTPClient(str(place / "s"))
+        self._host_slots = host_slots
         self.register()
-        wait_ready(self.manager, host_slots)
 
     def register(self) -> None:
-        """Also after ``client.suspend``."""
+        """Register the tensors, also after ``client.suspend``, and wait until the rank has pinned the host slots."""
         self.client.register_tensors(self._tensors.specs(), 10.0, keep_alive=self._tensors)
+        wait_ready(self.manager, self._host_slots)
 
     def __enter__(self) -> "Engine":
         self.wait_warm()
