@@ -14,6 +14,7 @@ from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import NOTHING, MatchResult
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, runtime_directory
 from flexkv.controller.blocks import Blocks
+from flexkv.controller.listener import Listener
 from flexkv.controller.requests import Control
 from flexkv.controller.response import KVResponse
 from flexkv.controller.space import Space
@@ -88,17 +89,22 @@ class Controller(Blocks):
         port = gpu_register_port or transfer_config.gpu_register_port or default_port
         self.metrics = self._make_metrics(model_config, cache_config, dp_client_id)
         self._transfer = TransferEngine(
+            transfer_config,
+            ranks=ranks,
+            on_capacity=self._on_capacity,
+            housekeeping=self._keep_house,
+            observe=self.metrics.transfer_ended if self.metrics is not None else None,
+        )
+        self._listener = Listener(
             transfer_config.replace(gpu_register_port=port),
+            self._transfer,
             host_bytes=cache_config.host_bytes,
             num_slots=cache_config.num_cpu_blocks,
             ranks=ranks,
             dp_client_ids=(dp_client_id,),
             hugepage_bytes=cache_config.hugepage_bytes,
-            on_capacity=self._on_capacity,
             on_control=Control(self.pin, self.unpin, self.pins).answer,
-            housekeeping=self._keep_house,
             on_gds=self._on_gds if cache_config.ssd_bytes and cache_config.enable_gds else None,
-            observe=self.metrics.transfer_ended if self.metrics is not None else None,
         )
         self._space = Space(
             cache_config, domain(model_config, cache_config), self._transfer, dp_client_id,
@@ -114,7 +120,7 @@ class Controller(Blocks):
         return Metrics(self.stats, labels, config.metrics_host, port)
 
     def _on_capacity(self, num_slots: int) -> None:
-        self._space.grow(num_slots)
+        self._space.grow(self._listener.host_pool, num_slots)
 
     def _keep_house(self) -> float:
         return self._space.keep_house()
@@ -127,7 +133,7 @@ class Controller(Blocks):
 
     def start(self) -> None:
         """See ``Blocks``. The host pool is made when all ranks have registered."""
-        self._transfer.start()
+        self._listener.start()
         with suppress(FlexKVError, OSError):     # of controllers that died
             remove_dead_sockets(runtime_directory())
         close_at_exit(self, type(self).shutdown)
@@ -136,7 +142,7 @@ class Controller(Blocks):
 
     def is_ready(self) -> bool:
         """See ``Blocks``."""
-        return self._transfer.is_ready and self._index is not None
+        return self._listener.is_ready and self._index is not None
 
     @property
     def _index(self) -> GlobalCacheEngine | None:
@@ -155,10 +161,10 @@ class Controller(Blocks):
         timeout = seconds_of(timeout, "timeout")
         self._transfer.wait(
             lambda: self.is_ready() or self._is_closed or not self._transfer.in_service,
-            timeout if self._transfer.describe_ranks() else 0.0,
+            timeout if self._listener.describe_ranks() else 0.0,
         )
         if not self.is_ready():
-            ranks = self._transfer.describe_ranks()
+            ranks = self._listener.describe_ranks()
             raise NotReadyError(
                 "the data plane is out of service: see the log" if not self._transfer.in_service else
                 "the manager was shut down" if self._is_closed else
@@ -182,7 +188,7 @@ class Controller(Blocks):
 
     def _log_ready(self) -> None:
         """One line with all that is in effect: when every rank has registered, and the SSD tier has been opened."""
-        config, pool, tiering = self._cache_config, self._transfer.host_pool, self._space.tiering
+        config, pool, tiering = self._cache_config, self._listener.host_pool, self._space.tiering
         metrics = self.metrics.port if self.metrics is not None else None
         logger.info("ready: %s", "; ".join(part for part in (
             f"host {pool.num_bytes / (1 << 30):.3g} GiB ({pool.num_slots} blocks of {config.tokens_per_block} tokens, "

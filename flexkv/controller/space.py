@@ -16,6 +16,7 @@ from flexkv.controller.tasks.table import TaskTable
 from flexkv.controller.tiering import Tiering, make_ssd_store
 from flexkv.errors import ArgumentError
 from flexkv.metrics.match_counts import MatchCounts
+from flexkv.storage.host_pool import HostPool
 from flexkv.storage.store import MakeStore
 from flexkv.transfer.engine import TransferEngine
 
@@ -73,11 +74,11 @@ class Space:
         self.tasks = TaskTable(transfer, dp_client_id, config.tokens_per_block, self.tiering, accept_within_s)
         self.counts = MatchCounts()
 
-    def grow(self, num_slots: int) -> None:
-        """The host pool has so many usable slots by now. The first call makes the index and opens the SSD tier."""
+    def grow(self, pool: HostPool, num_slots: int) -> None:
+        """Record that the pool has ``num_slots`` usable slots. The first call makes the index and the SSD tier."""
         is_first = self.index is None
         if self.index is None:
-            config, pool = self._config, self._transfer.host_pool
+            config = self._config
             self.index = GlobalCacheEngine(
                 pool.num_slots, self._make_policy, config.evict_start_threshold, config.evict_ratio,
                 num_ssd_slots=config.ssd_bytes // pool.slot_bytes, quotas=self._quotas,
@@ -86,7 +87,7 @@ class Space:
         self.index.grow(num_slots)
         self._transfer.notify()
         if self.tiering is not None:
-            self.tiering.grow(self.index, self._transfer, num_slots)
+            self.tiering.grow(self.index, self._transfer, pool, num_slots)
         elif is_first:
             self._on_ready()
 

@@ -20,6 +20,7 @@ from flexkv.cache.tier import SsdTier
 from flexkv.config import CacheConfig
 from flexkv.errors import FlexKVError
 from flexkv.protocol.ring import OpKind
+from flexkv.storage.host_pool import HostPool
 from flexkv.storage.recovered import Recovered
 from flexkv.storage.ssd.gds_queue import GdsEnd, GdsQueue
 from flexkv.storage.ssd.store import SsdStore
@@ -100,13 +101,13 @@ class Tiering:
 
     # ---- life -------------------------------------------------------------------------------------------------
 
-    def grow(self, cache: GlobalCacheEngine, transfer: TransferEngine, num_slots: int) -> None:
-        """The host pool has so many slots by now. The first time, the store is opened in the background."""
+    def grow(self, cache: GlobalCacheEngine, transfer: TransferEngine, pool: HostPool, num_slots: int) -> None:
+        """Record that the pool has ``num_slots`` usable slots. The first call opens the store in the background."""
         with self._lock:
             if self._thread is None:
                 self._transfer = transfer
                 self._thread = threading.Thread(
-                    target=self._open, args=(cache, transfer), name="flexkv-ssd", daemon=True
+                    target=self._open, args=(cache, transfer, pool), name="flexkv-ssd", daemon=True
                 )
                 self._thread.start()
             self._usable_slots = num_slots
@@ -114,10 +115,10 @@ class Tiering:
         if store is not None:
             store.register(num_slots * store.slot_bytes)
 
-    def _open(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
+    def _open(self, cache: GlobalCacheEngine, transfer: TransferEngine, pool: HostPool) -> None:
         try:
-            with memoryview(transfer.host_pool.memory):      # stays mapped, also if the manager does not wait for this
-                self._bring_up(cache, transfer)
+            with memoryview(pool.memory):                    # stays mapped, also if the manager does not wait for this
+                self._bring_up(cache, transfer, pool)
         except Exception as error:
             expected = isinstance(error, (FlexKVError, OSError))
             logger.error("the SSD tier is not in service: %s", error, exc_info=not expected)
@@ -140,9 +141,8 @@ class Tiering:
             end, self._gds = self._gds, None
             self._store.attach_device(partial(GdsQueue, end))
 
-    def _bring_up(self, cache: GlobalCacheEngine, transfer: TransferEngine) -> None:
-        pool, start = transfer.host_pool, time.monotonic()
-        identity = b"\0".join([self._domain, self._config.secret, transfer.content])
+    def _bring_up(self, cache: GlobalCacheEngine, transfer: TransferEngine, pool: HostPool) -> None:
+        start, identity = time.monotonic(), b"\0".join([self._domain, self._config.secret, pool.content])
         store = self._make_store(self._config, pool.slot_bytes, hashlib.sha256(identity).digest(), pool.memory)
         try:
             found = store.recover()

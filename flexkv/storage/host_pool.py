@@ -50,6 +50,8 @@ class HostPool:
     slot_bytes, num_slots : int
     hugepage_bytes : int
         0: ordinary pages; else the size of hugepages to use (2 MiB, 1 GiB).
+    content : bytes
+        Describes the meaning of a slot's bytes (``SlotLayout.content``); the pool keeps it for its users.
 
     Raises
     ------
@@ -57,11 +59,12 @@ class HostPool:
         The kernel has no address space, or no hugepages of that size.
     """
 
-    def __init__(self, slot_bytes: int, num_slots: int, hugepage_bytes: int = 0) -> None:
+    def __init__(self, slot_bytes: int, num_slots: int, hugepage_bytes: int = 0, content: bytes = b"") -> None:
         if slot_bytes < 1 or num_slots < 1:
             raise CapacityError(f"a pool of {num_slots} slots of {slot_bytes} bytes: give the host tier more memory")
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
+        self.content = content
         page = hugepage_bytes or mmap.PAGESIZE
         self.num_bytes = -(-slot_bytes * num_slots // page) * page
         self.huge_bytes = 0

@@ -3,21 +3,18 @@
 import itertools
 import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Protocol
 
 from flexkv.config import TransferConfig
 from flexkv.errors import TransferError
-from flexkv.storage.host_pool import HostPool
-from flexkv.storage.layout import SlotLayout
-from flexkv.storage.ssd.gds_queue import GdsEnd
+from flexkv.protocol.registration import Hello
 from flexkv.transfer.background import BackgroundThread
 from flexkv.transfer.executor import Executor
 from flexkv.transfer.executors.agent_link import AgentLink
 from flexkv.transfer.membership import Membership
 from flexkv.transfer.pool_growth import PoolGrowth
-from flexkv.transfer.registry import Registry
 from flexkv.transfer.runner import GraphRunner
 from flexkv.transfer.scheduler import Observe
 from flexkv.transfer.watch import Watch
@@ -32,38 +29,45 @@ _FIRST_RESEND_S, _MAX_RESEND_S = 0.001, 0.05
 """Pause between two attempts to send messages that found a ring full; it doubles with each attempt."""
 
 
+class AgentListener(Protocol):
+    """Accepts the connections of device agents, and owns the memory that they copy to and from. The engine calls it."""
+
+    def lost(self, hello: Hello) -> None:
+        """Record that an agent takes no more ops, so that its rank may join again. Called on the background thread
+        under the lock."""
+
+    def close(self) -> None:
+        """Accept no more agents. Called one or more times, when the background thread does not run."""
+
+    def free(self) -> None:
+        """Free the memory, which is not accessed any more. Called one or more times, after ``close``."""
+
+
+Listen = Callable[[Watch, Callable[[AgentLink], None]], AgentListener]
+"""``listen(watch, join) -> AgentListener``. The listener may watch descriptors with ``watch``. It must call ``join`` on
+the background thread with each agent that is ready for ops."""
+
+
 class TransferEngine(GraphRunner):
     """The data plane.
 
     ``submit``, ``cancel``, ``poll`` and ``wait`` may be called from any thread. Callbacks and ``on_done`` run on
-    whichever thread finds the result, without the engine's lock. One background thread admits ranks, notices those
+    whichever thread finds the result, without the engine's lock. One background thread lets agents join, notices those
     that die, enforces deadlines, and finds results when nobody waits. It survives every exception; if it fails again
     and again, the engine takes itself out of service: see ``in_service``.
 
     Parameters
     ----------
     config : TransferConfig
-    host_bytes : int
-        Size of the host tier.
-    num_slots : int, optional
-        Slots of the host tier; default: as many as fit ``host_bytes``.
     ranks : int
         Device agents of each data-parallel client.
-    dp_client_ids : tuple of int
-    hugepage_bytes : int
-        0: ordinary pages.
     on_capacity : callable
-        Called with the number of usable slots as the pool grows, on a background thread.
+        Called with the number of usable slots as it grows, on the background thread.
     executors : sequence of Executor
         More executors, for other kinds of ops.
     housekeeping : callable, optional
         Called on the background thread whenever something has happened; returns in how many seconds it wants to be
         called next.
-    on_control : callable
-        ``on_control(message, descriptors) -> reply`` to a user who asks something of the controller, on the background
-        thread.
-    on_gds : callable, optional
-        As in ``Registry``.
     observe : Observe, optional
         As in ``Scheduler``.
 
@@ -77,33 +81,17 @@ class TransferEngine(GraphRunner):
         self,
         config: TransferConfig,
         *,
-        host_bytes: int,
-        num_slots: int | None = None,
         ranks: int = 1,
-        dp_client_ids: tuple[int, ...] = (0,),
-        hugepage_bytes: int = 0,
         on_capacity: Callable[[int], None],
         executors: tuple[Executor, ...] = (),
         housekeeping: Callable[[], float] | None = None,
-        on_control: Callable[[bytes, Sequence[int]], bytes] = lambda message, fds: b"{}",
-        on_gds: Callable[[GdsEnd], None] | None = None,
         observe: Observe | None = None,
     ) -> None:
         super().__init__(config, ranks, executors, observe)
-        self._host_bytes = host_bytes
-        self._num_slots = num_slots
-        self._ranks = ranks
-        self._clients = dp_client_ids
-        self._hugepage_bytes = hugepage_bytes
         self._growth = PoolGrowth(on_capacity, self.wake, self.notify)
         self._housekeeping = housekeeping
-        self._on_control = on_control
-        self._on_gds = on_gds
         self.task_ids = itertools.count(1)
-        self._pool: HostPool | None = None
-        self.content = b""
-        """What the bytes of the pool's slots mean (``SlotLayout.content``); empty before it is made."""
-        self._registry: Registry | None = None
+        self._listener: AgentListener | None = None
         self._thread: BackgroundThread | None = None
         self._is_shut_down = False
         self._ending = threading.Lock()             # one shutdown at a time, each of them bounded
@@ -115,15 +103,13 @@ class TransferEngine(GraphRunner):
 
     # ---- life -------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Listen for ranks, and return.
+    def start(self, listen: Listen) -> None:
+        """Start the background thread, and return.
 
         Raises
         ------
-        RegistrationError
-            The socket cannot be had.
         TransferError
-            This engine was started before.
+            This engine was started before. An exception of ``listen`` is passed on; nothing was started then.
         """
         with self._lock:
             if self._watch is not None or self._closing:
@@ -135,52 +121,38 @@ class TransferEngine(GraphRunner):
                 self._membership = Membership(
                     watch, self._device, self._scheduler, self._locked, self._joined, self._left
                 )
-                registry = Registry(
-                    watch, self._config.gpu_register_port, self._clients, self._ranks, self._make_pool,
-                    self._config.handshake_timeout_s, self._config.ring_bytes, self._membership.add, self._on_control,
-                    self._on_gds,
-                )
-                undo.callback(registry.close)
+                listener = listen(watch, self._membership.add)
+                undo.callback(listener.close)
                 for executor in self._watched:
                     self._watch_executor(watch, executor)
                 thread = BackgroundThread("flexkv-transfer", self._turn, self._is_over, self._take_out_of_service)
-                self._watch, self._registry, self._thread = watch, registry, thread
+                self._watch, self._listener, self._thread = watch, listener, thread
                 self._unwatch = watch.remove
                 undo.callback(self._forget_start)
                 thread.start()
                 undo.pop_all()
 
     def _forget_start(self) -> None:
-        self._watch = self._registry = self._thread = None
+        self._watch = self._listener = self._thread = None
 
     def _watch_executor(self, watch: Watch, executor: Executor) -> None:
         """Wake up when the executor has results; ``_take_results`` takes them in at every turn."""
         watch.add(executor.event_fd, lambda: None, lambda error: None)
 
     @property
-    def is_ready(self) -> bool:
-        """Every rank is registered and has pinned the usable slots, and the host pool exists."""
-        registry = self._registry
-        return (
-            registry is not None and self.in_service and not self._closing and registry.complete
-            and self._growth.complete
-        )
+    def is_running(self) -> bool:
+        """Whether the engine was started and not shut down."""
+        return self._listener is not None and not self._closing
 
-    def describe_ranks(self) -> str:
-        """How many ranks are connected, in words; empty before ``start`` and after ``shutdown``."""
-        return "" if self._registry is None or self._closing else self._registry.describe()
+    @property
+    def agents_caught_up(self) -> bool:
+        """Whether every connected agent has pinned the usable slots."""
+        return self._growth.complete
 
     @property
     def num_pages(self) -> int | None:
         """Pages of the rank that has the fewest; None: no rank is connected."""
         return min((link.hello.num_pages for link in list(self._device.links)), default=None)
-
-    @property
-    def host_pool(self) -> HostPool:
-        """The host tier, once the first client's ranks have registered."""
-        if self._pool is None:
-            raise TransferError("no rank has registered yet, so there is no host pool")
-        return self._pool
 
     def shutdown(self) -> None:
         """Cancel everything, hang up on the agents, give the memory back. Bounded.
@@ -204,8 +176,8 @@ class TransferEngine(GraphRunner):
                     "log for a disk or a GPU that hangs, and end this process"
                 )
         with ExitStack() as steps:               # last in, first out; each is called, whatever the others raise
-            if self._pool is not None:
-                steps.callback(self._pool.close)
+            if self._listener is not None:
+                steps.callback(self._listener.free)
             for executor in set(self._executors.values()):
                 steps.callback(self._close_executor, executor)
             steps.callback(self._fire)
@@ -235,8 +207,8 @@ class TransferEngine(GraphRunner):
             self._is_shut_down = True
             if self._membership is not None:
                 self._membership.close()
-            if self._registry is not None:
-                self._registry.close()
+            if self._listener is not None:
+                self._listener.close()
             if self._watch is not None:
                 self._watch.close()
 
@@ -263,25 +235,17 @@ class TransferEngine(GraphRunner):
             if not self._closing and self._watch is not None:
                 self._watch.wake()
 
-    def _make_pool(self, layout: SlotLayout) -> HostPool:
-        slot_bytes = layout.slot_bytes
-        num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
-        pool = HostPool(slot_bytes, num_slots, self._hugepage_bytes)
-        self._pool, self.content = pool, layout.content
-        try:
-            pool.populate(self._growth.populated)
-        except BaseException:
-            self._pool, self.content = None, b""
-            pool.close()
-            raise
-        return pool
+    def populated(self, num_slots: int, last: bool) -> None:
+        """Record that the first ``num_slots`` slots are populated; ``last``: the pool does not grow further. Any thread
+        may call it."""
+        self._growth.populated(num_slots, last)
 
     def _joined(self, link: AgentLink) -> None:
         self._growth.joined()
 
     def _left(self, link: AgentLink) -> None:
-        if self._registry is not None:
-            self._registry.lost(link.hello)
+        if self._listener is not None:
+            self._listener.lost(link.hello)
 
     # ---- the background thread --------------------------------------------------------------------------------
 
@@ -303,12 +267,9 @@ class TransferEngine(GraphRunner):
             raise first_error
 
     def _handle_events(self) -> None:
-        assert self._registry is not None and self._watch is not None  # narrowing: start() has made them
-        deadline = self._registry.next_deadline()
-        until = self._scheduler.tick_s if deadline is None else deadline - time.monotonic()
+        assert self._watch is not None  # narrowing: start() has made it
         pause, self._pause_s = self._pause_s, self._scheduler.tick_s
-        self._watch.turn(min(pause, until))
-        self._registry.drop_silent()
+        self._watch.turn(min(pause, self._scheduler.tick_s))
 
     def _resend(self) -> None:
         """Send messages that found a ring full, soon and again until they are sent."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.controller.registry import Registry
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError
 from flexkv.kvmanager import KVManager
@@ -20,7 +21,6 @@ from flexkv.protocol.ring import OpKind
 from flexkv.rank.tp_client import KVTPClient
 from flexkv.storage.host_pool import HostPool
 from flexkv.transfer.graph import OpStatus, TransferGraph, TransferOp
-from flexkv.transfer.registry import Registry
 from tests.support.harness import (
     LAYERS,
     TOKENS,

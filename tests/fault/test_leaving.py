@@ -19,6 +19,7 @@ import pytest
 
 from flexkv._core.device.agent import DeviceAgent
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.controller.listener import Listener
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError, TransferError
 from flexkv.kvmanager import KVManager
@@ -189,7 +190,7 @@ def test_a_store_that_cannot_be_closed_keeps_nothing_else_open(tmp_path: Path) -
             manager.shutdown()
         assert controller_of(manager).metrics.port is None
         assert not (tmp_path / "s").exists()
-        assert controller_of(manager)._transfer.host_pool.fd == -1
+        assert controller_of(manager)._listener.host_pool.fd == -1
         manager.shutdown()
         assert stubborn.tries == 2
         manager.shutdown()
@@ -206,11 +207,9 @@ def test_a_thread_that_is_stuck_does_not_hold_up_a_shutdown(tmp_path: Path, monk
         release.wait(20)
         return 1.0
 
-    engine = TransferEngine(
-        TransferConfig(gpu_register_port=str(tmp_path / "s"), handshake_timeout_s=0.2), host_bytes=1 << 20,
-        on_capacity=lambda slots: None, housekeeping=housekeeping,
-    )
-    engine.start()
+    config = TransferConfig(gpu_register_port=str(tmp_path / "s"), handshake_timeout_s=0.2)
+    engine = TransferEngine(config, on_capacity=lambda slots: None, housekeeping=housekeeping)
+    Listener(config, engine, host_bytes=1 << 20).start()
     assert stuck.wait(5.0)
     start = time.monotonic()
     with pytest.raises(TransferError, match="does not end"):

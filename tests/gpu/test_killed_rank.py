@@ -57,7 +57,7 @@ def test_no_copy_writes_slots_that_came_back(tmp_path: Path) -> None:
             until(lambda: not space_of(manager).tasks.unsettled(), 20.0)
             manager.reset()
             assert manager.stats()["free_slots"] == SLOTS
-            memory = np.frombuffer(controller_of(manager)._transfer.host_pool.memory, dtype=np.uint8)[:: 1 << 16]
+            memory = np.frombuffer(controller_of(manager)._listener.host_pool.memory, dtype=np.uint8)[:: 1 << 16]
             memory[:] = 0xEE
             until_s = time.monotonic() + 1.0
             while time.monotonic() < until_s:

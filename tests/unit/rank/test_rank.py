@@ -8,8 +8,11 @@ import pytest
 
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import ArgumentError
+from flexkv.kvmanager import KVManager
 from flexkv.rank.tp_client import KVTPClient
-from tests.support.harness import LAYERS, Tensors, local, make_manager, tokens_of, wait_ready
+from flexkv.transfer.executors.agent_link import AgentLink
+from flexkv.transfer.membership import Membership
+from tests.support.harness import LAYERS, Tensors, local, make_manager, tokens_of, until, wait_ready
 
 
 @pytest.mark.parametrize("fence", [2**64, 2**63, -1, 1.5, "3", True])
@@ -60,3 +63,24 @@ def test_a_rank_that_registers_again_is_not_lost_meanwhile(tmp_path: Path) -> No
         manager.shutdown()
         assert client.wait_results(10)
         assert client.is_lost
+
+
+def test_a_controller_is_not_ready_before_a_returning_rank_can_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even for the moment between the rank's registration and the data plane's knowledge of it."""
+    managers: list[KVManager] = []
+    seen, add = [], Membership.add
+
+    def watched(self: Membership, link: AgentLink) -> None:
+        seen.extend(manager.is_ready() for manager in managers)
+        add(self, link)
+
+    monkeypatch.setattr(Membership, "add", watched)
+    with local(tmp_path) as (manager, client, tensors):
+        managers.append(manager)
+        client.suspend_gpu_mappings()
+        until(lambda: not manager.is_ready())
+        client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+        wait_ready(manager)
+        assert seen == [False]

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from flexkv.config import TransferConfig
+from flexkv.controller.listener import Listener
 from flexkv.errors import InvariantError
 from flexkv.protocol.ring import OpKind
 from flexkv.transfer.engine import TransferEngine
@@ -63,13 +64,11 @@ class Pipeline:
 @pytest.fixture
 def pipeline(tmp_path: Path) -> Iterator[Pipeline]:
     legs = Leg(OpKind.D2H), Leg(OpKind.H2D)
-    engine = TransferEngine(
-        TransferConfig(gpu_register_port=str(tmp_path / "s"), op_timeout_s=0.3), host_bytes=1 << 20,
-        on_capacity=lambda slots: None, executors=legs,
-    )
+    config = TransferConfig(gpu_register_port=str(tmp_path / "s"), op_timeout_s=0.3)
+    engine = TransferEngine(config, on_capacity=lambda slots: None, executors=legs)
     for leg in legs:
         engine._executors.update(dict.fromkeys(leg.kinds, leg))
-    engine.start()
+    Listener(config, engine, host_bytes=1 << 20).start()
     yield Pipeline(engine, *legs)
     for leg in legs:
         rest = [i for i in leg.given if leg._op is not None and not leg._op.resolved[i]]

@@ -23,7 +23,7 @@ from flexkv.transfer.executors.agent_link import AgentLink
 from flexkv.transfer.repeated_log import RepeatedLog
 from flexkv.transfer.watch import Watch
 
-logger = logging.getLogger("flexkv.transfer")
+logger = logging.getLogger("flexkv.controller")
 
 RankId = tuple[int, int, int]
 """dp_client_id, pp_rank, rank."""
@@ -94,6 +94,7 @@ class Registry:
         self._on_control = on_control
         self._on_gds = on_gds
         self._silent: dict[int, tuple[socket.socket, float]] = {}       # by descriptor: until when
+        self._is_timed = False                                          # a timer for the silent ones is set
         self._waiting: dict[RankId, tuple[socket.socket, Hello]] = {}   # for the others
         self._connected: set[RankId] = set()
         self._index: dict[RankId, int] = {}                             # fixed with the layout
@@ -104,10 +105,6 @@ class Registry:
         self._listening = ListeningSocket(socket_path(port))
         self.listener = self._listening.socket
         watch.add(self.listener.fileno(), self.accept, lambda error: watch.pause(self.listener.fileno(), _PAUSE_S))
-
-    def next_deadline(self) -> float | None:
-        """When a connection will have been silent for too long (``time.monotonic``)."""
-        return min((until for _, until in self._silent.values()), default=None)
 
     def accept(self) -> None:
         """Take new connections; their first message is awaited without blocking."""
@@ -139,6 +136,7 @@ class Registry:
         fd = connection.fileno()
         self._watch.add(fd, partial(self._read, connection), lambda error: self._drop(connection))
         self._silent[fd] = (connection, time.monotonic() + self._timeout_s)
+        self._set_timer()
 
     def _drop(self, connection: socket.socket) -> None:
         """Close a connection that is no agent's. May be repeated."""
@@ -188,13 +186,22 @@ class Registry:
         with suppress(BlockingIOError):              # it fits a socket's buffer, unless the user has filled that
             connection.send(reply)
 
-    def drop_silent(self) -> None:
+    def _set_timer(self) -> None:
+        """Have the connection that was accepted first dropped in time."""
+        if self._silent and not self._is_timed:
+            until = min(until for _, until in self._silent.values())
+            self._is_timed = True
+            self._watch.after(until - time.monotonic(), self._drop_silent)
+
+    def _drop_silent(self) -> None:
         """Close connections that have said nothing in time."""
+        self._is_timed = False
         now = time.monotonic()
         for connection, until in list(self._silent.values()):
             if until <= now:
                 self._log.write(logging.WARNING, f"a connection said nothing for {self._timeout_s:g} s; dropped")
                 self._drop(connection)
+        self._set_timer()
 
     def _refuse(self, connection: socket.socket, reason: str) -> None:
         self._last_refusal = reason
@@ -272,14 +279,13 @@ class Registry:
         else:
             del self._waiting[rank_id]
             self._watch.remove(connection.fileno())
-            self._connected.add(rank_id)
             logger.info("rank %s registered: %d pages, %d bytes a block", rank_id, hello.num_pages, hello.segment_bytes)
             try:
                 self._on_link(link)
             except BaseException:
-                self._connected.discard(rank_id)
                 link.close()
                 raise
+            self._connected.add(rank_id)         # now that the data plane waits until the rank has pinned its memory
             self._give_gds(gds)
 
     def _give_gds(self, end: GdsEnd | None) -> None:
@@ -294,7 +300,8 @@ class Registry:
     def _make_link(self, rank_id: RankId) -> tuple[AgentLink, GdsEnd | None]:
         """A link to a rank that has got its WELCOME, and the controller's end of its socket of GPUDirect Storage."""
         connection, hello = self._waiting[rank_id]
-        assert self._layout is not None and self._pool is not None  # narrowing; _admit has made sure
+        assert self._layout is not None  # narrowing; _admit has made sure
+        assert self._pool is not None
         index = self._index[rank_id]
         rings = ControllerRings(self._ring_bytes)
         gds: tuple[socket.socket, ...] = ()
@@ -345,5 +352,3 @@ class Registry:
         self._listening.close()
         for connection, _ in [*self._silent.values(), *self._waiting.values()]:
             self._drop(connection)
-
-
