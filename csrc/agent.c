@@ -678,11 +678,11 @@ struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent)
     return outcome;
 }
 
-static struct timespec after(int timeout_ms)
+static struct timespec after(clockid_t clock, int timeout_ms)
 {
     struct timespec until;
 
-    clock_gettime(CLOCK_MONOTONIC, &until);
+    clock_gettime(clock, &until);
     until.tv_sec += timeout_ms / 1000;
     until.tv_nsec += (timeout_ms % 1000) * 1000000L;
     if (until.tv_nsec >= 1000000000L) {
@@ -694,7 +694,7 @@ static struct timespec after(int timeout_ms)
 
 int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms)
 {
-    struct timespec until = after(timeout_ms);
+    struct timespec until = after(CLOCK_MONOTONIC, timeout_ms);
     int rc = 0, ready;
 
     pthread_mutex_lock(&agent->lock);
@@ -712,7 +712,7 @@ static int span_started(const struct flexkv_agent *agent, uint64_t task_id, uint
 
 int flexkv_agent_wait_span(struct flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms)
 {
-    struct timespec until = after(timeout_ms);
+    struct timespec until = after(CLOCK_MONOTONIC, timeout_ms);
     int rc = 0, started;
 
     pthread_mutex_lock(&agent->lock);
@@ -737,22 +737,23 @@ int flexkv_agent_status(struct flexkv_agent *agent)
 
 int flexkv_agent_stop(struct flexkv_agent *agent)
 {
-    struct timespec until = after((int)agent->options.rest_timeout_ms + JOIN_MS);
+    struct timespec until = after(CLOCK_MONOTONIC, (int)agent->options.rest_timeout_ms + JOIN_MS);
     int rc = 0;
 
     atomic_store(&agent->stop, 1);
     eventfd_write(agent->wake_fd, 1);
-    /* the status is the last thing that the thread writes. Not pthread_clockjoin_np: ThreadSanitizer does not know it. */
+    /* The status is the last thing that the thread writes. ThreadSanitizer does not know pthread_clockjoin_np, which
+     * could wait for the end alone. */
     pthread_mutex_lock(&agent->lock);
     while (!atomic_load(&agent->status) && rc != ETIMEDOUT)
         rc = pthread_cond_timedwait(&agent->changed, &agent->lock, &until);
     pthread_mutex_unlock(&agent->lock);
-    if (!atomic_load(&agent->status)) {
+    until = after(CLOCK_REALTIME, JOIN_MS);
+    if (!atomic_load(&agent->status) || pthread_timedjoin_np(agent->thread, NULL, &until)) {
         shutdown(agent->options.socket_fd, SHUT_RDWR);        /* the controller learns of it now */
         pthread_detach(agent->thread);
         return -ETIMEDOUT;
     }
-    pthread_join(agent->thread, NULL);
     if (!atomic_load(&agent->at_rest))
         return -ETIMEDOUT;
     free_agent(agent);
