@@ -120,7 +120,7 @@ class KVTask:
 
     @property
     def _is_lost(self) -> bool:
-        """A rank ended, or was cut off, while it moved blocks of the task."""
+        """A rank ended, or was disconnected, while it moved blocks of the task."""
         return self.graph is not None and any(op.is_lost for op in self.graph.ops)
 
     def empty_outcome(self) -> tuple[KVResponseStatus, NDArray[np.bool_], str]:
