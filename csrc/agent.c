@@ -28,7 +28,7 @@ struct op {
     uint32_t done;                /* blocks that have a result */
     uint32_t span;                /* that `started` and windows to come are of */
     int cancelled;                /* or failed: no more of it starts */
-    int failed;                   /* a window was not moved: what ends after it is not good either */
+    int failed;                   /* a window was not moved: blocks that end after it fail too */
     int32_t *slots;
     int32_t *pages;
     uint8_t *ok;
@@ -58,10 +58,10 @@ struct flexkv_agent {
     uint64_t reached[FLEXKV_H2D + 1];        /* fences of compute that is done, as reported */
     uint64_t fences_read_ns;
     int fences_behind;            /* compute of a fence is not known to be done */
-    int layers_lost;              /* a load with a counter is not whole: no layer is told of any more */
+    int layers_lost;              /* a load with a counter is incomplete: layers are not signalled any more */
     uint8_t *buffer;              /* for a record */
     uint64_t buffer_size;
-    pthread_mutex_t lock;         /* for what follows */
+    pthread_mutex_t lock;         /* for the fields below */
     pthread_cond_t changed;
     uint64_t layerwise_task;      /* the last that something was started of */
     uint32_t layerwise_spans;     /* spans of it of which everything was, counted from the first */
@@ -153,7 +153,7 @@ static int hung_up(struct flexkv_agent *agent)
     return poll(&fd, 1, 0) > 0 ? -EPIPE : 0;
 }
 
-/* Tell the controller of blocks [first, op->done). */
+/* Report blocks [first, op->done) to the controller. */
 static int report(struct flexkv_agent *agent, const struct op *op, uint32_t first, int last)
 {
     struct flexkv_msg_result result = { op->msg.op_id, first, op->done - first, (uint32_t)last, 0 };
@@ -191,7 +191,7 @@ static void lose_layers(struct flexkv_agent *agent, const struct op *op)
     pthread_mutex_unlock(&agent->lock);
 }
 
-/* Tell who waits that spans of a layerwise load were started, up to `span`. */
+/* Notify waiting threads that the spans of a layerwise load were started, up to `span`. */
 static void note_span(struct flexkv_agent *agent, const struct op *op, uint32_t span)
 {
     if ((op->msg.flags & (FLEXKV_OP_LAYERWISE | FLEXKV_OP_MORE)) != FLEXKV_OP_LAYERWISE)
@@ -226,7 +226,7 @@ static void end_span(struct flexkv_agent *agent, struct op *op)
     }
 }
 
-/* Blocks of a span have arrived: tell who waits for its layers if these are all, and fail if he cannot be told. */
+/* Blocks of a span have arrived: if these are all, signal its layers; fail the load if that is impossible. */
 static void signal_span(struct flexkv_agent *agent, struct op *op, uint32_t span, int all)
 {
     const struct flexkv_signals *signals = &agent->signals;
@@ -253,7 +253,7 @@ static int finish(struct flexkv_agent *agent, struct op *op, uint32_t first)
     note_span(agent, op, last_span(agent, op));
     op->done = op->msg.count;
     unlink_op(agent, op);
-    keep_outcome(agent, op);      /* before the controller knows: who asks after its answer finds it */
+    keep_outcome(agent, op);      /* before the controller's answer, so that the outcome is there when the answer is */
     rc = report(agent, op, first, 1);
     free(op);
     return rc;
@@ -287,8 +287,8 @@ static int accept_op(struct flexkv_agent *agent, uint64_t size)
     return 0;
 }
 
-/* A load that tells of its layers is finished rather than cancelled, once it may start: the layers of a load that ends
- * half-way could never be told of, nor those of all loads after it. */
+/* A load that signals its layers is finished rather than cancelled, once it may start: if it ended half-way, its layers
+ * could never be signalled, nor those of later loads. */
 static int is_finished_instead(struct flexkv_agent *agent, const struct op *op)
 {
     return op->msg.counter && !op->cancelled && op->msg.fence <= atomic_load(&agent->load_fence);
@@ -391,7 +391,7 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
         return taken < 0;
     }
     if (op->span == last_span(agent, op))
-        memset(op->ok + op->started, 1, (uint32_t)taken);     /* told to nobody before they have arrived */
+        memset(op->ok + op->started, 1, (uint32_t)taken);     /* reported only when they have arrived */
     op->started += (uint32_t)taken;
     *window = (struct window){ NULL, op, op->started, op->span };
     for (end = &agent->windows[kind]; *end; end = &(*end)->next)
@@ -438,7 +438,7 @@ static int all_started(const struct flexkv_agent *agent, const struct op *op)
 }
 
 /* Finish ops that have nothing under way and nothing left to start: 1 if there was one, or negative errno. Layerwise
- * ones in their order: who has waited for one has those before it. */
+ * ones in their order: when one has ended, those before it have ended. */
 static int finish_idle(struct flexkv_agent *agent)
 {
     int behind = 0, layerwise;
@@ -473,7 +473,7 @@ static int work(struct flexkv_agent *agent)
     return changed;
 }
 
-/* Whether somebody may wait for what is under way: for a small op, or for each layer. */
+/* Whether the engine may be waiting for an op under way: a small one, or one that signals each layer. */
 static int urgent(const struct flexkv_agent *agent)
 {
     for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
@@ -564,7 +564,7 @@ static void *run(void *argument)
         rc = rc ? 0 : sleep_until_news(agent);
     }
     atomic_store(&agent->at_rest, !come_to_rest(agent));
-    /* what was given and not finished has failed, and its owner must learn of it */
+    /* unfinished ops have failed, and their outcomes must be kept for the owner */
     while ((op = agent->ops)) {
         memset(op->ok, 0, op->msg.count);
         agent->ops = op->next;

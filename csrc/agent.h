@@ -1,7 +1,7 @@
 /* Device agent: a thread in the process that owns the engine's pages. It alone copies between pages and host slots.
  *
  * It takes ops from one ring and answers on another; it ends when the socket to the controller hangs up, when a ring
- * is corrupt, or when it is told to. Whatever ends it, every op that it was given has a result in its own process. */
+ * is corrupt, or when it is stopped. In each of these cases, every op that it took has a result in its own process. */
 #ifndef FLEXKV_AGENT_H
 #define FLEXKV_AGENT_H
 
@@ -35,7 +35,7 @@ struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count]
     uint32_t count;
     uint32_t op_blocks;           /* blocks of the whole op, of which this may be a part */
     uint32_t flags;               /* enum flexkv_op_flag */
-    uint32_t counter;             /* of a layerwise load: whose eventfds tell of its layers, from 1; 0: none */
+    uint32_t counter;             /* of a layerwise load: the row of eventfds that signal its layers, from 1; 0: none */
     uint32_t pad;
 };
 
@@ -68,7 +68,7 @@ struct flexkv_span {              /* as SPAN_DTYPE */
     uint64_t max_chunk;
 };
 
-struct flexkv_pages {             /* what a backend copies between */
+struct flexkv_pages {             /* the memory that a backend copies between */
     uint8_t *pool;
     uint64_t slot_bytes;
     uint64_t num_slots;
@@ -89,7 +89,7 @@ struct flexkv_backend {
      * for these. */
     int (*start)(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence, uint32_t span,
                  const int32_t *slots, const int32_t *pages, uint32_t count);
-    /* Loads of the span that were started until now are what flexkv_agent_wait_span has waited for. May be NULL. */
+    /* flexkv_agent_wait_span has waited for the loads of the span that were started until now. May be NULL. */
     int (*mark)(void *context, uint32_t span);
     /* The oldest window of the kind: 1 when it has arrived, 0 when under way, negative errno when it has failed; it is
      * over when not 0, and nothing of it touches slots or pages any more. */
@@ -111,7 +111,7 @@ struct flexkv_agent_options {
     int submission_event_fd;
     int completion_event_fd;
     int socket_fd;                /* watched for hang-up; says farewell */
-    int keep_outcomes;            /* for flexkv_agent_take; else nobody asks */
+    int keep_outcomes;            /* for flexkv_agent_take; 0: it is not called */
     uint32_t rest_timeout_ms;     /* for windows that are under way when the agent ends */
 };
 
@@ -125,7 +125,7 @@ struct flexkv_outcome {           /* of an op, for the process that owns the pag
     const uint8_t *ok;
 };
 
-struct flexkv_signals {           /* how layers of a load are told of */
+struct flexkv_signals {           /* how the layers of a load are signalled */
     const int *fds;               /* eventfds, [counter][layer] */
     const uint32_t *span_of;      /* by layer: the span with its last byte */
     uint32_t num_counters;
@@ -157,7 +157,7 @@ int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms);
 int flexkv_agent_wait_span(struct flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms);
 
 /* From now on a load with a counter adds 1 to a layer's eventfd when the layer is in its pages. Once a block of such a load
- * is lost no layer is told of, of this load and of all after it: whoever waits may wait for the last of several. Arrays
+ * is lost, no layer of this load and of later ones is signalled, because a thread may wait for the last of several. Arrays
  * and eventfds stay the caller's, and must stay until this is called again or flexkv_agent_stop. */
 void flexkv_agent_set_signals(struct flexkv_agent *agent, const struct flexkv_signals *signals);
 

@@ -19,7 +19,7 @@
 
 struct lane {                     /* one direction */
     cu_stream kernel, copy;
-    cu_event fences[NUM_FENCES];  /* what the engine had given its stream when it advanced to fence_of[i] */
+    cu_event fences[NUM_FENCES];  /* the state of the engine's stream when it advanced to fence_of[i] */
     _Atomic uint64_t fence_of[NUM_FENCES];
     _Atomic uint64_t num_fences;
     cu_event filled[NUM_BUFFERS]; /* H2D: bytes are in the buffer; D2H: the pages are gathered */
@@ -67,7 +67,7 @@ static int wait_fence(struct flexkv_cuda_copy *copy, struct lane *lane, uint64_t
     return number && TRY(cuStreamWaitEvent, stream, lane->fences[(number - back) % NUM_FENCES], 0);
 }
 
-/* What a window moves. */
+/* The copies of a window. */
 struct job {
     enum flexkv_kind kind;
     uint64_t fence;
@@ -77,7 +77,7 @@ struct job {
     int pinned;
 };
 
-/* Of blocks in a staging buffer. */
+/* Distance of two blocks in a staging buffer, in bytes. */
 static uint64_t stride_of(const struct flexkv_span *span)
 {
     return (span->bytes + 15) / 16 * 16;
@@ -88,7 +88,7 @@ static uint64_t pool_address(const struct flexkv_cuda_copy *copy, int32_t slot)
     return (uint64_t)copy->at->pool + (uint64_t)slot * copy->at->slot_bytes + copy->at->segment_offset;
 }
 
-/* Move between the pages and what begins at `far` with the start of a slot, so far as the span goes. */
+/* Move the span between the pages and the slots that begin at `far`. */
 static int launch(struct flexkv_cuda_copy *copy, const struct job *job, cu_ptr far, uint64_t far_stride, int direct)
 {
     struct flexkv_move move = {

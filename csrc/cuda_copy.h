@@ -30,8 +30,8 @@ int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated,
 /* Slots that are pinned, the first of the pool; *more: others will be. */
 uint64_t flexkv_cuda_copy_registered(const struct flexkv_cuda_copy *copy, int *more);
 
-/* Ops of `kind` with a fence of at most `fence` wait for what `stream` was given until now. Before the agent is told
- * that it has advanced so far; fences only grow. */
+/* Ops of `kind` with a fence of at most `fence` wait for the work that `stream` holds now. Must be called before the
+ * agent advances to `fence`; fences only grow. */
 cu_result flexkv_cuda_copy_fence(struct flexkv_cuda_copy *copy, enum flexkv_kind kind, uint64_t fence, cu_stream stream);
 
 /* The stream waits for loads of the span that flexkv_agent_wait_span has waited for. */

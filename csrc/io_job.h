@@ -23,14 +23,14 @@ struct pieces {
 
 /* An I/O and its pieces, in the order of the file. */
 struct job {
-    struct flexkv_io io;          /* of what has not been moved; first, so that one is the other */
+    struct flexkv_io io;          /* of the bytes not moved yet; the first member, so that the addresses are equal */
     struct job *next, **at;       /* in a list of jobs */
     struct pieces pieces;
     uint32_t num_pieces;
     uint64_t offset;              /* of the first piece */
     uint64_t covered;             /* bytes from there on that have been moved */
     uint64_t deadline_ns;
-    int64_t error;                /* of what is not covered */
+    int64_t error;                /* of the bytes that are not covered */
     int is_stuck;
     struct iovec vectors[];
 };

@@ -1,4 +1,4 @@
-/* How I/Os get to the kernel and back: io_uring, or threads. What is common to both is in the queue. */
+/* How I/Os get to the kernel and back: io_uring, or threads. The queue has the parts common to both. */
 #ifndef FLEXKV_IO_METHOD_H
 #define FLEXKV_IO_METHOD_H
 
@@ -23,14 +23,14 @@ struct flexkv_io_method {
     int (*open)(void **context, const struct flexkv_io_options *options);
     /* Begin an I/O. 0, and it comes back from `ended`; or negative errno, and it does not. */
     int (*start)(void *context, struct flexkv_io *io);
-    /* Hand over to the kernel what was started, then sleep until an I/O has ended, somebody has called `wake`, or so many
-     * nanoseconds have passed (negative: without limit; 0: do not sleep). May return early. */
+    /* Submit the started I/Os to the kernel, then sleep until an I/O has ended, `wake` was called, or the timeout has
+     * passed (negative: without limit; 0: do not sleep). May return early. */
     void (*wait)(void *context, int64_t timeout_ns);
     /* An I/O that has ended, or NULL: then `wait` sleeps until there is one. Its memory is not touched any more. */
     struct flexkv_io *(*ended)(void *context);
     /* From any thread, under the queue's lock: must not call the queue. */
     void (*wake)(void *context);
-    /* Try to have an I/O end early; its end is told by `ended` all the same. May be NULL. */
+    /* Try to end an I/O early; `ended` returns it in any case. May be NULL. */
     void (*cancel)(void *context, struct flexkv_io *io);
     /* Register the next part of memory that ends at most at `upto`. Bytes registered in all, or negative errno. May be
      * NULL. */

@@ -17,7 +17,7 @@
 #define MAX_PIECE_BYTES (1u << 30)    /* the kernel moves less than 2 GiB in one I/O */
 #define HASHED_BYTES (256u << 10) /* checksums taken between two looks at the method: 20 us */
 #define AHEAD 8u                  /* writes of a file with a checksum that wait for their turn */
-#define AGAIN_NS 1000000          /* until what the kernel could not take is tried again */
+#define AGAIN_NS 1000000          /* until an I/O that the kernel could not take is tried again */
 #define ALIGNMENT 4096u           /* O_DIRECT goes on from there after a short I/O */
 
 struct file {
@@ -44,15 +44,15 @@ struct flexkv_io_queue {
     /* of the thread alone */
     struct jobs under_way;        /* the method has them */
     struct jobs again;            /* the method could not take them; they count as under way */
-    struct jobs stuck;            /* the method has them, their pieces have been told to have timed out */
+    struct jobs stuck;            /* the method has them; their pieces were reported as timed out */
     struct jobs to_hash[2];       /* of each kind: reads that have ended, writes that have not begun */
     uint64_t num_under_way;
     uint64_t deadline_ns;         /* no job under way has an earlier one; 0: none is */
     uint64_t again_ns;            /* when to try again */
-    uint64_t close_ns;            /* when to stop waiting for what is stuck; 0: not closing */
+    uint64_t close_ns;            /* when to stop waiting for stuck jobs; 0: not closing */
     uint64_t refused_bytes;       /* no more of this much can be registered */
 
-    pthread_mutex_t lock;         /* for what follows */
+    pthread_mutex_t lock;         /* for the fields below */
     pthread_cond_t opened;
     int state;                    /* 1: not open yet, 0: open, or negative errno */
     int asleep;
@@ -79,7 +79,7 @@ static uint64_t now_ns(void)
 }
 
 /* The piece has a result. */
-static void tell(struct flexkv_io_queue *queue, const struct piece *piece, int64_t result)
+static void report(struct flexkv_io_queue *queue, const struct piece *piece, int64_t result)
 {
     pthread_mutex_lock(&queue->lock);
     queue->results[queue->num_results++] = (struct result){ piece->tag, piece->checksum, result };
@@ -94,7 +94,7 @@ static void tell_all(struct flexkv_io_queue *queue, struct pieces *pieces, int64
     struct piece *piece;
 
     while ((piece = pop_piece(pieces))) {
-        tell(queue, piece, result);
+        report(queue, piece, result);
         free(piece);
     }
 }
@@ -104,8 +104,8 @@ static uint64_t hash(const struct flexkv_io_queue *queue, const struct piece *pi
     return XXH3_64bits(queue->options.memory + piece->memory_offset, piece->size);
 }
 
-/* Tell the results of a job that the method has given back, or never had. Of neighbours of which one cannot be moved, each
- * is tried alone: one bad sector is not an error of all. */
+/* Report the results of a job that the method has returned or refused. If a merged I/O of several pieces failed, each
+ * piece is tried alone. */
 static void conclude(struct flexkv_io_queue *queue, struct job *job)
 {
     struct pieces *waiting = &queue->files[job->io.file].waiting[job->io.kind], retried;
@@ -123,7 +123,7 @@ static void conclude(struct flexkv_io_queue *queue, struct job *job)
         }
         if (covered && job->io.kind == FLEXKV_IO_READ)
             piece->checksum = hash(queue, piece);
-        tell(queue, piece, covered ? 0 : job->error);
+        report(queue, piece, covered ? 0 : job->error);
         free(piece);
     }
     if (retried.first) {
@@ -213,7 +213,7 @@ static void take_back(struct flexkv_io_queue *queue, struct job *job, uint64_t n
     start(queue, job, now);
 }
 
-/* The kernel has given back what had timed out long ago. */
+/* The kernel has returned a job that had timed out. */
 static void release(struct flexkv_io_queue *queue, struct job *job)
 {
     struct piece *piece;
@@ -243,7 +243,7 @@ static void give_up(struct flexkv_io_queue *queue, struct job *job)
     queue->num_busy += job->num_pieces;
     pthread_mutex_unlock(&queue->lock);
     for (struct piece *piece = job->pieces.first; piece; piece = piece->next)
-        tell(queue, piece, -ETIMEDOUT);
+        report(queue, piece, -ETIMEDOUT);
     if (queue->method->cancel)
         queue->method->cancel(queue->context, &job->io);
 }
@@ -270,7 +270,7 @@ static void expire(struct flexkv_io_queue *queue, uint64_t now)
         }
 }
 
-/* End what waits for a file with an error. */
+/* End the jobs that wait for a file with an error. */
 static void refuse(struct flexkv_io_queue *queue, struct file *file, int64_t error)
 {
     struct job *job;
@@ -284,7 +284,7 @@ static void refuse(struct flexkv_io_queue *queue, struct file *file, int64_t err
     tell_all(queue, &file->waiting[FLEXKV_IO_WRITE], error);
 }
 
-/* A job of what waits first, or NULL if nothing does. */
+/* A job of the pieces that wait first, or NULL if none waits. */
 static struct job *form(struct flexkv_io_queue *queue, struct pieces *waiting)
 {
     struct job *job = NULL;
@@ -292,7 +292,7 @@ static struct job *form(struct flexkv_io_queue *queue, struct pieces *waiting)
     while (waiting->first && !(job = flexkv_io_form(waiting, queue->options.memory))) {
         struct piece *piece = pop_piece(waiting);
 
-        tell(queue, piece, -ENOMEM);
+        report(queue, piece, -ENOMEM);
         free(piece);
     }
     return job;
@@ -337,8 +337,8 @@ static int must_hash(const struct flexkv_io_queue *queue)
     return queue->to_hash[FLEXKV_IO_READ].first || queue->to_hash[FLEXKV_IO_WRITE].first;
 }
 
-/* Take the checksums of some jobs, reads first: somebody waits for them. Several small ones, so that what can start after
- * that is handed over together. */
+/* Compute the checksums of some jobs, reads first, because a load waits for them. Several small jobs at a time, so that
+ * the I/Os that can start after that are submitted together. */
 static void hash_some(struct flexkv_io_queue *queue)
 {
     uint64_t bytes = 0;
@@ -372,7 +372,7 @@ static void cancel_waiting(struct flexkv_io_queue *queue, struct pieces *waiting
     clear_pieces(&kept);
     while ((piece = pop_piece(waiting))) {
         if (bsearch(&piece->tag, tags, count, sizeof(*tags), compare_tags)) {
-            tell(queue, piece, -ECANCELED);
+            report(queue, piece, -ECANCELED);
             free(piece);
         } else {
             append_piece(&kept, piece);
@@ -382,7 +382,7 @@ static void cancel_waiting(struct flexkv_io_queue *queue, struct pieces *waiting
         waiting->last = kept.last;
 }
 
-/* Take in what other threads ask for. */
+/* Take the requests of other threads. */
 static void accept_requests(struct flexkv_io_queue *queue, uint64_t now)
 {
     struct piece *piece, *next;
@@ -529,7 +529,7 @@ static int start_thread(struct flexkv_io_queue *queue)
     sigset_t all, before;
     int rc;
 
-    sigfillset(&all);             /* signals are for the threads of who uses this */
+    sigfillset(&all);             /* signals are for the threads of the process that uses this */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     rc = -pthread_create(&queue->thread, NULL, run, queue);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -586,7 +586,7 @@ int flexkv_io_queue_event_fd(const struct flexkv_io_queue *queue)
     return queue->event_fd;
 }
 
-/* Have the thread look, and let go of the lock: not before, for when it is told to close, it frees what `wake` uses. */
+/* Wake the thread, then release the lock: not before, because a thread that closes frees the memory that `wake` uses. */
 static void wake_and_unlock(struct flexkv_io_queue *queue)
 {
     if (queue->asleep)

@@ -1,4 +1,4 @@
-/* I/O queue: a thread that moves pieces between memory and files, and tells the XXH3-64 of each.
+/* I/O queue: a thread that moves pieces between memory and files, and reports the XXH3-64 of each.
  *
  * A piece is so many bytes that are in one place of a file and in one place of memory. Neighbours of one file become one
  * I/O. Each piece that was submitted has one result; whatever happens, none is lost. Pieces have no order among each
@@ -22,7 +22,7 @@ struct flexkv_io_options {
     const struct flexkv_io_method *method;
 };
 
-struct flexkv_io_pieces {         /* arrays of `count`, except for what all have in common */
+struct flexkv_io_pieces {         /* arrays of `count`; kind and size are common to all */
     uint64_t count;
     enum flexkv_io_kind kind;
     uint64_t size;
@@ -62,8 +62,8 @@ uint64_t flexkv_io_queue_take(struct flexkv_io_queue *queue, uint64_t max, uint6
 /* How many pieces have ended with -ETIMEDOUT while the kernel may still touch their memory; the tags of at most `max`. */
 uint64_t flexkv_io_queue_busy(struct flexkv_io_queue *queue, uint64_t max, uint64_t *tags);
 
-/* Wait for what is under way, no longer than the deadline, and free everything. How many pieces the kernel did not give
- * back: the memory of those must never be used again. */
+/* Wait for pieces under way, no longer than the deadline, and free everything. Returns the number of pieces that the
+ * kernel did not return: their memory must never be used again. */
 uint64_t flexkv_io_queue_close(struct flexkv_io_queue *queue);
 
 #endif

@@ -22,7 +22,7 @@ struct lane {                     /* a file */
 };
 
 struct crew {
-    pthread_mutex_t lock;         /* for what follows, and for the lanes */
+    pthread_mutex_t lock;         /* for the fields below, and for the lanes */
     pthread_cond_t news;          /* for the queue's thread */
     int woken;
     int over;
@@ -192,7 +192,7 @@ static void wake(void *context)
     pthread_mutex_unlock(&crew->lock);
 }
 
-/* Only what no thread has taken can be had back. */
+/* Only an I/O that no thread has taken can be cancelled. */
 static void cancel(void *context, struct flexkv_io *io)
 {
     struct crew *crew = context;

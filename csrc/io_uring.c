@@ -17,7 +17,7 @@
 #define PAUSE_NS 1000000          /* when the kernel takes nothing now */
 #define NEEDED (IORING_FEAT_NODROP | IORING_FEAT_SUBMIT_STABLE | IORING_FEAT_EXT_ARG)  /* Linux 5.11 */
 
-/* What a completion is of, besides I/Os. */
+/* User data of completions that are not of an I/O. */
 #define WAKE ((void *)1)
 #define NOTHING ((void *)2)
 
@@ -60,7 +60,7 @@ static void close_uring(void *context, uint64_t lost)
 {
     struct uring *uring = context;
 
-    (void)lost;                   /* the kernel holds on to what it needs */
+    (void)lost;                   /* the kernel keeps the memory that it needs */
     io_uring_queue_exit(&uring->ring);
     close(uring->wake_fd);
     free(uring->files);
@@ -166,7 +166,7 @@ static void wait_uring(void *context, int64_t timeout_ns)
     if (timeout_ns)
         rc = io_uring_submit_and_wait_timeout(&uring->ring, &cqe, 1, timeout_ns < 0 ? NULL : &timeout, NULL);
     else if (io_uring_sq_ready(&uring->ring))
-        rc = io_uring_submit_and_get_events(&uring->ring);    /* what has ended is there after the same system call */
+        rc = io_uring_submit_and_get_events(&uring->ring);    /* completions are there after the same system call */
     /* -EBUSY: completions must be taken first; any other refusal would come at once again */
     if (rc < 0 && rc != -ETIME && rc != -EINTR && rc != -EBUSY)
         nanosleep(&pause, NULL);

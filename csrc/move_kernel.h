@@ -23,7 +23,7 @@ struct flexkv_move {
 
 static inline cu_result flexkv_launch_move(const struct flexkv_cuda *api, const struct flexkv_move *move, cu_stream stream)
 {
-    enum { PIECE_BYTES = 32768, THREADS = 512 };              /* a work item of the kernel; what takes one */
+    enum { PIECE_BYTES = 32768, THREADS = 512 };              /* bytes of a work item of the kernel; threads that move one */
     struct { int32_t pages[FLEXKV_MOVE_BLOCKS], slots[FLEXKV_MOVE_BLOCKS]; } blocks;
     uint64_t piece_bytes = PIECE_BYTES, items;
     uint32_t pieces = (uint32_t)((move->max_chunk + PIECE_BYTES - 1) / PIECE_BYTES), grid;

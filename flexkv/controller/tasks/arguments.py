@@ -174,7 +174,7 @@ def mapping_of(slot_mapping: object) -> NDArray[Any]:
 def part_of_mapping(
     slot_mapping: ArrayLike, mask: NDArray[np.bool_], token_mask: ArrayLike | None
 ) -> NDArray[np.integer]:
-    """Of a slot mapping for all tokens, or for those in ``token_mask``, the part for those in ``mask``.
+    """Select the part for the tokens in ``mask`` from a slot mapping for all tokens, or for those in ``token_mask``.
 
     Raises
     ------

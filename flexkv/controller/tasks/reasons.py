@@ -23,5 +23,5 @@ def no_such_page(page: int, num_pages: int) -> str:
 
 
 def not_launched(seconds: float) -> str:
-    """Of a task that was matched and never launched."""
+    """Reason of a task that was matched and never launched."""
     return f"the task was not launched within {seconds:g} s; match again"
