@@ -1,4 +1,4 @@
-"""Where the data of an array is, whatever its dtype; sooner than by a typed memoryview of a view of bytes."""
+"""The data pointer of an array of any dtype; faster than a typed memoryview of a view of bytes."""
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 
 

@@ -45,7 +45,7 @@ cdef void *map_aligned(int fd, uint64_t num_bytes) noexcept nogil:
 
 
 cdef class SharedMapping:
-    """The first ``num_bytes`` bytes of ``fd``, mapped until the object goes. A buffer: ``memoryview`` takes it.
+    """The first ``num_bytes`` bytes of ``fd``, mapped until the object is freed. A buffer: ``memoryview`` takes it.
 
     Raises
     ------
@@ -89,7 +89,7 @@ cdef class SharedMapping:
         return errno if rc else 0
 
     def close(self):
-        """Unmap, unless a view is in use: then the last one unmaps when the object goes. Can be called again.
+        """Unmap, unless a view is in use: then the last one unmaps when the object is freed. Can be called again.
 
         Raises
         ------

@@ -81,7 +81,7 @@ def spans_of(regions, ranges):
 
 
 cdef int milliseconds(double seconds) noexcept:
-    """Of a time to wait: 0 for none, and as long as an int holds for longer ones."""
+    """Convert a time to wait to milliseconds: 0 for none, 2e9 for 2e6 seconds or more."""
     return <int>(seconds * 1000) if 0 < seconds < 2e6 else 2000000000 if seconds > 0 else 0
 
 
@@ -96,7 +96,7 @@ cdef class DeviceAgent:
     ----------
     regions : ndarray of REGION_DTYPE
     spans : ndarray of SPAN_DTYPE, optional
-        Of ``layer_spans``: what loads go by that are given layer by layer.
+        From ``layer_spans``, for layerwise loads.
     num_pages : int
     pool_fd, pool_bytes : int
         The host pool: a memfd, mapped whole.
@@ -106,7 +106,7 @@ cdef class DeviceAgent:
         A memfd with the two rings, of ``ring_bytes`` each.
     submission_event_fd, completion_event_fd, socket_fd : int
     keep_outcomes : bool
-        For ``take``; else nothing of them is kept.
+        Keep outcomes for ``take``; else they are dropped.
     device : Device, optional
         The GPU whose memory the regions are in; without it, this process's memory.
     move_function : int
@@ -250,7 +250,7 @@ cdef class DeviceAgent:
         return bool(more)
 
     def fence(self, uint64_t stream, bint load, uint64_t fence):
-        """Loads (else saves) with at most this fence wait for what the compute stream was given until now.
+        """Loads (else saves) with at most this fence wait for the work already queued on the compute stream.
 
         To be called before ``advance``.
 
@@ -281,8 +281,8 @@ cdef class DeviceAgent:
         return rc == 0
 
     def set_signals(self, list fds, span_of_layer):
-        """Loads with a counter tell of their layers from now on: 1 is added to a layer's eventfd when the layer is in
-        its pages. Once a block of such a load is lost, no layer is told of any more, and such loads fail.
+        """Enable per-layer signals of loads with a counter: 1 is added to a layer's eventfd when the layer is in
+        its pages. Once a block of such a load is lost, no further layer is signalled, and such loads fail.
 
         Parameters
         ----------
@@ -317,7 +317,7 @@ cdef class DeviceAgent:
         return None
 
     def advance(self, uint64_t load_fence, uint64_t save_fence):
-        """Let ops start whose fence is at most this; a fence never goes back."""
+        """Let ops start whose fence is at most this; a fence never decreases."""
         if self.agent != NULL:
             flexkv_agent_advance(self.agent, load_fence, save_fence)
 

@@ -30,7 +30,7 @@ cdef class Driver:
     Raises
     ------
     CudaUnavailableError
-        There is no driver, or it is older than CUDA 12.8 by more than what can be done without.
+        There is no usable driver, or it lacks a required function (CUDA 12.8 has all of them).
     """
 
     def __cinit__(self):
@@ -80,7 +80,7 @@ cdef class Driver:
         return self.devices[ordinal]
 
     def find_device(self, bytes uuid not None):
-        """The device with a UUID, under whatever ordinal this process has it; None if it does not have it."""
+        """Find the device with a UUID, at any ordinal of this process; None if the process does not see it."""
         cdef int ordinal, count = 0
         self.check(self.table.cuDeviceGetCount(&count), "cuDeviceGetCount")
         for ordinal in range(count):

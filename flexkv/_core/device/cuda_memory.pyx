@@ -48,9 +48,9 @@ def export_memory(Device device not None, uint64_t ptr):
         64 bytes of CUDA IPC for memory of ``cudaMalloc``, or a file descriptor, for the caller to close, for memory of
         ``cuMemCreate``.
     num_bytes : int
-        Of the allocation.
+        Size of the allocation.
     offset : int
-        Of ``ptr`` in it.
+        Position of ``ptr`` in the allocation.
 
     Raises
     ------
@@ -122,11 +122,11 @@ cdef class ImportedMemory:
     Parameters
     ----------
     device : Device
-        That has the memory.
+        The device that has the memory.
     handle : bytes or int
         From ``export_memory``; a file descriptor stays the caller's.
     num_bytes : int
-        Of the allocation.
+        Size of the allocation.
 
     Raises
     ------

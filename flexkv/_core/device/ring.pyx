@@ -64,14 +64,14 @@ cdef class ControllerRings:
     Parameters
     ----------
     data_bytes : int
-        Of each ring; a power of two, at least 4096.
+        Data bytes of each ring; a power of two, at least 4096.
 
     Attributes
     ----------
     fd, submission_event_fd, completion_event_fd : int
         To be passed to the agent; owned by this object.
     ring_bytes : int
-        Of each ring, its header included.
+        Size of each ring, its header included.
     max_blocks : int
         Largest op that one record may hold: an eighth of the ring, so that records fit beside the room for cancels.
     """
@@ -113,7 +113,7 @@ cdef class ControllerRings:
         free(self.buffer)
 
     def close(self):
-        """Close descriptors; the memory goes with the object, for a waiter may be watching it."""
+        """Close descriptors; the memory is unmapped with the object, because a waiter may be watching it."""
         for fd in (self.fd, self.submission_event_fd, self.completion_event_fd):
             if fd >= 0:
                 os.close(fd)
@@ -123,7 +123,7 @@ cdef class ControllerRings:
                 const int32_t[::1] pages not None, uint32_t op_blocks, uint32_t flags=0, uint32_t counter=0,
                 uint32_t outstanding=0):
         """Give the agent an op on up to ``max_blocks`` blocks; False if the ring is full now. ``flags``: OpFlag;
-        ``counter``: whose eventfds tell of the load's layers, from 1. ``outstanding``: ops that may be cancelled yet,
+        ``counter``: whose eventfds signal the load's layers, from 1. ``outstanding``: ops that may be cancelled yet,
         besides this one; the ring keeps room for their cancels.
 
         Raises
@@ -168,7 +168,7 @@ cdef class ControllerRings:
         Raises
         ------
         RingCorruptedError
-            The agent wrote what is no result.
+            The agent wrote an invalid result.
         """
         cdef uint32_t kind
         cdef int64_t size = flexkv_ring_pop(&self.completions, &kind, self.buffer, self.ring_bytes)

@@ -16,7 +16,7 @@ from flexkv._core.device.agent import REGION_DTYPE
 from flexkv._core.device.cuda_driver cimport Device
 
 MAX_SLOTS = FLEXKV_MOVE_BLOCKS
-"""Of one staging buffer."""
+"""The most slots that one staging buffer can have: the move kernel copies no more blocks in one launch."""
 
 cdef enum:
     CHECKSUM_THREADS = 512      # as in checksum_slots.cu
@@ -31,7 +31,7 @@ cdef class DeviceStaging:
     ----------
     device : Device
     regions : ndarray of REGION_DTYPE
-        Of the pages.
+        Layout of the pages.
     num_pages : int
     slot_bytes : int
         A multiple of 1024, and no less than a block.
@@ -45,7 +45,7 @@ cdef class DeviceStaging:
     Attributes
     ----------
     address : int
-        Of slot 0, in device memory.
+        Device address of slot 0.
 
     Raises
     ------
@@ -98,13 +98,13 @@ cdef class DeviceStaging:
         check(api.cuMemAlloc(&self.move.regions, regions.shape[0]), "cuMemAlloc")
         check(api.cuMemcpyAsync(self.move.regions, <uint64_t>&regions[0], regions.shape[0], self.stream),
               "cuMemcpyAsync")
-        for i in range(self.num_slots if used < self.slot_bytes else 0):     # else what is there goes to disk
+        for i in range(self.num_slots if used < self.slot_bytes else 0):     # else old contents go to disk
             check(api.cuMemcpyAsync(self.address + i * self.slot_bytes + used, <uint64_t>&zeros[0],
                                     self.slot_bytes - used, self.stream), "cuMemcpyAsync")
         check(api.cuStreamSynchronize(self.stream), "cuStreamSynchronize")
 
     def follow(self, uint64_t stream):
-        """What is called from now on waits for what the compute stream has been given until now; CudaError."""
+        """Make later calls wait for the work already queued on the compute stream; CudaError."""
         cdef flexkv_cuda *api = &self.device.driver.table
         self.device.enter()
         try:

@@ -1,4 +1,4 @@
-"""What of the tree goes, and when: by rank, by age, or all of it."""
+"""Eviction of blocks from the tree: by rank, by age, or of all blocks."""
 import numpy as np
 
 from libc.math cimport INFINITY, nextafter
@@ -29,7 +29,7 @@ INT32 = np.dtype(np.int32)
 
 
 cdef class Pieces:
-    """What went, piece by piece. Those of one node that follow one another are one."""
+    """A list of evicted pieces. Consecutive pieces of one node are merged into one."""
 
     def __dealloc__(self):
         free(self.items)
@@ -54,7 +54,7 @@ cdef class Pieces:
         return 0
 
     cdef void add(self, const Piece *piece) noexcept nogil:
-        """For which there is room."""
+        """Append a piece; ``reserve`` has made room for it."""
         cdef uint32_t before = 0
         if self.size and self.items[self.size - 1].node == piece.node:
             self.size -= 1
@@ -65,7 +65,7 @@ cdef class Pieces:
 
 
 cdef class EvictableNodes(NodeStore):
-    """Nodes that know their group and age, and can go; the caller locks."""
+    """Nodes with a quota group and an age, which can be evicted; the caller locks."""
 
     def __cinit__(self, *args, **kwargs):
         self.num_groups = 1
@@ -92,7 +92,7 @@ cdef class EvictableNodes(NodeStore):
             ttl[i] = ttl_s[i]
 
     cdef inline double expires_at(self, Node *p, int group) noexcept nogil:
-        """``group``: who asks; the shorter time counts, if a node is another's; -1: nobody does."""
+        """``group``: the group that asks; if the node is another group's, the shorter time counts. -1: no group."""
         if self.ttl == NULL or p.holds:
             return INFINITY
         cdef double ttl_s = self.ttl[p.group]
@@ -101,12 +101,12 @@ cdef class EvictableNodes(NodeStore):
         return p.last_access + ttl_s
 
     cdef void unpark(self, int32_t node, int tier) noexcept nogil:
-        """What held the last blocks of a node may hold them no longer."""
+        """Consider a node for eviction again: the pin or write on its last blocks may have ended."""
         self.nodes[node].parked &= ~(1 << tier)
         self.settle(node, tier)
 
     cdef void regroup(self, int32_t node, uint16_t group) noexcept nogil:
-        """A node is another group's from now on."""
+        """Move a node to another quota group."""
         cdef Node *p = &self.nodes[node]
         cdef int t
         for t in range(self.num_tiers):
@@ -147,7 +147,7 @@ cdef class EvictableNodes(NodeStore):
     cdef Py_ssize_t take_from_end(self, int32_t node, int tier, Py_ssize_t want, int32_t *out,
                                   uint32_t why, int64_t *first) noexcept nogil:
         """Free slots of a node from its end on, as far as nothing holds a block; returns how many. ``first``: the
-        first block that went."""
+        first block that lost its slot."""
         cdef Node *p = &self.nodes[node]
         cdef int64_t i = <int64_t>p.length - 1
         cdef Py_ssize_t count = 0
@@ -187,22 +187,22 @@ cdef class EvictableNodes(NodeStore):
         now : float
             Seconds.
         leave : int
-            So many blocks stay in the queue, whether they may go or not.
+            Number of blocks that stay in the queue, whether they can be evicted or not.
         spare_to : int
-            A queue: nodes that have lives left go to its end instead, with ``now`` as their rank. They lose a life
+            A queue: nodes that have lives left move to its end instead, with ``now`` as their rank. They lose a life
             if it is the same queue, and all if it is another.
         why : int
-            For those who ask for the block: evicted or over quota.
+            The recorded reason for a later miss of the block: evicted or over quota.
         below : float
-            Only nodes of a lower rank go.
+            Only nodes of a lower rank are evicted.
         pieces : Pieces, optional
-            What goes is added to it.
+            The evicted pieces are added to it.
 
         Returns
         -------
         ndarray of int32
-            The slots that are free now. Fewer than wanted also where something may go from another queue from which
-            nothing could: it is for the policy to choose again.
+            The slots that are free now. Fewer than wanted also when another queue, which had no evictable node,
+            now has one: the policy must choose again.
         """
         cdef Ranking ranking = self.ranking(tier)
         if not 0 <= group < self.num_groups or not 0 <= queue < ranking.num_queues or spare_to >= ranking.num_queues:
@@ -255,7 +255,7 @@ cdef class EvictableNodes(NodeStore):
 
     cdef bint evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
                          Piece *piece, uint32_t why) noexcept nogil:
-        """Returns whether a piece of it went."""
+        """Evict blocks of a node; returns whether any block was evicted."""
         cdef Node *p = &self.nodes[node]
         cdef int64_t first = 0
         piece.node, piece.rank, piece.mark, piece.queue = node, p.rank[tier], p.mark[tier], p.queue[tier]
@@ -269,7 +269,7 @@ cdef class EvictableNodes(NodeStore):
         self.prune(node)
         return went
 
-    # ---- what cannot be reached --------------------------------------------------------------------------------
+    # ---- unreachable blocks ------------------------------------------------------------------------------------
 
     def reclaim(self, int tier, Py_ssize_t want, int group=-1):
         """Free up to ``want`` slots of ``tier`` whose blocks lie behind a block that is on no tier, so that no match

@@ -30,14 +30,14 @@ cdef struct Return:
 
 cdef struct Entry:
     double rank
-    uint32_t order                    # of equals, the one that came first goes first
+    uint32_t order                    # among equal ranks, the node that came first is evicted first
     int32_t node
 
 cdef struct Heap:
     Entry *entries
     int32_t size
     int32_t capacity
-    int64_t blocks                    # of all nodes of this queue, also of those that may not go
+    int64_t blocks                    # of all nodes of this queue, also of those that cannot be evicted
 
 
 cdef class Ranking:
@@ -47,13 +47,13 @@ cdef class Ranking:
     cdef int num_queues
     cdef int num_heaps
     cdef Heap *heaps
-    cdef int *num_active              # of each group: queues that have something that may go
+    cdef int *num_active              # of each group: queues that have an evictable node
     cdef Arena changed_arena
     cdef int32_t *changed
     cdef int32_t num_changed
     cdef object few_events            # array that ``drain`` gives out again and again
     cdef uint32_t order
-    cdef double latest                # rank of what was spared last
+    cdef double latest                # rank of the node that was spared last
 
     cdef void bind(self, Node *nodes, int tier, int32_t max_nodes)
     cdef int configure(self, int num_groups, int num_queues) except -1

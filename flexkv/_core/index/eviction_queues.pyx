@@ -1,9 +1,9 @@
-"""The order in which the nodes of one tier go: a heap for each queue of each quota group.
+"""The order in which the nodes of one tier are evicted: a heap for each queue of each quota group.
 
-A node is in the heap of its queue while blocks of it may go: it has ready blocks and nothing below it is on the tier.
-Its rank is kept while it may not go, so that it needs no policy when the last node below it has gone. Nodes that were
-used, or came to the tier, are listed until the policy is told of them; only then do they get a rank. So what a put or
-an eviction costs does not depend on how much is cached.
+A node is in the heap of its queue while it is evictable: it has ready blocks, and no node below it has blocks on
+the tier. It keeps its rank while it is not evictable, so that no policy is needed when the last node below it is
+evicted. Nodes that were used, or came to the tier, are listed until the policy reads the list and ranks them. So the
+cost of a put or an eviction does not depend on how much is cached.
 """
 import numpy as np
 
@@ -40,9 +40,9 @@ INT64, FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 
 
 cdef class Ranking:
-    """Heaps of one tier. What is ``cdef`` is called by the tree; the caller locks.
+    """Heaps of one tier. The tree calls the ``cdef`` methods; the caller locks.
 
-    A heap that cannot grow for want of memory leaves a node out: it does not go until it is used again.
+    A heap that cannot grow for want of memory leaves a node out: it is not evicted until it is used again.
     """
 
     def __dealloc__(self):
@@ -87,11 +87,11 @@ cdef class Ranking:
         return &self.heaps[p.group * self.num_queues + p.queue[self.tier]]
 
     cdef inline void count(self, Node *p, int64_t blocks) noexcept nogil:
-        """So many blocks of a node have come to the tier (or, if negative, have gone)."""
+        """Add ``blocks`` to the count of the node's queue; a negative number for blocks that leave the tier."""
         self.heap_of(p).blocks += blocks
 
     cdef void change(self, int32_t node, bint is_new) noexcept nogil:
-        """The policy has to be told of a node."""
+        """List a node for the policy, which ranks it."""
         cdef Node *p = &self.nodes[node]
         if is_new:
             p.is_new |= self.bit
@@ -217,14 +217,14 @@ cdef class Ranking:
 
     @property
     def num_waiting(self):
-        """Nodes that the policy has to be told of."""
+        """Number of nodes that are listed for the policy."""
         return self.num_changed
 
     def drain(self):
         """Nodes that were used, or came to the tier, since the last call; (n,) of ``EVENT_DTYPE``. The policy ranks
         them, and gives them back to ``place``. The rank of new ones is when they came, in seconds, and
-        their key that of the first block that came with them, though they may have been split since. ``has_copy``: what
-        the tier holds of it is ready on the tier below as well. The array is good until the next call."""
+        their key that of the first block that came with them, though they may have been split since. ``has_copy``: the
+        blocks that the tier holds of it are ready on the tier below as well. The array is good until the next call."""
         if self.few_events is None:
             self.few_events = np.empty(FEW, EVENT_DTYPE)
         events_array = self.few_events if self.num_changed <= FEW else np.empty(self.num_changed, EVENT_DTYPE)
@@ -237,7 +237,7 @@ cdef class Ranking:
             for i in range(self.num_changed):
                 p = &self.nodes[self.changed[i]]
                 p.changed &= ~self.bit
-                if p.length == 0 or p.resident[t] == 0:            # it has gone meanwhile
+                if p.length == 0 or p.resident[t] == 0:            # it was evicted meanwhile
                     continue
                 e = &events[n]
                 n += 1
@@ -285,7 +285,7 @@ cdef class Ranking:
         return returns_array[:count]
 
     def place(self, events):
-        """Take over ``rank``, ``queue``, ``mark`` and ``lives`` of what ``drain`` gave."""
+        """Take over ``rank``, ``queue``, ``mark`` and ``lives`` from events that ``drain`` returned."""
         cdef const Event *placed = <const Event *>data_of(events)
         cdef Py_ssize_t i, n = len(events)
         cdef int t = self.tier
@@ -313,12 +313,12 @@ cdef class Ranking:
         return out
 
     def any_may_go(self, int group):
-        """Whether any node of a group may go."""
+        """Whether any node of a group can be evicted."""
         return self.num_active[group] > 0
 
     def queues(self, int group):
-        """Of each queue of a group: its blocks ((queues,) int64), as ``blocks`` has them, and the lowest rank
-        ((queues,) float64), infinite where nothing may go."""
+        """Return for each queue of a group its blocks ((queues,) int64), as ``blocks`` does, and the lowest rank
+        ((queues,) float64), infinite where no node can be evicted."""
         cdef const Heap *heaps = &self.heaps[group * self.num_queues]
         blocks, heads = np.empty(self.num_queues, INT64), np.empty(self.num_queues, FLOAT64)
         cdef int64_t *counts = <int64_t *>data_of(blocks, True)
@@ -330,7 +330,7 @@ cdef class Ranking:
         return blocks, heads
 
     def check_integrity(self, Py_ssize_t num_nodes):
-        """Raise InvariantError unless the heaps hold what they should, in order."""
+        """Raise InvariantError unless the heaps hold exactly the evictable nodes, in order."""
         cdef int32_t node, at
         cdef Py_ssize_t i, in_heaps = 0
         cdef int t = self.tier, active

@@ -1,4 +1,4 @@
-"""What went lately: keys with a value each, in the order in which they went; the oldest make room."""
+"""Recently evicted pieces: keys with a value each, in the order of eviction; the oldest make room."""
 import secrets
 
 import numpy as np
@@ -44,7 +44,7 @@ cdef class Ghosts:
         cdef Ghost *ghost = &self.ring[self.table[hole] - 1]
         self.num_blocks -= ghost.blocks
         ghost.blocks = 0
-        while True:                                    # shift back what probed past the hole
+        while True:                                    # shift back entries that probed past the hole
             at = (at + 1) & mask
             if not self.table[at]:
                 break
@@ -61,7 +61,7 @@ cdef class Ghosts:
         self.first += 1
 
     def add(self, const uint64_t[:] keys not None, const uint32_t[:] blocks not None, const double[:] values not None):
-        """Pieces ((n,) each) have gone; ``blocks`` of at least one."""
+        """Add evicted pieces ((n,) each); each has at least one block."""
         cdef Py_ssize_t i, n = keys.shape[0]
         if blocks.shape[0] != n or values.shape[0] != n:
             raise ValueError(f"{n} keys, {blocks.shape[0]} counts, {values.shape[0]} values")
@@ -102,7 +102,7 @@ cdef class Ghosts:
         return out
 
     def trim(self, int64_t max_blocks):
-        """Let go of the oldest until there are ``max_blocks`` blocks or fewer."""
+        """Drop the oldest until there are ``max_blocks`` blocks or fewer."""
         with nogil:
             while self.num_blocks > max(max_blocks, <int64_t>0):
                 self.drop_first()

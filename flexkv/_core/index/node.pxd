@@ -8,7 +8,7 @@ cdef struct Node:
     uint64_t *keys                    # one allocation: keys, slots of each tier, pins, state
     uint64_t came_as                  # its first key when it came to a tier last
     double last_access
-    double rank[MAX_TIERS]            # of those that may go, the lowest goes first; the policy's
+    double rank[MAX_TIERS]            # among evictable nodes, the lowest is evicted first; set by the policy
     int32_t parent
     int32_t first_child
     int32_t next_sibling              # of a free node: the next free node
@@ -24,11 +24,11 @@ cdef struct Node:
     uint32_t hits_told[MAX_TIERS]     # hits that the policy knows of
     uint32_t mark[MAX_TIERS]          # the policy's own
     int32_t heap_at[MAX_TIERS]        # place in its heap, from 1; 0: it is in none
-    uint32_t holds                    # of all its blocks: they do not go out of date
+    uint32_t holds                    # of all its blocks: they do not expire
     uint16_t group                    # quota group of its namespace
     uint8_t queue[MAX_TIERS]
     uint8_t lives[MAX_TIERS]          # how often it is spared
-    uint8_t changed                   # bit t: is in the list of what the policy of tier t has to be told of
+    uint8_t changed                   # bit t: is in the list of nodes that the policy of tier t has yet to rank
     uint8_t is_new                    # bit t: has come to tier t since
     uint8_t placed                    # bit t: has a rank
-    uint8_t parked                    # bit t: nothing of it may go for now, though nothing is below it
+    uint8_t parked                    # bit t: cannot be evicted for now, though nothing is below it

@@ -16,7 +16,7 @@ cdef enum:
 cdef enum:
     HAS_HOLE = 128
 
-cdef struct Forgotten:                # of 64 bits: what is known of a block that is not here
+cdef struct Forgotten:                # 64 bits: the record of a block that is not in the tree
     uint32_t fingerprint              # of its key
     uint32_t fate                     # why, in the lowest 4 bits; above it when, in seconds since the tree was made
 
@@ -43,11 +43,11 @@ cdef class NodeStore:
     cdef int table_shift              # 64 - log2 of its size
     cdef Py_ssize_t block_storage     # blocks allocated in all nodes
     cdef Arena holes_arena
-    cdef int32_t *holes               # nodes of which a block may have gone from all tiers, with blocks behind it
+    cdef int32_t *holes               # nodes of which a block may have left all tiers, with blocks behind it
     cdef readonly Py_ssize_t num_holes
     cdef Py_ssize_t hole_hand         # where the next search among them starts
     cdef uintptr_t present_end        # memory of the heap up to here was used before
-    cdef Ranking ranking0             # of each tier: told apart without the GIL
+    cdef Ranking ranking0             # of each tier: selected without the GIL
     cdef Ranking ranking1
     cdef Ranking ranking2
 

@@ -25,7 +25,7 @@ cdef enum:
 
 @cython.no_gc_clear                    # __dealloc__ reads the arena, also when a cycle with the tree in it is collected
 cdef class NodeStore:
-    """What ``RadixTree`` is built from; every method leaves links and counts consistent, none of them locks."""
+    """The storage under ``RadixTree``; every method leaves links and counts consistent, none of them locks."""
 
     def __cinit__(self, Py_ssize_t max_blocks, int num_tiers=1):
         if not 1 <= num_tiers <= MAX_TIERS:
@@ -158,7 +158,7 @@ cdef class NodeStore:
         while self.table[hole] != node:
             hole = (hole + 1) & self.table_mask
         at = hole
-        while True:                                    # shift back what probed past the hole
+        while True:                                    # shift back entries that probed past the hole
             at = (at + 1) & self.table_mask
             if self.table[at] < 0:
                 break
@@ -280,13 +280,13 @@ cdef class NodeStore:
             self.ranking2.count(p, blocks)
 
     def ranking(self, int tier):
-        """The order in which blocks of ``tier`` go."""
+        """The order in which blocks of ``tier`` are evicted."""
         return (self.ranking0, self.ranking1, self.ranking2)[tier]
 
-    # ---- what is on a tier -------------------------------------------------------------------------------------
+    # ---- blocks of a tier --------------------------------------------------------------------------------------
 
     cdef void went_live(self, int32_t node, int tier) noexcept nogil:
-        """The subtree of ``node`` now holds something on ``tier``: tell the ancestors, as far as it is news."""
+        """The subtree of ``node`` now has blocks on ``tier``: update the ancestors, up to the first that has others."""
         cdef int32_t parent = self.nodes[node].parent
         cdef bint was
         while parent != NONE:
@@ -442,7 +442,7 @@ cdef class NodeStore:
         return 0
 
     cdef void note_hole(self, int32_t node) noexcept nogil:
-        """A block of a node may have gone from all tiers, and blocks behind it may remain."""
+        """A block of a node may have left all tiers, and blocks behind it may remain."""
         cdef Node *p = &self.nodes[node]
         if not p.changed & HAS_HOLE:
             p.changed |= HAS_HOLE
@@ -492,7 +492,7 @@ cdef class NodeStore:
         entry.fate = <uint32_t>(self.latest - self.began) << 4 | why
 
     cdef void prepare_to_forget(self) noexcept nogil:
-        """Have the record of what went present by the time that the tree is half full, as it is when all slots are in
+        """Populate the record of evicted blocks by the time that the tree is half full, as it is when all slots are in
         use, bit by bit: the first evictions would take thousands of page faults each."""
         cdef size_t size = (self.forgotten_mask + 1) * sizeof(Forgotten)
         cdef size_t want = min(size, <size_t>(<double>size * 2 * self.num_blocks / self.max_blocks)) // PAGE * PAGE

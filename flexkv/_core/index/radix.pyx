@@ -38,7 +38,7 @@ cdef enum:                             # why a match stops; of a block that is n
 
 
 cdef class Match:
-    """What one walk found for ``num_blocks`` keys.
+    """The result of one walk over ``num_blocks`` keys.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ cdef class Match:
     reason : int
         Why the match stops after ``num_ready`` blocks: one of ``REASON_*``.
     since : float
-        When the block after them went, in seconds; nan where that does not apply.
+        When the reason of the block after them was recorded, in seconds; nan where that does not apply.
     """
     cdef readonly Py_ssize_t num_blocks, num_ready
     cdef readonly int reason
@@ -102,8 +102,8 @@ cdef class RadixTree(EvictableNodes):
     def match(self, const uint64_t[:, ::1] keys not None, double now=-INFINITY, int group=-1):
         """Leading blocks of ``keys`` that are ready, the best source of each, and why the match stops there.
 
-        ``now``: seconds; what its group keeps no longer is not offered, nor what ``group``, who asks, does not: what
-        was found on disk is another's until it is used. Reads only: it changes, counts and evicts nothing.
+        ``now``: seconds; a block is not offered after the TTL of its own group or of ``group``, the group that asks
+        (a block found on disk is another group's until it is used). Reads only: it changes, counts and evicts nothing.
         """
         if group >= self.num_groups:
             raise ValueError(f"group {group}: there are {self.num_groups}")
@@ -229,9 +229,9 @@ cdef class RadixTree(EvictableNodes):
         slots : (n,) int32
             -1 leaves a block that is in the tree as it is.
         now : float
-            Seconds, for the age of what is added.
+            Seconds, for the age of the added blocks.
         group : int
-            Quota group of what is added.
+            Quota group of the added blocks.
         """
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m = 0, i
         cdef int32_t node = ROOT
@@ -426,17 +426,17 @@ cdef class RadixTree(EvictableNodes):
         self.add_holds(keys, 1)
 
     def let_go(self, const uint64_t[:, ::1] keys not None):
-        """Undo ``hold``; returns how many blocks nobody holds any more."""
+        """Undo ``hold``; returns the number of blocks that have no hold left."""
         cdef Py_ssize_t count = self.add_holds(keys, -1)
         self.add_pins(keys, 0, keys.shape[0], -1)
         return count
 
     def unheld(self, const uint64_t[:, ::1] keys not None):
-        """How many of these blocks are in the tree and held by nobody."""
+        """Count the blocks among these that are in the tree and have no hold."""
         return self.add_holds(keys, 0)
 
     cdef Py_ssize_t add_holds(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil:
-        """Returns of how many blocks it is the first hold, or the last; with 0, how many have none."""
+        """Returns the number of blocks that get their first hold or lose their last; with 0, that have none."""
         cdef Py_ssize_t pos = 0, m, count = 0
         cdef int32_t node = ROOT
         cdef Node *p
@@ -471,7 +471,7 @@ cdef class RadixTree(EvictableNodes):
                     self.split(node, <uint32_t>m)
                     for t in range(self.num_tiers):
                         if self.nodes[node].resident[t]:
-                            self.change(node, t, False)    # the policy may want to know what was left aside
+                            self.change(node, t, False)    # the policy may count the unused part
                     node = self.nodes[node].parent
                 p = &self.nodes[node]
                 if hit:
@@ -491,7 +491,7 @@ cdef class RadixTree(EvictableNodes):
 
     @property
     def memory_bytes(self):
-        """Bytes in use: node places, block arrays, key table, and the record of what was evicted."""
+        """Bytes in use: node places, block arrays, key table, and the record of evicted blocks."""
         return (
             self.used_nodes * sizeof(Node) + self.block_storage * (16 + 4 * self.num_tiers + 5)
             + (self.table_mask + 1) * 4 + (self.forgotten_mask + 1) * sizeof(Forgotten)
@@ -503,11 +503,11 @@ cdef class RadixTree(EvictableNodes):
         return self.nodes[node].group if node > ROOT else 0
 
     def fate(self, const uint64_t[:, ::1] keys not None, Py_ssize_t position):
-        """Why a block that is not in the tree has gone (``Fate``); 0 if it was never there, or that is forgotten."""
+        """The recorded reason why a block is not in the tree (``Fate``); 0 if none is recorded."""
         return self.recall(&keys[position, 0]) & 15 if 0 <= position < keys.shape[0] else 0
 
     def remember(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, int why):
-        """Blocks from ``start`` on, which are not in the tree, were not stored: keep why, for those who ask."""
+        """Blocks from ``start`` on, which are not in the tree, were not stored: record the reason for a later miss."""
         cdef Py_ssize_t i
         for i in range(start, keys.shape[0]):
             self.forget(&keys[i, 0], why)

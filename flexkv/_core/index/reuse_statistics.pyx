@@ -1,8 +1,8 @@
-"""What is used again, and after how long: statistics by class of use, and from them what is worth its place least.
+"""Reuse statistics by class of use, and the eviction order that follows from them.
 
-A node has a *class*: by what its last use was like. Of each class is counted how many blocks were used, and at which
+The properties of a node's last use give its *class*. Each class counts how many blocks were used, and at which
 age how many of them were used again, whether cached or evicted meanwhile. From that, and from how long ago the uses
-were (one of a minute ago says nothing yet of what comes after an hour), follows the *hit density* of a class at an age:
+were (one of a minute ago says nothing yet about reuse after an hour), follows the *hit density* of a class at an age:
 the most hits per block and second that it gives if it is kept from then on for some time. That is the index of Gittins
 (Bandit processes and dynamic allocation indices, 1979); LHD (Beckmann, Chen, Cidon, NSDI 2018) takes the mean over all
 time to come instead. That classes of requests differ in when they come back is from Wang et al.: KVCache cache in the
@@ -32,7 +32,7 @@ cdef enum:
     KINDS = 2                          # whether the node was hit, or is new
     GAPS = 4                           # how long before its last use it was used: terciles; 0: not known
     HUBS = 2                           # whether sequences part behind it
-    LEFT = SHARES * KINDS * GAPS * HUBS     # the class of what was left aside when a node was used in part
+    LEFT = SHARES * KINDS * GAPS * HUBS     # the class of the unused part when a node was used in part
     CLASSES = LEFT + 1
     FEATURES = 4
     MAX_VALUES = 4                     # of a feature
@@ -46,7 +46,7 @@ cdef enum:
     PERIOD = 100                       # operations from which densities are derived anew
     FIRST = 20                         # the first time; until then it is LRU
 
-NUM_QUEUES = 2 * CLASSES               # of each class: what goes from the oldest on, and from the newest on
+NUM_QUEUES = 2 * CLASSES               # for each class: one evicted from the oldest on, one from the newest on
 
 cdef int[FEATURES] SIZES = [SHARES, KINDS, GAPS, HUBS]
 cdef int[FEATURES] STRIDES = [KINDS * GAPS * HUBS, GAPS * HUBS, HUBS, 1]
@@ -60,8 +60,8 @@ cdef double PRIOR = 0.01               # a class counts by itself from this shar
 cdef double MAX_RATIO = 20.0           # by which a feature makes it likelier that a block is used again
 cdef double MIN_LEFT = 0.005           # of a class are thought never to be used again, at any age
 cdef double DECAY = 0.99               # each period; half of it is 7,000 operations ago
-cdef double RISE = 1.1                 # of the density from first use to eviction, for the newest to go first
-cdef double NEAR_PRICE = 1.05          # times what goes now: a new one of that density would be among the next anyway
+cdef double RISE = 1.1                 # of the density from first use to eviction: the newest is evicted first
+cdef double NEAR_PRICE = 1.05          # times the price: a new node of that density would be evicted soon anyway
 cdef double LOAD_PRICE = 0.02          # of a hit that the tier below would have given too: a load, not a computation
 cdef double PRICE_WEIGHT = 0.05        # of the latest eviction
 
@@ -93,7 +93,7 @@ cdef inline uint32_t counted(const Event *e) noexcept nogil:
 
 
 cdef inline double price_of(const Event *e) noexcept nogil:
-    """Of a hit of a node: what it would have cost to do without."""
+    """Return the cost that a hit of a node saves: ``LOAD_PRICE`` if the tier below has a copy, else 1."""
     return LOAD_PRICE if e.has_copy else 1
 
 
@@ -109,7 +109,7 @@ cdef void sort_by_time(const Event *events, Py_ssize_t n, int64_t *order) noexce
 
 
 def remember(pieces, Ghosts ghosts not None):
-    """``pieces`` ((n,) of ``PIECE_DTYPE``) have gone: ``ghosts`` keep their last use and mark, for
+    """Record evicted ``pieces`` ((n,) of ``PIECE_DTYPE``): ``ghosts`` keep their last use and mark, for
     ``ReuseStatistics.place`` to count if they come back."""
     cdef const Piece *gone = <const Piece *>data_of(pieces)
     cdef Py_ssize_t i, n = len(pieces)
@@ -119,15 +119,15 @@ def remember(pieces, Ghosts ghosts not None):
 
 
 cdef class ReuseStatistics:
-    """Of one tier and quota group: 100 KB, however much is cached. The caller locks."""
-    cdef double[CLASSES][AGES] again      # blocks that were used again at an age, by what that was worth
+    """The statistics of one tier and quota group: 100 KB, however much is cached. The caller locks."""
+    cdef double[CLASSES][AGES] again      # blocks that were used again at an age, by the cost that it saved
     cdef double[CLASSES][AGES] used       # blocks that were used, at an age now, whether or not again since
     cdef double[CLASSES] recent           # those that were used since densities were derived
     cdef double[CLASSES][AGES] density    # hits per block and second
     cdef double[AGES + 1] starts          # of each age, in seconds
     cdef double[GAPS - 2] gaps            # terciles of the ages at which blocks were used again, in seconds
-    cdef double[CLASSES] oldest           # age of the next to go, of those that go from the oldest on
-    cdef double price                     # density of what goes now
+    cdef double[CLASSES] oldest           # age of the next to be evicted, for classes evicted from the oldest on
+    cdef double price                     # density of current evictions
     cdef double seen                      # the last use, on the engine's clock
     cdef double now                       # the same on its own
     cdef double derived                   # when densities were, on its own clock
@@ -149,7 +149,7 @@ cdef class ReuseStatistics:
         ----------
         events : (n,) of ``EVENT_DTYPE``
         returns : (m,) of ``RETURN_DTYPE``
-            What of new nodes was evicted before, in the order of events, with its last use as value, and its mark.
+            Pieces of new nodes that were evicted before, in the order of events: their last use as value, and mark.
         """
         cdef Py_ssize_t i, first = 0, n = len(events), num_returns = len(returns)
         if n == 0:
@@ -178,7 +178,7 @@ cdef class ReuseStatistics:
                         const int64_t *firsts) noexcept nogil:
         """Nodes that were used at one time, of one request."""
         cdef Event *e = &events[order[0]]
-        cdef bint is_use = e.last_access > self.seen    # else they were told of because a part of them was
+        cdef bint is_use = e.last_access > self.seen    # else they are listed because a part of them was used
         cdef Py_ssize_t i
         cdef int64_t r, deepest = -1
         cdef double total = 0, unseen = 0
@@ -245,8 +245,8 @@ cdef class ReuseStatistics:
             at_first * RISE < self.density[cls][age_of(self.oldest[cls])])
 
     def choose(self, const double[::1] heads not None):
-        """From which queue to evict, of ``heads`` as a policy is given them, and below which rank: what follows there
-        is worth no more."""
+        """Choose the queue to evict from, given the lowest rank of each (``heads``), and a rank: the nodes of that
+        queue below this rank are worth no more than its first."""
         cdef int q, best = 0
         cdef double age, density, lowest = INFINITY, second = INFINITY, below
         with nogil:
@@ -307,7 +307,7 @@ cdef class ReuseStatistics:
         self.has_learned = True
 
     cdef void grow_older(self) noexcept nogil:
-        """What was used is as much older as time has passed since it was last seen to; evenly within an age."""
+        """Move used blocks to the ages that they have now, as if they were spread evenly within each age."""
         cdef double passed = fmax(self.now - self.derived, TICK_S)
         cdef double[AGES] stays, came
         cdef int[AGES] to
@@ -331,10 +331,10 @@ cdef class ReuseStatistics:
         self.derived = self.now
 
     cdef double count_known(self, double[AGES] *known) noexcept nogil:
-        """Of how many blocks it is known whether they were used again at each age; returns how many were used.
+        """Count the blocks for which reuse at each age is known; returns how many were used.
 
-        Counting all says too little of high ages, which most have not come to; counting those that have (Kaplan-Meier)
-        goes by few, and long ago. This is the geometric mean.
+        A count of all blocks underrates high ages, which most have not reached; a count of those that have
+        (Kaplan-Meier) rests on few and old ones. This is the geometric mean.
         """
         cdef double total = 0, used, older
         cdef int c, a
@@ -384,7 +384,7 @@ cdef class ReuseStatistics:
             usual[a] = mean[a] + PRIOR * total / AGES + 1e-300
         for c in range(CLASSES):
             for f in range(FEATURES + 1):
-                if (f == FEATURES) != (c == LEFT):      # the last is for what has no features
+                if (f == FEATURES) != (c == LEFT):      # the last class has no features
                     continue
                 v = value_of(c, f)
                 for a in range(AGES):

@@ -1,7 +1,7 @@
-"""Slots of a tier: a bitmap of what is free, with a summary above it, that hands out contiguous runs where it can.
+"""Slots of a tier: a bitmap of the free slots, with a summary above it, that hands out contiguous runs where it can.
 
 Runs matter because copies of neighbouring slots merge into one. The search starts where the last one ended, looks for
-a run as long as what is asked, in a bounded stretch, and else takes the free runs as they come.
+a run of the requested length, in a bounded stretch, and else takes the free runs as they come.
 """
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The I/O queue: a native thread that moves pieces between memory and files, and tells the XXH3-64 of each."""
+"""The I/O queue: a native thread that moves pieces between memory and files, and computes the XXH3-64 of each."""
 import errno
 import os
 import sys
@@ -36,7 +36,7 @@ METHODS = ("auto", "uring", "threads")
 
 
 def _why_not_uring(int error):
-    """What keeps io_uring from being used, and the setting to blame."""
+    """Describe why io_uring cannot be used, with the setting to blame."""
     if error == errno.EPERM:
         try:
             with open("/proc/sys/kernel/io_uring_disabled") as file:
@@ -55,8 +55,8 @@ cdef class IoQueue:
     """Moves pieces from its own thread, until ``close``. Nothing here waits, except ``close``.
 
     A piece is a range of a file and one of memory, of the same size. Pieces that follow one another in a call and in a
-    file go as one I/O. Reads go before writes. What the kernel moves only in part goes on where it stopped. Of
-    neighbours of which one fails, each has its own result.
+    file are one I/O. Reads start before writes. An I/O that the kernel does in part continues where it stopped. If
+    one of several neighbours fails, each has its own result.
 
     Parameters
     ----------
@@ -154,12 +154,12 @@ cdef class IoQueue:
 
     @property
     def registered_bytes(self):
-        """Of the memory, from its start on."""
+        """Bytes of the memory that are registered with the kernel, from its start on."""
         cdef int error = 0
         return flexkv_io_queue_registered(self.queue, &error) if self.queue != NULL else 0
 
     def register(self, uint64_t upto_bytes):
-        """The first so many bytes of memory are there now, and may be registered with the kernel.
+        """Allow the first ``upto_bytes`` bytes of memory, which now exist, to be registered with the kernel.
 
         It happens in the queue's thread, in parts. If it is refused, the rest stays as it is, and ``reason`` says so.
         """
@@ -167,13 +167,13 @@ cdef class IoQueue:
 
     def submit(self, int kind, const uint64_t[::1] tags not None, const int32_t[::1] files not None,
                const int64_t[::1] file_offsets not None, const int64_t[::1] memory_offsets not None, uint64_t size):
-        """Have pieces of ``size`` bytes each read or written; each has one result, told by ``take``.
+        """Read or write pieces of ``size`` bytes each; ``take`` returns one result for each.
 
         Parameters
         ----------
         kind : READ or WRITE
         tags : (n,) uint64
-            What the results are known by.
+            Identify the results.
         files : (n,) int32
             Indices of the descriptors.
         file_offsets, memory_offsets : (n,) int64
@@ -201,7 +201,7 @@ cdef class IoQueue:
         pieces.files = &files[0]
         pieces.file_offsets = &file_offsets[0]
         pieces.memory_offsets = &memory_offsets[0]
-        rc = flexkv_io_queue_submit(queue, &pieces)      # with the GIL: nobody can close the queue meanwhile
+        rc = flexkv_io_queue_submit(queue, &pieces)      # with the GIL: no thread can close the queue meanwhile
         if rc == -errno.ENOMEM:
             raise MemoryError
         if rc:
@@ -213,7 +213,7 @@ cdef class IoQueue:
             raise MemoryError
 
     def take(self):
-        """What has ended since the last call.
+        """Return the pieces that have ended since the last call.
 
         Returns
         -------
@@ -245,7 +245,7 @@ cdef class IoQueue:
         return tags[:flexkv_io_queue_busy(self.queue, room, &view[0])]
 
     def close(self):
-        """Wait for what is under way, no longer than twice the deadline; what waits is dropped. Can be called again.
+        """Wait for running I/O, no longer than twice the deadline; waiting pieces are dropped. Can be called again.
 
         Raises
         ------

@@ -1,7 +1,7 @@
 """Records of the slot table: sealed when written, checked when read back.
 
 A record is 64 bytes, so it never crosses a sector: key 16, parent 16, checksum 8, sequence 8, domain 8, length 4,
-check 4, little-endian. The check is the low half of the XXH3-64 of what precedes it, seeded with the slot, so that a
+check 4, little-endian. The check is the low half of the XXH3-64 of the bytes before it, seeded with the slot, so that a
 record that was written to, or read from, another place does not pass. 64 zero bytes are an empty slot.
 """
 import numpy as np
@@ -24,7 +24,7 @@ cdef struct Record:
     uint32_t length
     uint32_t check
 
-# What scan says of a record.
+# States of a record that scan returns.
 EMPTY = 0
 MINE = 1
 OTHER_DOMAIN = 2
@@ -67,7 +67,7 @@ cdef inline uint8_t state_of(const uint8_t *data, uint64_t slot, uint64_t domain
 
 def scan(const uint8_t[:, ::1] records not None, Py_ssize_t first_slot, uint64_t domain, uint32_t length,
          uint64_t floor):
-    """Tell of each record ((n, 64) uint8), the first being that of ``first_slot``, what it is.
+    """Classify records ((n, 64) uint8), the first being that of ``first_slot``.
 
     Returns
     -------
