@@ -16,7 +16,7 @@ CYTHON = sorted(path for pattern in ("*.pyx", "*.pxd", "*.pyi") for path in (ROO
 C = sorted([*(ROOT / "csrc").glob("*.c"), *(ROOT / "csrc").glob("*.h")])
 MOST = {
     "Python": {"what": 26, "who": 2, "tell": 5, "Of": 0},
-    "Cython": {"what": 61, "who": 8, "tell": 14, "Of": 7},
+    "Cython": {"what": 0, "who": 0, "tell": 0, "Of": 0},
     "C": {"what": 0, "who": 0, "tell": 0, "Of": 0},
 }
 """Occurrences in docstrings and comments: "what"; "who", "whom", "whoever" and "nobody"; "tell", "tells" and "told";

@@ -182,7 +182,7 @@ cdef class ControllerRings:
                     self.buffer[sizeof(msg) + i] = self.buffer[sizeof(msg) + i] == 1
                 ok = np.frombuffer((<const char *>self.buffer)[sizeof(msg) : size], dtype=BOOL)
                 return msg.op_id, msg.first, ok, bool(msg.last)
-        raise RingCorruptedError("the ring of results holds what is no result")
+        raise RingCorruptedError("the ring of results holds an invalid record")
 
     def note_populated(self, uint64_t num_slots, bint last):
         """Publish the number of populated slots of the pool; ``last``: there will be no more."""

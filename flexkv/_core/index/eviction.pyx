@@ -49,7 +49,7 @@ cdef class Pieces:
         if self.size + more > self.capacity:
             items = <Piece *>realloc(self.items, sizeof(Piece) * <size_t>(self.size + more))
             if items == NULL:
-                raise MemoryError("no memory for a list of what goes")
+                raise MemoryError("no memory for the list of evicted blocks")
             self.items, self.capacity = items, self.size + more
         return 0
 

@@ -361,7 +361,7 @@ cdef class Ranking:
                         at and goes_first(&heap.entries[at], &heap.entries[(at - 1) >> 2])):
                     raise InvariantError(f"queue {i}: place {at} is wrong")
         if in_heaps:
-            raise InvariantError("a heap holds what it should not")
+            raise InvariantError("a heap holds a node that cannot be evicted")
         for i in range(self.num_heaps // self.num_queues):
             active = sum(self.heaps[i * self.num_queues + queue].size > 0 for queue in range(self.num_queues))
             if active != self.num_active[i]:

@@ -30,7 +30,7 @@ cdef class NodeStore:
     cdef Arena forgotten_arena
     cdef Node *nodes
     cdef Forgotten *forgotten
-    cdef double began                 # the first time that the tree was told, in seconds
+    cdef double began                 # the time of the first recorded reason, in seconds
     cdef double latest                # the last one
     cdef uint64_t forgotten_mask
     cdef size_t forgotten_present     # bytes of it that were made present

@@ -182,7 +182,7 @@ cdef class ReuseStatistics:
         cdef Py_ssize_t i
         cdef int64_t r, deepest = -1
         cdef double total = 0, unseen = 0
-        cdef int share, gap = 0                         # of new nodes: that of what came back, or of what they follow
+        cdef int share, gap = 0                         # of new nodes: from the returned pieces, or the node before
         cdef bint came_back = False
         if is_use:
             self.seen = e.last_access
