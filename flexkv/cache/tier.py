@@ -187,7 +187,7 @@ class Tier:
         freed = self.reclaim(tree, excess, group)
         if freed == excess:
             return freed
-        self._tell(tree)
+        self._rank_used_nodes(tree)
         return freed + self._evict_from(tree, group, excess - freed, now, Fate.OVER_QUOTA)
 
     def evict_ahead(self, tree: RadixTree, now: float) -> int:
@@ -217,9 +217,9 @@ class Tier:
     def used(self, tree: RadixTree) -> None:
         """Note that blocks were used; reports them to the policy once there are ``max_waiting`` nodes to report."""
         if tree.ranking(self.number).num_waiting >= self._policies[0].max_waiting:
-            self._tell(tree)
+            self._rank_used_nodes(tree)
 
-    def _tell(self, tree: RadixTree) -> None:
+    def _rank_used_nodes(self, tree: RadixTree) -> None:
         ranking = tree.ranking(self.number)
         if ranking.num_waiting == 0:
             return
@@ -248,7 +248,7 @@ class Tier:
         freed = self.reclaim(tree, want)
         if freed >= want:
             return freed
-        self._tell(tree)
+        self._rank_used_nodes(tree)
         if len(self._policies) == 1:
             return freed + self._evict_from(tree, 0, want - freed, now, self.fate)
         used = tree.ranking(self.number).blocks().sum(axis=1)

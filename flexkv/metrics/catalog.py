@@ -79,7 +79,7 @@ _ENTRIES: dict[str, Entry] = {
     **{f"ssd_store_{name}": (SSD_FAULTS, {"fault": name}) for name in _SSD_FAULTS},
     "full_hits": (REQUESTS, {"outcome": "full", "reason": "full_hit"}),
 }
-NOT_TOLD = frozenset({"ssd_store_num_slots"})
+NOT_EXPORTED = frozenset({"ssd_store_num_slots"})
 """Entries that are not exported, because other metrics have the same values."""
 
 

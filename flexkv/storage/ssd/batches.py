@@ -200,14 +200,14 @@ class Batches:
         slot_bytes = batch.directory.slot_bytes
         if batch.kind != ERASE:
             batch.directory.end(len(positions) * slot_bytes, num_ok * slot_bytes)
-        self.tell(batch.job, batch.indices[positions], ok)
+        self.report(batch.job, batch.indices[positions], ok)
         if batch.ended.all():
             del self._batches[batch.first_tag]
             self._jobs[batch.job].discard(batch)
             if not self._jobs[batch.job]:
                 del self._jobs[batch.job]
 
-    def tell(self, job: int, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
+    def report(self, job: int, indices: NDArray[np.intp], ok: NDArray[np.bool_]) -> None:
         """Add results for the next ``take_results``."""
         if len(indices):
             self._results.append((job, indices, ok))

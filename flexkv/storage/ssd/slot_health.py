@@ -90,7 +90,7 @@ class SlotHealth:
         """Whether slots of a directory are held because of the kernel."""
         return any(owner is directory for owner, _ in self._held.values())
 
-    def let_go(self, busy: NDArray[np.uint64]) -> None:
+    def release(self, busy: NDArray[np.uint64]) -> None:
         """Release the held slots whose writes are not among the tags ``busy``."""
         if not self._held:
             return

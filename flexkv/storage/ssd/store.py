@@ -269,7 +269,7 @@ class SsdStore(Store):
         self._health.log.add("refused", int((~usable).sum()), "SSD tier", "a directory is offline")
         able = able & usable & self._queues.takes(fence)
         failed = np.flatnonzero(~able)
-        self._batches.tell(job, failed, np.zeros(len(failed), dtype=np.bool_))
+        self._batches.report(job, failed, np.zeros(len(failed), dtype=np.bool_))
         return self.slots.by_directory(slots, able)
 
     def _submit(self, batch: Batch) -> None:
@@ -351,7 +351,7 @@ class SsdStore(Store):
         busy = self._queues.busy()
         for batch in self._batches.late():
             self._fail(batch, np.flatnonzero(batch.late & ~np.isin(batch.tags(), busy)))
-        self._health.let_go(busy)
+        self._health.release(busy)
 
     def _finish_read(
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]

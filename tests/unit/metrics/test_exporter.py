@@ -14,7 +14,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.controller.tiering import make_ssd_store
-from flexkv.metrics.catalog import NOT_TOLD, entry_of
+from flexkv.metrics.catalog import NOT_EXPORTED, entry_of
 from flexkv.metrics.exporter import Metrics
 from flexkv.storage.ssd.directory import DATA_NAME
 from tests.support.harness import TOKENS, controller_of, local, mapping, tokens_of, until
@@ -173,7 +173,7 @@ def test_tiers_namespaces_and_faults_of_the_disk_are_told(tmp_path: Path) -> Non
         assert manager.wait(task)[task].status is Status.FAILED
         manager.blocks.lookup(made.keys(6, 1), count=True)
         stats, text = manager.stats(), scrape(controller_of(manager).metrics)
-        assert {name for name in stats if entry_of(name) is None} == NOT_TOLD
+        assert {name for name in stats if entry_of(name) is None} == NOT_EXPORTED
     documented = (Path(__file__).parents[3] / "docs/monitoring.md").read_text()
     for family in text_string_to_metric_families(text):
         name = f"{family.name}_total" if family.type == "counter" else family.name
