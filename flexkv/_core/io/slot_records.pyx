@@ -60,6 +60,8 @@ cdef inline uint8_t state_of(const uint8_t *data, uint64_t slot, uint64_t domain
         return 0
     if record.check != <uint32_t>XXH3_64bits_withSeed(data, CHECKED_BYTES, slot) or not (record.key[0] | record.key[1]):
         return 4
+    if record.sequence >> 62:                           # a time in nanoseconds: not before the year 2116
+        return 4
     if record.sequence <= floor or record.length != length:
         return 3
     return 1 if record.domain == domain else 2

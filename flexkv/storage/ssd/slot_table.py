@@ -67,6 +67,8 @@ class Header:
             return None
         if not 1 <= slot_bytes < 1 << 32 or not 1 <= num_slots < 1 << 31:         # slots are int32
             return None
+        if floor >> 62:                                      # a time in nanoseconds: not before the year 2116
+            return None
         return cls(slot_bytes, num_slots, floor, bool(clean))
 
 

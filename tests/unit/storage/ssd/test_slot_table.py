@@ -114,6 +114,18 @@ def test_a_record_without_key_is_broken(fd: int) -> None:
     assert table.scan(5).states["broken"] == 1
 
 
+@pytest.mark.parametrize("sequence", [1 << 62, (1 << 63) - 1, (1 << 64) - 1])
+def test_an_impossible_time_is_broken(fd: int, sequence: int) -> None:
+    """Else the next sequence would not fit: every later write failed."""
+    table = filled(fd)
+    records = records_of([3])
+    records["sequence"] = np.uint64(sequence)
+    table.write(np.array([3], dtype=np.int32), records)
+    scan = table.scan(5)
+    assert (scan.states["broken"], scan.last_sequence) == (1, 0)
+    assert Header.unpack(Header(4096, NUM, sequence).pack()) is None
+
+
 def test_every_bit_of_a_header_counts() -> None:
     page = Header(4096, 7, 12345, True).pack()
     assert len(page) == HEADER_BYTES
