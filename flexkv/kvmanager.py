@@ -150,7 +150,7 @@ class KVManager:
         self._refuse_swa(swa_aware)
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         task_id, positions = self.blocks.match_get(
-            self.blocks.keys(tokens, namespace, block_extras), start, len(tokens), self.blocks.group(namespace),
+            self.blocks.keys(tokens, namespace, block_extras), start, len(tokens), self.blocks.tenant(namespace),
             bool(cpu_only) or self._host_only,
         )
         return task_id, mask_of_blocks(positions, self._tokens_per_block, len(tokens))
@@ -175,7 +175,7 @@ class KVManager:
         """
         tokens, start = tokens_and_start(token_ids, token_mask, self._tokens_per_block)
         task_id, positions = self.blocks.match_put(
-            self.blocks.keys(tokens, namespace, block_extras), start, len(tokens), self.blocks.group(namespace)
+            self.blocks.keys(tokens, namespace, block_extras), start, len(tokens), self.blocks.tenant(namespace)
         )
         return task_id, mask_of_blocks(positions, self._tokens_per_block, len(tokens))
 
@@ -256,14 +256,14 @@ class KVManager:
         block is read while prefetches fill a quarter of host memory."""
         self._refuse_swa(swa_aware)
         tokens = tokens_of(token_ids)
-        keys, group = self.blocks.keys(tokens, namespace), self.blocks.group(namespace)
-        task_id = self.blocks.prefetch_blocks(keys, 0, group, num_tokens=len(tokens), must_answer=True)
+        keys, tenant = self.blocks.keys(tokens, namespace), self.blocks.tenant(namespace)
+        task_id = self.blocks.prefetch_blocks(keys, 0, tenant, num_tokens=len(tokens), must_answer=True)
         assert task_id is not None  # narrowing: must_answer
         return task_id
 
     def _refuse_swa(self, swa_aware: bool) -> None:
         if swa_aware:
-            raise NotImplementedError("swa_aware: sliding-window groups are not available in this version")
+            raise NotImplementedError("swa_aware: sliding-window tenants are not available in this version")
 
     def _launch_part(
         self, task_id: int, mask: NDArray[np.bool_], slot_mapping: ArrayLike, token_mask: NDArray[np.bool_] | None

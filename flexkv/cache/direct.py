@@ -24,7 +24,7 @@ def direct_get(
 
 
 def direct_put(
-    tree: RadixTree, below: Tier, ssd: SsdTier | None, keys: NDArray[np.uint64], absent: NDArray[np.int32], group: int,
+    tree: RadixTree, below: Tier, ssd: SsdTier | None, keys: NDArray[np.uint64], absent: NDArray[np.int32], tenant: int,
     now: float,
 ) -> tuple[DirectPlan | None, NDArray[np.int32]]:
     """Allocate SSD slots for the first absent blocks, as many as are available; also returns the blocks left absent.
@@ -36,13 +36,13 @@ def direct_put(
     blocks = absent[np.asarray(tree.slots(keys, SSD))[absent] < 0]
     if len(blocks) == 0:
         return None, absent
-    taken = below.take(tree, len(blocks), group, now, keep=keys[: blocks[0]])
+    taken = below.take(tree, len(blocks), tenant, now, keep=keys[: blocks[0]])
     absent = absent_blocks(tree, ssd, keys)        # blocks behind the first may have been evicted for these slots
     if len(taken) == 0:
         return None, absent
     blocks = absent[np.asarray(tree.slots(keys, SSD))[absent] < 0][: len(taken)]
     plan = DirectPlan(keys[: blocks[-1] + 1], blocks, tree, taken)
-    if not below.place(plan, taken, now, group):
+    if not below.place(plan, taken, now, tenant):
         return None, absent
     return plan, np.setdiff1d(absent, blocks, assume_unique=True)
 

@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.cache.admission.write_back import SsdWriter
+from flexkv.cache.admission.write_back import WriteBack
 from flexkv.cache.plan import PutPlan
 
 _MAX_KEYS = 1 << 22
@@ -49,7 +49,7 @@ class EarlyTraffic:
         self._events.clear()
         self._num_keys = self.num_blocks = 0
 
-    def replay(self, writer: SsdWriter) -> None:
+    def replay(self, writer: WriteBack) -> None:
         """Report events to the writer, as long as its queue has room. The writer applies its own admission rules."""
         while self._events and writer.has_room(len(self._events[0])):
             event = self._take()

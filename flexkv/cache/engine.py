@@ -17,7 +17,7 @@ from flexkv.cache.pins import Pins
 from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
 from flexkv.cache.puts import plan_put
 from flexkv.cache.quotas import Quotas
-from flexkv.cache.reasons import Fate, StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.cache.sources import find_sources
 from flexkv.cache.tier import HOST, SSD, MakePolicy, SsdTier, Tier, no_slots
 from flexkv.cache.writes import plan_write
@@ -39,7 +39,7 @@ class GlobalCacheEngine:
     num_slots : int
         Slots of the host tier when the pool is fully grown.
     make_policy : MakePolicy
-        Makes an ``EvictionPolicy`` for each tier and quota group.
+        Makes an ``EvictionPolicy`` for each tier and tenant.
     evict_start_threshold : float
         Share of the usable slots of a tier in use, above which ``evict_ahead`` frees slots.
     evict_ratio : float
@@ -49,7 +49,7 @@ class GlobalCacheEngine:
     num_ssd_slots : int
         Maximum number of slots of the SSD tier that ``attach_ssd`` will add; 0: there will be none.
     quotas : Quotas, optional
-        Quotas of namespaces. The number of a quota there is the ``group`` of blocks here.
+        Quotas of namespaces. The number of a quota there is the ``tenant`` of blocks here.
     max_pinned_share : float
         Maximum share of the host slots that users can pin.
     """
@@ -100,20 +100,20 @@ class GlobalCacheEngine:
 
     # ---- get --------------------------------------------------------------------------------------------------
 
-    def match(self, keys: NDArray[np.uint64], start: int = 0, group: int = 0) -> MatchResult:
+    def match(self, keys: NDArray[np.uint64], start: int = 0, tenant: int = 0) -> MatchResult:
         """Count the leading blocks of ``keys`` ((n, 2) uint64) that are available. Changes nothing.
 
         ``start``: first block that the request wants. Blocks before it must be ready on any tier, and are not loaded.
         """
         with self._lock:
-            match = self._tree.match(keys, self._clock(), group)
+            match = self._tree.match(keys, self._clock(), tenant)
             start = min(start, match.num_ready)
             found = find_sources(self._tree, self._ssd, self._fetches, keys, match, start, choose=True)
-        return MatchResult(found.stop, found.reason, len(found.slow), found.since)
+        return MatchResult(found.stop, found.reason, len(found.slow), found.evicted_at)
 
     def begin_get(
         self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True, host_only: bool = False,
-        group: int = 0, direct: bool = False,
+        tenant: int = 0, direct: bool = False,
     ) -> GetPlan:
         """Acquire the leading blocks of ``[start, stop)`` that are available. The plan ends at the first unavailable
         block and may be empty.
@@ -128,26 +128,26 @@ class GlobalCacheEngine:
         """
         with self._lock:
             keys, now = keys[:stop], self._tick()
-            match = self._tree.match(keys, now, group)
+            match = self._tree.match(keys, now, tenant)
             start = min(start, match.num_ready)
             found = find_sources(self._tree, self._ssd, self._fetches, keys, match, start, choose, host_only)
             try:
-                self._tree.pin(keys, start, found.stop)
+                self._tree.acquire(keys, start, found.stop)
             except MemoryError:                  # CapacityError is one
-                found.give_up(start)
+                found.abandon(start)
             fetch, straight = None, direct_get(self._tree, self._below, keys, match, found) if direct else None
             if len(found.slow) and self._ssd is not None and not direct:
                 short, fetch = self._fetches.begin(
-                    self._tree, self._host, self._ssd, keys, match, found.slots, found.slow, group, now
+                    self._tree, self._host, self._ssd, keys, match, found.slots, found.slow, tenant, now
                 )
                 if short < found.stop:
-                    self._tree.unpin(keys, short, found.stop)
-                    found.end(short, StopReason.NO_ROOM)
+                    self._tree.release(keys, short, found.stop)
+                    found.end(short, MissReason.NO_ROOM)
             keys, slots = keys[: found.stop], found.slots[start : found.stop]
-            self._use(keys, now, group)
+            self._use(keys, now, tenant)
             joins = self._fetches.joins(slots) if len(found.slow) else ()
             return GetPlan(
-                keys, start, found.stop, slots, found.reason, self._tree, fetch, joins, found.since, straight,
+                keys, start, found.stop, slots, found.reason, self._tree, fetch, joins, found.evicted_at, straight,
                 self._host_slots.generations(slots),
             )
 
@@ -160,8 +160,8 @@ class GlobalCacheEngine:
         with self._lock:
             if self._host.stale.has_ended(plan.read, plan.slots, "read"):
                 return None
-            stale = self._host.stale.of_read(self._host_slots, plan, loaded)
-            plan.tree.unpin(plan.keys, plan.start, plan.stop)
+            stale = self._host.stale.end_read(self._host_slots, plan, loaded)
+            plan.tree.release(plan.keys, plan.start, plan.stop)
             self._sweep_retired()
             return stale
 
@@ -173,30 +173,30 @@ class GlobalCacheEngine:
                 return
             self._fetches.remove(plan)
             if self._ssd is not None:
-                self._ssd.planner.read_ended(int(arrived.sum()))
+                self._ssd.load_or_compute.read_ended(int(arrived.sum()))
             self._host.end_writing(plan, plan.host_slots, arrived)
             lose(self._below, plan, ~arrived)
-            plan.tree.unpin(plan.keys, int(plan.blocks[0]), len(plan.keys))
+            plan.tree.release(plan.keys, int(plan.blocks[0]), len(plan.keys))
             self._sweep_retired()
 
     def begin_direct_get(self) -> None:
         """Note that the reads of a plan's ``direct`` have begun."""
         with self._lock:
             if self._ssd is not None:
-                self._ssd.planner.read_began()
+                self._ssd.load_or_compute.read_began()
 
     def end_direct_get(self, plan: DirectPlan, num_read: int | None, lost: NDArray[np.bool_]) -> None:
         """End direct reads: ``lost`` blocks ((m,) bool) become absent on SSD. ``num_read``: number of blocks read;
         None if the reads had not begun."""
         with self._lock:
             if self._ssd is not None and num_read is not None:
-                self._ssd.planner.read_ended(num_read)
+                self._ssd.load_or_compute.read_ended(num_read)
             lose(self._below, plan, lost)
 
     # ---- put --------------------------------------------------------------------------------------------------
 
     def begin_put(
-        self, keys: NDArray[np.uint64], start: int, stop: int, group: int = 0, direct: bool = False
+        self, keys: NDArray[np.uint64], start: int, stop: int, tenant: int = 0, direct: bool = False
     ) -> PutPlan:
         """Allocate host slots for the absent blocks of ``[start, stop)``; evicts other blocks if none is free.
 
@@ -206,15 +206,15 @@ class GlobalCacheEngine:
         """
         with self._lock:
             plan = plan_put(
-                self._tree, self._host, self._below, self._ssd, keys[:stop], start, group, direct, self._tick
+                self._tree, self._host, self._below, self._ssd, keys[:stop], start, tenant, direct, self._tick
             )
-            if len(plan.all_blocks) or (len(plan.keys) and math.isfinite(self._quotas.ttl_s[group])):
-                self._use(plan.all_keys, self._latest, group, hit=False)      # starts their ttl_s again
+            if len(plan.all_blocks) or (len(plan.keys) and math.isfinite(self._quotas.ttl_s[tenant])):
+                self._use(plan.all_keys, self._latest, tenant, hit=False)      # starts their ttl_s again
             return plan
 
-    def _use(self, keys: NDArray[np.uint64], now: float, group: int, hit: bool = True) -> None:
+    def _use(self, keys: NDArray[np.uint64], now: float, tenant: int, hit: bool = True) -> None:
         with suppress(MemoryError):              # recording a use may allocate; the plan must survive a failure
-            self._tree.touch(keys, now, hit, group)
+            self._tree.touch(keys, now, hit, tenant)
             for tier in self._tiers:
                 tier.used(self._tree)
 
@@ -235,10 +235,10 @@ class GlobalCacheEngine:
             return np.asarray(self._tree.slots(keys, SSD) >= 0)
 
     def ssd_room(self, keys: NDArray[np.uint64]) -> tuple[int, int]:
-        """Quota group of a sequence, and number of its blocks that SSD can take without eviction."""
+        """Tenant of a sequence, and number of its blocks that SSD can take without eviction."""
         with self._lock:
-            group = self._tree.group_of(keys)
-            return group, self._below.room(self._tree, group)
+            tenant = self._tree.tenant_of(keys)
+            return tenant, self._below.room(self._tree, tenant)
 
     def begin_write(self, keys: NDArray[np.uint64], limit: int) -> WritePlan | None:
         """Allocate SSD slots for up to ``limit`` leading blocks that are ready on the host and absent on SSD.
@@ -259,7 +259,7 @@ class GlobalCacheEngine:
             stale = self._host.stale.find(self._host_slots, plan.host_slots, plan.read, "write-back")
             plan.read = None
             self._below.end_writing(plan, plan.ssd_slots, written if stale is None else written & ~stale)
-            plan.tree.unpin(plan.keys, int(plan.blocks[0]), len(plan.keys))
+            plan.tree.release(plan.keys, int(plan.blocks[0]), len(plan.keys))
             self._sweep_retired()
 
     # ---- the SSD tier -----------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ class GlobalCacheEngine:
         with self._lock:
             self._ssd = tier
             self._below.slots = tier.slots
-            self._host.fate = Fate.NOT_ADMITTED
+            self._host.removal_reason = MissReason.NOT_ADMITTED
         for keys, slots in chains:
             with self._lock:
                 if self.epoch:
@@ -309,14 +309,14 @@ class GlobalCacheEngine:
 
     # ---- pins -------------------------------------------------------------------------------------------------
 
-    def pin(self, keys: NDArray[np.uint64], name: str, group: int = 0) -> Pin:
+    def pin(self, keys: NDArray[np.uint64], name: str, tenant: int = 0) -> Pin:
         """Pin the leading blocks of ``keys`` that are cached, on any tier, until ``unpin`` or ``reset``. Raises
         PinError."""
         with self._lock:
             now = self._tick()
-            keys = keys[: self._tree.match(keys, now, group).num_ready]
-            pin = self._pins.add(self._tree, keys, name, group, self._host.slots.capacity)
-            self._use(keys, now, group, hit=False)
+            keys = keys[: self._tree.match(keys, now, tenant).num_ready]
+            pin = self._pins.add(self._tree, keys, name, tenant, self._host.slots.capacity)
+            self._use(keys, now, tenant, hit=False)
             return pin
 
     def unpin(self, name: str) -> Pin:

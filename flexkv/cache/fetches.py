@@ -33,14 +33,14 @@ class FetchTable:
 
     def begin(
         self, tree: RadixTree, host: Tier, ssd: SsdTier, keys: NDArray[np.uint64], match: Match,
-        slots: NDArray[np.int32], slow: NDArray[np.intp], group: int, now: float,
+        slots: NDArray[np.int32], slow: NDArray[np.intp], tenant: int, now: float,
     ) -> tuple[int, FetchPlan | None]:
         """Allocate host slots, entered in ``slots``, for the blocks at positions ``slow`` that have none.
 
         Returns the position of the first block without a slot (``match.num_ready`` if there is none), and the reads.
         """
         wanted = slow[slots[slow] < 0]
-        taken = host.take(tree, len(wanted), group, now)
+        taken = host.take(tree, len(wanted), tenant, now)
         stop = int(wanted[len(taken)]) if len(taken) < len(wanted) else match.num_ready
         wanted = wanted[: len(taken)]
         if len(wanted) == 0:
@@ -50,14 +50,14 @@ class FetchTable:
         if not host.place(plan, taken, now):
             return int(wanted[0]), None
         try:
-            tree.pin(keys, int(wanted[0]), len(keys))
+            tree.acquire(keys, int(wanted[0]), len(keys))
         except MemoryError:                        # CapacityError is one
             host.displace(plan, taken)
             return int(wanted[0]), None
         plan.read = ssd.slots.generations(plan.ssd_slots)
         slots[wanted] = taken
         self.add(plan)
-        ssd.planner.read_began()
+        ssd.load_or_compute.read_began()
         return stop, plan
 
     def add(self, plan: FetchPlan) -> None:

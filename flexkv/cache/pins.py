@@ -32,11 +32,11 @@ class Pins:
     def __init__(self, quotas: Quotas, max_share: float) -> None:
         self._quotas = quotas
         self._max_share = max_share
-        self._pins: dict[str, tuple[NDArray[np.uint64], int]] = {}       # keys and group
+        self._pins: dict[str, tuple[NDArray[np.uint64], int]] = {}       # keys and tenant
         self.blocks = [0] * len(quotas)
-        """Pinned blocks of each quota group. A block that several pins share counts once."""
+        """Pinned blocks of each tenant. A block that several pins share counts once."""
 
-    def add(self, tree: RadixTree, keys: NDArray[np.uint64], name: str, group: int, capacity: int) -> Pin:
+    def add(self, tree: RadixTree, keys: NDArray[np.uint64], name: str, tenant: int, capacity: int) -> Pin:
         """Pin blocks of the index, by their keys ((n, 2) uint64, from the first block of a sequence).
 
         ``capacity``: host slots, of which ``max_share`` can be pinned. ``name``: empty for the key of the last block.
@@ -57,19 +57,19 @@ class Pins:
         if len(self._pins) >= _MAX_PINS:
             raise PinError(f"{_MAX_PINS} prefixes are pinned, the maximum: unpin one first")
         pinned = self.blocks.copy()
-        pinned[group] += tree.unheld(keys)
+        pinned[tenant] += tree.num_unpinned(keys)
         if (total := sum(pinned)) > (most := int(self._max_share * capacity)):
             raise PinError(f"{total} blocks would be pinned, and max_pinned_share allows {most}: unpin something first")
         if not self._quotas.may_pin(pinned, capacity):
             raise PinError(
-                f"{pinned[group]} blocks of this namespace would be pinned: they exceed its limit, or leave too little "
-                "for the guarantees of other namespaces; unpin something, or change the setting namespaces"
+                f"{pinned[tenant]} blocks of this namespace would be pinned: they exceed its limit, or leave too "
+                "little for the guarantees of other namespaces; unpin something, or change the setting namespaces"
             )
         try:
-            tree.hold(keys)
+            tree.pin(keys)
         except MemoryError as error:               # CapacityError is one
             raise PinError(f"the index has no room to pin {len(keys)} blocks: {error}") from error
-        self._pins[name], self.blocks = (keys, group), pinned
+        self._pins[name], self.blocks = (keys, tenant), pinned
         return Pin(name, len(keys))
 
     def remove(self, tree: RadixTree, name: str) -> Pin:
@@ -82,8 +82,8 @@ class Pins:
         """
         if not isinstance(name, str) or name not in self._pins:
             raise PinError(f"nothing is pinned as {str(name)[:_MAX_NAME_BYTES]!r}; flexkv pins lists all pins")
-        keys, group = self._pins.pop(name)
-        self.blocks[group] -= tree.let_go(keys)
+        keys, tenant = self._pins.pop(name)
+        self.blocks[tenant] -= tree.unpin(keys)
         return Pin(name, len(keys))
 
     def clear(self, tree: RadixTree) -> None:

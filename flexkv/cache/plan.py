@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.radix import RadixTree, by_position
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 
 IN_PLACE = -2
 """Number in place of a host slot for a block that is moved directly between SSD and GPU (FLEXKV_IN_PLACE of
@@ -27,25 +27,25 @@ class MatchResult:
     ----------
     num_ready : int
         Leading blocks that are available.
-    reason : StopReason
+    reason : MissReason
         Why the match ends after these blocks.
     num_to_fetch : int
         Number of these blocks that must be read from SSD first.
-    since : float
+    evicted_at : float
         Time at which the first missing block was evicted, in seconds of ``time.monotonic``; nan: not evicted, or
         unknown.
     """
 
     num_ready: int
-    reason: StopReason
+    reason: MissReason
     num_to_fetch: int = 0
-    since: float = math.nan
+    evicted_at: float = math.nan
 
 
 Generations = NDArray[np.uint32] | None
 """Generations of a plan's slots at the time of the plan. A result for slots of another generation is refused."""
 
-NOTHING = MatchResult(0, StopReason.NEVER_SEEN)
+NO_MATCH = MatchResult(0, MissReason.NEVER_SEEN)
 """The result of a match before the index exists."""
 
 
@@ -209,7 +209,7 @@ class GetPlan:
     keys : (stop, 2) uint64
     slots : (stop - start,) int32
         Host slot of each block; IN_PLACE for blocks of ``direct``.
-    reason : StopReason
+    reason : MissReason
         Why the plan ends at ``stop``.
     tree : RadixTree
         As in ``BlocksOfSequence``.
@@ -217,7 +217,7 @@ class GetPlan:
         Blocks that must be read from SSD for this plan and that no earlier fetch reads. The caller must start it.
     joins : tuple of Join
         Blocks whose host slot is filled by a fetch: ``fetch``, or one of an earlier plan.
-    since : float
+    evicted_at : float
         As in ``MatchResult``.
     direct : DirectPlan or None
         Blocks that are read directly from SSD into the GPU.
@@ -229,11 +229,11 @@ class GetPlan:
     start: int
     stop: int
     slots: NDArray[np.int32]
-    reason: StopReason
+    reason: MissReason
     tree: RadixTree
     fetch: FetchPlan | None = None
     joins: tuple[Join, ...] = ()
-    since: float = math.nan
+    evicted_at: float = math.nan
     direct: DirectPlan | None = None
     read: Generations = None
 
@@ -245,4 +245,4 @@ class GetPlan:
         """The plan's range and reason as the result of a match."""
         num_to_fetch = len(self.fetch) if self.fetch is not None else 0
         num_to_fetch += len(self.direct) if self.direct is not None else 0
-        return MatchResult(self.stop, self.reason, num_to_fetch, self.since)
+        return MatchResult(self.stop, self.reason, num_to_fetch, self.evicted_at)

@@ -15,8 +15,8 @@ def _part(share: float, capacity: int) -> int:
 
 
 class Quotas:
-    """Quotas by namespace. A quota *group* is the number of a quota; all namespaces without a quota of their own share
-    group 0.
+    """Quotas by namespace. A *tenant* is the number of a quota; all namespaces without a quota of their own share
+    tenant 0.
 
     Parameters
     ----------
@@ -34,54 +34,54 @@ class Quotas:
         check_quotas(quotas)
         self._quotas: Sequence[Quota] = [quotas.pop(DEFAULT, Quota()), *quotas.values()]
         self._names = [DEFAULT, *quotas]
-        self._groups = {parse_owner(name): number for number, name in enumerate(quotas, 1)}
+        self._tenants = {parse_owner(name): number for number, name in enumerate(quotas, 1)}
         self.ttl_s = [quota.ttl_s for quota in self._quotas]
 
     def __len__(self) -> int:
         return len(self._quotas)
 
-    def group(self, namespace: Sequence[str] | None) -> int:
-        """The group of a request: the group of the first entry of its namespace whose kind and name have a quota."""
+    def tenant(self, namespace: Sequence[str] | None) -> int:
+        """The tenant of a request: the tenant of the first entry of its namespace whose kind and name have a quota."""
         if not namespace:
             return 0
         owners = (entry.owner for entry in namespace_entries(namespace))
-        return next((self._groups[owner] for owner in owners if owner in self._groups), 0)
+        return next((self._tenants[owner] for owner in owners if owner in self._tenants), 0)
 
     def names(self) -> list[str]:
-        """The namespace of each group."""
+        """The namespace of each tenant."""
         return list(self._names)
 
-    def limit(self, group: int, capacity: int) -> int:
-        """Maximum number of blocks of a group on a tier of ``capacity`` blocks."""
-        return _part(self._quotas[group].limit, capacity)
+    def limit(self, tenant: int, capacity: int) -> int:
+        """Maximum number of blocks of a tenant on a tier of ``capacity`` blocks."""
+        return _part(self._quotas[tenant].limit, capacity)
 
-    def guaranteed(self, group: int, capacity: int) -> int:
-        """Number of blocks, on a tier of ``capacity`` blocks, that no other group can take from a group."""
-        return _part(self._quotas[group].guaranteed, capacity)
+    def guaranteed(self, tenant: int, capacity: int) -> int:
+        """Number of blocks, on a tier of ``capacity`` blocks, that no other tenant can take from a tenant."""
+        return _part(self._quotas[tenant].guaranteed, capacity)
 
     def may_pin(self, pinned: Sequence[int], capacity: int) -> bool:
-        """Whether each group stays within its limit and keeps its guaranteed blocks if ``pinned[group]`` blocks of each
-        group are pinned."""
-        guaranteed = [self.guaranteed(group, capacity) for group in range(len(self))]
+        """Whether each tenant stays within its limit and keeps its guaranteed blocks if ``pinned[tenant]`` blocks of
+        each tenant are pinned."""
+        guaranteed = [self.guaranteed(tenant, capacity) for tenant in range(len(self))]
         return sum(max(have, mine) for have, mine in zip(pinned, guaranteed, strict=True)) <= capacity and all(
-            have <= self.limit(group, capacity) for group, have in enumerate(pinned)
+            have <= self.limit(tenant, capacity) for tenant, have in enumerate(pinned)
         )
 
     def victims(self, used: NDArray[np.int64], capacity: int, requester: int | None) -> Iterator[tuple[int, int]]:
-        """Groups to evict from, in order, with the maximum number of blocks to evict from each.
+        """Tenants to evict from, in order, with the maximum number of blocks to evict from each.
 
-        Groups above their guarantee come first, the lowest priority first, and of equal priority the group that is
-        furthest above. The requester comes last. So only its own requests can push a group below its guarantee.
+        Tenants above their guarantee come first, the lowest priority first, and of equal priority the tenant that is
+        furthest above. The requester comes last. So only its own requests can push a tenant below its guarantee.
 
         Parameters
         ----------
-        used : (groups,) int64
-            Blocks of each group on the tier.
+        used : (tenants,) int64
+            Blocks of each tenant on the tier.
         requester : int, optional
-            Group of the blocks that need slots.
+            Tenant of the blocks that need slots.
         """
-        borrowed = [int(count) - self.guaranteed(group, capacity) for group, count in enumerate(used)]
-        order = sorted(range(len(borrowed)), key=lambda group: (self._quotas[group].priority, -borrowed[group]))
-        yield from ((group, borrowed[group]) for group in order if borrowed[group] > 0)
+        borrowed = [int(count) - self.guaranteed(tenant, capacity) for tenant, count in enumerate(used)]
+        order = sorted(range(len(borrowed)), key=lambda tenant: (self._quotas[tenant].priority, -borrowed[tenant]))
+        yield from ((tenant, borrowed[tenant]) for tenant in order if borrowed[tenant] > 0)
         if requester is not None:
             yield requester, int(used[requester])

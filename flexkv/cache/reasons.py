@@ -5,22 +5,7 @@ import enum
 from flexkv._core.index import radix
 
 
-class Fate(enum.IntEnum):
-    """Reason for which a block that was seen earlier is absent. The index stores it as the distance of its
-    ``StopReason`` from NEVER_SEEN."""
-
-    EVICTED = radix.REASON_EVICTED - radix.REASON_NEVER_SEEN
-    FAILED = radix.REASON_FAILED - radix.REASON_NEVER_SEEN
-    EXPIRED = radix.REASON_EXPIRED - radix.REASON_NEVER_SEEN
-    OVER_QUOTA = radix.REASON_OVER_QUOTA - radix.REASON_NEVER_SEEN
-    NOT_ADMITTED = radix.REASON_NOT_ADMITTED - radix.REASON_NEVER_SEEN
-
-
-CAME_BACK = frozenset(fate for fate in Fate if fate is not Fate.FAILED)
-"""Fates after which a second put of a block is evidence of reuse: all but FAILED."""
-
-
-class StopReason(enum.IntEnum):
+class MissReason(enum.IntEnum):
     """Reason for which the first missing block of a match is not available."""
 
     FULL_HIT = radix.REASON_FULL_HIT
@@ -46,5 +31,8 @@ class StopReason(enum.IntEnum):
     """It is on SSD, in a directory that is offline."""
 
 
-STOP_REASONS = tuple(StopReason)
-"""All reasons by number. Indexing it is faster than ``StopReason(number)``."""
+CAME_BACK = frozenset((MissReason.EVICTED, MissReason.EXPIRED, MissReason.OVER_QUOTA, MissReason.NOT_ADMITTED))
+"""A second put of a block that was removed for one of these reasons is evidence of reuse."""
+
+MISS_REASONS = tuple(MissReason)
+"""All reasons by number. Indexing it is faster than ``MissReason(number)``."""

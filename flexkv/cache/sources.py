@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.radix import Match, RadixTree
 from flexkv.cache.fetches import FetchTable
-from flexkv.cache.reasons import STOP_REASONS, StopReason
+from flexkv.cache.reasons import MISS_REASONS, MissReason
 from flexkv.cache.tier import HOST, SSD, SsdTier
 
 _NOWHERE = np.zeros(0, dtype=np.intp)
@@ -22,30 +22,30 @@ class Sources:
     ----------
     stop : int
         Position of the first block that is not available.
-    reason : StopReason
+    reason : MissReason
         Why that block is not available.
     slots : (num_ready,) int32
         Host slots; -1: none yet. Entries before ``start`` and from ``stop`` on have no meaning.
     slow : (k,) intp
         Positions of the blocks in ``[start, stop)`` that are not ready on the host.
-    since : float
+    evicted_at : float
         As in ``MatchResult``.
     """
 
     stop: int
-    reason: StopReason
+    reason: MissReason
     slots: NDArray[np.int32]
     slow: NDArray[np.intp]
-    since: float
+    evicted_at: float
 
-    def give_up(self, start: int) -> None:
+    def abandon(self, start: int) -> None:
         """No block from ``start`` on can be acquired."""
-        self.end(start, StopReason.NO_ROOM)
+        self.end(start, MissReason.NO_ROOM)
         self.slow = _NOWHERE
 
-    def end(self, stop: int, reason: StopReason) -> None:
+    def end(self, stop: int, reason: MissReason) -> None:
         """Shorten the sources: the first block that is not available is at ``stop``."""
-        self.stop, self.reason, self.since = stop, reason, math.nan
+        self.stop, self.reason, self.evicted_at = stop, reason, math.nan
 
 
 def find_sources(
@@ -53,26 +53,26 @@ def find_sources(
     choose: bool, host_only: bool = False,
 ) -> Sources:
     """Sources of the blocks that ``match`` found for ``keys``; ``choose`` and ``host_only`` as in ``begin_get``."""
-    found = Sources(match.num_ready, STOP_REASONS[match.reason], match.slots, _NOWHERE, match.since)
+    found = Sources(match.num_ready, MISS_REASONS[match.reason], match.slots, _NOWHERE, match.evicted_at)
     if ssd is None or not (is_slow := match.tiers[start:] != HOST).any():
         return found
     found.slots = slots = tree.slots(keys[: found.stop], HOST)
     taken = is_slow & (slots[start:] >= 0)
     taken &= ~fetches.filling(slots[start:])
     if taken.any():                          # a put writes this host slot: it can be neither read nor filled by a fetch
-        found.end(start + int(taken.argmax()), StopReason.NOT_READY)
+        found.end(start + int(taken.argmax()), MissReason.NOT_READY)
     is_slow = is_slow[: found.stop - start]
     out = is_slow & ~ssd.in_service(np.where(is_slow, match.slots[start : found.stop], -1))
     if out.any():
-        found.end(start + int(out.argmax()), StopReason.OUT_OF_SERVICE)
+        found.end(start + int(out.argmax()), MissReason.OUT_OF_SERVICE)
     is_slow = is_slow[: found.stop - start]
     num_worth = len(is_slow)
     if host_only:
         num_worth = int(is_slow.argmax()) if is_slow.any() else num_worth
     elif choose:
-        num_worth = ssd.planner.worth(is_slow & (slots[start : found.stop] < 0), fetches.num_blocks)
+        num_worth = ssd.load_or_compute.worth(is_slow & (slots[start : found.stop] < 0), fetches.num_blocks)
     if start + num_worth < found.stop:
-        found.end(start + num_worth, StopReason.TOO_SLOW)
+        found.end(start + num_worth, MissReason.TOO_SLOW)
     found.slow = start + np.flatnonzero(is_slow[:num_worth])
     return found
 

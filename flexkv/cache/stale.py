@@ -66,7 +66,7 @@ class StaleResults:
         self.refuse(numbers, action)
         return True
 
-    def of_read(
+    def end_read(
         self, slots: HasGenerations, plan: GetPlan, loaded: NDArray[np.bool_] | None
     ) -> NDArray[np.bool_] | None:
         """End a plan. Returns a mask ((n,) bool) of the ``loaded`` blocks ((n,) bool) whose slots were freed meanwhile;

@@ -12,11 +12,11 @@ from flexkv._core.index.eviction import Pieces
 from flexkv._core.index.eviction_queues import Ranking
 from flexkv._core.index.radix import RadixTree
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.eviction import Choice, EvictionPolicy
 from flexkv.cache.plan import BlocksOfSequence, DirectPlan, FetchPlan, PutPlan, WritePlan
 from flexkv.cache.quotas import Quotas
-from flexkv.cache.reasons import Fate
+from flexkv.cache.reasons import MissReason
 from flexkv.cache.stale import StaleResults
 from flexkv.errors import InvariantError
 from flexkv.storage.store import Slots
@@ -73,7 +73,7 @@ class Tier:
     ) -> None:
         self.number = number
         self.slots = slots
-        self.fate = Fate.EVICTED
+        self.removal_reason = MissReason.EVICTED
         """Reason recorded for blocks that are evicted for want of room and are on no other tier."""
         self.stale = StaleResults(number)
         self._evicted = self._expired = 0
@@ -94,43 +94,43 @@ class Tier:
         return self._policies[0].num_queues
 
     def take(
-        self, tree: RadixTree, count: int, group: int, now: float, keep: NDArray[np.uint64] = _NO_KEYS
+        self, tree: RadixTree, count: int, tenant: int, now: float, keep: NDArray[np.uint64] = _NO_KEYS
     ) -> NDArray[np.int32]:
-        """Allocate ``count`` slots for blocks of a group, or as many as are available. Evicts blocks if too few slots
-        are free, or the group has too many. Allocates none if the tier is taken offline during the call."""
-        count = self.make_room(tree, count, group, now, keep)
+        """Allocate ``count`` slots for blocks of a tenant, or as many as are available. Evicts blocks if too few slots
+        are free, or the tenant has too many. Allocates none if the tier is taken offline during the call."""
+        count = self.make_room(tree, count, tenant, now, keep)
         slots = self.slots.allocate(min(count, self.slots.num_free))
         return np.zeros(0, dtype=np.int32) if slots is None else slots
 
     def make_room(
-        self, tree: RadixTree, count: int, group: int, now: float, keep: NDArray[np.uint64] = _NO_KEYS
+        self, tree: RadixTree, count: int, tenant: int, now: float, keep: NDArray[np.uint64] = _NO_KEYS
     ) -> int:
-        """Evict until ``count`` slots are free for a group, or no block is evictable. Returns the number of slots that
-        the group's quota allows it to take, ``count`` at most.
+        """Evict until ``count`` slots are free for a tenant, or no block is evictable. Returns the number of slots that
+        the tenant's quota allows it to take, ``count`` at most.
 
         ``keep`` ((n, 2) uint64): the blocks of this sequence are not evicted.
         """
-        tree.pin(keep, 0, len(keep))
+        tree.acquire(keep, 0, len(keep))
         try:
-            return self._make_room(tree, count, group, now)
+            return self._make_room(tree, count, tenant, now)
         finally:
-            tree.unpin(keep, 0, len(keep))
+            tree.release(keep, 0, len(keep))
 
-    def _make_room(self, tree: RadixTree, count: int, group: int, now: float) -> int:
-        limit = self.limit(group)
+    def _make_room(self, tree: RadixTree, count: int, tenant: int, now: float) -> int:
+        limit = self.limit(tenant)
         if limit < self.slots.capacity:
             count = min(count, limit)
-            self._trim(tree, group, limit - count, now)
-            count = max(0, min(count, limit - self._used(tree, group)))
+            self._trim(tree, tenant, limit - count, now)
+            count = max(0, min(count, limit - self._used(tree, tenant)))
         if count > self.slots.num_free:
-            self.evict(tree, max(count - self.slots.num_free, self._batch()), now, group)
+            self.evict(tree, max(count - self.slots.num_free, self._batch()), now, tenant)
         return count
 
-    def place(self, plan: BlocksOfSequence, slots: NDArray[np.int32], now: float, group: int = 0) -> bool:
+    def place(self, plan: BlocksOfSequence, slots: NDArray[np.int32], now: float, tenant: int = 0) -> bool:
         """Enter the blocks of a plan into its index, with these ``slots``, in state writing. False: the index is full,
         or memory is exhausted; then the slots are freed, and nothing else changes."""
         try:
-            plan.tree.insert(plan.keys, plan.by_position(slots), self.number, now, group)
+            plan.tree.insert(plan.keys, plan.by_position(slots), self.number, now, tenant)
         except MemoryError:                        # CapacityError is one
             self.slots.free(slots)
             return False
@@ -157,46 +157,46 @@ class Tier:
             plan.tree.drop(plan.keys, plan.by_position(slots, failed), self.number, failed=True)
             self.slots.free(slots[failed])
 
-    def limit(self, group: int) -> int:
-        """Maximum number of slots of a group."""
-        return self._quotas.limit(group, self.slots.capacity)
+    def limit(self, tenant: int) -> int:
+        """Maximum number of slots of a tenant."""
+        return self._quotas.limit(tenant, self.slots.capacity)
 
-    def has_room(self, tree: RadixTree, count: int, group: int) -> bool:
-        """Whether ``count`` slots can be allocated for a group without eviction."""
-        limit, capacity = self.limit(group), self.slots.capacity
-        return count <= self.slots.num_free and (limit == capacity or self._used(tree, group) + count <= limit)
+    def has_room(self, tree: RadixTree, count: int, tenant: int) -> bool:
+        """Whether ``count`` slots can be allocated for a tenant without eviction."""
+        limit, capacity = self.limit(tenant), self.slots.capacity
+        return count <= self.slots.num_free and (limit == capacity or self._used(tree, tenant) + count <= limit)
 
-    def room(self, tree: RadixTree, group: int) -> int:
-        """Number of slots that a group can take without eviction, now or ahead of need.
+    def room(self, tree: RadixTree, tenant: int) -> int:
+        """Number of slots that a tenant can take without eviction, now or ahead of need.
 
         Slots that a batch of evictions has just freed do not count, because taking them would trigger the next batch.
         """
-        limit, capacity = self.limit(group), self.slots.capacity
+        limit, capacity = self.limit(tenant), self.slots.capacity
         kept_free = capacity - int(self._start_threshold * capacity) + self._batch()
         room = self.slots.num_free - kept_free
-        return max(0, room if limit == capacity else min(room, limit - self._used(tree, group)))
+        return max(0, room if limit == capacity else min(room, limit - self._used(tree, tenant)))
 
-    def _used(self, tree: RadixTree, group: int) -> int:
-        return int(tree.ranking(self.number).blocks()[group].sum())
+    def _used(self, tree: RadixTree, tenant: int) -> int:
+        return int(tree.ranking(self.number).blocks()[tenant].sum())
 
-    def _trim(self, tree: RadixTree, group: int, most: int, now: float, limit: int = sys.maxsize) -> int:
-        """Evict blocks of a group until it has ``most`` blocks; ``limit`` blocks at most."""
-        excess = min(limit, self._used(tree, group) - most)
+    def _trim(self, tree: RadixTree, tenant: int, most: int, now: float, limit: int = sys.maxsize) -> int:
+        """Evict blocks of a tenant until it has ``most`` blocks; ``limit`` blocks at most."""
+        excess = min(limit, self._used(tree, tenant) - most)
         if excess <= 0:
             return 0
-        freed = self.reclaim(tree, excess, group)
+        freed = self.reclaim(tree, excess, tenant)
         if freed == excess:
             return freed
         self._rank_used_nodes(tree)
-        return freed + self._evict_from(tree, group, excess - freed, now, Fate.OVER_QUOTA)
+        return freed + self._evict_from(tree, tenant, excess - freed, now, MissReason.OVER_QUOTA)
 
     def evict_ahead(self, tree: RadixTree, now: float) -> int:
         """Evict a bounded number of expired blocks and of blocks beyond a quota, and a batch of blocks if the share of
         slots in use exceeds the threshold; returns the number of slots freed."""
         freed, capacity = self._sweep_expired(tree, now), self.slots.capacity
-        for group in range(len(self._quotas)):       # recovered blocks count for group 0 until they are used
-            if (limit := self.limit(group)) < capacity:
-                freed += self._trim(tree, group, limit, now, _MOST_AT_ONCE)
+        for tenant in range(len(self._quotas)):       # recovered blocks count for tenant 0 until they are used
+            if (limit := self.limit(tenant)) < capacity:
+                freed += self._trim(tree, tenant, limit, now, _MOST_AT_ONCE)
         if capacity - self.slots.num_free <= self._start_threshold * capacity:
             return freed
         return freed + self.evict(tree, max(1, self._batch()), now)
@@ -228,10 +228,10 @@ class Tier:
             if len(self._policies) == 1:
                 self._place(ranking, self._policies[0], events)
                 return
-            for group in np.unique(events["group"]):
-                mine = events["group"] == group
+            for tenant in np.unique(events["tenant"]):
+                mine = events["tenant"] == tenant
                 part = events[mine]
-                self._place(ranking, self._policies[group], part)
+                self._place(ranking, self._policies[tenant], part)
                 events[mine] = part
         finally:
             ranking.place(events)
@@ -242,41 +242,41 @@ class Tier:
             policy.returned(events, ranking.returned(events, policy.ghosts))
         policy.place(events)
 
-    def evict(self, tree: RadixTree, want: int, now: float, group: int | None = None) -> int:
-        """Free up to ``want`` slots (for a group): first slots of blocks that no match can reach, then by quota and
+    def evict(self, tree: RadixTree, want: int, now: float, tenant: int | None = None) -> int:
+        """Free up to ``want`` slots (for a tenant): first slots of blocks that no match can reach, then by quota and
         policy. Returns the number of slots freed."""
         freed = self.reclaim(tree, want)
         if freed >= want:
             return freed
         self._rank_used_nodes(tree)
         if len(self._policies) == 1:
-            return freed + self._evict_from(tree, 0, want - freed, now, self.fate)
+            return freed + self._evict_from(tree, 0, want - freed, now, self.removal_reason)
         used = tree.ranking(self.number).blocks().sum(axis=1)
-        for victim, most in self._quotas.victims(used, self.slots.capacity, group):
-            freed += self._evict_from(tree, victim, min(want - freed, most), now, self.fate)
+        for victim, most in self._quotas.victims(used, self.slots.capacity, tenant):
+            freed += self._evict_from(tree, victim, min(want - freed, most), now, self.removal_reason)
             if freed >= want:
                 break
         return freed
 
-    def reclaim(self, tree: RadixTree, want: int, group: int = -1) -> int:
-        """Free up to ``want`` slots of blocks (of a group) that follow a block that is on no tier, so that no match can
-        reach them. Returns the number of slots freed."""
+    def reclaim(self, tree: RadixTree, want: int, tenant: int = -1) -> int:
+        """Free up to ``want`` slots of blocks (of a tenant) that follow a block that is on no tier, so that no match
+        can reach them. Returns the number of slots freed."""
         if tree.num_holes == 0:
             return 0
-        slots = tree.reclaim(self.number, want, group)
+        slots = tree.reclaim(self.number, want, tenant)
         self.slots.free(slots)
         self._evicted += len(slots)
         return len(slots)
 
-    def _evict_from(self, tree: RadixTree, group: int, want: int, now: float, why: Fate) -> int:
-        policy, ranking, freed = self._policies[group], tree.ranking(self.number), 0
+    def _evict_from(self, tree: RadixTree, tenant: int, want: int, now: float, why: MissReason) -> int:
+        policy, ranking, freed = self._policies[tenant], tree.ranking(self.number), 0
         gone, choice = Pieces() if policy.wants_pieces else None, _THE_ONLY_QUEUE
-        while freed < want and ranking.any_may_go(group):
+        while freed < want and ranking.any_may_go(tenant):
             if policy.num_queues > 1:
-                blocks, heads = ranking.queues(group)
+                blocks, heads = ranking.queues(tenant)
                 choice = policy.choose(blocks, heads)
             slots = tree.evict(
-                self.number, group, choice.queue, want - freed, now, choice.leave, choice.spare_to, why,
+                self.number, tenant, choice.queue, want - freed, now, choice.leave, choice.spare_to, why,
                 choice.below, gone,
             )
             self.slots.free(slots)
@@ -285,7 +285,7 @@ class Tier:
                 continue
             if policy.num_queues == 1:
                 break
-            if all(map(np.array_equal, ranking.queues(group), (blocks, heads))):
+            if all(map(np.array_equal, ranking.queues(tenant), (blocks, heads))):
                 raise InvariantError(f"{type(policy).__name__} chooses {choice}, which has no evictable block")
         self._evicted += freed
         if gone is not None and freed:
@@ -335,7 +335,7 @@ class SsdTier:
     Attributes
     ----------
     slots : Slots
-    planner : LoadPlanner
+    load_or_compute : LoadOrCompute
     usable : callable
         ``usable()``: whether blocks can be read and written now.
     usable_slots : callable
@@ -344,7 +344,7 @@ class SsdTier:
     """
 
     slots: Slots
-    planner: LoadPlanner
+    load_or_compute: LoadOrCompute
     usable: Callable[[], bool]
     usable_slots: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
 

@@ -17,8 +17,8 @@ def plan_write(
     blocks = np.flatnonzero((match.tiers == HOST) & (tree.slots(keys, SSD) < 0))[:limit]
     if len(blocks) == 0:
         return None
-    group = tree.group_of(keys)
-    taken = below.take(tree, len(blocks), group, now, keep=keys[: blocks[-1] + 1])
+    tenant = tree.tenant_of(keys)
+    taken = below.take(tree, len(blocks), tenant, now, keep=keys[: blocks[-1] + 1])
     if len(taken) == 0:
         return None
     blocks = blocks[: len(taken)]
@@ -27,7 +27,7 @@ def plan_write(
     if not below.place(plan, taken, now):
         return None
     try:
-        tree.pin(keys, int(blocks[0]), len(keys))
+        tree.acquire(keys, int(blocks[0]), len(keys))
     except MemoryError:                      # CapacityError is one
         below.displace(plan, taken)
         return None

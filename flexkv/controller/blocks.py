@@ -28,8 +28,8 @@ class Blocks(ABC):
         Keys of the blocks of a sequence from its first block, as ``hasher`` or ``keys`` makes them.
     start_block : int
         Position in the sequence of the first block that is loaded or saved.
-    group : int
-        Which quota the blocks count against, as ``group`` returns it.
+    tenant : int
+        Which quota the blocks count against, as ``tenant`` returns it.
     fence : int
         Step of the ranks (``KVTPClient.advance_fence``) before which the pages must not be touched; 0: none.
     """
@@ -115,8 +115,8 @@ class Blocks(ABC):
         """
 
     @abstractmethod
-    def group(self, namespace: Sequence[str] | None) -> int:
-        """Which quota blocks of this namespace count against: a number that the methods below take as ``group``."""
+    def tenant(self, namespace: Sequence[str] | None) -> int:
+        """Which quota blocks of this namespace count against: a number that the methods below take as ``tenant``."""
 
     # ---- matching ---------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class Blocks(ABC):
 
     @abstractmethod
     def lookup(
-        self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0, count: bool = False
+        self, keys: NDArray[np.uint64], start_block: int = 0, tenant: int = 0, count: bool = False
     ) -> MatchResult:
         """How many leading blocks of ``keys`` can be loaded, why no more, since when. Holds nothing.
 
@@ -136,7 +136,7 @@ class Blocks(ABC):
 
     @abstractmethod
     def match_get(
-        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, group: int = 0, host_only: bool = False
+        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, tenant: int = 0, host_only: bool = False
     ) -> tuple[int, NDArray[np.int32]]:
         """Acquire the leading cached blocks of a request from ``start_block`` on, until ``launch`` or ``cancel``; and
         record and count the request.
@@ -158,7 +158,7 @@ class Blocks(ABC):
 
     @abstractmethod
     def match_put(
-        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, group: int = 0
+        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, tenant: int = 0
     ) -> tuple[int, NDArray[np.int32]]:
         """Reserve slots for the blocks from ``start_block`` on that are not cached yet, until ``launch`` or ``cancel``.
 
@@ -194,7 +194,7 @@ class Blocks(ABC):
     @abstractmethod
     def get_blocks(
         self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0,
-        layerwise: bool = False, group: int = 0,
+        layerwise: bool = False, tenant: int = 0,
     ) -> int:
         """Load blocks ``[start_block, start_block + len(pages))`` of a sequence into ``pages`` ((m,) int32).
 
@@ -205,7 +205,7 @@ class Blocks(ABC):
 
     @abstractmethod
     def put_blocks(
-        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0, group: int = 0,
+        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0, tenant: int = 0,
         *, provisional: bool = False, after: Iterable[int] = (),
     ) -> int | None:
         """Save the absent blocks of ``[start_block, start_block + len(pages))``; None if none is absent.
@@ -239,7 +239,7 @@ class Blocks(ABC):
 
     @abstractmethod
     def prefetch_blocks(
-        self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0, *, num_tokens: int = 0,
+        self, keys: NDArray[np.uint64], start_block: int = 0, tenant: int = 0, *, num_tokens: int = 0,
         must_answer: bool = False,
     ) -> int | None:
         """Bring blocks of a sequence from ``start_block`` on into host memory; the task ends when they are there.

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from flexkv._core.index.block_keys import SequenceHasher
 from flexkv.at_exit import close_at_exit
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.plan import NOTHING, MatchResult
+from flexkv.cache.plan import NO_MATCH, MatchResult
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, runtime_directory
 from flexkv.controller.blocks import Blocks
 from flexkv.controller.listener import Listener
@@ -92,7 +92,7 @@ class Controller(Blocks):
             transfer_config,
             ranks=ranks,
             on_capacity=self._on_capacity,
-            housekeeping=self._keep_house,
+            housekeeping=self._run_background_work,
             observe=self.metrics.transfer_ended if self.metrics is not None else None,
         )
         self._listener = Listener(
@@ -122,8 +122,8 @@ class Controller(Blocks):
     def _on_capacity(self, num_slots: int) -> None:
         self._space.grow(self._listener.host_pool, num_slots)
 
-    def _keep_house(self) -> float:
-        return self._space.keep_house()
+    def _run_background_work(self) -> float:
+        return self._space.run_background_work()
 
     def _on_gds(self, end: GdsEnd) -> None:
         if self._space.tiering is not None:
@@ -213,12 +213,12 @@ class Controller(Blocks):
         """See ``Blocks``."""
         return self._space.keys(token_ids, namespace, block_extras)
 
-    def group(self, namespace: Sequence[str] | None) -> int:
+    def tenant(self, namespace: Sequence[str] | None) -> int:
         """See ``Blocks``."""
-        return self._space.group(namespace)
+        return self._space.tenant(namespace)
 
-    def _group_of(self, group: int) -> int:
-        return integer_of(group, "group", 0, self._space.num_groups - 1)
+    def _tenant_of(self, tenant: int) -> int:
+        return integer_of(tenant, "tenant", 0, self._space.num_tenants - 1)
 
     def _length_of(self, num_tokens: int, keys: NDArray[np.uint64]) -> int:
         """A number of tokens of which the whole blocks have these keys; else ArgumentError."""
@@ -232,35 +232,35 @@ class Controller(Blocks):
         self._recorder.record(keys_of(keys))
 
     def lookup(
-        self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0, count: bool = False
+        self, keys: NDArray[np.uint64], start_block: int = 0, tenant: int = 0, count: bool = False
     ) -> MatchResult:
         """See ``Blocks``."""
-        keys, start_block, group = keys_of(keys), block_of(start_block, "start_block"), self._group_of(group)
+        keys, start_block, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
         index = self._index
-        match = index.match(keys, start_block, group) if index is not None else NOTHING
+        match = index.match(keys, start_block, tenant) if index is not None else NO_MATCH
         if count:
             self._space.counts.count(match, start_block, len(keys))
         return match
 
     def match_get(
-        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, group: int = 0, host_only: bool = False
+        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, tenant: int = 0, host_only: bool = False
     ) -> tuple[int, NDArray[np.int32]]:
         """See ``Blocks``."""
-        keys, start, group = keys_of(keys), block_of(start_block, "start_block"), self._group_of(group)
+        keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
         num_tokens, space = self._length_of(num_tokens, keys), self._space
         self._recorder.record(keys)
-        task = space.tasks.new_get(self._index, keys, start, None, num_tokens, host_only=bool(host_only), group=group)
+        task = space.tasks.new_get(self._index, keys, start, None, num_tokens, host_only=bool(host_only), tenant=tenant)
         space.tasks.hold(task)
         space.counts.count(task.match, start, len(keys))
         return task.task_id, task.blocks
 
     def match_put(
-        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, group: int = 0
+        self, keys: NDArray[np.uint64], start_block: int, num_tokens: int, tenant: int = 0
     ) -> tuple[int, NDArray[np.int32]]:
         """See ``Blocks``."""
-        keys, start, group = keys_of(keys), block_of(start_block, "start_block"), self._group_of(group)
+        keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
         num_tokens, tasks = self._length_of(num_tokens, keys), self._space.tasks
-        task = tasks.new_put(self._index, keys, start, len(keys), num_tokens, group)
+        task = tasks.new_put(self._index, keys, start, len(keys), num_tokens, tenant)
         tasks.hold(task)
         return task.task_id, task.blocks
 
@@ -290,23 +290,23 @@ class Controller(Blocks):
 
     def get_blocks(
         self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0,
-        layerwise: bool = False, group: int = 0,
+        layerwise: bool = False, tenant: int = 0,
     ) -> int:
         """See ``Blocks``."""
         keys, start, pages = span_of(keys, start_block, pages)
-        fence, group, tasks = fence_of(fence), self._group_of(group), self._space.tasks
-        task = tasks.new_get(self._index, keys, start, start + len(pages), 0, host_only=bool(layerwise), group=group)
+        fence, tenant, tasks = fence_of(fence), self._tenant_of(tenant), self._space.tasks
+        task = tasks.new_get(self._index, keys, start, start + len(pages), 0, host_only=bool(layerwise), tenant=tenant)
         tasks.run(task, pages, fence, bool(layerwise))
         return task.task_id
 
     def put_blocks(
-        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0, group: int = 0,
+        self, keys: NDArray[np.uint64], start_block: int, pages: NDArray[np.int32], fence: int = 0, tenant: int = 0,
         *, provisional: bool = False, after: Iterable[int] = (),
     ) -> int | None:
         """See ``Blocks``."""
         keys, start, pages = span_of(keys, start_block, pages)
-        fence, group, loads, tasks = fence_of(fence), self._group_of(group), task_ids_of(after), self._space.tasks
-        task = tasks.new_put(self._index, keys, start, start + len(pages), 0, group, bool(provisional))
+        fence, tenant, loads, tasks = fence_of(fence), self._tenant_of(tenant), task_ids_of(after), self._space.tasks
+        task = tasks.new_put(self._index, keys, start, start + len(pages), 0, tenant, bool(provisional))
         if len(task.blocks) == 0:
             tasks.discard(task)
             return None
@@ -319,17 +319,17 @@ class Controller(Blocks):
         self._space.tasks.accept(task_id_of(task_id), stop)
 
     def prefetch_blocks(
-        self, keys: NDArray[np.uint64], start_block: int = 0, group: int = 0, *, num_tokens: int = 0,
+        self, keys: NDArray[np.uint64], start_block: int = 0, tenant: int = 0, *, num_tokens: int = 0,
         must_answer: bool = False,
     ) -> int | None:
         """See ``Blocks``."""
-        keys, start, group = keys_of(keys), block_of(start_block, "start_block"), self._group_of(group)
+        keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
         num_tokens = self._length_of(num_tokens, keys) if num_tokens else 0
         tiering = self._space.tiering
         is_busy = tiering is not None and tiering.fetches_enough
         if is_busy and not must_answer:
             return None
-        return self._space.tasks.prefetch(self._index, keys, num_tokens, start, group, host_only=is_busy)
+        return self._space.tasks.prefetch(self._index, keys, num_tokens, start, tenant, host_only=is_busy)
 
     def set_prefill_rate(self, tokens_per_s: float) -> None:
         """See ``Blocks``."""
@@ -373,7 +373,7 @@ class Controller(Blocks):
         index = self._space.index
         if index is None:
             raise PinError("no rank has registered yet, so nothing is cached: pin when the engine is up")
-        return index.pin(self.keys(token_ids, namespace), name, self.group(namespace))
+        return index.pin(self.keys(token_ids, namespace), name, self.tenant(namespace))
 
     def unpin(self, name: str) -> Pin:
         """See ``Blocks``."""

@@ -51,7 +51,7 @@ class Space:
         None: there is no tier below host memory.
     tasks : TaskTable
     counts : MatchCounts
-    num_groups : int
+    num_tenants : int
         Quotas that blocks can count against.
     """
 
@@ -68,7 +68,7 @@ class Space:
         )
         self._quotas = Quotas(config.quotas)
         self._chain_seed = lru_cache(_MAX_SEEDS)(chain_seed)
-        self.num_groups = len(self._quotas)
+        self.num_tenants = len(self._quotas)
         self.index: GlobalCacheEngine | None = None
         self.tiering = Tiering(config, domain, make_store, on_ready) if config.ssd_bytes else None
         self.tasks = TaskTable(transfer, dp_client_id, config.tokens_per_block, self.tiering, accept_within_s)
@@ -91,10 +91,10 @@ class Space:
         elif is_first:
             self._on_ready()
 
-    def keep_house(self) -> float:
+    def run_background_work(self) -> float:
         """Do what is due; returns in how many seconds to call again."""
-        pause = self.tasks.keep_house()
-        return min(pause, self.tiering.keep_house()) if self.tiering is not None else pause
+        pause = self.tasks.run_background_work()
+        return min(pause, self.tiering.run_background_work()) if self.tiering is not None else pause
 
     def reset(self, timeout_s: float, new_weights: bool) -> None:
         """Forget all KV; see ``Blocks.reset``."""
@@ -126,9 +126,9 @@ class Space:
     def _seed(self, namespace: Sequence[str] | None) -> bytes:
         return self._chain_seed(self._domain, namespace_of(namespace), self._config.secret)
 
-    def group(self, namespace: Sequence[str] | None) -> int:
+    def tenant(self, namespace: Sequence[str] | None) -> int:
         """Which quota blocks of a namespace count against."""
-        return self._quotas.group(namespace_of(namespace))
+        return self._quotas.tenant(namespace_of(namespace))
 
     # ---- counts -----------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.io.io_queue import IoQueue
-from flexkv.cache.admission.load_or_compute import LoadPlanner
-from flexkv.cache.admission.write_back import SsdWriter
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.write_back import WriteBack
 from flexkv.cache.early_traffic import EarlyTraffic
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
@@ -89,13 +89,13 @@ class Tiering:
         self._writes: set[int] = set()
         self._usable_slots = 0
         self._prefill_tokens_per_s = config.prefill_tokens_per_s
-        self._planner: LoadPlanner | None = None
-        self._hurry = self._is_over = False    # a shutdown writes without the rate limit; then nothing more is written
+        self._load_or_compute: LoadOrCompute | None = None
+        self._flush = self._is_over = False    # a shutdown writes without the rate limit; then nothing more is written
         self._uncleared = False                # there was a reset, and the store was not told, or could not be
         self._transfer: TransferEngine | None = None
         self._store: Store | None = None
         self._gds: GdsEnd | None = None     # of a rank, until the store is open
-        self._writer: SsdWriter | None = None
+        self._writer: WriteBack | None = None
         self._early: EarlyTraffic | None = EarlyTraffic()     # None: the store cannot be opened
         self._thread: threading.Thread | None = None
 
@@ -157,7 +157,7 @@ class Tiering:
         logger.info("SSD tier: %d slots, %d blocks found, %.2f s", store.num_slots, count, time.monotonic() - start)
         self.description = f"SSD {self._config.ssd_cache_gb:g} GiB ({store.num_slots} blocks, {count} found)"
         blocks = max(1, _BATCH_BYTES // pool.slot_bytes)
-        writer = SsdWriter(
+        writer = WriteBack(
             cache,
             write_all=self._config.ssd_admission == "all",
             batch_blocks=blocks,
@@ -175,7 +175,7 @@ class Tiering:
     def _index(self, cache: GlobalCacheEngine, store: Store, found: Recovered) -> int:
         """Put what is on the disks into the index, parents before children; give back the rest of its slots."""
         indexed = np.zeros(len(found), dtype=np.bool_)
-        planner = LoadPlanner(
+        load_or_compute = LoadOrCompute(
             self._config.load_policy, store.slot_bytes, self._config.tokens_per_block,
             0.0, time.monotonic,
         )
@@ -188,13 +188,13 @@ class Tiering:
         with self._write_lock:
             with self._lock:
                 self._store, usable_slots, is_stale = store, self._usable_slots, self._uncleared
-                self._planner = planner
-                planner.prefill_tokens_per_s = self._prefill_tokens_per_s
+                self._load_or_compute = load_or_compute
+                load_or_compute.prefill_tokens_per_s = self._prefill_tokens_per_s
             if is_stale:
                 self._clear(store)
         store.register(usable_slots * store.slot_bytes)
         self._connect_gds()
-        tier = SsdTier(store.slots, planner, self._usable, store.usable_slots)
+        tier = SsdTier(store.slots, load_or_compute, self._usable, store.usable_slots)
         try:
             cache.attach_ssd(tier, () if is_stale else sequences())
         finally:
@@ -243,7 +243,7 @@ class Tiering:
             logger.warning("the SSD tier has not opened within %g s; it closes when it has", _DRAIN_S)
         writer = self._writer
         if writer is not None and self._may_write:
-            self._hurry = True
+            self._flush = True
             self._transfer.wake()
             left_s = max(0.0, deadline - time.monotonic())
             if not self._transfer.wait(lambda: writer.idle and self._num_early() == 0, left_s):
@@ -259,18 +259,18 @@ class Tiering:
             return
         with self._lock:
             self._prefill_tokens_per_s = tokens_per_s
-            if self._planner is not None:
-                self._planner.prefill_tokens_per_s = tokens_per_s
+            if self._load_or_compute is not None:
+                self._load_or_compute.prefill_tokens_per_s = tokens_per_s
 
     # ---- gets -------------------------------------------------------------------------------------------------
 
     def begin_get(
         self, cache: GlobalCacheEngine, keys: NDArray[np.uint64], start: int, stop: int, choose: bool, host_only: bool,
-        group: int = 0,
+        tenant: int = 0,
     ) -> tuple[GetPlan, tuple[Dependency, ...]]:
         """``cache.begin_get``, and start to read what has to be read; the blocks of the plan wait as told."""
         with self._lock:
-            plan = cache.begin_get(keys, start, stop, choose, host_only, group, self.loads_directly)
+            plan = cache.begin_get(keys, start, stop, choose, host_only, tenant, self.loads_directly)
             if plan.fetch is not None:
                 self._fetch_ops[plan.fetch.fetch_id] = _fetch_op(plan.fetch)
             needs = tuple(Dependency(self._fetch_ops[join.fetch_id], join.mine, join.theirs) for join in plan.joins)
@@ -339,7 +339,7 @@ class Tiering:
         if self._transfer is not None:
             self._transfer.wake()
 
-    def keep_house(self) -> float:
+    def run_background_work(self) -> float:
         """Write what may be written now; returns in how many seconds to call again. On the background thread."""
         writer = self._writer
         if writer is None or self._transfer is None:
@@ -349,7 +349,7 @@ class Tiering:
         try:
             if self._early is not None:
                 self._early.replay(writer)
-            while self._may_write and (plan := writer.next(self._hurry)) is not None:
+            while self._may_write and (plan := writer.next(self._flush)) is not None:
                 op = TransferOp(
                     OpKind.H2DISK, plan.host_slots, plan.ssd_slots, keys=plan.keys[plan.blocks], parents=plan.parents
                 )
@@ -359,7 +359,7 @@ class Tiering:
                 self._transfer.submit(graph, partial(self._written, plan), background=True)
         finally:
             self._write_lock.release()
-        if self._hurry and writer.idle:        # what was queued has gone meanwhile: no write ends that would tell of it
+        if self._flush and writer.idle:        # what was queued has gone meanwhile: no write ends that would tell of it
             self._transfer.notify()
         return min(_IDLE_S, writer.pause())
 
@@ -373,7 +373,7 @@ class Tiering:
             self._writes.discard(graph.task_id)
         if self._writer is not None:
             self._writer.ended(plan, graph.ops[0].ok)
-            if self._hurry or self._writer.pause() == 0.0:
+            if self._flush or self._writer.pause() == 0.0:
                 self._wake()
 
     def stats(self) -> dict[str, int]:

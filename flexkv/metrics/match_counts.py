@@ -3,9 +3,9 @@
 import threading
 
 from flexkv.cache.plan import MatchResult
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 
-_REASONS = [reason for reason in StopReason if reason is not StopReason.FULL_HIT]
+_REASONS = [reason for reason in MissReason if reason is not MissReason.FULL_HIT]
 
 
 class MatchCounts:

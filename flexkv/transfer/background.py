@@ -19,7 +19,7 @@ class BackgroundThread(threading.Thread):
     """Calls ``turn`` until ``stop``, whatever ``turn`` raises.
 
     Failures are logged at a bounded rate, and a pause follows each. After ``_MAX_FAILURES`` consecutive failures
-    ``give_up`` is called; the thread continues to call ``turn``, because part of its work may still succeed.
+    ``abandon`` is called; the thread continues to call ``turn``, because part of its work may still succeed.
 
     Parameters
     ----------
@@ -27,16 +27,16 @@ class BackgroundThread(threading.Thread):
     turn : callable
     is_over : callable
         Called between two turns; True ends the thread.
-    give_up : callable
+    abandon : callable
     """
 
     def __init__(
-        self, name: str, turn: Callable[[], None], is_over: Callable[[], bool], give_up: Callable[[], None]
+        self, name: str, turn: Callable[[], None], is_over: Callable[[], bool], abandon: Callable[[], None]
     ) -> None:
         super().__init__(name=name, daemon=True)
         self._turn = turn
         self._is_over = is_over
-        self._give_up = give_up
+        self._abandon = abandon
         self._halt = threading.Event()
         self._failures = 0
         self._log = RepeatedLog(logger)
@@ -54,7 +54,7 @@ class BackgroundThread(threading.Thread):
         self._log.write(logging.ERROR, f"the data plane's thread has failed {self._failures} times in a row", error)
         if self._failures == _MAX_FAILURES:
             try:
-                self._give_up()
+                self._abandon()
             except BaseException as second:
                 logger.critical("the data plane could not be taken out of service", exc_info=second)
         self._halt.wait(min(_MAX_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(self._failures - 1, 5)))

@@ -257,7 +257,7 @@ class TransferEngine(GraphRunner):
         first_error: Exception | None = None
         for step in (
             self._handle_events, self._take_results, self._resend, self._enforce_deadlines, self._fire, self._grow,
-            self._keep_house,
+            self._run_background_work,
         ):
             try:
                 step()
@@ -285,7 +285,7 @@ class TransferEngine(GraphRunner):
     def _grow(self) -> None:
         self._growth.update(self._device.links)
 
-    def _keep_house(self) -> None:
+    def _run_background_work(self) -> None:
         if self._housekeeping is None:
             return
         try:

@@ -30,8 +30,8 @@ class Executor(ABC):
     event_fd: int = -1
 
     @abstractmethod
-    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
-        """Move blocks ``indices`` of ``op``; if ``doomed``, move nothing and report that they failed."""
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
+        """Move blocks ``indices`` of ``op``; if ``failed``, move nothing and report that they failed."""
 
     @abstractmethod
     def cancel(self, op: TransferOp) -> None:
@@ -44,7 +44,7 @@ class Executor(ABC):
         """Collect the results that are available; True if there was any."""
         return False
 
-    def give_up(self) -> None:  # noqa: B027  (for executors that are drained)
+    def abandon(self) -> None:  # noqa: B027  (for executors that are drained)
         """Fail all submitted blocks, and all blocks submitted from now on, because the executor is broken.
 
         A block must not fail before its slots and pages are no longer accessed; like ``close``, the method may wait for
@@ -59,8 +59,8 @@ class ArrivalExecutor(Executor):
 
     kinds = frozenset({OpKind.ARRIVAL})
 
-    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
-        progress(op, indices, np.full(len(indices), not doomed))
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
+        progress(op, indices, np.full(len(indices), not failed))
 
     def cancel(self, op: TransferOp) -> None:
         """Do nothing: no block is ever in progress."""

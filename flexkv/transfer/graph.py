@@ -199,7 +199,7 @@ class TransferOp:
         self.num_resolved += len(resolved)
 
     def begin(self) -> None:
-        """Register with the ops that this op depends on, so that ``heard`` and ``ended`` are called."""
+        """Register with the ops that this op depends on, so that ``on_progress`` and ``ended`` are called."""
         for dependency in self.depends_on:
             self.missing[dependency.mine] += ~dependency.op.ok[dependency.theirs]
             if not dependency.op.done:
@@ -222,14 +222,14 @@ class TransferOp:
             return _NONE, self.waiting
         if not self.depends_on:
             return _NONE if self.unmet else self.waiting, _NONE
-        doomed = np.zeros(len(self), dtype=np.bool_)
+        failed = np.zeros(len(self), dtype=np.bool_)
         for dependency in self.depends_on:
             arrived, ended = dependency.op.ok[dependency.theirs], dependency.op.resolved[dependency.theirs]
-            doomed[dependency.mine] |= ended & ~arrived
+            failed[dependency.mine] |= ended & ~arrived
         able = _NONE if self.unmet else np.flatnonzero((self.missing == 0) & ~self.started)
-        return able, np.flatnonzero(doomed & ~self.started)
+        return able, np.flatnonzero(failed & ~self.started)
 
-    def heard(
+    def on_progress(
         self, dependency: Dependency, indices: NDArray[np.intp]
     ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """Record new results of the blocks ``indices`` of ``dependency.op``; returns ``startable`` for their

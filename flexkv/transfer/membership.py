@@ -80,12 +80,12 @@ class Membership:
     def _failed(self, fd: int, link: AgentLink, error: Exception) -> None:
         """Disconnect the agent of a link whose event could not be handled; other agents are not affected."""
         ours = not isinstance(error, RingCorruptedError)
-        link.condemn(f"{type(error).__name__} in the controller" if ours else str(error))
+        link.disconnect(f"{type(error).__name__} in the controller" if ours else str(error))
         self._watch.pause(fd, _PAUSE_S)
 
     def _hear(self, link: AgentLink) -> None:
         """Handle a message or the hang-up of an agent."""
-        if link.hear():
+        if link.drain_event():
             self._locked(partial(self._leave, link))
 
     def _leave(self, link: AgentLink) -> None:

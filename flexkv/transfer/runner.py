@@ -129,7 +129,7 @@ class GraphRunner:
                 self._watched.remove(executor)
                 self._unwatch(executor.event_fd)
                 try:
-                    executor.give_up()
+                    executor.abandon()
                 except Exception:
                     logger.exception("%s could not fail its ops", type(executor).__name__)
 
@@ -200,7 +200,7 @@ class GraphRunner:
                 "continues without loading or saving KV; restart it to use FlexKV again"
             )
             for link in list(self._device.links):
-                link.condemn("the data plane is out of service")
+                link.disconnect("the data plane is out of service")
                 for op in link.ops:
                     op.is_lost = True
             for task_id in self._scheduler.running():

@@ -143,14 +143,14 @@ class Scheduler:
                 self._start_blocks(active, op, *op.startable())
 
     def _start_blocks(
-        self, active: _Active, op: TransferOp, startable: NDArray[np.intp], doomed: NDArray[np.intp]
+        self, active: _Active, op: TransferOp, startable: NDArray[np.intp], failed: NDArray[np.intp]
     ) -> None:
         if active.graph.verdict is not None:
-            startable, doomed = startable[:0], op.waiting
-        for indices, is_doomed in ((startable, False), (doomed, True)):
+            startable, failed = startable[:0], op.waiting
+        for indices, is_failed in ((startable, False), (failed, True)):
             if len(indices):
                 op.started[indices] = True
-                self._executors[op.kind].submit(op, indices, self._progress, is_doomed)
+                self._executors[op.kind].submit(op, indices, self._progress, is_failed)
 
     def _progress(self, op: TransferOp, indices: NDArray[np.intp] | slice, ok: NDArray[np.bool_]) -> None:
         op.resolve(indices, ok)
@@ -158,7 +158,7 @@ class Scheduler:
             which = np.arange(len(op))[indices] if isinstance(indices, slice) else indices
             for later, dependency in op.dependents:
                 if not later.done:
-                    self._start_blocks(self._active[later.task_id], later, *later.heard(dependency, which))
+                    self._start_blocks(self._active[later.task_id], later, *later.on_progress(dependency, which))
         if op.done:
             self._end_op(self._active[op.task_id], op)
 

@@ -167,7 +167,7 @@ class Stubborn(Executor):
     def __init__(self) -> None:
         self.tries = 0
 
-    def submit(self, op: TransferOp, indices: np.ndarray, progress: Progress, doomed: bool = False) -> None:
+    def submit(self, op: TransferOp, indices: np.ndarray, progress: Progress, failed: bool = False) -> None:
         progress(op, indices, np.zeros(len(indices), dtype=np.bool_))
 
     def cancel(self, op: TransferOp) -> None:

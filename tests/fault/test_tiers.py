@@ -69,9 +69,9 @@ def trouble(made: Stage, rng: random.Random) -> None:
     if chance < 0.1:
         made.store.held = True
     elif chance < 0.5:
-        made.store.let_go(rng.randint(1, 4))
+        made.store.release(rng.randint(1, 4))
     elif chance < 0.8:
-        made.store.let_go()
+        made.store.release()
     elif chance < 0.9:
         made.store.broken = {rng.randrange(SSD_SLOTS)} if chance < 0.83 else set()
     elif chance < 0.91:
@@ -92,7 +92,7 @@ def test_no_wrong_bytes_whatever_the_disk_does(tmp_path: Path, seed: int) -> Non
             trouble(made, rng)
             workers[0].join(0.002)
         made.store.is_usable, made.store.broken = True, set()
-        made.store.let_go()
+        made.store.release()
         for worker in workers:
             if worker.error is not None:
                 raise worker.error

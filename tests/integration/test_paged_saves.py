@@ -142,12 +142,12 @@ def hold(engine: PagedEngine, monkeypatch: pytest.MonkeyPatch, kind: str) -> Cal
         held = max(held, fences.pop(kind, None) or 0)
         advance(**fences)
 
-    def let_go() -> None:
+    def release() -> None:
         monkeypatch.setattr(client, "advance_fence", advance)
         advance(**{kind: held})
 
     monkeypatch.setattr(client, "advance_fence", hold_back)
-    return let_go
+    return release
 
 
 def use_all_free_pages(engine: PagedEngine) -> None:
@@ -167,7 +167,7 @@ def test_pages_are_not_given_to_others_while_they_are_saved(
 ) -> None:
     """The saves are accepted, and have not begun to copy, when their request loses its pages."""
     engine = engines()
-    let_go = hold(engine, monkeypatch, "save")
+    release = hold(engine, monkeypatch, "save")
     engine.add("r", LONG, 1 if ending == "finished" else 40)
     engine.step()
     assert (len(engine.side._outstanding) > 0, engine.side._steps._steps) == (True, deque())
@@ -176,7 +176,7 @@ def test_pages_are_not_given_to_others_while_they_are_saved(
     if "aborted" in ending:
         engine.abort("r")
     use_all_free_pages(engine)
-    let_go()
+    release()
     engine.run()
     assert wrong_answers_of(engine) == []
     checked, wrong = engine.wrong_blocks()
@@ -188,12 +188,12 @@ def test_pages_are_not_given_to_others_while_they_are_loaded_for_a_request_that_
 ) -> None:
     engine = engines(layerwise_loads="never")
     fill(engine)
-    let_go = hold(engine, monkeypatch, "load")
+    release = hold(engine, monkeypatch, "load")
     engine.add("r", [*PREFIX, 8], 6)
     engine.step()
     engine.abort("r")
     use_all_free_pages(engine)
-    let_go()
+    release()
     engine.run()
     assert wrong_answers_of(engine) == []
     checked, wrong = engine.wrong_blocks()

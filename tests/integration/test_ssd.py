@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
@@ -110,7 +110,7 @@ def test_a_block_that_rotted_is_a_miss(tmp_path: Path) -> None:
         assert tensors.read(range(1, BLOCKS)) == content[len(content) // BLOCKS :]
         until(lambda: manager.stats()["blocks_being_fetched"] == 0)
         found = manager.blocks.lookup(_keys(manager))
-        assert (found.num_ready, found.reason) == (0, StopReason.FAILED)
+        assert (found.num_ready, found.reason) == (0, MissReason.FAILED)
 
 
 def test_nothing_of_before_a_reset_is_there_after_a_restart(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ static int start(void *context, struct flexkv_io *io)
 }
 
 /* Start what has hung long enough. Nanoseconds until the next of them, or `timeout_ns` if that is sooner. */
-static int64_t let_go(struct flexkv_io_faults *faults, int64_t timeout_ns)
+static int64_t release(struct flexkv_io_faults *faults, int64_t timeout_ns)
 {
     int released = is_released(faults), rc;
     uint32_t kept = 0;
@@ -197,7 +197,7 @@ static void wait_faulty(void *context, int64_t timeout_ns)
 {
     struct flexkv_io_faults *faults = context;
 
-    timeout_ns = let_go(faults, timeout_ns);
+    timeout_ns = release(faults, timeout_ns);
     faults->inner->wait(faults->context, faults->ended ? 0 : timeout_ns);
 }
 

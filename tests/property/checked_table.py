@@ -224,7 +224,7 @@ class CheckedTable:
         self.now += 61.0 if seed % 2 else 30.0
         for known in self.known.values():
             known.expire(self.now, self.cache.epoch)
-        self.table.keep_house()
+        self.table.run_background_work()
 
     def evict(self, sequence: Prefix, seed: int) -> None:
         tier = self.cache._below if self.below is not None and seed % 4 == 3 else self.cache._host
@@ -269,7 +269,7 @@ class CheckedTable:
         if (known := self.pick(seed, "running")) and self.plane.end_early(known.id, OpStatus.FAILED, is_lost=True):
             known.verdict = Status.FAILED
 
-    def give_up(self, sequence: Prefix, seed: int) -> None:
+    def abandon(self, sequence: Prefix, seed: int) -> None:
         """The data plane goes out of service, with no part in this task."""
         if (known := self.pick(seed, "running")) and self.plane.end_early(known.id, OpStatus.FAILED):
             known.given_up = True

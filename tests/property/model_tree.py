@@ -26,11 +26,11 @@ def key_of(prefix: Prefix) -> bytes:
 class ModelBlock:
     slot: int = -1
     ready: bool = False
-    pins: int = 0
+    references: int = 0
 
 
 class ModelTree:
-    """Blocks by prefix; a block stays while it has a slot, a pin, or a block below it."""
+    """Blocks by prefix; a block stays while it has a slot, a reference, or a block below it."""
 
     def __init__(self) -> None:
         self.blocks: dict[Prefix, ModelBlock] = {}
@@ -57,17 +57,19 @@ class ModelTree:
         """Check that the block in ``slot`` may go now, and let it."""
         prefix, block = next((p, b) for p, b in self.blocks.items() if b.slot == slot)
         assert block.ready, prefix
-        assert block.pins == 0, prefix
+        assert block.references == 0, prefix
         n = len(prefix)
         below = [p for p, b in self.blocks.items() if p[:n] == prefix and len(p) > n and b.slot >= 0]
         assert not below, (prefix, below)
         block.slot, block.ready = -1, False
 
     def out_of_reach(self) -> list[Prefix]:
-        """Ready blocks without a pin that have a block before them that is on no tier."""
+        """Ready blocks without a reference that have a block before them that is on no tier."""
         return [
             prefix for prefix, block in self.blocks.items()
-            if block.ready and block.pins == 0 and any(self.blocks[p].slot < 0 for p in self.prefixes(prefix)[:-1])
+            if block.ready and block.references == 0 and any(
+                self.blocks[p].slot < 0 for p in self.prefixes(prefix)[:-1]
+            )
         ]
 
     def reclaim(self, slot: int) -> None:
@@ -79,7 +81,7 @@ class ModelTree:
     def prune(self) -> None:
         for prefix in sorted(self.blocks, key=len, reverse=True):
             block = self.blocks[prefix]
-            if block.slot < 0 and block.pins == 0 and not any(
+            if block.slot < 0 and block.references == 0 and not any(
                 len(p) == len(prefix) + 1 and p[:-1] == prefix for p in self.blocks
             ):
                 del self.blocks[prefix]

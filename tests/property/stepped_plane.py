@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import IN_PLACE, DirectPlan, GetPlan, PutPlan
 from flexkv.cache.tier import SsdTier
@@ -73,9 +73,9 @@ class Copies(Executor):
     moved: dict[int, dict[int, bool]] = field(default_factory=dict)
     hurt: set[int] = field(default_factory=set)
 
-    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
         self.progress = progress
-        if doomed:
+        if failed:
             self._answer(op, indices.tolist(), False, hurts=False)
         else:
             self.queued += [(op, int(i)) for i in indices]
@@ -274,14 +274,14 @@ class Below:
     def __init__(self, cache: GlobalCacheEngine, copies: Copies, num_slots: int) -> None:
         self.slots = SlotAllocator(num_slots)
         self._copies = copies
-        planner = LoadPlanner("always", 1, 1, 0.0, lambda: 0.0)
-        cache.attach_ssd(SsdTier(self.slots, planner, lambda: True, lambda slots: slots >= 0))
+        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, lambda: 0.0)
+        cache.attach_ssd(SsdTier(self.slots, load_or_compute, lambda: True, lambda slots: slots >= 0))
 
     def begin_get(
         self, cache: GlobalCacheEngine, keys: NDArray[np.uint64], start: int, stop: int, choose: bool, host_only: bool,
-        group: int,
+        tenant: int,
     ) -> tuple[GetPlan, tuple[Dependency, ...]]:
-        return cache.begin_get(keys, start, stop, choose, host_only, group, direct=True), ()
+        return cache.begin_get(keys, start, stop, choose, host_only, tenant, direct=True), ()
 
     def end_direct_get(self, cache: GlobalCacheEngine, plan: DirectPlan, ok: NDArray[np.bool_] | None) -> None:
         if ok is None:

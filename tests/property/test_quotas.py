@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import POLICIES
 from flexkv.cache.plan import GetPlan, PutPlan
 from flexkv.cache.quotas import Quotas
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.cache.sources import absent_blocks
 from flexkv.cache.tier import HOST, SSD, SsdTier
 from flexkv.config.namespaces import Quota
@@ -74,12 +74,12 @@ class Checked:
             quotas=self.quotas, max_pinned_share=MAX_PINNED / NUM_HOST,
         )
         self.engine.grow(NUM_HOST)
-        planner = LoadPlanner("always", 1, 1, 0.0, lambda: self.now)
-        usable = SsdTier(SlotAllocator(NUM_SSD), planner, lambda: True, lambda slots: ones(len(slots)))
+        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, lambda: self.now)
+        usable = SsdTier(SlotAllocator(NUM_SSD), load_or_compute, lambda: True, lambda slots: ones(len(slots)))
         assert self.engine.attach_ssd(usable)
 
     def used(self) -> dict[int, list[int]]:
-        """Blocks of each group on each tier."""
+        """Blocks of each tenant on each tier."""
         tree = self.engine._tree
         return {tier: tree.ranking(tier).blocks().sum(axis=1).tolist() for tier in CAPACITY}
 
@@ -93,34 +93,34 @@ class Checked:
     # ---- requests ---------------------------------------------------------------------------------------------
 
     def begin_put(self, sequence: Prefix, seed: int) -> None:
-        group, keys = sequence[0], keys_of(sequence)
+        tenant, keys = sequence[0], keys_of(sequence)
         before, idle = self.used(), not self.puts and not self.gets
         wanted = len(absent_blocks(self.engine._tree, self.engine._ssd, keys))
-        plan = self.engine.begin_put(keys, 0, len(keys), group)
+        plan = self.engine.begin_put(keys, 0, len(keys), tenant)
         self.use(sequence, len(plan.keys))
         self.puts.append(plan)
-        self.check_given_way(before, group)
+        self.check_given_way(before, tenant)
         after = self.used()
-        guaranteed = self.quotas.guaranteed(group, NUM_HOST)
+        guaranteed = self.quotas.guaranteed(tenant, NUM_HOST)
         if idle:                            # nothing is read or written: what was promised is there, whatever is pinned
-            assert after[HOST][group] >= min(guaranteed, before[HOST][group] + wanted)
-            self.check_priority(before[HOST], after[HOST], group)
+            assert after[HOST][tenant] >= min(guaranteed, before[HOST][tenant] + wanted)
+            self.check_priority(before[HOST], after[HOST], tenant)
 
     def check_given_way(self, before: dict[int, list[int]], requester: int) -> None:
         """Nobody was pushed under what is guaranteed to it by another's request."""
         for tier, counts in self.used().items():
-            for group in GROUPS:
-                guaranteed = self.quotas.guaranteed(group, CAPACITY[tier])
-                if group != requester:
-                    assert counts[group] >= min(before[tier][group], guaranteed)
+            for tenant in GROUPS:
+                guaranteed = self.quotas.guaranteed(tenant, CAPACITY[tier])
+                if tenant != requester:
+                    assert counts[tenant] >= min(before[tier][tenant], guaranteed)
 
     def check_priority(self, before: list[int], after: list[int], requester: int) -> None:
         """Who gave way had the lowest priority of those who had borrowed, and could give."""
-        gave = [group for group in GROUPS if group != requester and after[group] < before[group]]
+        gave = [tenant for tenant in GROUPS if tenant != requester and after[tenant] < before[tenant]]
         pinned = self.engine._pins.blocks
-        for group in gave:
+        for tenant in gave:
             for other in set(GROUPS) - {requester}:
-                if PRIORITY[other] < PRIORITY[group]:
+                if PRIORITY[other] < PRIORITY[tenant]:
                     assert after[other] <= max(self.quotas.guaranteed(other, NUM_HOST), pinned[other])
 
     def end_put(self, sequence: Prefix, seed: int) -> None:
@@ -133,17 +133,17 @@ class Checked:
         plan = self.puts.pop()
         self.engine.end_put(plan, ones(len(plan)))
         if not self.puts:                                   # also what was out of date: it has just been computed
-            assert self.engine.match(keys_of(sequence), group=sequence[0]).num_ready >= len(plan.keys)
+            assert self.engine.match(keys_of(sequence), tenant=sequence[0]).num_ready >= len(plan.keys)
 
     def begin_get(self, sequence: Prefix, seed: int) -> None:
-        group, keys, before = sequence[0], keys_of(sequence), self.used()
-        plan = self.engine.begin_get(keys, seed % 2, len(keys), group=group)
+        tenant, keys, before = sequence[0], keys_of(sequence), self.used()
+        plan = self.engine.begin_get(keys, seed % 2, len(keys), tenant=tenant)
         self.check_fresh(sequence, plan.stop)
         self.use(sequence, plan.stop)
         if plan.fetch is not None:
             self.engine.end_fetch(plan.fetch, ones(len(plan.fetch)))
         self.gets.append(plan)
-        self.check_given_way(before, group)
+        self.check_given_way(before, tenant)
 
     def end_get(self, sequence: Prefix, seed: int) -> None:
         if self.gets:
@@ -187,7 +187,7 @@ class Checked:
         for tier, counts in self.used().items():
             lost = gone[tier] - expired[tier]
             promised = [
-                min(have, self.quotas.guaranteed(group, CAPACITY[tier])) for group, have in enumerate(before[tier])
+                min(have, self.quotas.guaranteed(tenant, CAPACITY[tier])) for tenant, have in enumerate(before[tier])
             ]
             assert sum(max(0, most - have) for most, have in zip(promised, counts, strict=True)) <= lost
 
@@ -216,21 +216,21 @@ class Checked:
     def check(self) -> None:
         self.engine.check_integrity()
         for tier, counts in self.used().items():
-            for group, count in enumerate(counts):
-                assert count <= self.quotas.limit(group, CAPACITY[tier])
-        for group in GROUPS:
+            for tenant, count in enumerate(counts):
+                assert count <= self.quotas.limit(tenant, CAPACITY[tier])
+        for tenant in GROUPS:
             for end in ENDS:
-                sequence = (group, *end)
-                found = self.engine.match(keys_of(sequence), group=group)
+                sequence = (tenant, *end)
+                found = self.engine.match(keys_of(sequence), tenant=tenant)
                 self.check_fresh(sequence, found.num_ready)
-                if found.reason is StopReason.EXPIRED:
+                if found.reason is MissReason.EXPIRED:
                     assert not self.is_pinned(sequence[: found.num_ready + 1])
-                    assert math.isfinite(found.since)
-                    assert found.since <= self.now + 1
+                    assert math.isfinite(found.evicted_at)
+                    assert found.evicted_at <= self.now + 1
         pinned = {sequence[:length] for sequence in self.pins.values() for length in range(1, len(sequence) + 1)}
         assert self.engine.stats()["pinned_blocks"] == len(pinned) <= MAX_PINNED
         for sequence in self.pins.values():
-            assert self.engine.match(keys_of(sequence), group=sequence[0]).num_ready == len(sequence)
+            assert self.engine.match(keys_of(sequence), tenant=sequence[0]).num_ready == len(sequence)
 
     def finish(self) -> None:
         """All that expires is swept, but for what is pinned; nothing is lost."""
@@ -242,9 +242,9 @@ class Checked:
         for _ in range(len(ENDS)):                          # each sweep frees ends, and the next what came before them
             self.engine.evict_ahead()
         for counts in self.used().values():
-            for group in GROUPS:
-                if math.isfinite(TTL_S[group]):
-                    assert counts[group] <= self.engine._pins.blocks[group]
+            for tenant in GROUPS:
+                if math.isfinite(TTL_S[tenant]):
+                    assert counts[tenant] <= self.engine._pins.blocks[tenant]
         self.check()
         for name in list(self.pins):
             self.engine.unpin(name)

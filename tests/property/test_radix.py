@@ -18,7 +18,7 @@ from .model_tree import ModelBlock, ModelTree, Prefix, keys_of
 SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=7).map(tuple)
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["put", "put", "put", "pin", "unpin", "evict", "fail", "fail", "reclaim", "get", "bad"]),
+        st.sampled_from(["put", "put", "put", "acquire", "release", "evict", "fail", "fail", "reclaim", "get", "bad"]),
         SEQUENCES, st.integers(0, 7),
     ),
     min_size=1, max_size=25,
@@ -32,7 +32,7 @@ class Pair:
         self.tree = RadixTree(1000)
         self.model = ModelTree()
         self.next_slot = itertools.count()
-        self.pins: list[tuple[Prefix, int, int]] = []
+        self.acquired: list[tuple[Prefix, int, int]] = []
         self.now = 0.0
 
     def put(self, sequence: Prefix, seed: int) -> None:
@@ -54,24 +54,24 @@ class Pair:
         slots = np.full(len(sequence), -1, dtype=np.int32)
         for i, prefix in enumerate(self.model.prefixes(sequence)):
             block = self.model.blocks.get(prefix)
-            if block is not None and block.slot >= 0 and not block.ready and block.pins == 0:
+            if block is not None and block.slot >= 0 and not block.ready and block.references == 0:
                 slots[i], block.slot = block.slot, -1
         assert self.tree.drop(keys_of(sequence), slots, 0, failed=True) == (slots >= 0).sum()
 
-    def pin(self, sequence: Prefix, seed: int) -> None:
+    def acquire(self, sequence: Prefix, seed: int) -> None:
         stop = self.model.present(sequence)
         start = min(seed, stop)
-        self.tree.pin(keys_of(sequence), start, stop)
+        self.tree.acquire(keys_of(sequence), start, stop)
         for prefix in self.model.prefixes(sequence)[start:stop]:
-            self.model.blocks[prefix].pins += 1
-        self.pins.append((sequence, start, stop))
+            self.model.blocks[prefix].references += 1
+        self.acquired.append((sequence, start, stop))
 
-    def unpin(self, sequence: Prefix, seed: int) -> None:
-        if self.pins:
-            sequence, start, stop = self.pins.pop(seed % len(self.pins))
-            self.tree.unpin(keys_of(sequence), start, stop)
+    def release(self, sequence: Prefix, seed: int) -> None:
+        if self.acquired:
+            sequence, start, stop = self.acquired.pop(seed % len(self.acquired))
+            self.tree.release(keys_of(sequence), start, stop)
             for prefix in self.model.prefixes(sequence)[start:stop]:
-                self.model.blocks[prefix].pins -= 1
+                self.model.blocks[prefix].references -= 1
 
     def evict(self, sequence: Prefix, seed: int) -> None:
         """In an order that the seed says, also of nodes that are ranked already."""
@@ -104,7 +104,7 @@ class Pair:
         keys = keys_of(sequence)
         if self.model.present(sequence) < len(sequence):
             with pytest.raises(InvariantError):
-                self.tree.pin(keys, 0, len(sequence))
+                self.tree.acquire(keys, 0, len(sequence))
             with pytest.raises(InvariantError):
                 self.tree.insert(keys, np.full(len(sequence), -1, dtype=np.int32), 0, self.now)
         elif not self.model.absent(sequence):
@@ -121,8 +121,8 @@ class Pair:
     def finish(self) -> None:
         held = self.tree.check_integrity()[0]
         assert list(held) == sorted(block.slot for block in self.model.blocks.values() if block.slot >= 0)
-        while self.pins:
-            self.unpin((), 0)
+        while self.acquired:
+            self.release((), 0)
         self.model.prune()
         assert self.tree.num_blocks == len(self.model.blocks)
         writing = [p for p, b in self.model.blocks.items() if b.slot >= 0 and not b.ready]

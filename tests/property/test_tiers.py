@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
@@ -93,10 +93,10 @@ class Checked:
         self.engine = GlobalCacheEngine(NUM_HOST, LRU, 0.9, 0.2, clock=self.clock, num_ssd_slots=NUM_SSD)
         self.engine.grow(NUM_HOST)
         self.slots = SlotAllocator(NUM_SSD)
-        self.planner = LoadPlanner("always", 1, 1, 0.0, self.clock)
+        self.load_or_compute = LoadOrCompute("always", 1, 1, 0.0, self.clock)
 
     def attach(self, found: list[tuple[NDArray[np.uint64], NDArray[np.int32]]]) -> None:
-        tier = SsdTier(self.slots, self.planner, lambda: self.usable, lambda slots: slots % 2 != self.half_out)
+        tier = SsdTier(self.slots, self.load_or_compute, lambda: self.usable, lambda slots: slots % 2 != self.half_out)
         assert self.engine.attach_ssd(tier, found)
 
     def clock(self) -> float:

@@ -53,7 +53,7 @@ class MemoryStore(Store):
     Attributes
     ----------
     held : bool
-        While it is set, pieces wait for ``let_go``.
+        While it is set, pieces wait for ``release``.
     broken : set of int
         SSD slots whose reads and writes fail.
     out : set of int
@@ -148,7 +148,7 @@ class MemoryStore(Store):
             self._results.append((piece.job, np.array([piece.index]), np.array([ok])))
             os.eventfd_write(self.event_fd, 1)
 
-    def let_go(self, count: int | None = None, *, reads_only: bool = False) -> int:
+    def release(self, count: int | None = None, *, reads_only: bool = False) -> int:
         """Do so many of the pieces that wait (default: all, and no longer hold any); returns how many."""
         with self._lock:
             chosen = [p for p in self._waiting if p.is_read or not reads_only][:count]

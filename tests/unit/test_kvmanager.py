@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.config import CacheConfig
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.controller.tasks.task import KVTask
@@ -166,7 +166,7 @@ def test_a_page_that_does_not_exist_fails_alone(tmp_path: Path) -> None:
         hasher = manager.blocks.hasher()
         hasher.extend(tokens)
         found = manager.blocks.lookup(hasher.keys)
-        assert (found.num_ready, found.reason) == (1, StopReason.FAILED)
+        assert (found.num_ready, found.reason) == (1, MissReason.FAILED)
         tensors.zero()
         task = manager.blocks.get_blocks(hasher.keys, 0, np.array([8, 9, 10], dtype=np.int32))
         assert manager.wait(task)[task].status is Status.FAILED
@@ -196,7 +196,7 @@ def test_fences_hold_transfers_back(tmp_path: Path) -> None:
         assert task is not None
         client.advance_fence(load=100, save=6)
         assert manager.wait(task, timeout=0.1)[task].status is Status.TIMEOUT
-        assert manager.blocks.lookup(hasher.keys).reason is StopReason.NOT_READY
+        assert manager.blocks.lookup(hasher.keys).reason is MissReason.NOT_READY
         tensors.fill(pages, 3)                                             # what the "compute" of step 7 writes
         before = tensors.read(pages)
         client.advance_fence(save=7)

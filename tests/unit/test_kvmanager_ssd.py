@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.config import CacheConfig, TransferConfig
 from flexkv.controller.response import KVResponseStatus as Status
 from tests.support.harness import TOKENS, space_of, until
@@ -42,7 +42,7 @@ def test_what_is_on_ssd_is_there_after_a_restart(tmp_path: Path) -> None:
         made.get(6, 1)
         made.get(3, 2)
         assert made.ready(7, 1) == 6
-        assert made.manager.blocks.lookup(made.keys(7, 1)).reason is StopReason.NEVER_SEEN
+        assert made.manager.blocks.lookup(made.keys(7, 1)).reason is MissReason.NEVER_SEEN
 
 
 def test_gets_of_the_same_blocks_share_one_read(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_gets_of_the_same_blocks_share_one_read(tmp_path: Path) -> None:
         first = made.start_get(5, 1, 32)
         second = made.start_get(4, 1, 40)
         assert made.store.num_waiting == 5
-        made.store.let_go()
+        made.store.release()
         results = made.manager.wait([first, second])
         assert {result.status for result in results.values()} == {Status.SUCCESS}
         assert set(made.store.reads_of.values()) == {1}
@@ -71,7 +71,7 @@ def test_a_read_that_fails_takes_only_the_blocks_behind_it_along(tmp_path: Path)
         assert made.manager.wait(task)[task].status is Status.FAILED
         made.settle()
         found = made.manager.blocks.lookup(made.keys(5, 1))
-        assert (found.num_ready, found.reason) == (2, StopReason.FAILED)
+        assert (found.num_ready, found.reason) == (2, MissReason.FAILED)
         made.manager.check_integrity()
         made.store.broken.clear()
         made.put(5, 1)                                      # the hole is filled
@@ -96,7 +96,7 @@ def test_blocks_in_host_memory_do_not_wait_for_ssd(tmp_path: Path) -> None:
         op = graph.ops[0]
         until(lambda: int(op.resolved.sum()) == 6 - slow)
         assert made.store.num_waiting == slow
-        made.store.let_go()
+        made.store.release()
         assert made.manager.wait(task)[task].status is Status.SUCCESS
         assert made.tensors.read(range(32, 38)) == made.contents[1]
 
@@ -111,7 +111,7 @@ def test_a_fetch_goes_on_when_its_get_is_cancelled(tmp_path: Path) -> None:
         assert made.manager.wait(task, completely=True)[task].status is Status.CANCELLED
         assert made.manager.stats()["blocks_being_fetched"] == 5
         made.manager.check_integrity()
-        made.store.let_go()
+        made.store.release()
         made.settle()
         assert made.manager.blocks.lookup(made.keys(5, 1)).num_to_fetch == 0
         made.get(5, 1)
@@ -126,7 +126,7 @@ def test_a_prefetch_ends_when_the_blocks_are_in_host_memory(tmp_path: Path) -> N
         made.store.held = True
         task = made.manager.prefetch_async(tokens)
         assert made.manager.try_wait(task) == {}
-        made.store.let_go()
+        made.store.release()
         response = made.manager.wait(task)[task]
         assert response.status is Status.SUCCESS
         assert response.return_mask is not None
@@ -152,7 +152,7 @@ def test_prefetches_of_many_leave_room_to_those_that_run(tmp_path: Path) -> None
         assert made.store.num_waiting == 4
         running = made.start_get(3, 2, 40)                                  # a load is not held back
         assert made.store.num_waiting == 7
-        made.store.let_go()
+        made.store.release()
         results = made.manager.wait([first, running])
         assert {result.status for result in results.values()} == {Status.SUCCESS}
         assert made.tensors.read(range(40, 43)) == made.contents[2]
@@ -207,7 +207,7 @@ def test_nothing_of_before_a_reset_comes_back(tmp_path: Path) -> None:
         made.put(4, 2)                                      # its write is under way at the reset
         until(lambda: made.store.num_waiting == 4)
         made.manager.reset()
-        made.store.let_go()
+        made.store.release()
         made.settle()
         assert made.ready(5, 1) == made.ready(4, 2) == 0
         made.manager.check_integrity()
@@ -220,7 +220,7 @@ def test_a_tier_that_is_out_of_service_is_a_miss(tmp_path: Path) -> None:
         made.flood()
         made.store.is_usable = False
         found = made.manager.blocks.lookup(made.keys(5, 1))
-        assert (found.num_ready, found.reason) == (0, StopReason.OUT_OF_SERVICE)
+        assert (found.num_ready, found.reason) == (0, MissReason.OUT_OF_SERVICE)
         made.put(5, 1)
         made.get(5, 1)
         assert made.store.num_reads == 0
@@ -235,7 +235,7 @@ def test_a_disk_that_is_out_of_service_ends_the_match_and_its_blocks_can_be_put_
         third = made.keys(5, 1)[2].tobytes()
         made.store.out = {slot for slot, record in made.store.disk.records.items() if record.key == third}
         found = made.manager.blocks.lookup(made.keys(5, 1))
-        assert (found.num_ready, found.num_to_fetch, found.reason) == (2, 2, StopReason.OUT_OF_SERVICE)
+        assert (found.num_ready, found.num_to_fetch, found.reason) == (2, 2, MissReason.OUT_OF_SERVICE)
         made.put(5, 1)
         made.get(5, 1)
         assert made.store.reads_of.get(third, 0) == 0
@@ -248,7 +248,7 @@ def test_what_is_sooner_computed_is_not_offered(tmp_path: Path) -> None:
         made.put(5, 1)
         made.flood()
         found = made.manager.blocks.lookup(made.keys(5, 1))
-        assert (found.num_ready, found.reason) == (0, StopReason.TOO_SLOW)
+        assert (found.num_ready, found.reason) == (0, MissReason.TOO_SLOW)
 
 
 @pytest.mark.parametrize("configured", [0.0, 1e-3])
@@ -284,7 +284,7 @@ def test_a_match_in_host_memory_only(tmp_path: Path, layerwise: bool) -> None:
         task, mask = made.manager.get_match(tokens, cpu_only=not layerwise)
         assert mask.sum() == 2 * TOKENS                     # nor what is only on its way
         made.manager.cancel(task)
-        made.store.let_go()
+        made.store.release()
         assert made.manager.wait(prefetch)[prefetch].status is Status.SUCCESS
         made.settle()
         task, mask = made.manager.get_match(tokens, cpu_only=not layerwise)
@@ -302,7 +302,7 @@ def test_a_sequence_of_half_the_host_tier_is_written_whole(tmp_path: Path, monke
     with stage(tmp_path) as made:
         made.store.held = True                              # so that nothing leaves the queue but one batch
         made.put(HOST_SLOTS // 2, 1)
-        made.store.let_go()
+        made.store.release()
         made.settle()
         assert made.store.num_writes == HOST_SLOTS // 2
         assert made.manager.stats()["ssd_dropped_writes"] == 0
@@ -345,6 +345,6 @@ def test_a_disk_that_hangs_leaves_room_in_host_memory(tmp_path: Path) -> None:
             assert made.manager.stats()["ssd_blocks_being_written"] <= HOST_SLOTS // 4
             assert made.ready(HOST_SLOTS // 2, seed) == HOST_SLOTS // 2
         assert made.manager.stats()["ssd_blocks_being_written"] > 0
-        made.store.let_go()
+        made.store.release()
         made.store.held = False
         made.get(6, 1)

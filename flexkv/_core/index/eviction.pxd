@@ -24,23 +24,23 @@ cdef class Pieces:
 
 
 cdef class EvictableNodes(NodeStore):
-    cdef double *ttl                  # seconds, of each group; NULL: none expires
-    cdef readonly int num_groups
+    cdef double *ttl                  # seconds, of each tenant; NULL: none expires
+    cdef readonly int num_tenants
     cdef int32_t hand[MAX_TIERS]      # the node that ``expire`` looked at last
 
-    cdef double expires_at(self, Node *p, int group) noexcept nogil
+    cdef double expires_at(self, Node *p, int tenant) noexcept nogil
     cdef void unpark(self, int32_t node, int tier) noexcept nogil
-    cdef void regroup(self, int32_t node, uint16_t group) noexcept nogil
+    cdef void set_tenant(self, int32_t node, uint16_t tenant) noexcept nogil
     cdef Py_ssize_t take_from_end(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, uint32_t why,
                                   int64_t *first) noexcept nogil
     cdef bint is_elsewhere(self, Node *p, int tier) noexcept nogil
     cdef uint32_t first_hole(self, Node *p) noexcept nogil
-    cdef void free_behind(self, int32_t node, uint32_t at, int tier, Py_ssize_t want, int group, int32_t *out,
+    cdef void free_behind(self, int32_t node, uint32_t at, int tier, Py_ssize_t want, int tenant, int32_t *out,
                           Py_ssize_t *count, Py_ssize_t *looked) noexcept nogil
     cdef int32_t deepest(self, int32_t node) noexcept nogil
-    cdef void free_blocks(self, int32_t node, uint32_t start, int tier, Py_ssize_t want, int group, int32_t *out,
+    cdef void free_blocks(self, int32_t node, uint32_t start, int tier, Py_ssize_t want, int tenant, int32_t *out,
                           Py_ssize_t *count) noexcept nogil
-    cdef bint is_held(self, Node *p, int tier) noexcept nogil
+    cdef bint is_in_use(self, Node *p, int tier) noexcept nogil
     cdef bint spare(self, int32_t node, Ranking ranking, int spare_to, double now) noexcept nogil
     cdef bint evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
                          Piece *piece, uint32_t why) noexcept nogil

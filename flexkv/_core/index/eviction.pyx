@@ -9,7 +9,7 @@ from libc.string cimport memcpy
 from flexkv._core.buffers cimport data_of
 from flexkv._core.index.checks cimport FLEXKV_CHECKS
 from flexkv._core.index.node cimport Node
-from flexkv._core.index.nodes cimport HAS_HOLE, WHY_EVICTED, WHY_EXPIRED, NodeStore
+from flexkv._core.index.nodes cimport HAS_HOLE, MISS_EVICTED, MISS_EXPIRED, NodeStore
 from flexkv._core.index.eviction_queues cimport Heap, Ranking
 
 cdef enum:
@@ -65,60 +65,60 @@ cdef class Pieces:
 
 
 cdef class EvictableNodes(NodeStore):
-    """Nodes with a quota group and an age, which can be evicted; the caller locks."""
+    """Nodes with a tenant and an age, which can be evicted; the caller locks."""
 
     def __cinit__(self, *args, **kwargs):
-        self.num_groups = 1
+        self.num_tenants = 1
 
     def __dealloc__(self):
         free(self.ttl)
 
     def configure(self, num_queues, ttl_s=(INFINITY,)):
-        """Queues of the policy of each tier, and seconds after its last use that a block of each quota group may be
-        offered. Groups can be added at any time; queues while the tier is empty."""
+        """Queues of the policy of each tier, and seconds after its last use that a block of each tenant may be
+        offered. Tenants can be added at any time; queues while the tier is empty."""
         cdef Py_ssize_t i
         cdef Ranking ranking
-        if len(num_queues) != self.num_tiers or len(ttl_s) < self.num_groups:
-            raise ValueError(f"{len(num_queues)} tiers, {len(ttl_s)} groups: there are {self.num_tiers}, "
-                             f"{self.num_groups}")
+        if len(num_queues) != self.num_tiers or len(ttl_s) < self.num_tenants:
+            raise ValueError(f"{len(num_queues)} tiers, {len(ttl_s)} tenants: there are {self.num_tiers}, "
+                             f"{self.num_tenants}")
         for i in range(self.num_tiers):
             ranking = self.ranking(i)
             ranking.configure(<int>len(ttl_s), num_queues[i])
         cdef double *ttl = <double *>realloc(self.ttl, sizeof(double) * len(ttl_s))
         if ttl == NULL:
             raise MemoryError("no memory for the index")
-        self.ttl, self.num_groups = ttl, <int>len(ttl_s)
-        for i in range(self.num_groups):
+        self.ttl, self.num_tenants = ttl, <int>len(ttl_s)
+        for i in range(self.num_tenants):
             ttl[i] = ttl_s[i]
 
-    cdef inline double expires_at(self, Node *p, int group) noexcept nogil:
-        """``group``: the group that asks; if the node is another group's, the shorter time counts. -1: no group."""
-        if self.ttl == NULL or p.holds:
+    cdef inline double expires_at(self, Node *p, int tenant) noexcept nogil:
+        """``tenant``: the tenant that asks; if the node is another tenant's, the shorter time counts. -1: no tenant."""
+        if self.ttl == NULL or p.pins:
             return INFINITY
-        cdef double ttl_s = self.ttl[p.group]
-        if group >= 0:
-            ttl_s = min(ttl_s, self.ttl[group])
+        cdef double ttl_s = self.ttl[p.tenant]
+        if tenant >= 0:
+            ttl_s = min(ttl_s, self.ttl[tenant])
         return p.last_access + ttl_s
 
     cdef void unpark(self, int32_t node, int tier) noexcept nogil:
-        """Consider a node for eviction again: the pin or write on its last blocks may have ended."""
+        """Consider a node for eviction again: the use or write of its last blocks may have ended."""
         self.nodes[node].parked &= ~(1 << tier)
         self.settle(node, tier)
 
-    cdef void regroup(self, int32_t node, uint16_t group) noexcept nogil:
-        """Move a node to another quota group."""
+    cdef void set_tenant(self, int32_t node, uint16_t tenant) noexcept nogil:
+        """Move a node to another tenant."""
         cdef Node *p = &self.nodes[node]
         cdef int t
         for t in range(self.num_tiers):
             self.unsettle(node, t)
             self.count(p, t, -<int64_t>p.resident[t])
-        p.group = group
+        p.tenant = tenant
         for t in range(self.num_tiers):
             self.count(p, t, p.resident[t])
             self.settle(node, t)
 
     def discard(self, int tier):
-        """Free all slots of ``tier`` but those of blocks that are pinned or being written, and of blocks before them.
+        """Free all slots of ``tier`` but those of blocks that are in use or being written, and of blocks before them.
         For a tree that is out of use.
 
         Returns
@@ -137,7 +137,7 @@ cdef class EvictableNodes(NodeStore):
                 before = count
                 for node in range(1, self.used_nodes):
                     if self.nodes[node].ready[tier] and self.nodes[node].live_children[tier] == 0:
-                        count += self.take_from_end(node, tier, self.num_blocks, &out[count], WHY_EVICTED,
+                        count += self.take_from_end(node, tier, self.num_blocks, &out[count], MISS_EVICTED,
                                                     &first)
                         self.prune(node)
         if FLEXKV_CHECKS:
@@ -146,7 +146,7 @@ cdef class EvictableNodes(NodeStore):
 
     cdef Py_ssize_t take_from_end(self, int32_t node, int tier, Py_ssize_t want, int32_t *out,
                                   uint32_t why, int64_t *first) noexcept nogil:
-        """Free slots of a node from its end on, as far as nothing holds a block; returns how many. ``first``: the
+        """Free slots of a node from its end on, as far as no block is in use; returns how many. ``first``: the
         first block that lost its slot."""
         cdef Node *p = &self.nodes[node]
         cdef int64_t i = <int64_t>p.length - 1
@@ -154,7 +154,7 @@ cdef class EvictableNodes(NodeStore):
         cdef bint any_absent = False
         while i >= 0 and count < want and p.resident[tier]:
             if self.slots_of(p, tier)[i] >= 0:
-                if self.pins_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1:
+                if self.references_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1:
                     break
                 out[count] = self.slots_of(p, tier)[i]
                 count += 1
@@ -176,11 +176,11 @@ cdef class EvictableNodes(NodeStore):
                 return True
         return False
 
-    def evict(self, int tier, int group, int queue, Py_ssize_t want, double now, int64_t leave=0,
-              int spare_to=-1, uint32_t why=WHY_EVICTED, double below=INFINITY, Pieces pieces=None):
+    def evict(self, int tier, int tenant, int queue, Py_ssize_t want, double now, int64_t leave=0,
+              int spare_to=-1, uint32_t why=MISS_EVICTED, double below=INFINITY, Pieces pieces=None):
         """Free up to ``want`` slots of a queue of ``tier``, in the order of rank, each node from its end on.
 
-        Blocks that are pinned or being written stay, and so do the blocks before them.
+        Blocks that are in use or being written stay, and so do the blocks before them.
 
         Parameters
         ----------
@@ -205,8 +205,8 @@ cdef class EvictableNodes(NodeStore):
             now has one: the policy must choose again.
         """
         cdef Ranking ranking = self.ranking(tier)
-        if not 0 <= group < self.num_groups or not 0 <= queue < ranking.num_queues or spare_to >= ranking.num_queues:
-            raise ValueError(f"group {group}, queue {queue}, spare to {spare_to}: there are {self.num_groups} groups "
+        if not 0 <= tenant < self.num_tenants or not 0 <= queue < ranking.num_queues or spare_to >= ranking.num_queues:
+            raise ValueError(f"tenant {tenant}, queue {queue}, spare to {spare_to}: {self.num_tenants} tenants "
                              f"of {ranking.num_queues} queues")
         want = max(min(want, self.num_blocks), 0)
         out_array = np.empty(want, INT32)
@@ -218,12 +218,12 @@ cdef class EvictableNodes(NodeStore):
         cdef int32_t *out = <int32_t *>data_of(out_array, True)
         cdef Piece piece
         cdef Py_ssize_t count = 0, spared = 0
-        cdef int num_active = ranking.num_active[group]
-        cdef Heap *heap = &ranking.heaps[group * ranking.num_queues + queue]
+        cdef int num_active = ranking.num_active[tenant]
+        cdef Heap *heap = &ranking.heaps[tenant * ranking.num_queues + queue]
         with nogil:
             self.tick(now)
             while count < want and heap.size and heap.entries[0].rank < below and heap.blocks > leave and (
-                    spared < MAX_SPARED) and ranking.num_active[group] <= num_active:
+                    spared < MAX_SPARED) and ranking.num_active[tenant] <= num_active:
                 if self.spare(heap.entries[0].node, ranking, spare_to, now):
                     spared += 1
                     continue
@@ -234,17 +234,17 @@ cdef class EvictableNodes(NodeStore):
             self.check_integrity()
         return out_array[:count]
 
-    cdef bint is_held(self, Node *p, int tier) noexcept nogil:
-        """Whether the last block that a node has on the tier is pinned or being written."""
+    cdef bint is_in_use(self, Node *p, int tier) noexcept nogil:
+        """Whether the last block that a node has on the tier is in use or being written."""
         cdef int64_t i = <int64_t>p.length - 1
         while self.slots_of(p, tier)[i] < 0:
             i -= 1
-        return self.pins_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1
+        return self.references_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1
 
     cdef bint spare(self, int32_t node, Ranking ranking, int spare_to, double now) noexcept nogil:
         cdef Node *p = &self.nodes[node]
         cdef int t = ranking.tier
-        if spare_to < 0 or p.lives[t] == 0 or self.is_held(p, t):
+        if spare_to < 0 or p.lives[t] == 0 or self.is_in_use(p, t):
             return False
         p.lives[t] = p.lives[t] - 1 if p.queue[t] == spare_to else 0
         ranking.latest = max(now, nextafter(ranking.latest, INFINITY))     # behind others of this time
@@ -262,7 +262,7 @@ cdef class EvictableNodes(NodeStore):
         piece.blocks = <uint32_t>self.take_from_end(node, tier, want - count[0], out + count[0], why, &first)
         piece.first_key = p.keys[2 * first]
         count[0] += piece.blocks
-        if p.ready[tier] and count[0] < want:           # something holds its last block
+        if p.ready[tier] and count[0] < want:           # its last block is in use
             p.parked |= 1 << tier
             self.settle(node, tier)
         cdef bint went = piece.blocks > 0
@@ -271,9 +271,9 @@ cdef class EvictableNodes(NodeStore):
 
     # ---- unreachable blocks ------------------------------------------------------------------------------------
 
-    def reclaim(self, int tier, Py_ssize_t want, int group=-1):
+    def reclaim(self, int tier, Py_ssize_t want, int tenant=-1):
         """Free up to ``want`` slots of ``tier`` whose blocks lie behind a block that is on no tier, so that no match
-        reaches them; of ``group`` only, if it is not -1. Blocks that are pinned or being written stay.
+        reaches them; of ``tenant`` only, if it is not -1. Blocks that are in use or being written stay.
 
         Blocks that nothing needs any more leave the tree. One call looks at a bounded number of nodes; the next call
         continues from there.
@@ -299,7 +299,7 @@ cdef class EvictableNodes(NodeStore):
                 node = self.holes[self.hole_hand]
                 at = self.first_hole(&self.nodes[node])
                 if at < self.nodes[node].length:
-                    self.free_behind(node, at, tier, want, group, out, &count, &looked)
+                    self.free_behind(node, at, tier, want, tenant, out, &count, &looked)
                 if self.first_hole(&self.nodes[node]) == self.nodes[node].length:       # free, or filled again
                     self.nodes[node].changed &= ~HAS_HOLE
                     self.num_holes -= 1
@@ -318,7 +318,7 @@ cdef class EvictableNodes(NodeStore):
                 return i
         return p.length
 
-    cdef void free_behind(self, int32_t node, uint32_t at, int tier, Py_ssize_t want, int group, int32_t *out,
+    cdef void free_behind(self, int32_t node, uint32_t at, int tier, Py_ssize_t want, int tenant, int32_t *out,
                           Py_ssize_t *count, Py_ssize_t *looked) noexcept nogil:
         """Free slots of a node behind block ``at``, and of all nodes below it, children before parents."""
         cdef int32_t here = self.deepest(node), after
@@ -326,13 +326,13 @@ cdef class EvictableNodes(NodeStore):
             looked[0] += 1
             after = self.nodes[here].next_sibling
             after = self.nodes[here].parent if after == NONE else self.deepest(after)
-            self.free_blocks(here, 0, tier, want, group, out, count)
+            self.free_blocks(here, 0, tier, want, tenant, out, count)
             if self.nodes[here].first_child == NONE:
                 self.trim(here)
             here = after
         looked[0] += 1
         if here == node:
-            self.free_blocks(node, at + 1, tier, want, group, out, count)
+            self.free_blocks(node, at + 1, tier, want, tenant, out, count)
         self.prune(here)
 
     cdef int32_t deepest(self, int32_t node) noexcept nogil:
@@ -340,27 +340,27 @@ cdef class EvictableNodes(NodeStore):
             node = self.nodes[node].first_child
         return node
 
-    cdef void free_blocks(self, int32_t node, uint32_t start, int tier, Py_ssize_t want, int group, int32_t *out,
+    cdef void free_blocks(self, int32_t node, uint32_t start, int tier, Py_ssize_t want, int tenant, int32_t *out,
                           Py_ssize_t *count) noexcept nogil:
-        """Free slots of blocks from ``start`` on that are ready and not pinned. Each freed block is a hole in front of
+        """Free slots of blocks from ``start`` on that are ready and not in use. Each freed block is a hole in front of
         the blocks that stay behind it, because an earlier hole may be filled again first."""
         cdef Node *p = &self.nodes[node]
         cdef uint32_t i
-        if group >= 0 and p.group != group:
+        if tenant >= 0 and p.tenant != tenant:
             return
         for i in range(start, p.length):
             if count[0] == want or p.ready[tier] == 0:
                 break
-            if self.state_of(p)[i] >> tier & 1 and self.pins_of(p)[i] == 0:
+            if self.state_of(p)[i] >> tier & 1 and self.references_of(p)[i] == 0:
                 out[count[0]] = self.slots_of(p, tier)[i]
                 count[0] += 1
                 self.clear_slot(node, i, tier)
                 if self.is_absent(p, i):
-                    self.forget(p.keys + 2 * <size_t>i, WHY_EVICTED)
+                    self.forget(p.keys + 2 * <size_t>i, MISS_EVICTED)
                     self.note_hole(node)
 
     def expire(self, int tier, double now, Py_ssize_t num_nodes, Py_ssize_t want=1 << 16):
-        """Free slots of blocks that their group keeps no longer, looking at the next ``num_nodes`` nodes.
+        """Free slots of blocks that their tenant keeps no longer, looking at the next ``num_nodes`` nodes.
 
         Returns
         -------
@@ -379,7 +379,7 @@ cdef class EvictableNodes(NodeStore):
                 self.hand[tier] = (self.hand[tier] + 1) % self.used_nodes
                 p = &self.nodes[self.hand[tier]]
                 if count < limit and p.ready[tier] and p.live_children[tier] == 0 and self.expires_at(p, -1) < now:
-                    count += self.take_from_end(self.hand[tier], tier, limit - count, &out[count], WHY_EXPIRED, &first)
+                    count += self.take_from_end(self.hand[tier], tier, limit - count, &out[count], MISS_EXPIRED, &first)
                     self.prune(self.hand[tier])
         if FLEXKV_CHECKS:
             self.check_integrity()

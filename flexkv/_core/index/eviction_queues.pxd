@@ -15,7 +15,7 @@ cdef struct Event:
     uint32_t length
     uint32_t children
     uint32_t mark
-    uint16_t group
+    uint16_t tenant
     uint8_t queue
     uint8_t lives
     uint8_t is_new
@@ -47,7 +47,7 @@ cdef class Ranking:
     cdef int num_queues
     cdef int num_heaps
     cdef Heap *heaps
-    cdef int *num_active              # of each group: queues that have an evictable node
+    cdef int *num_active              # of each tenant: queues that have an evictable node
     cdef Arena changed_arena
     cdef int32_t *changed
     cdef int32_t num_changed
@@ -56,7 +56,7 @@ cdef class Ranking:
     cdef double latest                # rank of the node that was spared last
 
     cdef void bind(self, Node *nodes, int tier, int32_t max_nodes)
-    cdef int configure(self, int num_groups, int num_queues) except -1
+    cdef int configure(self, int num_tenants, int num_queues) except -1
     cdef Heap *heap_of(self, Node *p) noexcept nogil
     cdef void count(self, Node *p, int64_t blocks) noexcept nogil
     cdef void change(self, int32_t node, bint is_new) noexcept nogil

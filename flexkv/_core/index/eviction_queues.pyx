@@ -1,4 +1,4 @@
-"""The order in which the nodes of one tier are evicted: a heap for each queue of each quota group.
+"""The order in which the nodes of one tier are evicted: a heap for each queue of each tenant.
 
 A node is in the heap of its queue while it is evictable: it has ready blocks, and no node below it has blocks on
 the tier. It keeps its rank while it is not evictable, so that no policy is needed when the last node below it is
@@ -21,7 +21,7 @@ EVENT_DTYPE = np.dtype(
     [
         ("first_key", "u8"), ("last_access", "f8"), ("rank", "f8"), ("node", "i4"), ("hits", "u4"),
         ("new_hits", "u4"), ("depth", "u4"), ("length", "u4"), ("children", "u4"), ("mark", "u4"),
-        ("group", "u2"), ("queue", "u1"), ("lives", "u1"), ("is_new", "?"),
+        ("tenant", "u2"), ("queue", "u1"), ("lives", "u1"), ("is_new", "?"),
         ("has_copy", "?"),
     ],
     align=True,
@@ -59,16 +59,16 @@ cdef class Ranking:
         self.changed_arena = Arena(sizeof(int32_t) * <size_t>max_nodes)
         self.changed = <int32_t *>self.changed_arena.data
 
-    cdef int configure(self, int num_groups, int num_queues) except -1:
-        """Make queues; only while nothing is in them, or to add groups."""
-        cdef int num_heaps = num_groups * num_queues, i
+    cdef int configure(self, int num_tenants, int num_queues) except -1:
+        """Make queues; only while nothing is in them, or to add tenants."""
+        cdef int num_heaps = num_tenants * num_queues, i
         if self.num_queues and num_queues != self.num_queues and any(
                 self.heaps[i].blocks for i in range(self.num_heaps)):
             raise InvariantError("the queues of a tier cannot be changed while it holds blocks")
         if num_heaps < self.num_heaps:
-            raise InvariantError(f"{num_groups} groups: they can only become more")
-        cdef int old_groups = self.num_heaps // max(self.num_queues, 1)
-        cdef int *num_active = <int *>realloc(self.num_active, sizeof(int) * num_groups)
+            raise InvariantError(f"{num_tenants} tenants: they can only become more")
+        cdef int old_tenants = self.num_heaps // max(self.num_queues, 1)
+        cdef int *num_active = <int *>realloc(self.num_active, sizeof(int) * num_tenants)
         if num_active != NULL:
             self.num_active = num_active
         cdef Heap *heaps = <Heap *>realloc(self.heaps, sizeof(Heap) * num_heaps)
@@ -77,14 +77,14 @@ cdef class Ranking:
         if heaps == NULL or num_active == NULL:
             raise MemoryError("no memory for the index")
         memset(heaps + self.num_heaps, 0, sizeof(Heap) * (num_heaps - self.num_heaps))
-        memset(num_active + old_groups, 0, sizeof(int) * (num_groups - old_groups))
+        memset(num_active + old_tenants, 0, sizeof(int) * (num_tenants - old_tenants))
         self.num_heaps, self.num_queues = num_heaps, num_queues
         return 0
 
     # ---- called by the tree -----------------------------------------------------------------------------------
 
     cdef inline Heap *heap_of(self, Node *p) noexcept nogil:
-        return &self.heaps[p.group * self.num_queues + p.queue[self.tier]]
+        return &self.heaps[p.tenant * self.num_queues + p.queue[self.tier]]
 
     cdef inline void count(self, Node *p, int64_t blocks) noexcept nogil:
         """Add ``blocks`` to the count of the node's queue; a negative number for blocks that leave the tier."""
@@ -134,7 +134,7 @@ cdef class Ranking:
                 heap.capacity = 2 * heap.capacity + 64
             at = heap.size
             heap.size += 1
-            self.num_active[p.group] += heap.size == 1
+            self.num_active[p.tenant] += heap.size == 1
             entry.rank = p.rank[t]
             entry.node = node
         entry.order = self.order
@@ -151,7 +151,7 @@ cdef class Ranking:
         heap = self.heap_of(p)
         p.heap_at[self.tier] = 0
         heap.size -= 1
-        self.num_active[p.group] -= heap.size == 0
+        self.num_active[p.tenant] -= heap.size == 0
         if at < heap.size:
             self.up(heap, at, heap.entries[heap.size])
 
@@ -244,7 +244,7 @@ cdef class Ranking:
                 e.first_key, e.last_access, e.rank = p.came_as, p.last_access, p.rank[t]
                 e.node, e.hits, e.new_hits = self.changed[i], p.hits, p.hits - p.hits_told[t]
                 e.depth, e.length, e.children, e.mark = p.depth, p.length, p.live_children[t], p.mark[t]
-                e.group, e.queue, e.lives, e.is_new = p.group, p.queue[t], p.lives[t], (p.is_new & self.bit) != 0
+                e.tenant, e.queue, e.lives, e.is_new = p.tenant, p.queue[t], p.lives[t], (p.is_new & self.bit) != 0
                 e.has_copy = t + 1 < MAX_TIERS and p.ready[t + 1] >= p.resident[t]
                 p.hits_told[t] = p.hits
                 p.is_new &= ~self.bit
@@ -304,7 +304,7 @@ cdef class Ranking:
                 self.settle(e.node)
 
     def blocks(self):
-        """(groups, queues) int64: blocks that each queue has on the tier."""
+        """(tenants, queues) int64: blocks that each queue has on the tier."""
         out = np.empty((self.num_heaps // self.num_queues, self.num_queues), INT64)
         cdef int64_t *counts = <int64_t *>data_of(out, True)
         cdef int i
@@ -312,14 +312,14 @@ cdef class Ranking:
             counts[i] = self.heaps[i].blocks
         return out
 
-    def any_may_go(self, int group):
-        """Whether any node of a group can be evicted."""
-        return self.num_active[group] > 0
+    def any_may_go(self, int tenant):
+        """Whether any node of a tenant can be evicted."""
+        return self.num_active[tenant] > 0
 
-    def queues(self, int group):
-        """Return for each queue of a group its blocks ((queues,) int64), as ``blocks`` does, and the lowest rank
+    def queues(self, int tenant):
+        """Return for each queue of a tenant its blocks ((queues,) int64), as ``blocks`` does, and the lowest rank
         ((queues,) float64), infinite where no node can be evicted."""
-        cdef const Heap *heaps = &self.heaps[group * self.num_queues]
+        cdef const Heap *heaps = &self.heaps[tenant * self.num_queues]
         blocks, heads = np.empty(self.num_queues, INT64), np.empty(self.num_queues, FLOAT64)
         cdef int64_t *counts = <int64_t *>data_of(blocks, True)
         cdef double *ranks = <double *>data_of(heads, True)
@@ -343,7 +343,7 @@ cdef class Ranking:
                 if p.heap_at[t]:
                     raise InvariantError(f"node {node} is free, and in a heap")
                 continue
-            counted[p.group * self.num_queues + p.queue[t]] += p.resident[t]
+            counted[p.tenant * self.num_queues + p.queue[t]] += p.resident[t]
             able = p.ready[t] > 0 and p.live_children[t] == 0 and p.placed & self.bit and not p.parked & self.bit
             if bool(able) != (p.heap_at[t] > 0):
                 raise InvariantError(f"node {node} is wrongly in a heap, or not in one")
@@ -365,7 +365,7 @@ cdef class Ranking:
         for i in range(self.num_heaps // self.num_queues):
             active = sum(self.heaps[i * self.num_queues + queue].size > 0 for queue in range(self.num_queues))
             if active != self.num_active[i]:
-                raise InvariantError(f"group {i}: {active} queues may go, {self.num_active[i]} counted")
+                raise InvariantError(f"tenant {i}: {active} queues may go, {self.num_active[i]} counted")
 
 
 cdef inline bint goes_first(const Entry *a, const Entry *b) noexcept nogil:

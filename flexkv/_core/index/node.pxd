@@ -5,7 +5,7 @@ cdef enum:
     MAX_TIERS = 3
 
 cdef struct Node:
-    uint64_t *keys                    # one allocation: keys, slots of each tier, pins, state
+    uint64_t *keys                    # one allocation: keys, slots of each tier, reference counts, state
     uint64_t came_as                  # its first key when it came to a tier last
     double last_access
     double rank[MAX_TIERS]            # among evictable nodes, the lowest is evicted first; set by the policy
@@ -17,15 +17,15 @@ cdef struct Node:
     uint32_t capacity                 # blocks allocated
     uint32_t depth                    # blocks above the node
     uint32_t hits
-    uint32_t pinned                   # blocks with at least one pin
+    uint32_t referenced               # blocks with at least one reference
     uint32_t resident[MAX_TIERS]      # blocks with a slot on the tier, ready or being written
     uint32_t ready[MAX_TIERS]
     uint32_t live_children[MAX_TIERS]  # children whose subtree holds anything on the tier
     uint32_t hits_told[MAX_TIERS]     # hits that the policy knows of
     uint32_t mark[MAX_TIERS]          # the policy's own
     int32_t heap_at[MAX_TIERS]        # place in its heap, from 1; 0: it is in none
-    uint32_t holds                    # of all its blocks: they do not expire
-    uint16_t group                    # quota group of its namespace
+    uint32_t pins                     # of all its blocks: they do not expire
+    uint16_t tenant                   # tenant of its namespace
     uint8_t queue[MAX_TIERS]
     uint8_t lives[MAX_TIERS]          # how often it is spared
     uint8_t changed                   # bit t: is in the list of nodes that the policy of tier t has yet to rank

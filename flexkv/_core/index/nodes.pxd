@@ -4,13 +4,16 @@ from flexkv._core.arena cimport Arena
 from flexkv._core.index.node cimport MAX_TIERS, Node
 from flexkv._core.index.eviction_queues cimport Ranking
 
-# Why a block that was once here is not.
+# Why a match stops. From MISS_EVICTED on the reason is recorded when the block is removed.
 cdef enum:
-    WHY_EVICTED = 1
-    WHY_FAILED = 2
-    WHY_EXPIRED = 3
-    WHY_OVER_QUOTA = 4
-    WHY_NOT_ADMITTED = 5
+    FULL_HIT = 0
+    MISS_NOT_READY = 1
+    MISS_NEVER_SEEN = 2
+    MISS_EVICTED = 3
+    MISS_FAILED = 4
+    MISS_EXPIRED = 5
+    MISS_OVER_QUOTA = 6
+    MISS_NOT_ADMITTED = 7
 
 # In Node.changed, beside the bits of the tiers: the number of the node is in the list of holes, also once it is free.
 cdef enum:
@@ -18,7 +21,7 @@ cdef enum:
 
 cdef struct Forgotten:                # 64 bits: the record of a block that is not in the tree
     uint32_t fingerprint              # of its key
-    uint32_t fate                     # why, in the lowest 4 bits; above it when, in seconds since the tree was made
+    uint32_t reason                   # MISS_*, in the lowest 4 bits; above it seconds since the tree was made
 
 
 cdef class NodeStore:
@@ -52,7 +55,7 @@ cdef class NodeStore:
     cdef Ranking ranking2
 
     cdef int32_t *slots_of(self, Node *node, int tier) noexcept nogil
-    cdef uint32_t *pins_of(self, Node *node) noexcept nogil
+    cdef uint32_t *references_of(self, Node *node) noexcept nogil
     cdef uint8_t *state_of(self, Node *node) noexcept nogil
     cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil
     cdef void copy_blocks(self, Node *dst, uint32_t dst_at, Node *src, uint32_t src_at, uint32_t count) noexcept nogil
@@ -79,7 +82,7 @@ cdef class NodeStore:
     cdef int split(self, int32_t node, uint32_t at) except -1 nogil
     cdef int32_t grow_leaf(self, int32_t node, uint32_t extra) except -1 nogil
     cdef int append(self, int32_t last, const uint64_t *keys, const int32_t *slots, Py_ssize_t count, int tier,
-                    double now, uint16_t group) except -1 nogil
+                    double now, uint16_t tenant) except -1 nogil
     cdef void note_hole(self, int32_t node) noexcept nogil
     cdef bint is_absent(self, Node *p, uint32_t i) noexcept nogil
     cdef bint trim(self, int32_t node) noexcept nogil

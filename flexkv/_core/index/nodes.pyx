@@ -76,12 +76,12 @@ cdef class NodeStore:
     cdef inline int32_t *slots_of(self, Node *node, int tier) noexcept nogil:
         return <int32_t *>(node.keys + 2 * <size_t>node.capacity) + <size_t>tier * node.capacity
 
-    cdef inline uint32_t *pins_of(self, Node *node) noexcept nogil:
+    cdef inline uint32_t *references_of(self, Node *node) noexcept nogil:
         return <uint32_t *>self.slots_of(node, self.num_tiers)
 
     cdef inline uint8_t *state_of(self, Node *node) noexcept nogil:
         """Bit t: ready on tier t."""
-        return <uint8_t *>(self.pins_of(node) + node.capacity)
+        return <uint8_t *>(self.references_of(node) + node.capacity)
 
     cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil:
         """Blocks of memory that was never used are made present in one call, not by a fault for every page."""
@@ -101,7 +101,7 @@ cdef class NodeStore:
         memcpy(dst.keys + 2 * dst_at, src.keys + 2 * src_at, 16 * <size_t>count)
         for t in range(self.num_tiers):
             memcpy(self.slots_of(dst, t) + dst_at, self.slots_of(src, t) + src_at, 4 * <size_t>count)
-        memcpy(self.pins_of(dst) + dst_at, self.pins_of(src) + src_at, 4 * <size_t>count)
+        memcpy(self.references_of(dst) + dst_at, self.references_of(src) + src_at, 4 * <size_t>count)
         memcpy(self.state_of(dst) + dst_at, self.state_of(src) + src_at, count)
 
     # ---- the table from first key to node ---------------------------------------------------------------------
@@ -355,17 +355,17 @@ cdef class NodeStore:
         self.link(head, p.parent)
         h.length = at
         h.depth = p.depth
-        h.last_access, h.hits, h.group = p.last_access, p.hits, p.group
-        h.holds = p.holds
+        h.last_access, h.hits, h.tenant = p.last_access, p.hits, p.tenant
+        h.pins = p.pins
         for i in range(at):
-            h.pinned += self.pins_of(h)[i] > 0
+            h.referenced += self.references_of(h)[i] > 0
         self.block_storage += <Py_ssize_t>tail.capacity - <Py_ssize_t>p.capacity
         free(p.keys)
         p.keys = tail.keys
         p.capacity = tail.capacity
         p.length = tail.capacity
         p.depth += at
-        p.pinned -= h.pinned
+        p.referenced -= h.referenced
         for t in range(self.num_tiers):
             for i in range(at):
                 h.resident[t] += self.slots_of(h, t)[i] >= 0
@@ -403,7 +403,7 @@ cdef class NodeStore:
         return node
 
     cdef int append(self, int32_t last, const uint64_t *keys, const int32_t *slots, Py_ssize_t count, int tier,
-                    double now, uint16_t group) except -1 nogil:
+                    double now, uint16_t tenant) except -1 nogil:
         """Add ``count`` blocks below ``last``, which they follow: in place where it is a leaf that was not hit since
         it was written and is not held, so that all blocks of a node have one history; else as its child."""
         cdef int32_t node
@@ -411,14 +411,14 @@ cdef class NodeStore:
         cdef uint32_t at
         cdef int t
         if (last != ROOT and self.nodes[last].first_child == NONE and self.nodes[last].hits == 0
-                and self.nodes[last].holds == 0):
+                and self.nodes[last].pins == 0):
             node = self.grow_leaf(last, <uint32_t>count)
         else:
             self.table_add(1)
             node = self.new_node(<uint32_t>count)
             p = &self.nodes[node]
             p.depth = self.nodes[last].depth + self.nodes[last].length
-            p.group = group
+            p.tenant = tenant
             memcpy(p.keys, keys, 16)                   # the table reads the first key
             self.link(node, last)
             self.table_put(node)
@@ -428,7 +428,7 @@ cdef class NodeStore:
         for t in range(self.num_tiers):
             memset(self.slots_of(p, t) + at, 0xff, 4 * <size_t>count)
         memcpy(self.slots_of(p, tier) + at, slots, 4 * <size_t>count)
-        memset(self.pins_of(p) + at, 0, 4 * <size_t>count)
+        memset(self.references_of(p) + at, 0, 4 * <size_t>count)
         memset(self.state_of(p) + at, 0, count)
         p.length += <uint32_t>count
         p.last_access = max(p.last_access, now)
@@ -458,10 +458,10 @@ cdef class NodeStore:
         return True
 
     cdef bint trim(self, int32_t node) noexcept nogil:
-        """Drop blocks at the end of a leaf that nothing holds; returns whether the node was empty, and is free."""
+        """Drop blocks at the end of a leaf that are not in use; returns whether the node was empty, and is free."""
         cdef Node *p = &self.nodes[node]
         cdef uint32_t i = p.length
-        while i > 0 and self.pins_of(p)[i - 1] == 0 and self.is_absent(p, i - 1):
+        while i > 0 and self.references_of(p)[i - 1] == 0 and self.is_absent(p, i - 1):
             i -= 1
         self.num_blocks -= p.length - i
         if i > 0:
@@ -473,7 +473,7 @@ cdef class NodeStore:
         return True
 
     cdef void prune(self, int32_t node) noexcept nogil:
-        """Drop blocks at the end of a leaf that nothing holds, and then nodes that are empty, upwards."""
+        """Drop blocks at the end of a leaf that are not in use, and then nodes that are empty, upwards."""
         cdef int32_t parent
         while node != ROOT and self.nodes[node].first_child == NONE:
             parent = self.nodes[node].parent
@@ -489,7 +489,7 @@ cdef class NodeStore:
     cdef void forget(self, const uint64_t *key, uint32_t why) noexcept nogil:
         cdef Forgotten *entry = &self.forgotten[key[0] & self.forgotten_mask]
         entry.fingerprint = <uint32_t>(key[1] >> 32)
-        entry.fate = <uint32_t>(self.latest - self.began) << 4 | why
+        entry.reason = <uint32_t>(self.latest - self.began) << 4 | why
 
     cdef void prepare_to_forget(self) noexcept nogil:
         """Populate the record of evicted blocks by the time that the tree is half full, as it is when all slots are in
@@ -502,9 +502,9 @@ cdef class NodeStore:
             self.forgotten_present = want
 
     cdef uint32_t recall(self, const uint64_t *key) noexcept nogil:
-        """The fate of a block that is not here; 0: it was never seen, or that was long ago."""
+        """The recorded reason of a block that is not here, and its time; MISS_NEVER_SEEN without a record."""
         cdef Forgotten *entry = &self.forgotten[key[0] & self.forgotten_mask]
-        return entry.fate if entry.fingerprint == <uint32_t>(key[1] >> 32) else 0
+        return entry.reason if entry.reason and entry.fingerprint == <uint32_t>(key[1] >> 32) else MISS_NEVER_SEEN
 
     def check_integrity(self):
         """Recount everything. Returns, for each tier, the sorted slots (int32) that blocks hold.
@@ -544,14 +544,14 @@ cdef class NodeStore:
     cdef int check_node(self, int32_t node, list held) except -1:
         cdef Node *p = &self.nodes[node]
         cdef int32_t child
-        cdef uint32_t i, resident, ready, live, pinned = 0
+        cdef uint32_t i, resident, ready, live, referenced = 0
         cdef int t
         cdef bint wrong = p.length == 0 or p.length > p.capacity or self.find(p.keys) != node
         wrong |= p.depth != self.nodes[p.parent].depth + self.nodes[p.parent].length
         for i in range(p.length):
-            pinned += self.pins_of(p)[i] > 0
-        wrong |= pinned != p.pinned or (p.holds > 0 and pinned < p.length)
-        needed = p.first_child != NONE or self.pins_of(p)[p.length - 1] > 0
+            referenced += self.references_of(p)[i] > 0
+        wrong |= referenced != p.referenced or (p.pins > 0 and referenced < p.length)
+        needed = p.first_child != NONE or self.references_of(p)[p.length - 1] > 0
         for t in range(self.num_tiers):
             slots = np.asarray(<int32_t[:p.length]>self.slots_of(p, t)).copy()
             needed = needed or slots[p.length - 1] >= 0

@@ -4,7 +4,7 @@ from flexkv._core.index.eviction cimport EvictableNodes
 
 
 cdef class RadixTree(EvictableNodes):
-    cdef uint32_t match_ready(self, const uint64_t *keys, Py_ssize_t n, double now, int group, int32_t *slots,
+    cdef uint32_t match_ready(self, const uint64_t *keys, Py_ssize_t n, double now, int tenant, int32_t *slots,
                               int8_t *tiers, Py_ssize_t *num_ready) noexcept nogil
     cdef void fill(self, const uint64_t *keys, Py_ssize_t n, const int32_t *slots, int tier) noexcept nogil
     cdef Py_ssize_t finish(self, const uint64_t[:, ::1] keys, const int32_t[::1] slots, int tier, bint ready,
@@ -12,5 +12,5 @@ cdef class RadixTree(EvictableNodes):
     cdef Py_ssize_t mark_ready(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier) noexcept nogil
     cdef Py_ssize_t mark_absent(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier,
                                 uint32_t why) noexcept nogil
-    cdef int add_pins(self, const uint64_t[:, ::1] keys, Py_ssize_t start, Py_ssize_t stop, int delta) except -1
-    cdef Py_ssize_t add_holds(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil
+    cdef int add_references(self, const uint64_t[:, ::1] keys, Py_ssize_t start, Py_ssize_t stop, int delta) except -1
+    cdef Py_ssize_t add_pins(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil

@@ -4,9 +4,9 @@ A key names a block *and its whole prefix*, so two facts keep the tree simple an
 its first block alone, in one hash table for the whole tree; and if block *i* of a sequence equals block *i* of a node,
 all blocks before it do too, so the point where they part is found by bisection.
 
-A node holds arrays: keys, and for each tier the slot of each block (-1: absent), pins and ready bits. A block is
+A node holds arrays: keys; for each tier the slot of each block (-1: absent); reference counts; ready bits. A block is
 *absent*, *writing* (it has a slot) or *ready* on each tier. A block that is absent everywhere stays in the tree only
-while something below it, or a pin, needs it.
+while something below it, or a reference to it, needs it.
 
 No method locks: the caller holds one lock around all of them.
 """
@@ -19,22 +19,17 @@ from flexkv._core.buffers cimport data_of
 from flexkv._core.index.checks cimport FLEXKV_CHECKS
 from flexkv._core.index.eviction cimport EvictableNodes
 from flexkv._core.index.node cimport Node
-from flexkv._core.index.nodes cimport WHY_EXPIRED, WHY_FAILED, Forgotten
+from flexkv._core.index.nodes cimport FULL_HIT, MISS_EXPIRED, MISS_FAILED, MISS_NEVER_SEEN, MISS_NOT_READY, Forgotten
 from flexkv.errors import CapacityError, InvariantError
 
 INT8, INT32 = np.dtype(np.int8), np.dtype(np.int32)      # an array is made sooner of a dtype than of its name
 
 cdef enum:
     ROOT = 0
-    MAX_PINS = 0xffffffff
-
-cdef enum:                             # why a match stops; of a block that is not here, its fate + MISSING
-    FULL_HIT = 0
-    NOT_READY = 1
-    MISSING = 2
+    MAX_REFERENCES = 0xffffffff
 
 (REASON_FULL_HIT, REASON_NOT_READY, REASON_NEVER_SEEN, REASON_EVICTED, REASON_FAILED, REASON_EXPIRED,
- REASON_OVER_QUOTA, REASON_NOT_ADMITTED) = range(8)
+ REASON_OVER_QUOTA, REASON_NOT_ADMITTED) = range(8)              # the numbers of nodes.pxd
 
 
 cdef class Match:
@@ -50,16 +45,16 @@ cdef class Match:
         That tier.
     reason : int
         Why the match stops after ``num_ready`` blocks: one of ``REASON_*``.
-    since : float
-        When the reason of the block after them was recorded, in seconds; nan where that does not apply.
+    evicted_at : float
+        Time in seconds when the block after them was removed; nan if it was not.
     """
     cdef readonly Py_ssize_t num_blocks, num_ready
     cdef readonly int reason
-    cdef readonly double since
+    cdef readonly double evicted_at
     cdef readonly object slots, tiers
 
-    def __init__(self, Py_ssize_t num_blocks, Py_ssize_t num_ready, int reason, slots, tiers, double since=NAN):
-        self.since = since
+    def __init__(self, Py_ssize_t num_blocks, Py_ssize_t num_ready, int reason, slots, tiers, double evicted_at=NAN):
+        self.evicted_at = evicted_at
         self.num_blocks = num_blocks
         self.num_ready = num_ready
         self.reason = reason
@@ -94,19 +89,19 @@ cdef class RadixTree(EvictableNodes):
     Raises
     ------
     CapacityError
-        From ``insert`` and ``pin``, when a fixed limit is reached; nothing has changed then.
+        From ``insert`` and ``acquire``, when a fixed limit is reached; nothing has changed then.
     InvariantError
         A caller broke the contract of a method; nothing has changed then.
     """
 
-    def match(self, const uint64_t[:, ::1] keys not None, double now=-INFINITY, int group=-1):
+    def match(self, const uint64_t[:, ::1] keys not None, double now=-INFINITY, int tenant=-1):
         """Leading blocks of ``keys`` that are ready, the best source of each, and why the match stops there.
 
-        ``now``: seconds; a block is not offered after the TTL of its own group or of ``group``, the group that asks
-        (a block found on disk is another group's until it is used). Reads only: it changes, counts and evicts nothing.
+        ``now``: seconds; a block is not offered after the TTL of its own tenant or of ``tenant``, the tenant that asks
+        (a block found on disk is another tenant's until it is used). Reads only: it changes, counts and evicts nothing.
         """
-        if group >= self.num_groups:
-            raise ValueError(f"group {group}: there are {self.num_groups}")
+        if tenant >= self.num_tenants:
+            raise ValueError(f"tenant {tenant}: there are {self.num_tenants}")
         cdef Py_ssize_t n = keys.shape[0], ready = 0
         cdef uint32_t reason
         slots_array, tiers_array = np.empty(n, INT32), np.empty(n, INT8)
@@ -115,11 +110,11 @@ cdef class RadixTree(EvictableNodes):
         if n == 0:
             return Match(0, 0, FULL_HIT, slots_array, tiers_array)
         with nogil:
-            reason = self.match_ready(&keys[0, 0], n, now, group, slots, tiers, &ready)
-        since = self.began + (reason >> 4) if reason & 15 > MISSING else NAN
-        return Match(n, ready, reason & 15, slots_array[:ready], tiers_array[:ready], since)
+            reason = self.match_ready(&keys[0, 0], n, now, tenant, slots, tiers, &ready)
+        evicted_at = self.began + (reason >> 4) if reason & 15 > MISS_NEVER_SEEN else NAN
+        return Match(n, ready, reason & 15, slots_array[:ready], tiers_array[:ready], evicted_at)
 
-    cdef uint32_t match_ready(self, const uint64_t *keys, Py_ssize_t n, double now, int group, int32_t *slots,
+    cdef uint32_t match_ready(self, const uint64_t *keys, Py_ssize_t n, double now, int tenant, int32_t *slots,
                               int8_t *tiers, Py_ssize_t *num_ready) noexcept nogil:
         """Returns why it stops, in the lowest 4 bits, and when that came to be."""
         cdef Py_ssize_t pos = 0, m, i
@@ -132,9 +127,9 @@ cdef class RadixTree(EvictableNodes):
             if m == 0:
                 break
             p = &self.nodes[node]
-            if self.expires_at(p, group) < now:
+            if self.expires_at(p, tenant) < now:
                 num_ready[0] = pos
-                return MISSING + WHY_EXPIRED | <uint32_t>max(0.0, self.expires_at(p, group) - self.began) << 4
+                return MISS_EXPIRED | <uint32_t>max(0.0, self.expires_at(p, tenant) - self.began) << 4
             if p.ready[0] == p.length:
                 memcpy(slots + pos, self.slots_of(p, 0), 4 * m)
                 memset(tiers + pos, 0, m)
@@ -145,8 +140,8 @@ cdef class RadixTree(EvictableNodes):
                         num_ready[0] = pos + i
                         for t in range(self.num_tiers):
                             if self.slots_of(p, t)[i] >= 0:
-                                return NOT_READY
-                        return MISSING + self.recall(keys + 2 * (pos + i))
+                                return MISS_NOT_READY
+                        return self.recall(keys + 2 * (pos + i))
                     t = 0
                     while not state[i] >> t & 1:
                         t += 1
@@ -156,7 +151,7 @@ cdef class RadixTree(EvictableNodes):
             if m < p.length:
                 break
         num_ready[0] = pos
-        return FULL_HIT if pos == n else MISSING + self.recall(keys + 2 * pos)
+        return FULL_HIT if pos == n else self.recall(keys + 2 * pos)
 
     def absent(self, const uint64_t[:, ::1] keys not None):
         """Positions (int32, ascending) of the blocks that have a slot on no tier, neither ready nor being written."""
@@ -219,7 +214,7 @@ cdef class RadixTree(EvictableNodes):
         return out_array
 
     def insert(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier, double now,
-               int group=0):
+               int tenant=0):
         """Give blocks slots on ``tier``, in state *writing*; blocks that the tree lacks are added.
 
         Parameters
@@ -230,16 +225,16 @@ cdef class RadixTree(EvictableNodes):
             -1 leaves a block that is in the tree as it is.
         now : float
             Seconds, for the age of the added blocks.
-        group : int
-            Quota group of the added blocks.
+        tenant : int
+            Tenant of the added blocks.
         """
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m = 0, i
         cdef int32_t node = ROOT
         self.check_tier(tier)
         if slots.shape[0] != n:
             raise ValueError(f"{slots.shape[0]} slots for {n} keys")
-        if not 0 <= group < self.num_groups:
-            raise ValueError(f"group {group}: there are {self.num_groups}")
+        if not 0 <= tenant < self.num_tenants:
+            raise ValueError(f"tenant {tenant}: there are {self.num_tenants}")
         cdef const int32_t *mine
         cdef int clash = 0
         if n == 0:
@@ -268,7 +263,7 @@ cdef class RadixTree(EvictableNodes):
                 if node != ROOT and m > 0 and m < self.nodes[node].length:
                     self.split(node, <uint32_t>m)
                     node = self.nodes[node].parent
-                self.append(node, &keys[pos, 0], wanted + pos, n - pos, tier, now, <uint16_t>group)
+                self.append(node, &keys[pos, 0], wanted + pos, n - pos, tier, now, <uint16_t>tenant)
             self.fill(&keys[0, 0], pos, wanted, tier)
         if FLEXKV_CHECKS:
             self.check_integrity()
@@ -299,7 +294,7 @@ cdef class RadixTree(EvictableNodes):
 
         ``failed`` is remembered as the reason. Returns the number of blocks dropped; the caller frees the slots.
         """
-        return self.finish(keys, slots, tier, False, WHY_FAILED if failed else 0)
+        return self.finish(keys, slots, tier, False, MISS_FAILED if failed else 0)
 
     cdef Py_ssize_t finish(self, const uint64_t[:, ::1] keys, const int32_t[::1] slots, int tier, bint ready,
                            uint32_t why) except -1:
@@ -358,18 +353,18 @@ cdef class RadixTree(EvictableNodes):
             self.note_hole(node)
         return count
 
-    def pin(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
-        """Keep blocks [start, stop) of the sequence from eviction until ``unpin`` of the same range."""
-        self.add_pins(keys, start, stop, 1)
+    def acquire(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
+        """Keep blocks [start, stop) of the sequence from eviction until ``release`` of the same range."""
+        self.add_references(keys, start, stop, 1)
 
-    def unpin(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
-        self.add_pins(keys, start, stop, -1)
+    def release(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
+        self.add_references(keys, start, stop, -1)
 
-    cdef int add_pins(self, const uint64_t[:, ::1] keys, Py_ssize_t start, Py_ssize_t stop, int delta) except -1:
+    cdef int add_references(self, const uint64_t[:, ::1] keys, Py_ssize_t start, Py_ssize_t stop, int delta) except -1:
         cdef Py_ssize_t pos = 0, m, i
         cdef int32_t node = ROOT
         cdef Node *p
-        cdef uint32_t *pins
+        cdef uint32_t *references
         cdef bint bad = False
         cdef int apply, t
         if not 0 <= start <= stop <= keys.shape[0]:
@@ -385,14 +380,14 @@ cdef class RadixTree(EvictableNodes):
                         bad = True
                         break
                     p = &self.nodes[node]
-                    pins = self.pins_of(p)
+                    references = self.references_of(p)
                     for i in range(max(start - pos, 0), m):
                         if not apply:
-                            bad |= pins[i] == (<uint32_t>MAX_PINS if delta > 0 else 0)
+                            bad |= references[i] == (<uint32_t>MAX_REFERENCES if delta > 0 else 0)
                         else:
-                            p.pinned -= pins[i] > 0
-                            pins[i] += <uint32_t>delta
-                            p.pinned += pins[i] > 0
+                            p.referenced -= references[i] > 0
+                            references[i] += <uint32_t>delta
+                            p.referenced += references[i] > 0
                     if apply and p.parked:
                         for t in range(self.num_tiers):
                             self.unpark(node, t)
@@ -402,17 +397,17 @@ cdef class RadixTree(EvictableNodes):
             if not bad and delta < 0:
                 self.prune(node)
         if bad:
-            raise InvariantError("pin or unpin of a block that is not in the tree, not pinned, or pinned too often")
+            raise InvariantError("acquire or release of a block that is absent, not acquired, or acquired too often")
         if FLEXKV_CHECKS:
             self.check_integrity()
         return 0
 
-    def hold(self, const uint64_t[:, ::1] keys not None):
-        """Pin blocks, from the first of a sequence on, and keep them from going out of date, until ``let_go`` of the
-        same blocks. A node is held as a whole: it is split where they end."""
+    def pin(self, const uint64_t[:, ::1] keys not None):
+        """Pin blocks, from the first of a sequence on, and keep them from going out of date, until ``unpin`` of the
+        same blocks. A pin counts for a whole node: the last one is split where the blocks end."""
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m
         cdef int32_t node = ROOT
-        self.add_pins(keys, 0, n, 1)
+        self.add_references(keys, 0, n, 1)
         try:
             with nogil:
                 while pos < n:
@@ -421,22 +416,22 @@ cdef class RadixTree(EvictableNodes):
                         self.split(node, <uint32_t>m)
                     pos += m
         except BaseException:
-            self.add_pins(keys, 0, n, -1)
+            self.add_references(keys, 0, n, -1)
             raise
-        self.add_holds(keys, 1)
+        self.add_pins(keys, 1)
 
-    def let_go(self, const uint64_t[:, ::1] keys not None):
-        """Undo ``hold``; returns the number of blocks that have no hold left."""
-        cdef Py_ssize_t count = self.add_holds(keys, -1)
-        self.add_pins(keys, 0, keys.shape[0], -1)
+    def unpin(self, const uint64_t[:, ::1] keys not None):
+        """Undo ``pin``; returns the number of blocks that have no pin left."""
+        cdef Py_ssize_t count = self.add_pins(keys, -1)
+        self.add_references(keys, 0, keys.shape[0], -1)
         return count
 
-    def unheld(self, const uint64_t[:, ::1] keys not None):
-        """Count the blocks among these that are in the tree and have no hold."""
-        return self.add_holds(keys, 0)
+    def num_unpinned(self, const uint64_t[:, ::1] keys not None):
+        """Count the blocks among these that are in the tree and have no pin."""
+        return self.add_pins(keys, 0)
 
-    cdef Py_ssize_t add_holds(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil:
-        """Returns the number of blocks that get their first hold or lose their last; with 0, that have none."""
+    cdef Py_ssize_t add_pins(self, const uint64_t[:, ::1] keys, int delta) noexcept nogil:
+        """Returns the number of blocks that get their first pin or lose their last; with 0, that have none."""
         cdef Py_ssize_t pos = 0, m, count = 0
         cdef int32_t node = ROOT
         cdef Node *p
@@ -445,22 +440,22 @@ cdef class RadixTree(EvictableNodes):
             if m == 0:
                 break
             p = &self.nodes[node]
-            count += m if p.holds == (1 if delta < 0 else 0) else 0
-            p.holds += delta
+            count += m if p.pins == (1 if delta < 0 else 0) else 0
+            p.pins += delta
             pos += m
             if m < p.length:
                 break
         return count
 
-    def touch(self, const uint64_t[:, ::1] keys not None, double now, bint hit=True, int group=-1):
+    def touch(self, const uint64_t[:, ::1] keys not None, double now, bint hit=True, int tenant=-1):
         """Record a use at ``now`` (seconds) of all blocks of ``keys`` that are in the tree. A node that is used in
-        part is split, so that all blocks of a node have one history. ``group``: whose they are from now on."""
+        part is split, so that all blocks of a node have one history. ``tenant``: whose they are from now on."""
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m
         cdef int32_t node = ROOT
         cdef Node *p
         cdef int t
-        if group >= self.num_groups:
-            raise ValueError(f"group {group}: there are {self.num_groups}")
+        if tenant >= self.num_tenants:
+            raise ValueError(f"tenant {tenant}: there are {self.num_tenants}")
         with nogil:
             self.tick(now)
             while pos < n:
@@ -477,8 +472,8 @@ cdef class RadixTree(EvictableNodes):
                 if hit:
                     p.hits += 1
                 p.last_access = max(p.last_access, now)
-                if group >= 0 and p.group != group:
-                    self.regroup(node, <uint16_t>group)
+                if tenant >= 0 and p.tenant != tenant:
+                    self.set_tenant(node, <uint16_t>tenant)
                 for t in range(self.num_tiers):
                     if p.resident[t]:
                         self.change(node, t, False)
@@ -497,14 +492,14 @@ cdef class RadixTree(EvictableNodes):
             + (self.table_mask + 1) * 4 + (self.forgotten_mask + 1) * sizeof(Forgotten)
         )
 
-    def group_of(self, const uint64_t[:, ::1] keys not None):
-        """The quota group of a sequence; 0 where none of it is in the tree."""
+    def tenant_of(self, const uint64_t[:, ::1] keys not None):
+        """The tenant of a sequence; 0 where none of it is in the tree."""
         cdef int32_t node = self.find(&keys[0, 0]) if keys.shape[0] else ROOT
-        return self.nodes[node].group if node > ROOT else 0
+        return self.nodes[node].tenant if node > ROOT else 0
 
-    def fate(self, const uint64_t[:, ::1] keys not None, Py_ssize_t position):
-        """The recorded reason why a block is not in the tree (``Fate``); 0 if none is recorded."""
-        return self.recall(&keys[position, 0]) & 15 if 0 <= position < keys.shape[0] else 0
+    def miss_reason(self, const uint64_t[:, ::1] keys not None, Py_ssize_t position):
+        """The recorded reason (``REASON_*``) of a block that is not in the tree; REASON_NEVER_SEEN without a record."""
+        return self.recall(&keys[position, 0]) & 15 if 0 <= position < keys.shape[0] else REASON_NEVER_SEEN
 
     def remember(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, int why):
         """Blocks from ``start`` on, which are not in the tree, were not stored: record the reason for a later miss."""

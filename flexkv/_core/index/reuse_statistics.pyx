@@ -119,7 +119,7 @@ def remember(pieces, Ghosts ghosts not None):
 
 
 cdef class ReuseStatistics:
-    """The statistics of one tier and quota group: 100 KB, however much is cached. The caller locks."""
+    """The statistics of one tier and tenant: 100 KB, however much is cached. The caller locks."""
     cdef double[CLASSES][AGES] again      # blocks that were used again at an age, by the cost that it saved
     cdef double[CLASSES][AGES] used       # blocks that were used, at an age now, whether or not again since
     cdef double[CLASSES] recent           # those that were used since densities were derived

@@ -13,7 +13,7 @@ _STALE_S = 60.0
 later reads, and so never be corrected."""
 
 
-class LoadPlanner:
+class LoadOrCompute:
     """Decides how many blocks to load from SSD, and measures the speed of reads. The caller must serialize calls.
 
     Parameters

@@ -17,7 +17,7 @@ _EVIDENCE_SHARE = 0.25
 system prompt that all requests share, and is no evidence of reuse (docs/design/0009-eviction-by-rank.md)."""
 
 
-class SsdWriter:
+class WriteBack:
     """Queue of the sequences to write to SSD.
 
     Thread safe; its lock is taken before the index's. No method waits, and no request waits for write-back: sequences
@@ -69,9 +69,9 @@ class SsdWriter:
         wanted = ~self._cache.on_ssd(keys)
         if not wanted.any():
             return False
-        group, _ = self._cache.ssd_room(keys)
+        tenant, _ = self._cache.ssd_room(keys)
         with self._lock:
-            return self._add(group, keys, np.flatnonzero(wanted))
+            return self._add(tenant, keys, np.flatnonzero(wanted))
 
     def put(self, plan: PutPlan) -> bool:
         """Report that a put has ended; returns whether blocks of its sequence were queued."""
@@ -80,37 +80,37 @@ class SsdWriter:
             return False
         on_ssd = self._cache.on_ssd(keys)
         wanted = np.flatnonzero(~on_ssd)
-        group, room = self._cache.ssd_room(keys)
+        tenant, room = self._cache.ssd_room(keys)
         before = int(plan.blocks[0]) - 1 if len(plan) else -1
         with self._lock:
             follows = before + 1 > _EVIDENCE_SHARE * len(keys) and (
-                bool(on_ssd[before]) or self._queue.remove(group, keys[before])
+                bool(on_ssd[before]) or self._queue.remove(tenant, keys[before])
             )
             if not (self._write_all or follows or plan.num_known or plan.came_back):
                 wanted = wanted[: max(0, room - self._queue.num_blocks)]
-            return self._add(group, keys, wanted)
+            return self._add(tenant, keys, wanted)
 
-    def _add(self, group: int, keys: NDArray[np.uint64], wanted: NDArray[np.intp]) -> bool:
+    def _add(self, tenant: int, keys: NDArray[np.uint64], wanted: NDArray[np.intp]) -> bool:
         """Queue a sequence for its blocks at the positions ``wanted``, as many as fit."""
-        return len(wanted) > 0 and self._queue.add(group, keys, wanted) > 0
+        return len(wanted) > 0 and self._queue.add(tenant, keys, wanted) > 0
 
     # ---- writing ----------------------------------------------------------------------------------------------
 
-    def next(self, hurry: bool = False) -> WritePlan | None:
+    def next(self, flush: bool = False) -> WritePlan | None:
         """Plan of the next write. None: no block is queued, ``max_in_flight_blocks`` are under way, or (unless
-        ``hurry``) the rate limit requires a pause.
+        ``flush``) the rate limit requires a pause.
 
         Every plan must be passed to ``ended`` once.
         """
         with self._lock:
-            while (first := self._queue.first()) and self._room() > 0 and (hurry or self._clock() >= self._not_before):
-                group, keys = first
+            while (first := self._queue.first()) and self._room() > 0 and (flush or self._clock() >= self._not_before):
+                tenant, keys = first
                 plan = self._cache.begin_write(keys, self._room())
                 if plan is None or len(plan) < self._room():
-                    self._queue.remove(group, keys[-1])
+                    self._queue.remove(tenant, keys[-1])
                     self._dropped += int((~self._cache.on_ssd(keys)).sum())    # evicted, or there was no SSD slot
                 if plan is not None:
-                    self._queue.end_turn(group)
+                    self._queue.end_turn(tenant)
                     self._in_flight += len(plan)
                     if self._rate:
                         self._not_before = max(self._clock(), self._not_before) + len(plan) / self._rate

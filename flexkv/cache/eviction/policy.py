@@ -34,7 +34,7 @@ class Choice:
 
 
 class EvictionPolicy(ABC):
-    """Orders the blocks of one tier for eviction. There is one instance for each tier and quota group.
+    """Orders the blocks of one tier for eviction. There is one instance for each tier and tenant.
 
     The unit is a *node*: consecutive blocks of one sequence with one history. Of the nodes without a node below them on
     the tier, the node with the lowest *rank* (eviction priority) is evicted first, from its last block on. Acquired or

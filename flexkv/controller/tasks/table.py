@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.plan import NOTHING, GetPlan, MatchResult, PutPlan
+from flexkv.cache.plan import NO_MATCH, GetPlan, MatchResult, PutPlan
 from flexkv.controller.response import KVResponse, KVResponseStatus
 from flexkv.controller.tasks import reasons
 from flexkv.controller.tasks.erasure import erase
@@ -80,17 +80,17 @@ class TaskTable:
 
     def new_get(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int,
-        choose: bool = True, host_only: bool = False, group: int = 0,
+        choose: bool = True, host_only: bool = False, tenant: int = 0,
     ) -> KVTask:
         """Plan to load blocks ``[start, stop)``; with ``stop`` None the leading cached blocks, else all of them, with
         slot -1 for each that is not cached. The caller must pass the task to ``hold`` or ``run``.
 
         ``choose``: with ``stop`` None, leave out blocks that are computed faster than loaded. ``host_only``: only
-        blocks in host memory now. ``group``: of the namespace that the sequence belongs to.
+        blocks in host memory now. ``tenant``: of the namespace that the sequence belongs to.
         """
         end, choose = len(keys) if stop is None else stop, choose and stop is None
         epoch = cache.epoch if cache is not None else 0          # before the plan: it may be taken for older, not newer
-        plan, needs = self._begin_get(cache, keys, start, end, choose, host_only, group)
+        plan, needs = self._begin_get(cache, keys, start, end, choose, host_only, tenant)
         found = plan.slots if plan is not None else np.zeros(0, dtype=np.int32)
         count = len(found) if stop is None else stop - start
         absent = np.full(count - len(found), -1, dtype=np.int32)
@@ -98,22 +98,22 @@ class TaskTable:
         first = start if stop is not None or plan is None else plan.start
         return KVTask(
             next(self._transfer.task_ids), cache, epoch, plan, np.arange(first, first + count, dtype=np.int32), slots,
-            self._tokens_per_block, num_tokens, self._tiering, needs, match=plan.match if plan is not None else NOTHING,
+            self._tokens_per_block, num_tokens, self._tiering, needs, match=NO_MATCH if plan is None else plan.match,
         )
 
     def _begin_get(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, choose: bool,
-        host_only: bool, group: int,
+        host_only: bool, tenant: int,
     ) -> tuple[GetPlan | None, tuple[Dependency, ...]]:
         if cache is None:
             return None, ()
         if self._tiering is None:
-            return cache.begin_get(keys, start, stop, choose, group=group), ()
-        return self._tiering.begin_get(cache, keys, start, stop, choose, host_only, group)
+            return cache.begin_get(keys, start, stop, choose, tenant=tenant), ()
+        return self._tiering.begin_get(cache, keys, start, stop, choose, host_only, tenant)
 
     def new_put(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, num_tokens: int,
-        group: int = 0, provisional: bool = False,
+        tenant: int = 0, provisional: bool = False,
     ) -> KVTask:
         """Reserve slots for the absent blocks of ``[start, stop)``. The caller must give the task to ``hold``, ``run``
         or ``discard``."""
@@ -123,7 +123,7 @@ class TaskTable:
         if cache is not None:
             # A block that goes straight to SSD is recorded there before it can be accepted.
             direct = self._tiering is not None and self._tiering.saves_directly and not provisional
-            plan = cache.begin_put(keys, start, stop, group, direct)
+            plan = cache.begin_put(keys, start, stop, tenant, direct)
             blocks, slots = plan.all_blocks, plan.all_slots
         return KVTask(
             next(self._transfer.task_ids), cache, epoch, plan, blocks, slots, self._tokens_per_block, num_tokens,
@@ -237,12 +237,12 @@ class TaskTable:
 
     def prefetch(
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int, start: int = 0,
-        group: int = 0, host_only: bool = False,
+        tenant: int = 0, host_only: bool = False,
     ) -> int:
         """A task that ends when all blocks that are on any tier are in host memory, however long that takes to load;
         ``host_only``: only blocks that are there now."""
         host_only = host_only or (self._tiering is not None and self._tiering.loads_directly)   # need not come there
-        task = self.new_get(cache, keys, start, None, num_tokens, choose=False, host_only=host_only, group=group)
+        task = self.new_get(cache, keys, start, None, num_tokens, choose=False, host_only=host_only, tenant=tenant)
         with self._lock:
             self._tasks[task.task_id] = task
             task.stage = TaskStage.RUNNING
@@ -292,7 +292,7 @@ class TaskTable:
         with self._lock:
             self._provisional.accept(task_id, stop)
 
-    def keep_house(self) -> float:
+    def run_background_work(self) -> float:
         """End tasks never launched and puts never accepted, in time; returns in how many seconds to call again."""
         now = self._clock()
         with self._lock:

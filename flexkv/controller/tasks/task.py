@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.plan import NOTHING, GetPlan, MatchResult, PutPlan
+from flexkv.cache.plan import NO_MATCH, GetPlan, MatchResult, PutPlan
 from flexkv.controller.response import KVResponse, KVResponseStatus, mask_of_blocks
 from flexkv.controller.tasks import reasons
 from flexkv.controller.tiering import Tiering
@@ -90,7 +90,7 @@ class KVTask:
     needs: tuple[Dependency, ...] = ()
     loading: bool = True
     is_provisional: bool = False
-    match: MatchResult = NOTHING
+    match: MatchResult = NO_MATCH
     stage: TaskStage = TaskStage.MATCHED
     graph: TransferGraph | None = None
     verdict: KVResponseStatus | None = None

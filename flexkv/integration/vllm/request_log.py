@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from flexkv.cache.plan import MatchResult
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.controller.response import KVResponse, KVResponseStatus
 
 logger = logging.getLogger("flexkv.vllm")
 
-_SINCE = {StopReason.EVICTED, StopReason.FAILED, StopReason.EXPIRED, StopReason.OVER_QUOTA, StopReason.NOT_ADMITTED}
+_HAS_TIME = {MissReason.EVICTED, MissReason.FAILED, MissReason.EXPIRED, MissReason.OVER_QUOTA, MissReason.NOT_ADMITTED}
 """Reasons for which a match may contain a time."""
 
 
@@ -98,8 +98,8 @@ def _line(blocks: _Blocks) -> str:
     text += f", {blocks.loaded} loaded"
     if blocks.failed:
         text += ", load failed"
-    if match.reason is not StopReason.FULL_HIT:
+    if match.reason is not MissReason.FULL_HIT:
         text += f"; block {match.num_ready}: {match.reason.name.lower()}"
-        if match.reason in _SINCE and not math.isnan(match.since):
-            text += f" {time.monotonic() - match.since:.0f} s ago"
+        if match.reason in _HAS_TIME and not math.isnan(match.evicted_at):
+            text += f" {time.monotonic() - match.evicted_at:.0f} s ago"
     return text

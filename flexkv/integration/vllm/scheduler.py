@@ -98,7 +98,7 @@ class SchedulerSide:
             return 0, False
         keys = tracked.lookup_keys = tracked.keys()
         match = self._controller.lookup(
-            keys, num_computed_tokens // self._block_size, tracked.group, count=not tracked.counted
+            keys, num_computed_tokens // self._block_size, tracked.tenant, count=not tracked.counted
         )
         if not tracked.counted:
             self._log.matched(request.request_id, len(keys), num_computed_tokens // self._block_size, match)
@@ -128,14 +128,14 @@ class SchedulerSide:
             return
         if self._controller.is_ready() and is_cacheable(request):
             tracked = self._track(request)
-            match = self._controller.lookup(tracked.keys(), group=tracked.group)
+            match = self._controller.lookup(tracked.keys(), tenant=tracked.tenant)
             if match.num_to_fetch:
                 self._prefetch(tracked, match.num_ready)
 
     def _prefetch(self, tracked: TrackedRequest, num_blocks: int, start_block: int = 0) -> None:
         """Start the prefetch of a request, once, so that it is read before it is scheduled. Its load joins the read."""
         if not tracked.prefetched:
-            task_id = self._controller.prefetch_blocks(tracked.keys()[:num_blocks], start_block, tracked.group)
+            task_id = self._controller.prefetch_blocks(tracked.keys()[:num_blocks], start_block, tracked.tenant)
             if task_id is not None:
                 tracked.prefetched = True
                 self._prefetches.add(task_id)
@@ -168,7 +168,7 @@ class SchedulerSide:
         first = tracked.num_computed // self._block_size
         last = first + -(-num_external_tokens // self._block_size)
         pages, keys = tracked.pages[first:last].copy(), tracked.lookup_keys[:last]
-        task_id = self._controller.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise, tracked.group)
+        task_id = self._controller.get_blocks(keys, first, pages, self._step + 1, tracked.layerwise, tracked.tenant)
         tracked.num_offered = last
         self._loaded.add(request.request_id)
         self._launched(task_id)
@@ -312,7 +312,7 @@ class SchedulerSide:
     def _put(self, tracked: TrackedRequest, keys: NDArray[np.uint64], first: int) -> int | None:
         """Save blocks from ``first`` on. They become visible when the step has ended and if their pages are good."""
         pages = tracked.pages[first : len(keys)]
-        return self._controller.put_blocks(keys, first, pages, self._step, tracked.group, provisional=True)
+        return self._controller.put_blocks(keys, first, pages, self._step, tracked.tenant, provisional=True)
 
     def _launched(self, task_id: int) -> None:
         self._outstanding.add(task_id)

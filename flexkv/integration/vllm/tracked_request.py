@@ -90,7 +90,7 @@ class TrackedRequest:
         Number of leading blocks that were saved, loaded, or found cached; ``NEVER_SAVED``: no block may be saved.
     layerwise : bool
         Whether the load offered to vLLM is layerwise: the request runs behind it, layer by layer.
-    group : int
+    tenant : int
         Tenant whose quota is charged.
     counted : bool
         Whether the metrics count the request's match.
@@ -118,16 +118,16 @@ class TrackedRequest:
         self.lookup_keys = _NO_KEYS
         self._num_preemptions = self._count_preemptions()
         self._has_keys = True
-        self.group = 0
+        self.tenant = 0
         try:
             self._start(namespace_of(request, loras))
         except Exception as error:      # no content of a request may end caching for others  # noqa: BLE001
-            self._give_up(error)
+            self._abandon(error)
 
     def _start(self, namespace: list[NamespaceEntry] | None) -> None:
         """Start computing keys from the first token."""
         self._namespace = namespace
-        self.group = self._controller.group(namespace or [])
+        self.tenant = self._controller.tenant(namespace or [])
         self._hasher: SequenceHasher = self._controller.hasher(namespace or [])
         self._last_block: list[int] = []
         self._media: list[tuple[int, int, str]] = []
@@ -155,10 +155,10 @@ class TrackedRequest:
         try:
             return self._extend()
         except Exception as error:      # no content of a request may end caching for others  # noqa: BLE001
-            self._give_up(error)
+            self._abandon(error)
             return _NO_KEYS
 
-    def _give_up(self, error: Exception) -> None:
+    def _abandon(self, error: Exception) -> None:
         self._has_keys, self.num_offered = False, NEVER_SAVED
         logger.warning(
             "request %s is computed without cached KV, and its KV is not saved: its keys cannot be computed (%s: %s)",

@@ -82,7 +82,7 @@ def replay(
     model : Model, optional
         Needed for the bytes written to SSD, and for the prefill time saved.
     write_all : bool
-        Write all blocks to SSD; see ``SsdWriter``.
+        Write all blocks to SSD; see ``WriteBack``.
     jobs : int
         Number of processes that share the work.
     """

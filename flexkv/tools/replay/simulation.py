@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
-from flexkv.cache.admission.write_back import SsdWriter
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.write_back import WriteBack
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import policy_class
 from flexkv.cache.tier import SsdTier
@@ -51,7 +51,7 @@ class Simulation:
     host_blocks, ssd_blocks : int
         Capacities; no SSD tier if ``ssd_blocks`` is 0.
     write_all : bool
-        Write all blocks to SSD; see ``SsdWriter``.
+        Write all blocks to SSD; see ``WriteBack``.
     """
 
     def __init__(self, policy: str, host_blocks: int, ssd_blocks: int = 0, write_all: bool = False) -> None:
@@ -88,7 +88,7 @@ class Simulation:
                 writer.put(put)
                 self._write(writer, ok)
 
-    def _write(self, writer: SsdWriter, ok: NDArray[np.bool_]) -> None:
+    def _write(self, writer: WriteBack, ok: NDArray[np.bool_]) -> None:
         while (plan := writer.next()) is not None:
             writer.ended(plan, ok[: len(plan)])
             self._outcome.ssd_written += len(plan)
@@ -96,7 +96,7 @@ class Simulation:
 
 def _control_plane(
     policy: str, host_blocks: int, ssd_blocks: int, write_all: bool, clock: Callable[[], float]
-) -> tuple[GlobalCacheEngine, SsdWriter | None]:
+) -> tuple[GlobalCacheEngine, WriteBack | None]:
     cache = GlobalCacheEngine(
         host_blocks, partial(policy_class(policy), hit_reward_seconds=CacheConfig.hit_reward_seconds), clock=clock,
         num_ssd_slots=ssd_blocks,
@@ -104,9 +104,9 @@ def _control_plane(
     cache.grow(host_blocks)
     if ssd_blocks == 0:
         return cache, None
-    planner = LoadPlanner("always", 1, 1, 0.0, clock)
-    cache.attach_ssd(SsdTier(SlotAllocator(ssd_blocks), planner, lambda: True, lambda slots: slots >= 0))
-    writer = SsdWriter(
+    load_or_compute = LoadOrCompute("always", 1, 1, 0.0, clock)
+    cache.attach_ssd(SsdTier(SlotAllocator(ssd_blocks), load_or_compute, lambda: True, lambda slots: slots >= 0))
+    writer = WriteBack(
         cache, write_all=write_all, batch_blocks=ssd_blocks, max_in_flight_blocks=ssd_blocks,
         max_queued_blocks=max(1, host_blocks // _QUEUE_SHARE), blocks_per_s=0.0, clock=clock,
     )

@@ -111,7 +111,7 @@ class AgentLink:
         self._outstanding: dict[int, Part] = {}
         self._backlog: deque[Part] = deque()
         self._cancels: deque[int] = deque()
-        self._condemned = False
+        self._disconnected = False
         self.caught_up = False      # it has pinned the usable slots: see PoolGrowth
         self._log = RepeatedLog(logger)
 
@@ -138,11 +138,11 @@ class AgentLink:
     @property
     def backlog(self) -> bool:
         """Whether messages wait for room in the ring."""
-        return bool(self._backlog or self._cancels) and not self._condemned
+        return bool(self._backlog or self._cancels) and not self._disconnected
 
     def flush(self) -> None:
         """Write waiting messages while the ring has room."""
-        if self._condemned:
+        if self._disconnected:
             return
         try:
             while self._cancels and self.rings.push_cancel(self._cancels[0]):
@@ -150,7 +150,7 @@ class AgentLink:
             while self._backlog and not self._cancels and self._push(self._backlog[0]):
                 pass
         except RingCorruptedError as error:
-            self.condemn(str(error))
+            self.disconnect(str(error))
 
     def _push(self, part: Part) -> bool:
         """Write the first part of the backlog; False if the ring has no room. A part that cannot be written as a record
@@ -177,17 +177,17 @@ class AgentLink:
         self._backlog.popleft()
         return True
 
-    def condemn(self, reason: str) -> None:
+    def disconnect(self, reason: str) -> None:
         """Disconnect an agent that cannot be trusted, so that it ends. Its slots and pages stay reserved until then."""
-        if not self._condemned:
-            self._condemned = True
+        if not self._disconnected:
+            self._disconnected = True
             logger.error("agent of %s: %s; it is disconnected", self.hello, reason)
             with suppress(OSError):                          # the agent has closed the connection already
                 self.connection.shutdown(socket.SHUT_WR)
 
     # ---- from the agent ---------------------------------------------------------------------------------------
 
-    def hear(self) -> bool:
+    def drain_event(self) -> bool:
         """Read the agent's connection; True if the agent has left. The only valid message is a farewell.
 
         Raises
@@ -215,15 +215,15 @@ class AgentLink:
         """Collect the agent's results; True if there was any.
 
         If a result is impossible or cannot be processed, the agent is disconnected; other agents are not affected."""
-        if self._condemned:
+        if self._disconnected:
             return False
         try:
             return self._drain()
         except RingCorruptedError as error:
-            self.condemn(str(error))
+            self.disconnect(str(error))
         except Exception as error:
             self._log.write(logging.ERROR, "a result of an agent could not be processed", error)
-            self.condemn(f"{type(error).__name__} in the controller")
+            self.disconnect(f"{type(error).__name__} in the controller")
         return False
 
     def _drain(self) -> bool:
@@ -275,7 +275,7 @@ class AgentLink:
     @property
     def healthy(self) -> bool:
         """Whether the agent's reports are trusted."""
-        return not self._condemned
+        return not self._disconnected
 
     @property
     def busy(self) -> bool:

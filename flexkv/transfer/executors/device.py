@@ -64,23 +64,23 @@ class DeviceExecutor(Executor):
         links = self._links.get(op.dp_client_id, [])
         return all(link.rings.reached(op.kind in _LOADS) >= op.fence for link in links)
 
-    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
         links = [link for link in self._links.get(op.dp_client_id, ()) if link.healthy]
         flight = self._flights.get(op)
         if flight is None:
             flight = Flight(op, progress, np.zeros(len(op), np.int16), np.ones(len(op), np.bool_))
             self._flights[op] = flight
         if sum(link.caught_up for link in links) < self._ranks:
-            doomed = op.is_lost = True
+            failed = op.is_lost = True
         first = int(indices[0]) if _consecutive(indices) else -1
         rows = slice(first, first + len(indices)) if first >= 0 else indices
-        if doomed:
+        if failed:
             flight.ok[rows] = False
         flight.missing[rows] = len(links)
         if not links:
             progress(op, rows, flight.ok[rows])
             return
-        flags = doomed * OpFlag.CANCELLED | op.layerwise * OpFlag.LAYERWISE     # int: an IntFlag is slow to create
+        flags = failed * OpFlag.CANCELLED | op.layerwise * OpFlag.LAYERWISE     # int: an IntFlag is slow to create
         complete = bool(np.count_nonzero(op.started) == len(op))
         for link in links:
             for start in range(0, len(indices), link.rings.max_blocks):

@@ -32,14 +32,14 @@ class StoreExecutor(Executor):
         self._jobs: dict[int, tuple[TransferOp, NDArray[np.intp], Progress]] = {}
         self._left: dict[int, int] = {}
         self._ids = itertools.count(1)
-        self._given_up = False
+        self._abandoned = False
 
-    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
         is_read = op.kind in (OpKind.DISK2H, OpKind.DISK2D)
-        if op.kind is OpKind.ERASE and not self._given_up and not doomed:
+        if op.kind is OpKind.ERASE and not self._abandoned and not failed:
             self._store.erase(self._new_job(op, indices, progress), op.dst[indices])
             return
-        if self._given_up or doomed or op.keys is None or (op.parents is None and not is_read):
+        if self._abandoned or failed or op.keys is None or (op.parents is None and not is_read):
             progress(op, indices, np.zeros(len(indices), dtype=np.bool_))
             return
         job = self._new_job(op, indices, progress)
@@ -71,8 +71,8 @@ class StoreExecutor(Executor):
                 del self._jobs[job], self._left[job]
         return bool(results)
 
-    def give_up(self) -> None:
-        self._given_up = True
+    def abandon(self) -> None:
+        self._abandoned = True
         try:
             self._store.close()                # first: a slot that is still written must not be freed
         except Exception:

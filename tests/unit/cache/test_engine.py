@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.radix import RadixTree
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU, policy_class
 from flexkv.cache.plan import IN_PLACE
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.cache.tier import SsdTier
 from flexkv.errors import CapacityError, ConfigError
 from tests.property.model_tree import keys_of
@@ -52,7 +52,7 @@ def test_least_recently_used_goes_first() -> None:
     assert get(cache, 1, 1) == 2
     put(cache, 3)
     assert cache.match(keys_of((2, 2))).num_ready == 1      # from its end
-    assert cache.match(keys_of((2, 2))).reason is StopReason.EVICTED
+    assert cache.match(keys_of((2, 2))).reason is MissReason.EVICTED
     put(cache, 4, 4)
     assert cache.match(keys_of((2,))).num_ready == 0
     assert cache.match(keys_of((1, 1))).num_ready == 1
@@ -96,15 +96,15 @@ def test_eviction_ahead_of_need_frees_a_batch_at_the_watermark() -> None:
 
 def test_reasons() -> None:
     cache = engine(10)
-    assert cache.match(keys_of((1, 2))).reason is StopReason.NEVER_SEEN
+    assert cache.match(keys_of((1, 2))).reason is MissReason.NEVER_SEEN
     plan = cache.begin_put(keys_of((1, 2)), 0, 2)
-    assert cache.match(keys_of((1, 2))).reason is StopReason.NOT_READY
+    assert cache.match(keys_of((1, 2))).reason is MissReason.NOT_READY
     cache.end_put(plan, np.array([True, False]))
     found = cache.match(keys_of((1, 2)))
-    assert (found.num_ready, found.reason) == (1, StopReason.FAILED)
+    assert (found.num_ready, found.reason) == (1, MissReason.FAILED)
     put(cache, 1, 2)
-    assert cache.match(keys_of((1, 2))).reason is StopReason.FULL_HIT
-    assert cache.match(keys_of((1, 2, 3))).reason is StopReason.NEVER_SEEN
+    assert cache.match(keys_of((1, 2))).reason is MissReason.FULL_HIT
+    assert cache.match(keys_of((1, 2, 3))).reason is MissReason.NEVER_SEEN
 
 
 def test_a_put_does_not_follow_on_a_hole() -> None:
@@ -194,8 +194,8 @@ class Disk:
         self.is_usable = True
         self.slots = SlotAllocator(10)
         self.slots.allocate(10)
-        planner = LoadPlanner("always", 1, 1, 0.0, Clock())
-        self.tier = SsdTier(self.slots, planner, lambda: self.is_usable, lambda slots: slots >= 0)
+        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, Clock())
+        self.tier = SsdTier(self.slots, load_or_compute, lambda: self.is_usable, lambda slots: slots >= 0)
 
     def ready(self, *sequence: int) -> int:
         return self.cache.match(keys_of(sequence)).num_ready

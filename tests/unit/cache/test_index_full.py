@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.radix import RadixTree
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.quotas import Quotas
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.cache.tier import SsdTier
 from flexkv.config.namespaces import Quota
 from flexkv.errors import CapacityError, PinError
@@ -52,8 +52,8 @@ class Two:
         self.cache.grow(num_host)
         self.num_host, self.num_ssd = num_host, num_ssd
         self.slots = SlotAllocator(num_ssd)
-        planner = LoadPlanner("always", 1, 1, 0.0, Clock())
-        self.tier = SsdTier(self.slots, planner, lambda: True, lambda slots: slots >= 0)
+        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, Clock())
+        self.tier = SsdTier(self.slots, load_or_compute, lambda: True, lambda slots: slots >= 0)
         assert self.cache.attach_ssd(self.tier)
 
     def fill_up(self, *names: str) -> Full:
@@ -63,8 +63,8 @@ class Two:
         self.cache._tree = full                            # type: ignore[assignment]
         return full
 
-    def put(self, *sequence: int, lost: tuple[int, ...] = (), direct: bool = False, group: int = 0) -> int:
-        plan = self.cache.begin_put(keys_of(sequence), 0, len(sequence), group, direct)
+    def put(self, *sequence: int, lost: tuple[int, ...] = (), direct: bool = False, tenant: int = 0) -> int:
+        plan = self.cache.begin_put(keys_of(sequence), 0, len(sequence), tenant, direct)
         ok = ~np.isin(plan.all_blocks, lost)
         self.cache.end_put(plan, ok)
         return int(ok.sum())
@@ -119,13 +119,13 @@ def test_direct_put() -> None:
     two.check_nothing_is_lost()
 
 
-@pytest.mark.parametrize("refused", ["pin", "touch"])
+@pytest.mark.parametrize("refused", ["acquire", "touch"])
 def test_begin_get(refused: str) -> None:
     two = Two()
     two.put(1, 2, 3)
     full = two.fill_up(refused)
     plan = two.cache.begin_get(keys_of((1, 2, 3)), 0, 3)
-    assert (len(plan), plan.reason) == ((0, StopReason.NO_ROOM) if refused == "pin" else (3, StopReason.FULL_HIT))
+    assert (len(plan), plan.reason) == ((0, MissReason.NO_ROOM) if refused == "acquire" else (3, MissReason.FULL_HIT))
     two.cache.end_get(plan)
     full.refuses.clear()
     plan = two.cache.begin_get(keys_of((1, 2, 3)), 0, 3)
@@ -135,11 +135,11 @@ def test_begin_get(refused: str) -> None:
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_a_get_of_blocks_on_ssd_that_cannot_be_pinned(direct: bool) -> None:
+def test_a_get_of_blocks_on_ssd_that_cannot_be_acquired(direct: bool) -> None:
     two = Two()
     two.put(1, 2, 3)
     two.sink(1, 2, 3)
-    full = two.fill_up("pin")
+    full = two.fill_up("acquire")
     plan = two.cache.begin_get(keys_of((1, 2, 3)), 0, 3, direct=direct)
     assert (len(plan), plan.fetch, plan.direct, plan.joins) == (0, None, None, ())
     two.cache.end_get(plan)
@@ -147,44 +147,44 @@ def test_a_get_of_blocks_on_ssd_that_cannot_be_pinned(direct: bool) -> None:
     two.check_nothing_is_lost()
 
 
-@pytest.mark.parametrize("refused", ["insert", "second pin"])
+@pytest.mark.parametrize("refused", ["insert", "second acquire"])
 def test_a_fetch(refused: str) -> None:
     two = Two()
     two.put(1, 2, 3)
     two.sink(1, 2, 3)
     full = two.fill_up(*({"insert"} & {refused}))
-    if refused == "second pin":
-        pin, calls = two.cache._tree.pin, []
+    if refused == "second acquire":
+        acquire, calls = two.cache._tree.acquire, []
 
         def second(*args: Any) -> None:
             calls.append(args)
             if len(calls) == 3:                            # of the get, of the room that is made, of the fetch
                 full._refuse()
-            pin(*args)
+            acquire(*args)
 
-        full.pin = second                                  # type: ignore[attr-defined]
+        full.acquire = second                              # type: ignore[attr-defined]
     plan = two.cache.begin_get(keys_of((1, 2, 3)), 0, 3)
-    assert (len(plan), plan.fetch, plan.joins, plan.reason) == (0, None, (), StopReason.NO_ROOM)
+    assert (len(plan), plan.fetch, plan.joins, plan.reason) == (0, None, (), MissReason.NO_ROOM)
     two.cache.end_get(plan)
     assert two.cache.stats()["blocks_being_fetched"] == 0
     two.check_nothing_is_lost()
 
 
-@pytest.mark.parametrize("refused", ["insert", "second pin"])
+@pytest.mark.parametrize("refused", ["insert", "second acquire"])
 def test_begin_write(refused: str) -> None:
     two = Two()
     two.put(1, 2, 3)
     full = two.fill_up(*({"insert"} & {refused}))
-    if refused == "second pin":
-        pin, calls = two.cache._tree.pin, []
+    if refused == "second acquire":
+        acquire, calls = two.cache._tree.acquire, []
 
         def second(*args: Any) -> None:
             calls.append(args)
             if len(calls) == 2:                            # of the room that is made, of the write
                 full._refuse()
-            pin(*args)
+            acquire(*args)
 
-        full.pin = second                                  # type: ignore[attr-defined]
+        full.acquire = second                              # type: ignore[attr-defined]
     assert two.cache.begin_write(keys_of((1, 2, 3)), 3) is None
     del full.refuses
     two.check_nothing_is_lost()
@@ -193,7 +193,7 @@ def test_begin_write(refused: str) -> None:
 def test_a_user_cannot_pin_what_the_index_has_no_room_for() -> None:
     two = Two()
     two.put(1, 2, 3)
-    two.fill_up("hold")
+    two.fill_up("pin")
     with pytest.raises(PinError, match="no room"):
         two.cache.pin(keys_of((1, 2)), "p")
     assert two.cache.pins() == []
@@ -206,7 +206,7 @@ def test_an_ssd_tier_that_comes_into_a_full_index_gives_its_slots_back() -> None
     slots = SlotAllocator(40)
     taken = slots.allocate(40)
     assert taken is not None
-    tier = SsdTier(slots, LoadPlanner("always", 1, 1, 0.0, Clock()), lambda: True, lambda slots: slots >= 0)
+    tier = SsdTier(slots, LoadOrCompute("always", 1, 1, 0.0, Clock()), lambda: True, lambda slots: slots >= 0)
     chains = [(keys_of((number, *range(4))), taken[5 * number : 5 * number + 5]) for number in range(8)]
     assert cache.attach_ssd(tier, chains)
     assert cache.stats()["indexed_blocks"] <= 8
@@ -318,13 +318,13 @@ def test_a_hole_that_is_filled_again_brings_back_what_is_behind_it() -> None:
     two.check_nothing_is_lost()
 
 
-def test_a_group_over_its_limit_loses_first_what_is_out_of_reach() -> None:
+def test_a_tenant_over_its_limit_loses_first_what_is_out_of_reach() -> None:
     two = Two(8, 16, Quotas({"a": Quota(limit=0.5)}))
-    two.put(1, 1, group=1)
-    two.put(2, 2, lost=(0,), group=1)
-    two.put(3, 3, group=0)
-    assert two.put(4, group=1) == 1
-    assert two.put(5, group=1) == 1                        # of 4 blocks one is out of reach
+    two.put(1, 1, tenant=1)
+    two.put(2, 2, lost=(0,), tenant=1)
+    two.put(3, 3, tenant=0)
+    assert two.put(4, tenant=1) == 1
+    assert two.put(5, tenant=1) == 1                        # of 4 blocks one is out of reach
     assert (two.ready(1, 1), two.ready(3, 3), two.ready(4), two.ready(5)) == (2, 2, 1, 1)
     two.check_nothing_is_lost()
 

@@ -6,7 +6,7 @@ import pytest
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.quotas import Quotas
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.config.namespaces import Quota
 from flexkv.errors import PinError
 from flexkv.protocol.requests import Pin
@@ -28,15 +28,15 @@ def make(share: float = 0.5, clock: Clock | None = None, **quotas: Quota) -> Glo
     return engine
 
 
-def put(engine: GlobalCacheEngine, *sequence: int, group: int = 0) -> int:
-    plan = engine.begin_put(keys_of(sequence), 0, len(sequence), group)
+def put(engine: GlobalCacheEngine, *sequence: int, tenant: int = 0) -> int:
+    plan = engine.begin_put(keys_of(sequence), 0, len(sequence), tenant)
     engine.end_put(plan, np.ones(len(plan), dtype=np.bool_))
     return len(plan)
 
 
-def flood(engine: GlobalCacheEngine, group: int = 0) -> None:
+def flood(engine: GlobalCacheEngine, tenant: int = 0) -> None:
     for i in range(30):
-        put(engine, 100 + i, 0, group=group)
+        put(engine, 100 + i, 0, tenant=tenant)
 
 
 def test_a_pinned_prefix_stays_until_it_is_unpinned() -> None:
@@ -46,7 +46,7 @@ def test_a_pinned_prefix_stays_until_it_is_unpinned() -> None:
     assert put(engine, 1, 2, 3, 4, 5, 6) == 1                   # what follows on it is not pinned
     flood(engine)
     found = engine.match(keys_of((1, 2, 3, 4, 5)))
-    assert (found.num_ready, found.reason) == (3, StopReason.EVICTED)
+    assert (found.num_ready, found.reason) == (3, MissReason.EVICTED)
     assert engine.pins() == [Pin("system prompt", 3)]
     assert engine.unpin("system prompt") == Pin("system prompt", 3)
     assert engine.pins() == []
@@ -58,15 +58,15 @@ def test_a_pinned_prefix_stays_until_it_is_unpinned() -> None:
 def test_a_pinned_prefix_does_not_expire_and_ages_again_when_it_is_unpinned() -> None:
     clock = Clock()
     engine = make(clock=clock, short=Quota(ttl_s=10))
-    put(engine, 1, 2, 3, group=1)
+    put(engine, 1, 2, 3, tenant=1)
     engine.pin(keys_of((1, 2)), "p", 1)
-    put(engine, 1, 2, 3, 4, group=1)
+    put(engine, 1, 2, 3, 4, tenant=1)
     clock.now = 100.0
-    found = engine.match(keys_of((1, 2, 3)), group=1)
-    assert (found.num_ready, found.reason) == (2, StopReason.EXPIRED)
+    found = engine.match(keys_of((1, 2, 3)), tenant=1)
+    assert (found.num_ready, found.reason) == (2, MissReason.EXPIRED)
     assert engine.evict_ahead() == 2
     engine.unpin("p")
-    assert engine.match(keys_of((1, 2, 3)), group=1).num_ready == 0
+    assert engine.match(keys_of((1, 2, 3)), tenant=1).num_ready == 0
     assert engine.evict_ahead() == 2
     engine.check_integrity()
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_pinned_is_named_and_changes_nothing() -> None:
     with pytest.raises(PinError, match="guarantees of other namespaces"):   # two blocks are nobody's
         engine.pin(keys_of((1, 2, 3)), "three")
     assert engine.pin(keys_of((1, 2)), "two").num_blocks == 2
-    put(engine, 5, 6, 7, 8, group=1)
+    put(engine, 5, 6, 7, 8, tenant=1)
     with pytest.raises(PinError, match="6 blocks would be pinned, and max_pinned_share allows 5"):
         engine.pin(keys_of((5, 6, 7, 8)), "four", 1)
     assert engine.pin(keys_of((5, 6, 7)), "own", 1).num_blocks == 3

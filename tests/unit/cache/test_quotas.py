@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.quotas import Quotas
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.cache.tier import SsdTier
 from flexkv.config.namespaces import Quota
 from flexkv.errors import ConfigError
@@ -27,25 +27,26 @@ class Cache:
             num_slots, LRU, threshold, 0.0, clock=lambda: self.now, num_ssd_slots=num_ssd_slots, quotas=self.quotas
         )
         self.engine.grow(num_slots)
-        self.planner = LoadPlanner("always", 1, 1, 0.0, lambda: self.now)
+        self.load_or_compute = LoadOrCompute("always", 1, 1, 0.0, lambda: self.now)
         self.ssd = SsdTier(
-            SlotAllocator(num_ssd_slots), self.planner, lambda: True, lambda slots: np.ones(len(slots), dtype=np.bool_)
+            SlotAllocator(num_ssd_slots), self.load_or_compute, lambda: True,
+            lambda slots: np.ones(len(slots), dtype=np.bool_)
         )
 
     def put(self, name: str, *sequence: int) -> int:
-        plan = self.engine.begin_put(keys_of(sequence), 0, len(sequence), self.quotas.group([name]))
+        plan = self.engine.begin_put(keys_of(sequence), 0, len(sequence), self.quotas.tenant([name]))
         self.engine.end_put(plan, np.ones(len(plan), dtype=np.bool_))
         return len(plan)
 
     def get(self, name: str, *sequence: int) -> int:
-        plan = self.engine.begin_get(keys_of(sequence), 0, len(sequence), group=self.quotas.group([name]))
+        plan = self.engine.begin_get(keys_of(sequence), 0, len(sequence), tenant=self.quotas.tenant([name]))
         if plan.fetch is not None:
             self.engine.end_fetch(plan.fetch, np.ones(len(plan.fetch), dtype=np.bool_))
         self.engine.end_get(plan)
         return len(plan)
 
-    def has(self, name: str, *sequence: int) -> tuple[int, StopReason]:
-        found = self.engine.match(keys_of(sequence), group=self.quotas.group([name]))
+    def has(self, name: str, *sequence: int) -> tuple[int, MissReason]:
+        found = self.engine.match(keys_of(sequence), tenant=self.quotas.tenant([name]))
         return found.num_ready, found.reason
 
     def blocks(self, name: str) -> int:
@@ -59,8 +60,8 @@ def run(first: int, count: int) -> Prefix:
 def test_a_request_belongs_to_the_first_name_that_has_a_quota() -> None:
     quotas = Quotas({"a": Quota(), "b": Quota()})
     assert quotas.names() == ["", "a", "b"]
-    groups = [quotas.group(names) for names in (["salt", "b"], ["b", "a"], ["a"], ["c"], [""], [], None)]
-    assert groups == [2, 2, 1, 0, 0, 0, 0]
+    tenants = [quotas.tenant(names) for names in (["salt", "b"], ["b", "a"], ["a"], ["c"], [""], [], None)]
+    assert tenants == [2, 2, 1, 0, 0, 0, 0]
     assert quotas.limit(1, 10) == 10
     assert Quotas({"a": Quota(guaranteed=0.29, limit=0.29)}).limit(1, 100) == 29       # 0.29 * 100 < 29
     with pytest.raises(ConfigError):
@@ -72,11 +73,11 @@ def test_a_flood_takes_what_is_free_and_gives_it_back() -> None:
     assert cache.put("calm", *run(1, 6)) == 6
     for i in range(20):
         cache.put("flood", *run(100 + i, 3))
-    assert cache.has("calm", *run(1, 6)) == (6, StopReason.FULL_HIT)           # the flood has borrowed most
+    assert cache.has("calm", *run(1, 6)) == (6, MissReason.FULL_HIT)           # the flood has borrowed most
     for i in range(20):
         cache.put("flood", *run(200 + i, 7))
     assert cache.has("calm", *run(1, 6))[0] == cache.blocks("calm") == 4       # what is guaranteed to it
-    assert cache.has("calm", *run(1, 6)) == (4, StopReason.EVICTED)
+    assert cache.has("calm", *run(1, 6)) == (4, MissReason.EVICTED)
     assert cache.blocks("flood") == 6
     assert cache.put("calm", *run(1, 6)) == 2
     assert cache.put("calm", *run(2, 4)) == 4                   # its own are the oldest of what is borrowed
@@ -105,9 +106,9 @@ def test_the_lowest_priority_gives_way_first_and_then_who_borrowed_most() -> Non
 def test_a_limit_is_never_exceeded_and_is_told() -> None:
     cache = Cache(10, hard=Quota(limit=0.3))
     assert cache.put("hard", *run(1, 5)) == 3
-    assert cache.has("hard", *run(1, 5)) == (3, StopReason.OVER_QUOTA)
+    assert cache.has("hard", *run(1, 5)) == (3, MissReason.OVER_QUOTA)
     assert cache.put("hard", *run(2, 2)) == 2
-    assert cache.has("hard", *run(1, 5)) == (1, StopReason.OVER_QUOTA)         # what went for it
+    assert cache.has("hard", *run(1, 5)) == (1, MissReason.OVER_QUOTA)         # what went for it
     assert cache.blocks("hard") == 3
     assert cache.engine.stats()["free_slots"] == 7
 
@@ -126,13 +127,13 @@ def test_what_is_kept_no_longer_is_not_offered_and_is_swept() -> None:
     cache.now = 8.0
     assert cache.get("short", *run(1, 1)) == 1
     cache.now = 12.0
-    assert cache.has("short", *run(1, 3)) == (1, StopReason.EXPIRED)
-    assert cache.engine.match(keys_of(run(1, 3)), group=1).since == pytest.approx(10.0, abs=1.0)
+    assert cache.has("short", *run(1, 3)) == (1, MissReason.EXPIRED)
+    assert cache.engine.match(keys_of(run(1, 3)), tenant=1).evicted_at == pytest.approx(10.0, abs=1.0)
     assert cache.engine.evict_ahead() == 2
-    assert cache.has("short", *run(1, 3)) == (1, StopReason.EXPIRED)
+    assert cache.has("short", *run(1, 3)) == (1, MissReason.EXPIRED)
     cache.now = 100.0
-    assert cache.has("short", *run(1, 3)) == (0, StopReason.EXPIRED)
-    assert cache.has("other", *run(2, 3)) == (3, StopReason.FULL_HIT)
+    assert cache.has("short", *run(1, 3)) == (0, MissReason.EXPIRED)
+    assert cache.has("other", *run(2, 3)) == (3, MissReason.FULL_HIT)
     cache.engine.evict_ahead()
     assert cache.engine.stats()["expired_blocks"] == 3
     assert cache.blocks("short") == 0
@@ -142,9 +143,9 @@ def test_a_put_of_what_is_out_of_date_makes_it_new() -> None:
     cache = Cache(10, short=Quota(ttl_s=10))
     cache.put("short", *run(1, 3))
     cache.now = 50.0
-    assert cache.has("short", *run(1, 3)) == (0, StopReason.EXPIRED)
+    assert cache.has("short", *run(1, 3)) == (0, MissReason.EXPIRED)
     assert cache.put("short", *run(1, 3)) == 0                  # it is there, and was just computed
-    assert cache.has("short", *run(1, 3)) == (3, StopReason.FULL_HIT)
+    assert cache.has("short", *run(1, 3)) == (3, MissReason.FULL_HIT)
 
 
 def test_what_was_found_on_disk_is_others_until_it_is_used() -> None:
@@ -155,9 +156,9 @@ def test_what_was_found_on_disk_is_others_until_it_is_used() -> None:
     assert cache.engine.stats()["ssd_namespace_default_blocks"] == 4
     assert cache.get("short", *run(1, 4)) == 1                  # all that its limit on the host allows
     assert cache.engine.stats()["ssd_namespace_short_blocks"] == 1
-    assert cache.has("short", *run(1, 4)) == (4, StopReason.FULL_HIT)
+    assert cache.has("short", *run(1, 4)) == (4, MissReason.FULL_HIT)
     cache.now = 100.0
-    assert cache.has("short", *run(1, 4)) == (0, StopReason.EXPIRED)           # by the time of who asks
+    assert cache.has("short", *run(1, 4)) == (0, MissReason.EXPIRED)           # by the time of who asks
 
 
 def test_what_comes_to_exceed_a_limit_is_trimmed() -> None:
@@ -177,12 +178,12 @@ def test_what_left_the_host_and_was_not_on_ssd_is_told() -> None:
     cache.engine.attach_ssd(cache.ssd)
     cache.put("", 1, 1)
     cache.put("", 2)
-    assert cache.has("", 1, 1) == (1, StopReason.NOT_ADMITTED)
+    assert cache.has("", 1, 1) == (1, MissReason.NOT_ADMITTED)
     plan = cache.engine.begin_write(keys_of((2,)), 1)
     assert plan is not None
     cache.engine.end_write(plan, np.ones(1, dtype=np.bool_))
     cache.put("", 3, 3)
-    assert cache.has("", 2) == (1, StopReason.FULL_HIT)
+    assert cache.has("", 2) == (1, MissReason.FULL_HIT)
     cache.engine._below.evict(cache.engine._tree, 1, cache.now)
-    assert cache.has("", 2) == (0, StopReason.EVICTED)
-    assert math.isfinite(cache.engine.match(keys_of((2,))).since)
+    assert cache.has("", 2) == (0, MissReason.EVICTED)
+    assert math.isfinite(cache.engine.match(keys_of((2,))).evicted_at)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import PutPlan
@@ -30,8 +30,8 @@ def engine(num_slots: int = 2, num_ssd: int = 0) -> GlobalCacheEngine:
     made = GlobalCacheEngine(num_slots, LRU, 1.0, 0.0, clock=Clock(), num_ssd_slots=num_ssd)
     made.grow(num_slots)
     if num_ssd:
-        planner = LoadPlanner("always", 1, 1, 0.0, Clock())
-        made.attach_ssd(SsdTier(SlotAllocator(num_ssd), planner, lambda: True, lambda slots: slots >= 0))
+        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, Clock())
+        made.attach_ssd(SsdTier(SlotAllocator(num_ssd), load_or_compute, lambda: True, lambda slots: slots >= 0))
     return made
 
 

@@ -44,14 +44,14 @@ def test_quotas_belong_to_a_kind_and_a_name() -> None:
     names = ["acme", "salt:gold", "lora:sql", "info:salt:x", "a:b"]
     quotas = Quotas({name: Quota() for name in names})
     assert quotas.names() == ["", *names]
-    for namespace, group in (
+    for namespace, tenant in (
         (["acme"], 1), ([NamespaceEntry("info", "acme")], 1), ([NamespaceEntry("salt", "acme")], 0),
         ([NamespaceEntry("lora", "acme", "1f")], 0), ([NamespaceEntry("salt", "gold")], 2), (["gold"], 0),
         (["salt:gold"], 0), ([NamespaceEntry("lora", "sql", "1f")], 3), ([NamespaceEntry("lora", "sql", "2e")], 3),
         ([NamespaceEntry("salt", "x")], 0), (["salt:x"], 4), (["a:b"], 5),
         ([NamespaceEntry("lora", "other"), NamespaceEntry("salt", "gold"), "acme"], 2), (None, 0), ([], 0),
     ):
-        assert quotas.group(namespace) == group, namespace
+        assert quotas.tenant(namespace) == tenant, namespace
 
 
 def test_one_owner_has_one_quota() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.cli.main import main
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import ConfigError, PinError
@@ -60,7 +60,7 @@ def test_every_match_has_a_reason_and_is_counted(tmp_path: Path) -> None:
         task, _ = manager.get_match(np.concatenate([tokens_of(3, 1), tokens_of(2, 9)]), namespace=["calm"])
         found = manager.task_match(task)
         assert found is not None
-        assert (found.num_ready, found.reason) == (0, StopReason.NEVER_SEEN)   # another namespace
+        assert (found.num_ready, found.reason) == (0, MissReason.NEVER_SEEN)   # another namespace
         manager.cancel(task)
         assert manager.task_match(task) is None
         assert matched(manager, 3, 1, "calm") == 3
@@ -68,11 +68,11 @@ def test_every_match_has_a_reason_and_is_counted(tmp_path: Path) -> None:
             put(manager, tensors, 8, seed, "calm")
         hasher = manager.blocks.hasher(["salt", "calm"])
         hasher.extend(tokens_of(3, 1))
-        group = manager.blocks.group(["salt", "calm"])
-        lookup = manager.blocks.lookup(hasher.keys, 0, group, count=True)
-        assert (lookup.num_ready, lookup.reason) == (0, StopReason.EVICTED)
-        assert lookup.since > 0
-        manager.blocks.lookup(hasher.keys, 0, group)                   # not counted
+        tenant = manager.blocks.tenant(["salt", "calm"])
+        lookup = manager.blocks.lookup(hasher.keys, 0, tenant, count=True)
+        assert (lookup.num_ready, lookup.reason) == (0, MissReason.EVICTED)
+        assert lookup.evicted_at > 0
+        manager.blocks.lookup(hasher.keys, 0, tenant)                   # not counted
         told = {name: count for name, count in manager.stats().items() if name.startswith(("miss", "part", "full"))}
         assert {name: count for name, count in told.items() if count} == {
             "full_hits": 1, "miss_never_seen": 2, "miss_evicted": 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flexkv.cache.plan import WritePlan
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.config import CacheConfig
 from flexkv.controller import tiering
 from flexkv.controller.response import KVResponseStatus as Status
@@ -53,8 +53,8 @@ def test_a_write_that_is_planned_before_a_reset_is_forgotten_by_it(tmp_path: Pat
         assert writer is not None
         plan_of, resets = writer.next, list[threading.Thread]()
 
-        def next_and_reset(hurry: bool = False) -> WritePlan | None:
-            plan = plan_of(hurry)
+        def next_and_reset(flush: bool = False) -> WritePlan | None:
+            plan = plan_of(flush)
             if plan is not None and not resets:
                 reset = threading.Thread(target=made.manager.reset)
                 reset.start()
@@ -139,7 +139,7 @@ def test_what_cannot_be_cleared_at_the_start_is_not_offered(tmp_path: Path, monk
     monkeypatch.setattr(MemoryStore, "clear_fails", True)
     with stage_that_was_reset(tmp_path, disk) as made:
         found = made.manager.blocks.lookup(made.keys(5, 1))
-        assert (found.num_ready, found.reason) == (0, StopReason.NEVER_SEEN)
+        assert (found.num_ready, found.reason) == (0, MissReason.NEVER_SEEN)
         made.put(5, 2)
         made.settle()
         assert made.store.num_writes == 0
@@ -292,16 +292,16 @@ def test_out_of_service_what_is_queued_is_not_written_again_and_again(tmp_path: 
         controller_of(made.manager)._transfer._take_out_of_service()
         tier, used = space_of(made.manager).tiering, next(controller_of(made.manager)._transfer.task_ids)
         assert tier is not None
-        tier._hurry = True                                  # no limit of the rate
+        tier._flush = True                                  # no limit of the rate
         asked = threading.Event()
-        keep_house = tier.keep_house
+        run_background_work = tier.run_background_work
 
         def keep() -> float:
-            pause = keep_house()
+            pause = run_background_work()
             asked.set()
             return pause
 
-        space_of(made.manager).tiering.keep_house = keep             # type: ignore[method-assign, union-attr]
+        space_of(made.manager).tiering.run_background_work = keep             # type: ignore[method-assign, union-attr]
         controller_of(made.manager)._transfer.wake()
         assert asked.wait(5.0)
         assert next(controller_of(made.manager)._transfer.task_ids) - used < 10

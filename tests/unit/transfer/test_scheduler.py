@@ -27,15 +27,15 @@ class Leg(Executor):
     def __init__(self, kind: OpKind) -> None:
         self.kinds = frozenset({kind})
         self.given: list[int] = []
-        self.doomed: list[int] = []
+        self.failed: list[int] = []
         self.cancelled = False
         self._progress: Progress | None = None
         self._op: TransferOp | None = None
 
-    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, doomed: bool = False) -> None:
+    def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
         self._op, self._progress = op, progress
-        (self.doomed if doomed else self.given).extend(indices.tolist())
-        if doomed:
+        (self.failed if failed else self.given).extend(indices.tolist())
+        if failed:
             progress(op, indices, np.zeros(len(indices), dtype=np.bool_))
 
     def cancel(self, op: TransferOp) -> None:
@@ -96,7 +96,7 @@ def test_a_block_goes_on_when_it_has_arrived(pipeline: Pipeline) -> None:
 
 def test_a_failed_block_takes_only_its_own_successor_along(pipeline: Pipeline) -> None:
     pipeline.first.arrive(pipeline.engine, 1, ok=False)
-    assert pipeline.second.doomed == [1]
+    assert pipeline.second.failed == [1]
     pipeline.first.arrive(pipeline.engine, 0, 2, 3)
     assert pipeline.second.given == [0, 2, 3]
     pipeline.second.arrive(pipeline.engine, 0, 2, 3)
@@ -108,7 +108,7 @@ def test_cancel_starts_nothing_more_and_waits_for_what_runs(pipeline: Pipeline) 
     pipeline.first.arrive(pipeline.engine, 0)
     pipeline.engine.cancel(7)
     assert pipeline.first.cancelled
-    assert pipeline.second.doomed == [1, 2, 3]
+    assert pipeline.second.failed == [1, 2, 3]
     assert pipeline.graph.status is OpStatus.CANCELLED
     assert not pipeline.graph.quiesced
     pipeline.first.arrive(pipeline.engine, 1, 2, 3)
@@ -203,7 +203,7 @@ def test_blocks_wait_for_those_of_another_graph_and_the_others_go_at_once(shared
     shared.fetch.arrive(shared.engine, 2)
     assert shared.load.given == [0, 2, 3]
     shared.fetch.arrive(shared.engine, 0, ok=False)
-    assert shared.load.doomed == [1]
+    assert shared.load.failed == [1]
     shared.load.arrive(shared.engine, 0, 2, 3)
     assert shared.done == [1, 2]
     assert op.ok.tolist() == [True, False, True, True]
@@ -215,7 +215,7 @@ def test_what_has_arrived_before_counts_at_once(shared: Shared) -> None:
     shared.fetch.arrive(shared.engine, 2, ok=False)
     op = shared.start_load(2, mine=[0, 1, 2, 3], theirs=[0, 1, 2, 3])
     assert shared.load.given == [0, 1]
-    assert shared.load.doomed == [2]
+    assert shared.load.failed == [2]
     shared.fetch.arrive(shared.engine, 3)
     assert shared.load.given == [0, 1, 3]
     shared.load.arrive(shared.engine, 0, 1, 3)
@@ -302,4 +302,4 @@ def test_several_blocks_may_wait_for_the_same_one() -> None:
     scheduler._progress(fetch, np.array([3, 2]), np.array([True, True]))
     assert load.given == [2, 0]
     scheduler._progress(fetch, np.array([1, 0]), np.array([True, False]))
-    assert (load.given, load.doomed) == ([2, 0, 1], [3])
+    assert (load.given, load.failed) == ([2, 0, 1], [3])

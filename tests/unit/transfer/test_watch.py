@@ -103,11 +103,11 @@ def test_a_thread_survives_and_gives_up_once(monkeypatch: pytest.MonkeyPatch) ->
         if turns[0] % 5:                                 # never five in a row, at first
             raise SystemExit(1)
 
-    def give_up() -> None:
+    def abandon() -> None:
         given_up[0] += 1
         raise KeyError("and that fails, too")
 
-    thread = BackgroundThread("test", turn, lambda: False, give_up)
+    thread = BackgroundThread("test", turn, lambda: False, abandon)
     thread.start()
     until(lambda: turns[0] > 20)
     assert given_up == [0]

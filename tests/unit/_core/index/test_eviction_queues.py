@@ -10,12 +10,12 @@ from flexkv.errors import InvariantError
 from tests.property.model_tree import keys_of
 
 
-def put(tree: RadixTree, sequence: tuple[int, ...], now: float, group: int = 0) -> None:
+def put(tree: RadixTree, sequence: tuple[int, ...], now: float, tenant: int = 0) -> None:
     keys = keys_of(sequence)
     slots = np.full(len(keys), -1, dtype=np.int32)
     absent = tree.absent(keys)
     slots[absent] = [100 * sequence[0] + i for i in absent]
-    tree.insert(keys, slots, 0, now, group)
+    tree.insert(keys, slots, 0, now, tenant)
     tree.set_ready(keys, slots, 0)
 
 
@@ -98,7 +98,7 @@ def test_a_node_that_goes_bit_by_bit_is_one_piece() -> None:
     assert len(Pieces().array()) == 0
 
 
-def test_the_queues_of_a_group() -> None:
+def test_the_queues_of_a_tenant() -> None:
     tree = RadixTree(100)
     tree.configure([2])
     ranking = tree.ranking(0)
@@ -118,26 +118,26 @@ def test_what_is_pinned_is_passed_over_and_goes_later() -> None:
     put(tree, (1,), 1.0)
     put(tree, (2,), 2.0)
     place(tree.ranking(0))
-    tree.pin(keys_of((1,)), 0, 1)
+    tree.acquire(keys_of((1,)), 0, 1)
     assert tree.evict(0, 0, 0, 5, 3.0).tolist() == [200]
     assert tree.evict(0, 0, 0, 5, 3.0).tolist() == []
-    tree.unpin(keys_of((1,)), 0, 1)
+    tree.release(keys_of((1,)), 0, 1)
     assert tree.evict(0, 0, 0, 5, 3.0).tolist() == [100]
 
 
-def test_groups_have_their_own_order_and_age() -> None:
+def test_tenants_have_their_own_order_and_age() -> None:
     tree = RadixTree(100)
     tree.configure([1], [np.inf, 10.0])
-    put(tree, (1, 1), 0.0, group=1)
+    put(tree, (1, 1), 0.0, tenant=1)
     put(tree, (2, 2), 0.0)
     place(tree.ranking(0))
     assert tree.ranking(0).blocks().tolist() == [[2], [2]]
     assert tree.match(keys_of((1, 1)), 10.0).num_ready == 2
     assert tree.match(keys_of((1, 1)), 10.5).num_ready == 0
-    assert tree.match(keys_of((1, 1)), 10.5).since == 10.0
+    assert tree.match(keys_of((1, 1)), 10.5).evicted_at == 10.0
     assert tree.match(keys_of((2, 2)), 99.0).num_ready == 2
     assert sorted(tree.expire(0, 10.5, 100).tolist()) == [100, 101]
     assert tree.ranking(0).blocks().tolist() == [[2], [0]]
-    tree.touch(keys_of((2, 2)), 20.0, group=1)
+    tree.touch(keys_of((2, 2)), 20.0, tenant=1)
     assert tree.ranking(0).blocks().tolist() == [[0], [2]]
     tree.check_integrity()

@@ -106,9 +106,9 @@ def take(queue: IoQueue, count: int) -> Results:
 
 
 def until_faults_happened(queue: FaultyIoQueue) -> None:
-    give_up = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + PATIENCE_S
     while queue.num_planned:
-        assert time.monotonic() < give_up
+        assert time.monotonic() < deadline
         os.sched_yield()
 
 

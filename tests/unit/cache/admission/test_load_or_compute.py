@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 
 SLOW = np.array([False, False, True, True, True, False, True])
 
@@ -15,13 +15,13 @@ class Clock:
         return self.now
 
 
-def planner(policy: str = "auto", prefill_tokens_per_s: float = 1000.0) -> tuple[LoadPlanner, Clock]:
+def load_or_compute(policy: str = "auto", prefill_tokens_per_s: float = 1000.0) -> tuple[LoadOrCompute, Clock]:
     """Slots of 1 MiB; blocks of 10 tokens, so that one takes 10 ms to compute."""
     clock = Clock()
-    return LoadPlanner(policy, 1 << 20, 10, prefill_tokens_per_s, clock), clock
+    return LoadOrCompute(policy, 1 << 20, 10, prefill_tokens_per_s, clock), clock
 
 
-def measure(made: tuple[LoadPlanner, Clock], blocks_per_s: float) -> LoadPlanner:
+def measure(made: tuple[LoadOrCompute, Clock], blocks_per_s: float) -> LoadOrCompute:
     plan, clock = made
     plan.read_began()
     clock.now += 100 / blocks_per_s
@@ -31,39 +31,39 @@ def measure(made: tuple[LoadPlanner, Clock], blocks_per_s: float) -> LoadPlanner
 
 
 def test_a_fast_disk_loads_all() -> None:
-    assert measure(planner(), 1000.0).worth(SLOW, 0) == 7
+    assert measure(load_or_compute(), 1000.0).worth(SLOW, 0) == 7
 
 
 def test_a_slow_disk_loads_nothing() -> None:
-    assert measure(planner(), 50.0).worth(SLOW, 0) == 2
+    assert measure(load_or_compute(), 50.0).worth(SLOW, 0) == 2
 
 
 def test_a_disk_about_as_fast_loads_as_much_as_pays() -> None:
     # 11.9 ms a block; the fifth costs nothing: 59.5 ms for the first six, against 60; 71.4 for all, against 70
     slow = np.array([True, True, True, True, False, True, True])
-    assert measure(planner(), 1 / 0.0119).worth(slow, 0) == 6
+    assert measure(load_or_compute(), 1 / 0.0119).worth(slow, 0) == 6
 
 
 def test_what_is_queued_counts() -> None:
-    fast = measure(planner(), 200.0)                           # 5 ms a block
+    fast = measure(load_or_compute(), 200.0)                           # 5 ms a block
     assert fast.worth(SLOW, 0) == 7
     assert fast.worth(SLOW, 6) == 7
     assert fast.worth(SLOW, 7) == 2
 
 
 def test_what_is_not_known_loads_all() -> None:
-    assert planner()[0].worth(SLOW, 99) == 7
-    assert measure(planner(prefill_tokens_per_s=0.0), 1.0).worth(SLOW, 99) == 7
+    assert load_or_compute()[0].worth(SLOW, 99) == 7
+    assert measure(load_or_compute(prefill_tokens_per_s=0.0), 1.0).worth(SLOW, 99) == 7
 
 
 def test_policies() -> None:
-    assert measure(planner("always"), 1.0).worth(SLOW, 99) == 7
-    assert planner("never")[0].worth(SLOW, 0) == 2
-    assert planner("never")[0].worth(np.zeros(3, dtype=np.bool_), 0) == 3
+    assert measure(load_or_compute("always"), 1.0).worth(SLOW, 99) == 7
+    assert load_or_compute("never")[0].worth(SLOW, 0) == 2
+    assert load_or_compute("never")[0].worth(np.zeros(3, dtype=np.bool_), 0) == 3
 
 
 def test_the_speed_is_that_of_lately_and_of_busy_time() -> None:
-    plan, clock = planner()
+    plan, clock = load_or_compute()
     assert plan.bytes_per_s == 0
     for _ in range(30):
         plan.read_began()
@@ -82,7 +82,7 @@ def test_the_speed_is_that_of_lately_and_of_busy_time() -> None:
 
 
 def test_a_disk_that_was_slow_is_tried_again() -> None:
-    slow, clock = made = planner()
+    slow, clock = made = load_or_compute()
     assert measure(made, 50.0).worth(SLOW, 0) == 2
     clock.now += 59
     assert slow.worth(SLOW, 0) == 2
@@ -98,6 +98,6 @@ def test_a_disk_that_was_slow_is_tried_again() -> None:
 
 
 def test_a_rate_that_is_known_later_counts_from_then_on() -> None:
-    plan = measure(planner(prefill_tokens_per_s=0.0), 50.0)
+    plan = measure(load_or_compute(prefill_tokens_per_s=0.0), 50.0)
     plan.prefill_tokens_per_s = 1000.0
     assert plan.worth(SLOW, 0) == 2

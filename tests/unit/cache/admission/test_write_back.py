@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
-from flexkv.cache.admission.write_back import SsdWriter
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.write_back import WriteBack
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.quotas import Quotas
@@ -30,19 +30,19 @@ class World:
             SLOTS, LRU, start_threshold, evict_ratio, clock=self.clock, num_ssd_slots=ssd_slots, quotas=quotas
         )
         self.cache.grow(SLOTS)
-        planner = LoadPlanner("always", 1, 1, 0.0, self.clock)
+        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, self.clock)
         self.is_usable = True
-        tier = SsdTier(SlotAllocator(ssd_slots), planner, lambda: self.is_usable, lambda slots: slots >= 0)
+        tier = SsdTier(SlotAllocator(ssd_slots), load_or_compute, lambda: self.is_usable, lambda slots: slots >= 0)
         assert self.cache.attach_ssd(tier)
         settings = {"write_all": False, "batch_blocks": 8, "max_in_flight_blocks": 16, "max_queued_blocks": 32,
                     "blocks_per_s": 0.0, **limits}
-        self.writer = SsdWriter(self.cache, clock=self.clock, **settings)  # type: ignore[arg-type]
+        self.writer = WriteBack(self.cache, clock=self.clock, **settings)  # type: ignore[arg-type]
 
     def clock(self) -> float:
         return self.now
 
-    def put(self, sequence: tuple[int, ...], start: int = 0, group: int = 0) -> bool:
-        plan = self.cache.begin_put(keys_of(sequence), start, len(sequence), group)
+    def put(self, sequence: tuple[int, ...], start: int = 0, tenant: int = 0) -> bool:
+        plan = self.cache.begin_put(keys_of(sequence), start, len(sequence), tenant)
         self.cache.end_put(plan, np.ones(len(plan), dtype=np.bool_))
         return self.writer.put(plan)
 
@@ -147,9 +147,9 @@ def test_what_a_batch_of_evictions_freed_is_not_filled_with_what_has_no_evidence
 
 def test_beyond_its_limit_a_namespace_has_no_free_slots() -> None:
     world = World(ssd_slots=16, quotas=Quotas({"a": Quota(limit=0.25)}))
-    assert world.put((1,) * 8, group=1)
+    assert world.put((1,) * 8, tenant=1)
     assert world.write() == [4]
-    assert not world.put((2,) * 8, group=1)
+    assert not world.put((2,) * 8, tenant=1)
 
 
 def test_all_means_all() -> None:
@@ -204,7 +204,7 @@ def test_the_rate_is_kept_unless_there_is_a_hurry() -> None:
     assert world.write() == [4]
     world.put((2, 2))
     assert world.writer.next() is None
-    assert world.writer.next(hurry=True) is not None
+    assert world.writer.next(flush=True) is not None
 
 
 def test_what_could_not_be_written_is_absent_and_its_slots_are_free() -> None:
@@ -267,13 +267,13 @@ def namespaces(**limits: float) -> World:
 def test_a_flood_of_one_namespace_leaves_the_others_their_part_of_the_queue() -> None:
     world = namespaces(max_queued_blocks=16)
     for first in range(1, 6):
-        world.put((first,) * 4, group=1)
+        world.put((first,) * 4, tenant=1)
     assert world.writer.stats()["ssd_queued_blocks"] == 16
-    assert world.put((90,) * 10, group=2)
+    assert world.put((90,) * 10, tenant=2)
     stats = world.writer.stats()
     assert stats["ssd_queued_blocks"] == 16                      # bounded in all
     assert stats["ssd_dropped_writes"] == 4 + 8 + 2
-    assert not world.put((6,) * 4, group=1)
+    assert not world.put((6,) * 4, tenant=1)
     assert sorted(world.write()) == [4, 4, 8]
     assert world.on_ssd((90,) * 10).tolist() == [True] * 8 + [False] * 2
     assert world.on_ssd((1,) * 4).all()                          # of the flood the oldest stay
@@ -283,11 +283,11 @@ def test_a_flood_of_one_namespace_leaves_the_others_their_part_of_the_queue() ->
 def test_a_namespace_does_not_wait_for_the_backlog_of_another() -> None:
     world = namespaces(max_queued_blocks=32, blocks_per_s=4.0)
     for first in range(1, 8):
-        world.put((first,) * 4, group=1)
-    world.put((90,) * 4, group=2)
+        world.put((first,) * 4, tenant=1)
+    world.put((90,) * 4, tenant=2)
     assert world.write() == [4]
     world.now += 1.0
-    world.put((8,) * 4, group=1)
+    world.put((8,) * 4, tenant=1)
     assert world.write() == [4]
     assert world.on_ssd((90,) * 4).all()                         # the second turn, not the eighth
 
@@ -296,8 +296,8 @@ def test_a_flood_that_never_ends_does_not_starve_anyone() -> None:
     world = namespaces(max_queued_blocks=16, blocks_per_s=4.0)
     for turn in range(12):
         for first in range(4):
-            world.put((4 * turn + first + 1,) * 4, group=1)
-        world.put((200 + turn,) * 4, group=2)
+            world.put((4 * turn + first + 1,) * 4, tenant=1)
+        world.put((200 + turn,) * 4, tenant=2)
         for _ in range(2):                                       # less than half of what is asked for can be written
             world.now += 1.0
             world.write()

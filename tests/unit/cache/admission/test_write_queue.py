@@ -23,16 +23,16 @@ def test_what_is_shortened_keeps_its_place() -> None:
     assert queue.num_blocks == 8
 
 
-def test_groups_take_turns() -> None:
+def test_tenants_take_turns() -> None:
     queue = WriteQueue(12)
-    for group, first in ((0, 1), (0, 2), (1, 3)):
-        queue.add(group, keys_of((first,)), every(1))
+    for tenant, first in ((0, 1), (0, 2), (1, 3)):
+        queue.add(tenant, keys_of((first,)), every(1))
     turns = []
     while (first_of := queue.first()) is not None:
-        group, keys = first_of
-        turns.append((group, keys.tobytes()))
-        queue.remove(group, keys[-1])
-        queue.end_turn(group)
+        tenant, keys = first_of
+        turns.append((tenant, keys.tobytes()))
+        queue.remove(tenant, keys[-1])
+        queue.end_turn(tenant)
     assert turns == [(0, keys_of((1,)).tobytes()), (1, keys_of((3,)).tobytes()), (0, keys_of((2,)).tobytes())]
 
 
@@ -41,15 +41,15 @@ def test_it_is_bounded_and_leaves_everyone_an_even_part(
     max_blocks: int, additions: list[tuple[int, int]]
 ) -> None:
     queue = WriteQueue(max_blocks)
-    for number, (group, count) in enumerate(additions):
+    for number, (tenant, count) in enumerate(additions):
         before = dict(queue._blocks)
-        queue.add(group, keys_of((number,) * count), every(count))
-        share = max_blocks // len({*before, group})
+        queue.add(tenant, keys_of((number,) * count), every(count))
+        share = max_blocks // len({*before, tenant})
         assert queue.num_blocks <= max_blocks
         for other, blocks in before.items():
-            if other != group:
+            if other != tenant:
                 assert queue._blocks[other] >= min(blocks, share)        # nobody goes below it for another
-        assert queue._blocks.get(group, 0) >= min(count, share)
+        assert queue._blocks.get(tenant, 0) >= min(count, share)
         assert queue._blocks == {
             number: sum(len(blocks) for _, blocks in sequences.values()) for number, sequences in queue._queues.items()
         }

@@ -115,12 +115,12 @@ def test_keys(door: Door, keys: Any) -> None:
     door.refuses(lambda: door.manager.blocks.prefetch_blocks(keys))
 
 
-@pytest.mark.parametrize("group", [-1, 1, 1 << 40, None, "a", 0.0])
-def test_groups(door: Door, group: Any) -> None:
+@pytest.mark.parametrize("tenant", [-1, 1, 1 << 40, None, "a", 0.0])
+def test_tenants(door: Door, tenant: Any) -> None:
     pages = np.arange(2, dtype=np.int32)
-    door.refuses(lambda: door.manager.blocks.put_blocks(door.absent, 0, pages, group=group))
-    door.refuses(lambda: door.manager.blocks.get_blocks(door.keys, 0, pages, group=group))
-    door.refuses(lambda: door.manager.blocks.lookup(door.keys, 0, group))
+    door.refuses(lambda: door.manager.blocks.put_blocks(door.absent, 0, pages, tenant=tenant))
+    door.refuses(lambda: door.manager.blocks.get_blocks(door.keys, 0, pages, tenant=tenant))
+    door.refuses(lambda: door.manager.blocks.lookup(door.keys, 0, tenant))
 
 
 @pytest.mark.parametrize("namespace", ["tenant", b"tenant", ["a", 1], [b"a"], [None], 7, [NO_TEXT]], ids=ascii)
@@ -130,7 +130,7 @@ def test_namespaces(door: Door, namespace: Any) -> None:
         door.refuses(lambda call=call: call(tokens, namespace=namespace))  # type: ignore[misc]
     door.refuses(lambda: manager.put_async(tokens, mapping([0, 1]), namespace=namespace))
     door.refuses(lambda: manager.blocks.hasher(namespace))
-    door.refuses(lambda: manager.blocks.group(namespace))
+    door.refuses(lambda: manager.blocks.tenant(namespace))
 
 
 @pytest.mark.parametrize("tokens", [
@@ -226,7 +226,7 @@ def test_numpy_integers_and_lists_are_as_good(tmp_path: Path) -> None:
         task = manager.blocks.put_blocks(np.asfortranarray(hasher.keys), np.int16(0), (0, 1, 2, 3))  # type: ignore[arg-type]
         assert task is not None
         assert manager.wait({task})[task].status is Status.SUCCESS
-        task = manager.blocks.get_blocks(hasher.keys, 0, np.arange(30, 34, dtype=np.uint8), group=np.int64(0))  # type: ignore[arg-type]
+        task = manager.blocks.get_blocks(hasher.keys, 0, np.arange(30, 34, dtype=np.uint8), tenant=np.int64(0))  # type: ignore[arg-type]
         assert manager.wait(task)[task].status is Status.SUCCESS
         assert tensors.read(range(30, 34)) == expected
         assert manager.try_wait(np.int32(task))[task].status is Status.NOTFOUND       # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadPlanner
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.tier import SsdTier
@@ -61,8 +61,8 @@ class World:
         self.cache = GlobalCacheEngine(2, LRU, 1.0, 0.0, clock=itertools.count(1.0).__next__, num_ssd_slots=4)
         self.cache.grow(2)
         self.slots = SlotAllocator(4)
-        planner = LoadPlanner("always", 1, 1, 0.0, lambda: 0.0)
-        self.cache.attach_ssd(SsdTier(self.slots, planner, lambda: True, lambda slots: slots >= 0))
+        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, lambda: 0.0)
+        self.cache.attach_ssd(SsdTier(self.slots, load_or_compute, lambda: True, lambda slots: slots >= 0))
         tiering: Any = type("Tiering", (), {"saves_directly": True, "put_ended": lambda self, plan: None})()
         transfer: Any = self.plane
         self.table = TaskTable(transfer, 0, 4, tiering)

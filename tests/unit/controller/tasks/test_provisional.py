@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import ArgumentError
 from flexkv.kvmanager import KVManager
@@ -45,7 +45,7 @@ def test_blocks_are_offered_when_they_are_at_rest_and_accepted(tmp_path: Path, w
         expected = tensors.read(range(4))
         keys = keys_of(manager, 4)
         task = put(manager, keys, fence=1)
-        assert manager.blocks.lookup(keys).reason is StopReason.NOT_READY
+        assert manager.blocks.lookup(keys).reason is MissReason.NOT_READY
         if when == "before rest":
             manager.blocks.accept_put(task)
             assert manager.blocks.lookup(keys).num_ready == 0
@@ -54,7 +54,7 @@ def test_blocks_are_offered_when_they_are_at_rest_and_accepted(tmp_path: Path, w
         else:
             client.advance_fence(save=1)
             until(lambda: space_of(manager).tasks.is_settled(task))
-            assert manager.blocks.lookup(keys).reason is StopReason.NOT_READY
+            assert manager.blocks.lookup(keys).reason is MissReason.NOT_READY
             if when == "after the result was taken":
                 assert manager.wait(task)[task].status is Status.SUCCESS
                 assert manager.blocks.lookup(keys).num_ready == 0

@@ -28,7 +28,7 @@ def test_who_waits_for_a_matched_task_learns_of_its_end(tmp_path: Path, save: bo
         if end == "expire":
             clock = space_of(manager).tasks._clock
             space_of(manager).tasks._clock = lambda: clock() + 1000.0
-            space_of(manager).tasks.keep_house()
+            space_of(manager).tasks.run_background_work()
         elif end == "cancel":
             manager.cancel(task)
         elif end == "reset":

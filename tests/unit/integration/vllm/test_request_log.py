@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from flexkv.cache.plan import MatchResult
-from flexkv.cache.reasons import StopReason
+from flexkv.cache.reasons import MissReason
 from flexkv.controller.response import KVResponse, KVResponseStatus
 from flexkv.integration.vllm.request_log import RequestLog
 
@@ -30,7 +30,7 @@ def log(every: int = 0) -> RequestLog:
 
 def test_a_request_that_loads(told: list[str]) -> None:
     requests = log()
-    requests.matched("r1", 13, 2, MatchResult(7, StopReason.EVICTED, 3, time.monotonic() - 42.0))
+    requests.matched("r1", 13, 2, MatchResult(7, MissReason.EVICTED, 3, time.monotonic() - 42.0))
     requests.loading("r1", 5, 20)
     requests.tasks_ended([KVResponse(KVResponseStatus.SUCCESS, 4), KVResponse(KVResponseStatus.SUCCESS, 5)])
     requests.request_ended("r1", 53)
@@ -42,10 +42,10 @@ def test_a_request_that_loads(told: list[str]) -> None:
 @pytest.mark.parametrize(
     ("match", "end"),
     [
-        (MatchResult(13, StopReason.FULL_HIT), "13 found, 0 loaded"),
-        (MatchResult(0, StopReason.NEVER_SEEN), "0 found, 0 loaded; block 0: never_seen"),
-        (MatchResult(3, StopReason.NOT_READY, since=1.0), "3 found, 0 loaded; block 3: not_ready"),
-        (MatchResult(3, StopReason.EXPIRED, since=math.nan), "3 found, 0 loaded; block 3: expired"),
+        (MatchResult(13, MissReason.FULL_HIT), "13 found, 0 loaded"),
+        (MatchResult(0, MissReason.NEVER_SEEN), "0 found, 0 loaded; block 0: never_seen"),
+        (MatchResult(3, MissReason.NOT_READY, evicted_at=1.0), "3 found, 0 loaded; block 3: not_ready"),
+        (MatchResult(3, MissReason.EXPIRED, evicted_at=math.nan), "3 found, 0 loaded; block 3: expired"),
     ],
 )
 def test_a_request_that_loads_nothing_says_why(told: list[str], match: MatchResult, end: str) -> None:
@@ -57,7 +57,7 @@ def test_a_request_that_loads_nothing_says_why(told: list[str], match: MatchResu
 
 def test_a_load_that_fails(told: list[str]) -> None:
     requests = log()
-    requests.matched("r1", 2, 0, MatchResult(2, StopReason.FULL_HIT))
+    requests.matched("r1", 2, 0, MatchResult(2, MissReason.FULL_HIT))
     requests.loading("r1", 5, 8)
     requests.tasks_ended([KVResponse(KVResponseStatus.TIMEOUT, 5)])
     requests.request_ended("r1", 9)
@@ -68,7 +68,7 @@ def test_a_line_comes_every_so_many_requests(told: list[str]) -> None:
     logging.getLogger("flexkv").setLevel(logging.INFO)
     requests = log(every=2)
     for i in range(5):
-        requests.matched(f"r{i}", 2, 0, MatchResult(2, StopReason.FULL_HIT))
+        requests.matched(f"r{i}", 2, 0, MatchResult(2, MissReason.FULL_HIT))
         requests.loading(f"r{i}", i, 8)
         requests.request_ended(f"r{i}", 10)
     assert told == [

@@ -57,7 +57,7 @@ def test_a_request_that_is_considered_is_read_ahead_too(tmp_path: Path, num_comp
         made.tensors.zero()
         made.client.advance_fence(1)
         side.update_state_after_alloc(queued, blocks, offered[0])
-        made.store.let_go()
+        made.store.release()
         made.settle()
         task = side._loads[0].task_id
         assert made.manager.wait(task)[task].status.value == "success"

@@ -26,7 +26,7 @@ from tests.support.vllm_stub import request
 
 BLOCK = 4
 MANAGER: Any = SimpleNamespace(
-    group=lambda namespace: 0,
+    tenant=lambda namespace: 0,
     hasher=lambda namespace: SequenceHasher(chain_seed(b"d", tuple(namespace)), BLOCK),
 )
 

@@ -56,7 +56,7 @@ def test_no_room_for_the_trace_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def command(tmp_path: Path) -> "Iterator[subprocess.Popen[str]]":
-    """A command with much left to do, and a process group of its own; it has workers, and has printed a line."""
+    """A command with much left to do, and a process tenant of its own; it has workers, and has printed a line."""
     choose, path = random.Random(2), tmp_path / "trace"
     path.write_text("".join(
         json.dumps({"timestamp": i, "hash_ids": [choose.randrange(9), *range(1000 * i, 1000 * i + 5)]}) + "\n"
@@ -74,12 +74,12 @@ def command(tmp_path: Path) -> "Iterator[subprocess.Popen[str]]":
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def gone(group: int, timeout_s: float = 30.0) -> bool:
-    """Whether all processes of a group end in time."""
+def gone(tenant: int, timeout_s: float = 30.0) -> bool:
+    """Whether all processes of a tenant end in time."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         try:
-            os.killpg(group, 0)
+            os.killpg(tenant, 0)
         except ProcessLookupError:
             return True
         time.sleep(0.05)
