@@ -13,8 +13,8 @@ enum flexkv_kind { FLEXKV_D2H = 1, FLEXKV_H2D = 2 };
 /* Records of the rings. */
 enum { FLEXKV_MSG_OP = 1, FLEXKV_MSG_CANCEL = 2, FLEXKV_MSG_RESULT = 3 };
 
-/* Numbers beside the records. The controller's: slots that are populated, and whether there will be no more. The agent's:
- * slots that it can copy from and to, and the fences of the steps that the device has done. */
+/* Numbers beside the records. The controller's: number of populated slots, and whether it is final. The agent's: number
+ * of slots that it can copy from and to, and the fences of the steps that the device has done. */
 enum { FLEXKV_NOTE_POPULATED, FLEXKV_NOTE_ALL_POPULATED };
 enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE };
 
@@ -24,8 +24,8 @@ enum flexkv_op_flag {
     FLEXKV_OP_MORE = 4,           /* not the last part of the op */
 };
 
-enum { FLEXKV_FAREWELL = 'F' };   /* said on the socket when the agent ends and touches no slot any more; nothing else is */
-enum { FLEXKV_IN_PLACE = -2 };    /* in place of a slot: the block has been moved, and is only reported */
+enum { FLEXKV_FAREWELL = 'F' };   /* the only byte sent on the socket: the agent ends and accesses no slot any more */
+enum { FLEXKV_IN_PLACE = -2 };    /* instead of a slot: the block was moved by another op, and is only reported */
 
 struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count] */
     uint64_t op_id;
@@ -58,8 +58,8 @@ struct flexkv_region {            /* as REGION_DTYPE */
     uint64_t slot_offset;
 };
 
-/* Regions whose bytes follow one another in a slot. Span 0 is all of them; the others, if any, are groups of layers, in
- * order, and together all. */
+/* Regions that are adjacent in a slot. Span 0 contains all regions. The other spans, if any, are groups of layers, in
+ * order, and together contain all regions. */
 struct flexkv_span {              /* as SPAN_DTYPE */
     uint32_t first;
     uint32_t num_regions;
@@ -84,15 +84,15 @@ struct flexkv_pages {             /* the memory that a backend copies between */
  * order in which they started. */
 struct flexkv_backend {
     int (*attach)(void *context); /* first call on the thread: 0, or negative errno; may be NULL */
-    /* Start to move a span of some of the first `count` blocks, whose slots and pages are in range, of an op with this
-     * fence: how many, or 0: no room now, ask again when a window has ended; or negative errno, and nothing is under way
-     * for these. */
+    /* Start to move a span of the first blocks of an op with this fence, at most `count`. Slots and pages must be in
+     * range. Returns the number of blocks; 0: no room now, call again when a window has ended; or negative errno: none
+     * of these blocks is under way. */
     int (*start)(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence, uint32_t span,
                  const int32_t *slots, const int32_t *pages, uint32_t count);
-    /* flexkv_agent_wait_span has waited for the loads of the span that were started until now. May be NULL. */
+    /* Mark the loads of the span that were started until now: flexkv_agent_wait_span returns for them. May be NULL. */
     int (*mark)(void *context, uint32_t span);
-    /* The oldest window of the kind: 1 when it has arrived, 0 when under way, negative errno when it has failed; it is
-     * over when not 0, and nothing of it touches slots or pages any more. */
+    /* State of the oldest window of the kind: 1 when it has arrived, 0 while under way, negative errno when it has
+     * failed. If not 0, it has ended: none of its copies accesses slots or pages any more. */
     int (*poll)(void *context, enum flexkv_kind kind);
     /* The highest fence of the kind whose compute the device has done, given that it was advanced to `advanced`. NULL:
      * compute is done before its fence is advanced. */
@@ -110,8 +110,8 @@ struct flexkv_agent_options {
     uint64_t ring_bytes;          /* of each */
     int submission_event_fd;
     int completion_event_fd;
-    int socket_fd;                /* watched for hang-up; says farewell */
-    int keep_outcomes;            /* for flexkv_agent_take; 0: it is not called */
+    int socket_fd;                /* watched for hang-up; FLEXKV_FAREWELL is sent on it */
+    int keep_outcomes;            /* for flexkv_agent_take; 0: it will not be called */
     uint32_t rest_timeout_ms;     /* for windows that are under way when the agent ends */
 };
 
@@ -121,7 +121,7 @@ struct flexkv_outcome {           /* of an op, for the process that owns the pag
     uint32_t kind;
     uint32_t count;
     uint32_t op_blocks;
-    const int32_t *pages;         /* count of them */
+    const int32_t *pages;         /* of `count` blocks, as `ok` */
     const uint8_t *ok;
 };
 
@@ -134,39 +134,40 @@ struct flexkv_signals {           /* how the layers of a load are signalled */
 
 struct flexkv_agent;
 
-/* The memory and descriptors in the options stay the caller's, and must outlive flexkv_agent_stop. */
+/* Start the thread. The caller owns the memory and descriptors in the options; they must outlive flexkv_agent_stop. */
 int flexkv_agent_start(struct flexkv_agent **agent, const struct flexkv_agent_options *options);
 
-/* Ops whose fence is at most this may start, from now on. Never goes back. */
+/* Let ops start whose fence is at most the one of their kind. Fences must not decrease. */
 void flexkv_agent_advance(struct flexkv_agent *agent, uint64_t load_fence, uint64_t save_fence);
 
-/* Slots that the controller has populated, at most those of the pool; *all: it will populate no more. Any thread. */
+/* Number of slots that the controller has populated, at most all of the pool; *all: it is final. Any thread. */
 uint64_t flexkv_agent_populated(const struct flexkv_agent *agent, int *all);
 
-/* Report to the controller that copies from and to the first `slots` slots may be asked for. Any thread. */
+/* Report to the controller that it may use the first `slots` slots. Any thread. */
 void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots);
 
 /* The oldest outcome that was not taken, or NULL. */
 struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent);
 
-/* Wait until there is an outcome, or the agent has ended: 1, else 0 after timeout_ms. */
+/* Wait until there is an outcome, or the agent has ended. Returns 1, or 0 after timeout_ms. */
 int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms);
 
-/* Wait until all windows of a span of a layerwise load, and of those before it, have been started, or never will be. 0, or
- * -ETIMEDOUT, or the agent's status if that has ended. */
+/* Wait until all windows of a span of a layerwise load, and of the spans before it, have been started, or never will
+ * be. Returns 0, -ETIMEDOUT, or the agent's status if the agent has ended. */
 int flexkv_agent_wait_span(struct flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms);
 
-/* From now on a load with a counter adds 1 to a layer's eventfd when the layer is in its pages. Once a block of such a load
- * is lost, no layer of this load and of later ones is signalled, because a thread may wait for the last of several. Arrays
- * and eventfds stay the caller's, and must stay until this is called again or flexkv_agent_stop. */
+/* Set the eventfds of layers. A load with a counter adds 1 to a layer's eventfd when the layer is in its pages. After
+ * such a load has lost a block, no layer of it or of a later load is signalled, because a thread may wait for the last
+ * of several loads. The caller owns arrays and eventfds; they must stay valid until the next call or
+ * flexkv_agent_stop. */
 void flexkv_agent_set_signals(struct flexkv_agent *agent, const struct flexkv_signals *signals);
 
-/* 0 while it runs; after that why it ended: -EPIPE (hang-up), -EBADMSG, -ECANCELED (stopped), ... */
+/* 0 while the agent runs, else the reason of its end: -EPIPE (hang-up), -EBADMSG, -ECANCELED (stopped), ... */
 int flexkv_agent_status(struct flexkv_agent *agent);
 
-/* End the thread, wait for it, free everything: 0, and nothing touches pages or slots afterwards. -ETIMEDOUT: the device
- * does not finish its copies, or a call of its driver does not return. Nothing is freed then, and the memory and the
- * descriptors in the options must stay as they are until the process ends. Takes little more than rest_timeout_ms. */
+/* End the thread, wait for it and free everything. Returns 0: no copy accesses pages or slots any more. -ETIMEDOUT: the
+ * device does not finish its copies, or a call of its driver does not return. Nothing is freed then, and the memory and
+ * descriptors in the options must stay valid until the process ends. Takes little more than rest_timeout_ms. */
 int flexkv_agent_stop(struct flexkv_agent *agent);
 
 #endif

@@ -1,7 +1,9 @@
-/* XXH3-64 (seed 0) of slots in device memory, each a multiple of 1 KiB. Compiled by NVRTC together with move_blocks.cu.
+/* XXH3-64 (seed 0) of slots in device memory, each a multiple of 1 KiB. Compiled by NVRTC together with
+ * move_blocks.cu.
  *
- * XXH3 takes 1 KiB at a time: sums over its 16 stripes of 64 bytes, in any order, are added to eight accumulators, which
- * are scrambled before the next. So warps take the sums of many KiB at once, and eight threads go through them. */
+ * XXH3 processes 1 KiB at a time: it adds sums over the 16 stripes of 64 bytes, in any order, to eight accumulators,
+ * and scrambles these before the next KiB. So warps compute the sums of many KiB in parallel, and eight threads then
+ * add them in order. */
 
 #define XXH_WARPS 16              /* KiB at a time; the launch has 32 threads for each */
 

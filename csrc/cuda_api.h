@@ -1,5 +1,5 @@
-/* The part of the CUDA driver that is used, with prototypes of our own: nothing of CUDA is needed to build. The table is
- * filled from cuGetProcAddress, so one build runs on CUDA 12.8 and later, and against a fake in tests. */
+/* Prototypes of the CUDA driver functions that are used, so that no part of CUDA is needed to build. The table of
+ * functions is filled by cuGetProcAddress, so one build runs on CUDA 12.8 and later, and against a fake in tests. */
 #ifndef FLEXKV_CUDA_API_H
 #define FLEXKV_CUDA_API_H
 

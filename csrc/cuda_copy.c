@@ -6,16 +6,16 @@
 #include <stdlib.h>
 
 #define NUM_BUFFERS 3             /* staging buffers of each kind: one fills, one empties, one is ready */
-#define MAX_WINDOWS 16            /* under way of each kind */
-#define MAX_AHEAD 256             /* the same of layerwise loads: the engine waits until they are given to the GPU */
-#define DIRECT_BYTES (128u << 10) /* up to here the kernel itself crosses the bus: one launch less of latency */
+#define MAX_WINDOWS 16            /* windows in flight, of each kind */
+#define MAX_AHEAD 256             /* the same for layerwise loads: the engine waits until all windows are enqueued */
+#define DIRECT_BYTES (128u << 10) /* up to here the kernel copies over the bus, without staging: lower latency */
 #define BATCH_CHUNK_BYTES (4u << 20)        /* from here on the copy engine needs no staging */
 #define MAX_BATCH 1024            /* copies of one call */
 #define FIRST_WINDOW_SHARE 4      /* the first window of a burst is smaller: the bus starts earlier */
 #define NUM_FENCES 64             /* steps back that an op finds its own fence; older ones wait for a later step */
-#define REGISTER_BYTES (16u << 20) /* pinned at a time. The driver holds a lock meanwhile that kernel launches need: 16 MiB
-                                    * of small pages take about 5 ms (docs/design/0016-pool-start.md) */
-#define MOST_FOR_A_BLOCK (64u << 20)        /* a staging buffer grows so far that one block fits */
+#define REGISTER_BYTES (16u << 20) /* pinned at a time. The driver holds a lock meanwhile that kernel launches need:
+                                    * 16 MiB of small pages take about 5 ms (docs/design/0016-pool-start.md) */
+#define MOST_FOR_A_BLOCK (64u << 20)        /* up to here a staging buffer grows so that a block fits */
 
 struct lane {                     /* one direction */
     cu_stream kernel, copy;
@@ -24,7 +24,7 @@ struct lane {                     /* one direction */
     _Atomic uint64_t num_fences;
     cu_event filled[NUM_BUFFERS]; /* H2D: bytes are in the buffer; D2H: the pages are gathered */
     cu_event ended[MAX_AHEAD];
-    cu_event *marks;              /* loads of a span that were started before */
+    cu_event *marks;              /* by span: the loads that were started before the mark */
     cu_ptr buffers[NUM_BUFFERS];
     int64_t user[NUM_BUFFERS];    /* window that used the buffer last */
     uint64_t num_started, num_ended;
@@ -55,8 +55,8 @@ static int keep_error(struct flexkv_cuda_copy *copy, cu_result result, const cha
 
 #define TRY(function, ...) keep_error(copy, copy->api->function(__VA_ARGS__), #function)
 
-/* Have the stream wait for the step of a fence: the oldest one known that is not before it. An event that is recorded
- * again meanwhile stands for a later step, which is waiting for too much, never for too little. */
+/* Make the stream wait for the step of a fence: the oldest known step that is not before it. If the event is recorded
+ * again meanwhile, the stream waits for a later step: too long, but never too short. */
 static int wait_fence(struct flexkv_cuda_copy *copy, struct lane *lane, uint64_t fence, cu_stream stream)
 {
     uint64_t number = atomic_load(&lane->num_fences), back;
@@ -139,9 +139,9 @@ static int add(struct flexkv_cuda_copy *copy, struct batch *batch, enum flexkv_k
     return batch->count == MAX_BATCH ? flush(copy, batch, stream) : 0;
 }
 
-/* Slots that follow one another, where a block is not a whole slot. */
-static int copy_rows(struct flexkv_cuda_copy *copy, const struct job *job, uint64_t staged, uint64_t host, uint32_t count,
-                     cu_stream stream)
+/* Copy a run of consecutive slots, where a block is only a part of a slot. */
+static int copy_rows(struct flexkv_cuda_copy *copy, const struct job *job, uint64_t staged, uint64_t host,
+                     uint32_t count, cu_stream stream)
 {
     int down = job->kind == FLEXKV_D2H;
     uint64_t stride = stride_of(job->span);
@@ -154,7 +154,7 @@ static int copy_rows(struct flexkv_cuda_copy *copy, const struct job *job, uint6
     return TRY(cuMemcpy2DAsync, &rows, stream);
 }
 
-/* Copy engine between a staging buffer and slots. */
+/* Copy between a staging buffer and slots, by the copy engine. */
 static int copy_runs(struct flexkv_cuda_copy *copy, const struct job *job, cu_ptr staged, cu_stream stream)
 {
     uint64_t stride = stride_of(job->span), bytes = job->span->bytes;
@@ -176,7 +176,7 @@ static int copy_runs(struct flexkv_cuda_copy *copy, const struct job *job, cu_pt
     return flush(copy, &batch, stream);
 }
 
-/* Every chunk is a copy of its own. */
+/* Copy each chunk between pages and slots, by the copy engine. */
 static int copy_chunks(struct flexkv_cuda_copy *copy, const struct job *job, cu_stream stream)
 {
     const struct flexkv_region *first = copy->at->regions + job->span->first, *end = first + job->span->num_regions;
@@ -219,8 +219,9 @@ static int attach(void *context)
     return TRY(cuCtxPushCurrent, copy->options.context) ? -EIO : 0;
 }
 
-/* How many of the blocks lie in memory that is registered, or never will be: those copies are slow, but right. The
- * controller asks for no others (flexkv_agent_report_usable); a block of memory that will be registered waits for that. */
+/* Number of leading blocks that can be copied now, all of them in registered memory (*pinned) or all in memory that
+ * will never be registered: those copies are slow, but right. 0: the first block waits for its registration. The
+ * controller does not use such slots (flexkv_agent_report_usable). */
 static uint32_t usable(struct flexkv_cuda_copy *copy, const int32_t *slots, uint32_t count, int *pinned)
 {
     int registering = atomic_load(&copy->registering);
@@ -301,7 +302,7 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
                       ? launch(copy, &job, (uint64_t)at->pool + at->segment_offset, at->slot_bytes, 1)
                       : copy_chunks(copy, &job, lane->copy));
     if (failed || TRY(cuEventRecord, lane->ended[lane->num_started % MAX_AHEAD], last)) {
-        copy->api->cuStreamSynchronize(lane->copy);           /* whatever was started must not outlive its slots */
+        copy->api->cuStreamSynchronize(lane->copy);           /* no started copy may outlive its slots */
         copy->api->cuStreamSynchronize(lane->kernel);
         return -EIO;
     }
@@ -320,7 +321,8 @@ static int mark(void *context, uint32_t span)
            TRY(cuEventRecord, lane->marks[span + 1], lane->kernel) ? -EIO : 0;
 }
 
-/* Fences only grow, and `advanced` was read before the newest event: if that has happened, so has all of `advanced`. */
+/* Fences only grow, and `advanced` was read before the newest event. So when that event has happened, `advanced` is
+ * reached. */
 static uint64_t reached(void *context, enum flexkv_kind kind, uint64_t advanced)
 {
     struct flexkv_cuda_copy *copy = context;

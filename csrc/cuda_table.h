@@ -1,4 +1,5 @@
-/* Names of the functions in struct flexkv_cuda, in its order, and the source of the kernels. For one extension alone. */
+/* Names of the functions in struct flexkv_cuda, in its order, and the source of the kernels. Must be included by one
+ * extension only. */
 #ifndef FLEXKV_CUDA_TABLE_H
 #define FLEXKV_CUDA_TABLE_H
 

@@ -5,7 +5,7 @@
 #define MERGED_BYTES (1u << 20)   /* neighbours become one I/O up to this size */
 #define MAX_VECTORS 256u          /* of an I/O; the kernel takes 1024 */
 
-/* Whether `next` can go with `piece`, whose I/O has so many bytes and vectors already. */
+/* Whether `next` can be merged behind `piece` into an I/O that has `bytes` bytes and `num_vectors` vectors. */
 static int follows(const struct piece *piece, const struct piece *next, uint64_t bytes, uint32_t num_vectors)
 {
     return next && !piece->alone && !next->alone && next->file_offset == piece->file_offset + piece->size &&

@@ -1,4 +1,4 @@
-/* Pieces, and the jobs that they go in: one I/O for neighbours. Of the queue alone. */
+/* Pieces, and jobs: a job is one I/O of neighbouring pieces. Private to the queue. */
 #ifndef FLEXKV_IO_JOB_H
 #define FLEXKV_IO_JOB_H
 
@@ -13,7 +13,7 @@ struct piece {
     uint64_t checksum;
     uint32_t file;
     uint8_t kind;                 /* enum flexkv_io_kind */
-    uint8_t alone;                /* an I/O with others has failed */
+    uint8_t alone;                /* a merged I/O with this piece has failed: do not merge it again */
 };
 
 struct pieces {
@@ -21,16 +21,16 @@ struct pieces {
     struct piece **last;
 };
 
-/* An I/O and its pieces, in the order of the file. */
+/* An I/O and its pieces, by offset in the file. */
 struct job {
-    struct flexkv_io io;          /* of the bytes not moved yet; the first member, so that the addresses are equal */
-    struct job *next, **at;       /* in a list of jobs */
+    struct flexkv_io io;          /* of the bytes not moved yet; must be the first member: its address is the job's */
+    struct job *next, **at;       /* of the list that holds the job; `at` points to the pointer to it */
     struct pieces pieces;
     uint32_t num_pieces;
     uint64_t offset;              /* of the first piece */
-    uint64_t covered;             /* bytes from there on that have been moved */
+    uint64_t covered;             /* bytes from `offset` on that have been moved */
     uint64_t deadline_ns;
-    int64_t error;                /* of the bytes that are not covered */
+    int64_t error;                /* negative errno of the bytes that are not covered */
     int is_stuck;
     struct iovec vectors[];
 };
@@ -94,10 +94,10 @@ static inline struct job *pop_job(struct jobs *jobs)
     return job;
 }
 
-/* Make a job of the first piece that waits and the neighbours behind it. NULL: no memory. */
+/* Remove the first piece of `waiting` and the neighbours behind it, and make one job of them. NULL: no memory. */
 struct job *flexkv_io_form(struct pieces *waiting, uint8_t *memory);
 
-/* Have the I/O of a job go on at an offset further on. */
+/* Continue the I/O of a job at `offset`, which must not be lower than the current one. */
 void flexkv_io_advance(struct job *job, uint64_t offset);
 
 #endif

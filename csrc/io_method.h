@@ -7,35 +7,35 @@
 #include <stddef.h>
 #include <sys/uio.h>
 
-struct flexkv_io {                /* bytes that are in one piece in a file */
-    struct flexkv_io *next;       /* of the method while it has the I/O, else of the queue */
+struct flexkv_io {                /* bytes that are contiguous in a file */
+    struct flexkv_io *next;       /* for the method's lists while it has the I/O, else for the queue's */
     enum flexkv_io_kind kind;
     uint32_t file;                /* index of the descriptor */
     uint64_t offset;
     struct iovec *vectors;
     uint32_t num_vectors;
-    int64_t result;               /* when it has ended: bytes moved, from the first on, or negative errno */
+    int64_t result;               /* of an I/O that has ended: number of bytes moved, or negative errno */
 };
 
 /* All calls come from the queue's thread, except wake. */
 struct flexkv_io_method {
     /* The first call. `context` is passed to the others. */
     int (*open)(void **context, const struct flexkv_io_options *options);
-    /* Begin an I/O. 0, and it comes back from `ended`; or negative errno, and it does not. */
+    /* Begin an I/O. 0: `ended` will return it. Negative errno: it was not begun. */
     int (*start)(void *context, struct flexkv_io *io);
     /* Submit the started I/Os to the kernel, then sleep until an I/O has ended, `wake` was called, or the timeout has
      * passed (negative: without limit; 0: do not sleep). May return early. */
     void (*wait)(void *context, int64_t timeout_ns);
-    /* An I/O that has ended, or NULL: then `wait` sleeps until there is one. Its memory is not touched any more. */
+    /* An I/O that has ended, or NULL: then `wait` sleeps until there is one. Nothing accesses its memory any more. */
     struct flexkv_io *(*ended)(void *context);
     /* From any thread, under the queue's lock: must not call the queue. */
     void (*wake)(void *context);
     /* Try to end an I/O early; `ended` returns it in any case. May be NULL. */
     void (*cancel)(void *context, struct flexkv_io *io);
-    /* Register the next part of memory that ends at most at `upto`. Bytes registered in all, or negative errno. May be
-     * NULL. */
+    /* Register the next part of the first `upto` bytes of memory. Returns the number of bytes registered so far, or
+     * negative errno. May be NULL. */
     int64_t (*grow)(void *context, uint64_t upto);
-    /* `lost` I/Os have not ended, and never might. */
+    /* Free everything. `lost` I/Os have not ended and may never end; their memory must stay. */
     void (*close)(void *context, uint64_t lost);
 };
 

@@ -15,10 +15,10 @@
 #include <xxhash.h>
 
 #define MAX_PIECE_BYTES (1u << 30)    /* the kernel moves less than 2 GiB in one I/O */
-#define HASHED_BYTES (256u << 10) /* checksums taken between two looks at the method: 20 us */
-#define AHEAD 8u                  /* writes of a file with a checksum that wait for their turn */
-#define AGAIN_NS 1000000          /* until an I/O that the kernel could not take is tried again */
-#define ALIGNMENT 4096u           /* O_DIRECT goes on from there after a short I/O */
+#define HASHED_BYTES (256u << 10) /* checksummed between two polls of the method: 20 us */
+#define AHEAD 8u                  /* maximum number of checksummed writes of a file that wait to start */
+#define AGAIN_NS 1000000          /* delay before an I/O that the kernel refused with EAGAIN or EINTR is retried */
+#define ALIGNMENT 4096u           /* of O_DIRECT: a short I/O continues from a multiple of it */
 
 struct file {
     struct pieces waiting[2];     /* of each kind */
@@ -50,7 +50,7 @@ struct flexkv_io_queue {
     uint64_t deadline_ns;         /* no job under way has an earlier one; 0: none is */
     uint64_t again_ns;            /* when to try again */
     uint64_t close_ns;            /* when to stop waiting for stuck jobs; 0: not closing */
-    uint64_t refused_bytes;       /* no more of this much can be registered */
+    uint64_t refused_bytes;       /* registering memory up to here has failed */
 
     pthread_mutex_t lock;         /* for the fields below */
     pthread_cond_t opened;
@@ -134,7 +134,7 @@ static void conclude(struct flexkv_io_queue *queue, struct job *job)
     free(job);
 }
 
-/* A job is over for the method. */
+/* The method is done with the job. `error` is the negative errno of the bytes that are not covered, or 0. */
 static void finish(struct flexkv_io_queue *queue, struct job *job, int64_t error)
 {
     job->error = error;
@@ -152,7 +152,7 @@ static void try_again(struct flexkv_io_queue *queue, struct job *job, uint64_t n
     queue->again_ns = now + AGAIN_NS;
 }
 
-/* Give a job that counts as under way to the method. */
+/* Start a job that counts as under way. */
 static void start(struct flexkv_io_queue *queue, struct job *job, uint64_t now)
 {
     int rc;
@@ -181,7 +181,7 @@ static void retry(struct flexkv_io_queue *queue, uint64_t now)
     }
 }
 
-/* The method has given back a job. */
+/* The method has returned a job. */
 static void take_back(struct flexkv_io_queue *queue, struct job *job, uint64_t now)
 {
     int64_t result = job->io.result;
@@ -195,7 +195,7 @@ static void take_back(struct flexkv_io_queue *queue, struct job *job, uint64_t n
             try_again(queue, job, now);
         return;
     }
-    if (result <= 0) {            /* nothing: the file ends there; or, after a short read, within a sector there */
+    if (result <= 0) {            /* 0: the file ends there or, after a short read, within the sector there */
         int ends = !result || (result == -EINVAL && job->covered);
 
         finish(queue, job, ends ? -EIO : result);
@@ -229,7 +229,7 @@ static void release(struct flexkv_io_queue *queue, struct job *job)
     free(job);
 }
 
-/* The deadline of a job that the method has is over. */
+/* A job has missed its deadline while the method has it. */
 static void give_up(struct flexkv_io_queue *queue, struct job *job)
 {
     struct file *file = &queue->files[job->io.file];
@@ -444,7 +444,7 @@ static int is_over(const struct flexkv_io_queue *queue, uint64_t now)
            (!queue->stuck.first || now >= queue->close_ns);
 }
 
-/* How long there is nothing to do unless an I/O ends or somebody wakes this thread; negative: for ever. */
+/* Nanoseconds until the next timed action, if no I/O ends and no thread wakes this one; negative: there is none. */
 static int64_t sleep_ns(struct flexkv_io_queue *queue, uint64_t now)
 {
     uint64_t until = queue->deadline_ns;
@@ -529,7 +529,7 @@ static int start_thread(struct flexkv_io_queue *queue)
     sigset_t all, before;
     int rc;
 
-    sigfillset(&all);             /* signals are for the threads of the process that uses this */
+    sigfillset(&all);             /* signals are handled by the other threads of the process */
     pthread_sigmask(SIG_SETMASK, &all, &before);
     rc = -pthread_create(&queue->thread, NULL, run, queue);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -586,7 +586,8 @@ int flexkv_io_queue_event_fd(const struct flexkv_io_queue *queue)
     return queue->event_fd;
 }
 
-/* Wake the thread, then release the lock: not before, because a thread that closes frees the memory that `wake` uses. */
+/* Wake the thread, then release the lock. In the other order a thread that closes the queue could free the memory that
+ * `wake` uses. */
 static void wake_and_unlock(struct flexkv_io_queue *queue)
 {
     if (queue->asleep)
@@ -625,7 +626,7 @@ static int is_valid(const struct flexkv_io_queue *queue, const struct flexkv_io_
            pieces->memory_offsets[i] >= 0 && size <= bytes && (uint64_t)pieces->memory_offsets[i] <= bytes - size;
 }
 
-/* Room for a result of each piece, so that telling one cannot fail. Under the lock. */
+/* Reserve room for a result of each piece, so that a report cannot fail. The caller must hold the lock. */
 static int reserve(struct flexkv_io_queue *queue, uint64_t count)
 {
     uint64_t needed = queue->num_results + queue->num_unfinished + count;

@@ -1,8 +1,7 @@
 /* I/O queue: a thread that moves pieces between memory and files, and reports the XXH3-64 of each.
  *
- * A piece is so many bytes that are in one place of a file and in one place of memory. Neighbours of one file become one
- * I/O. Each piece that was submitted has one result; whatever happens, none is lost. Pieces have no order among each
- * other. */
+ * A piece is a range of bytes, contiguous in a file and in memory. Neighbouring pieces of a file are merged into one
+ * I/O. Every submitted piece gets exactly one result, also after a failure. Pieces may be moved in any order. */
 #ifndef FLEXKV_IO_QUEUE_H
 #define FLEXKV_IO_QUEUE_H
 
@@ -34,32 +33,35 @@ struct flexkv_io_pieces {         /* arrays of `count`; kind and size are common
 
 struct flexkv_io_queue;
 
-/* Memory and descriptors stay the caller's, and must outlive flexkv_io_queue_close. Fails as the method does. */
+/* The caller owns memory and descriptors; they must outlive flexkv_io_queue_close. Returns 0, or a negative
+ * errno: that of the method, of an eventfd or of a thread that cannot be made, or -ENOMEM. */
 int flexkv_io_queue_open(struct flexkv_io_queue **result, const struct flexkv_io_options *options);
 
-/* Readable when there are results to take, and when flexkv_io_queue_busy has become less. */
+/* Readable when there are results to take, and after the number of busy pieces has decreased. */
 int flexkv_io_queue_event_fd(const struct flexkv_io_queue *queue);
 
-/* The first so many bytes of memory may be registered with the kernel from now on. */
+/* Allow the queue to register the first `upto_bytes` bytes of memory with the kernel. */
 void flexkv_io_queue_register(struct flexkv_io_queue *queue, uint64_t upto_bytes);
 
-/* How much is registered; `error`: 0, or the negative errno for which no more will be. */
+/* Number of bytes registered. *error: 0, or the negative errno after which no more memory is registered. */
 uint64_t flexkv_io_queue_registered(struct flexkv_io_queue *queue, int *error);
 
-/* 0, -EINVAL (a piece is outside of memory, or of no file), -ENOMEM: then none of them was taken. Never waits. */
+/* Submit pieces. Returns 0, -EINVAL (a piece is outside of the memory, or its file index is out of range) or -ENOMEM;
+ * on an error no piece is submitted. Never waits. */
 int flexkv_io_queue_submit(struct flexkv_io_queue *queue, const struct flexkv_io_pieces *pieces);
 
-/* Pieces with these tags that have not begun end with -ECANCELED. 0 or -ENOMEM. Never waits. */
+/* End, with -ECANCELED, the pieces with these tags that have not begun. Returns 0 or -ENOMEM. Never waits. */
 int flexkv_io_queue_cancel(struct flexkv_io_queue *queue, const uint64_t *tags, uint64_t count);
 
-/* How many results there are to take. */
+/* Number of results to take. */
 uint64_t flexkv_io_queue_ready(struct flexkv_io_queue *queue);
 
-/* Take at most `max` results, oldest first; each array has room for that many. How many were taken. */
+/* Take at most `max` results, oldest first; each array must have room for `max`. Returns the number taken. */
 uint64_t flexkv_io_queue_take(struct flexkv_io_queue *queue, uint64_t max, uint64_t *tags, int32_t *results,
                               uint64_t *checksums);
 
-/* How many pieces have ended with -ETIMEDOUT while the kernel may still touch their memory; the tags of at most `max`. */
+/* Returns the number of busy pieces: reported as -ETIMEDOUT, while the kernel may still access their memory. Writes the
+ * tags of at most `max` of them. */
 uint64_t flexkv_io_queue_busy(struct flexkv_io_queue *queue, uint64_t max, uint64_t *tags);
 
 /* Wait for pieces under way, no longer than the deadline, and free everything. Returns the number of pieces that the

@@ -1,8 +1,8 @@
 /* Gather from pages, or scatter to them. Compiled by NVRTC for the device that it runs on; embedded in the extension.
  *
- * Block i of the launch lies in pages[i] of the tensors, and at far + index * far_stride on the other side, which is a
- * staging buffer (index i) or registered host memory (index slots[i]). A work item is a piece of one chunk of one block;
- * blocks of threads take items in turn, so neighbouring items, which are neighbours in memory, run side by side. */
+ * Block i of the launch is in pages[i] of the tensors, and at far + index * far_stride on the other side: a staging
+ * buffer (index i) or registered host memory (index slots[i]). A work item is a piece of one chunk of one block.
+ * Thread blocks take items in turn, so items that are adjacent in memory run at the same time. */
 
 #define MAX_BLOCKS 480            /* as FLEXKV_MOVE_BLOCKS: pages and slots fit into 4 KiB of parameters */
 
@@ -55,7 +55,8 @@ flexkv_move_blocks(const Region *__restrict__ regions, unsigned num_regions, uns
             continue;
         bytes = region.chunk_bytes - start < piece_bytes ? region.chunk_bytes - start : piece_bytes;
         page = (char *)(region.base + (long long)blocks.pages[block] * region.page_stride) + start;
-        other = far + (unsigned long long)(use_slots ? blocks.slots[block] : block) * far_stride + region.slot_offset + start;
+        other = far + (unsigned long long)(use_slots ? blocks.slots[block] : block) * far_stride + region.slot_offset +
+                start;
         mixed = (unsigned long long)page | (unsigned long long)other | bytes;
         char *to = gather ? other : page;
         const char *from = gather ? page : other;

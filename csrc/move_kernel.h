@@ -21,9 +21,10 @@ struct flexkv_move {
     uint32_t count;               /* up to FLEXKV_MOVE_BLOCKS */
 };
 
-static inline cu_result flexkv_launch_move(const struct flexkv_cuda *api, const struct flexkv_move *move, cu_stream stream)
+static inline cu_result flexkv_launch_move(const struct flexkv_cuda *api, const struct flexkv_move *move,
+                                           cu_stream stream)
 {
-    enum { PIECE_BYTES = 32768, THREADS = 512 };              /* bytes of a work item of the kernel; threads that move one */
+    enum { PIECE_BYTES = 32768, THREADS = 512 };    /* bytes of a work item of the kernel; threads that move one */
     struct { int32_t pages[FLEXKV_MOVE_BLOCKS], slots[FLEXKV_MOVE_BLOCKS]; } blocks;
     uint64_t piece_bytes = PIECE_BYTES, items;
     uint32_t pieces = (uint32_t)((move->max_chunk + PIECE_BYTES - 1) / PIECE_BYTES), grid;
