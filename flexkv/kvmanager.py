@@ -1,4 +1,4 @@
-"""KVManager: what an engine calls to load and save KV."""
+"""KVManager: the interface that an engine calls to load and save KV."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -44,7 +44,7 @@ class KVManager:
     transfer_config : TransferConfig, optional
         Default: from ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
     make_store : callable
-        Makes the store of the SSD tier; for tests.
+        Makes the store of the lower tier (``flexkv.storage.store.MakeStore``); default: an ``SsdStore``.
     note : str
         End of the line that the log gets when the manager is ready, such as the engine's role.
 
@@ -124,7 +124,7 @@ class KVManager:
         *,
         block_extras: Mapping[int, bytes] | None = None,
     ) -> tuple[int, NDArray[np.bool_]]:
-        """Find the blocks that can be loaded, and hold them until ``launch`` or ``cancel``.
+        """Find the blocks that can be loaded, and acquire them until ``launch`` or ``cancel``.
 
         Parameters
         ----------
@@ -263,7 +263,7 @@ class KVManager:
 
     def _refuse_swa(self, swa_aware: bool) -> None:
         if swa_aware:
-            raise NotImplementedError("swa_aware: sliding-window tenants are not available in this version")
+            raise NotImplementedError("swa_aware: sliding-window layer groups are not available in this version")
 
     def _launch_part(
         self, task_id: int, mask: NDArray[np.bool_], slot_mapping: ArrayLike, token_mask: NDArray[np.bool_] | None
@@ -278,35 +278,36 @@ class KVManager:
     # ---- tasks, pins, counts ----------------------------------------------------------------------------------
 
     def task_match(self, task_id: int) -> MatchResult | None:
-        """What a get found when it was made: how many blocks, why no more, and since when; None: it is not known."""
+        """The match of a get: number of blocks found, the reason why no more were found, and the time of that reason.
+        None: the task is not known."""
         return self.blocks.task_match(task_id)
 
     def wait(
         self, task_ids: int | Iterable[int], timeout: float = 20.0, completely: bool = False
     ) -> dict[int, KVResponse]:
-        """Wait for tasks, at most ``timeout`` seconds; a result is given once.
+        """Wait for tasks, at most ``timeout`` seconds; each result is returned once.
 
-        A task that still runs then has the status TIMEOUT; it continues, and can be waited for again. A task that took
-        longer than ``op_timeout_s`` (TIMEOUT) or was cancelled (CANCELLED) may still access its pages for a moment;
-        ``completely`` waits until it does not.
+        A task that still runs after ``timeout`` has the status TIMEOUT; it continues, and can be waited for again. A
+        task that took longer than ``op_timeout_s`` (TIMEOUT) or was cancelled (CANCELLED) may still access its pages
+        for a moment. With ``completely`` its result comes only when it does not access them any more.
         """
         return self.blocks.wait(task_ids, timeout, completely)
 
     def try_wait(self, task_ids: int | Iterable[int]) -> dict[int, KVResponse]:
-        """Results of those of the tasks that have ended, without waiting; a result is given once."""
+        """Results of the tasks that have ended, without waiting; each result is returned once."""
         return self.blocks.try_wait(task_ids)
 
     def cancel(self, task_ids: int | Iterable[int]) -> None:
-        """Stop tasks: copies that have not started never start, those under way are finished first (see ``wait``)."""
+        """Stop tasks: copies that have not started never start; copies under way are finished (see ``wait``)."""
         self.blocks.cancel(task_ids)
 
     def pin(self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, name: str = "") -> Pin:
-        """Keep the blocks of a prefix that are cached now, on any tier, until ``unpin`` or ``reset``; or PinError.
-        ``name`` is the argument of ``unpin``; empty: a name is generated. See ``Blocks``."""
+        """Keep the blocks of a prefix that are cached now, on any tier, until ``unpin`` or ``reset``. Raises PinError
+        if that is impossible. ``name`` is the argument of ``unpin``; empty: a name is generated. See ``Blocks``."""
         return self.blocks.pin(token_ids, namespace, name)
 
     def unpin(self, name: str) -> Pin:
-        """Release a pinned prefix: its blocks may be evicted again. PinError if no pin has that name."""
+        """Release a pinned prefix: its blocks may be evicted again. Raises PinError if no pin has that name."""
         return self.blocks.unpin(name)
 
     def pins(self) -> list[Pin]:
@@ -314,7 +315,7 @@ class KVManager:
         return self.blocks.pins()
 
     def stats(self) -> dict[str, int]:
-        """Counts of the index, of the SSD tier and of the tasks, now; of matches, by reason, since the start."""
+        """Current counts of the index, the SSD tier and the tasks, and counts of matches by reason since the start."""
         return self.blocks.stats()
 
     def check_integrity(self) -> None:

@@ -44,6 +44,7 @@ class Case:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks that make up ``TOTAL_BYTES``."""
         return TOTAL_BYTES // (self.chunk_bytes * self.num_tensors)
 
 
@@ -152,6 +153,7 @@ class Session:
             raise FlexKVError(f"{self.case.name}: bytes differ")
 
     def close(self) -> None:
+        """Stop the agent, and free rings and pool."""
         self.agent.close()
         self._socket.close()
         self.rings.close()
@@ -185,6 +187,7 @@ class Plain:
         self.streams = [torch.cuda.Stream() for _ in range(2)]
 
     def start(self, kind: OpKind) -> None:
+        """Submit a copy of all bytes to the stream of its direction."""
         down = kind is OpKind.D2H
         with self._torch.cuda.stream(self.streams[down]):
             if down:
@@ -193,15 +196,18 @@ class Plain:
                 self.device[1].copy_(self.host[1], non_blocking=True)
 
     def finish(self) -> None:
+        """Wait for all submitted copies."""
         for stream in self.streams:
             stream.synchronize()
 
     def move(self, *kinds: OpKind) -> None:
+        """Copy all bytes in each direction, at the same time, and wait for the copies."""
         for kind in kinds:
             self.start(kind)
         self.finish()
 
     def keep_moving(self, kind: OpKind, stop: threading.Event) -> None:
+        """Copy all bytes repeatedly, until ``stop`` is set."""
         self.start(kind)
         while not stop.is_set():
             self.start(kind)

@@ -55,6 +55,7 @@ class Fio:
         ]
 
     def run(self, way: str, size: int, depth: int) -> Run:
+        """Move all bytes in blocks of ``size`` bytes, ``depth`` at a time. Raises FlexKVError if fio fails."""
         options = [f"--rw={_FIO_WORDS[way]}", f"--bs={size}", f"--iodepth={depth}"]
         done = subprocess.run([*self._command, *options], capture_output=True, text=True, check=False)
         if done.returncode:

@@ -25,8 +25,8 @@ class _NoBar:
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Bar]:
-    """A bar for ``total`` requests with the label ``what``, if stderr is a terminal and tqdm is installed; else an
+def progress(total: int, label: str) -> Iterator[Bar]:
+    """A bar for ``total`` requests with the label ``label``, if stderr is a terminal and tqdm is installed; else an
     object that draws no bar."""
     if sys.stderr.isatty():
         try:
@@ -34,7 +34,7 @@ def progress(total: int, what: str) -> Iterator[Bar]:
         except ImportError:
             pass
         else:
-            with tqdm(total=total, desc=what, unit=" requests", leave=False) as bar:
+            with tqdm(total=total, desc=label, unit=" requests", leave=False) as bar:
                 yield bar
             return
     yield _NoBar()
