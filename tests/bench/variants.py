@@ -71,7 +71,7 @@ def zipfs() -> Iterator[Point]:
 
 
 def prompts() -> Iterator[Point]:
-    """Popular system prompts of 30 blocks, each with a question that nobody repeats."""
+    """Popular system prompts of 30 blocks, each with a question that occurs once."""
     rng = np.random.default_rng(5)
     requests = [
         (0.5 * i, np.concatenate([_sequence(int(name), 30), _sequence(1000 + i, 10)]))

@@ -1,4 +1,4 @@
-"""Where io_uring is refused, for real, threads do the work, and the log can say whom to blame."""
+"""Where the kernel refuses io_uring, threads replace it, and the log names the cause."""
 
 import errno
 import os

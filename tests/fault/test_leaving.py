@@ -247,7 +247,7 @@ def test_a_start_that_fails_can_be_repeated(tmp_path: Path) -> None:
 def test_close_does_not_wait_for_a_gpu_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What the GPU may still touch stays allocated, and the controller keeps the slots."""
+    """Memory that the GPU may still access stays allocated, and the controller keeps the slots."""
     cuda = fake_cuda()
     cuda.reset()
     monkeypatch.setattr(rank_module, "DeviceAgent", partial(rank_module.DeviceAgent, rest_timeout_s=0.2))

@@ -298,7 +298,7 @@ def test_a_ring_that_is_full_only_delays(tmp_path: Path) -> None:
 
 
 def test_one_of_two_ranks_dies(tmp_path: Path) -> None:
-    """The other one is told that the block failed, although it could have moved its part."""
+    """The other rank gets the report that the block failed, although it could have moved its part."""
     with remote(tmp_path, ranks=2) as (manager, first, second):
         task = manager.put_async(tokens_of(2), mapping([0, 1]))
         assert manager.wait(task)[task].status is Status.SUCCESS

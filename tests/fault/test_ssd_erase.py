@@ -1,4 +1,4 @@
-"""Slots of an SSD store are erased: what a put that did not succeed had written is gone, also after a restart."""
+"""Slots of an SSD store are erased: blocks of a failed put are not found again, also after a restart."""
 
 import threading
 from pathlib import Path

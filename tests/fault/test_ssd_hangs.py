@@ -1,4 +1,4 @@
-"""The SSD store on disks that hang: nobody waits for them but who must, and what they keep is not used by others."""
+"""The SSD store on disks that hang: waits are bounded, and slots that a disk may still access are not reused."""
 
 import threading
 from functools import partial
@@ -71,7 +71,7 @@ def test_what_is_cleared_before_its_record_is_there_is_forgotten(tmp_path: Path)
 
 @METHODS
 def test_a_read_that_hangs_has_its_result_when_the_kernel_lets_go(tmp_path: Path, method: str) -> None:
-    """Until then it may write to its host slot, which nobody else must get."""
+    """Until then it may write to its host slot, which no other block must get."""
     made: list[FaultyIoQueue] = []
     tier = Tier([tmp_path / "a"], SLOTS, deadline_s=0.05, make_queue=partial(hanging_queue, made, method))
     slots = tier.allocate(2)

@@ -110,7 +110,7 @@ def test_bytes_come_back(tmp_path: Path, strategy: str, layout: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_compute_follows_a_load_layer_by_layer(tmp_path: Path, strategy: str) -> None:
-    """A stream that is told to follow reads each layer right; the thread is free long before the bytes are there."""
+    """A stream that follows a load reads the right bytes of each layer; the thread returns long before they arrive."""
     layers, blocks = 16, 1024
     tensors = [torch.randint(-9, 9, (2 * blocks, 65536), dtype=torch.int8, device="cuda") for _ in range(layers)]
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""On a real GPU: layers are told of through eventfds when their bytes are on the device, also after sleep."""
+"""On a real GPU: layers are signalled through eventfds when their bytes are on the device, also after sleep."""
 
 from pathlib import Path
 

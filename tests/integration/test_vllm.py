@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU, with the stock connector: what it reads back is what it wrote, whatever happens in between."""
+"""Real vLLM on the CPU, with the stock connector: it reads back the bytes that it wrote, with any events in between."""
 
 import copy
 import json

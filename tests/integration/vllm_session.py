@@ -124,7 +124,7 @@ class Engine:
         return LoRARequest("adapter", 1, self.lora) if self.lora else None
 
     def wait_ssd(self) -> None:
-        """Wait until the SSD tier is open, and what it kept is in the index."""
+        """Wait until the SSD tier is open, and its recovered blocks are in the index."""
         from tests.support.harness import until
 
         manager = self.flexkv()._controller

@@ -1,4 +1,4 @@
-"""What surrounds a table of tasks, one step at a time: a data plane, an index, an SSD tier and a lock.
+"""The parts around a table of tasks, run step by step: a data plane, an index, an SSD tier and a lock.
 
 The data plane does nothing by itself: graphs are handed over, blocks are copied and callbacks run when a test says so.
 Slots, pages and the disk hold the content that real copies would have left there.
@@ -156,7 +156,7 @@ class Plane:
     refused : set of int
         Tasks whose graph was not taken.
     stopped : set of int
-        Tasks that the data plane was told to stop: nothing of them begins.
+        Tasks that the data plane must stop: none of their copies begins.
     over : list of callables
         Callbacks of graphs that were called.
     """
@@ -295,7 +295,7 @@ class Below:
         cache.end_direct_get(plan, int(ok.sum()), lost)
 
     def put_ended(self, plan: PutPlan) -> None:
-        """The test writes what is ready when it likes."""
+        """The test decides when ready blocks are written."""
 
 
 class Lock:

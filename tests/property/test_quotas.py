@@ -1,4 +1,4 @@
-"""Quotas, TTL and pins: random requests of several namespaces on two tiers, against what each was promised."""
+"""Quotas, TTL and pins: random requests of several namespaces on two tiers, against the guarantee of each."""
 
 import math
 from dataclasses import dataclass, field
@@ -107,7 +107,7 @@ class Checked:
             self.check_priority(before[HOST], after[HOST], tenant)
 
     def check_given_way(self, before: dict[int, list[int]], requester: int) -> None:
-        """Nobody was pushed under what is guaranteed to it by another's request."""
+        """No tenant fell below its guarantee by the request of another."""
         for tier, counts in self.used().items():
             for tenant in GROUPS:
                 guaranteed = self.quotas.guaranteed(tenant, CAPACITY[tier])
@@ -115,7 +115,7 @@ class Checked:
                     assert counts[tenant] >= min(before[tier][tenant], guaranteed)
 
     def check_priority(self, before: list[int], after: list[int], requester: int) -> None:
-        """Who gave way had the lowest priority of those who had borrowed, and could give."""
+        """The tenant that yielded had the lowest priority of the tenants that had borrowed evictable blocks."""
         gave = [tenant for tenant in GROUPS if tenant != requester and after[tenant] < before[tenant]]
         pinned = self.engine._pins.blocks
         for tenant in gave:
@@ -233,7 +233,7 @@ class Checked:
             assert self.engine.match(keys_of(sequence), tenant=sequence[0]).num_ready == len(sequence)
 
     def finish(self) -> None:
-        """All that expires is swept, but for what is pinned; nothing is lost."""
+        """All expired blocks are swept, except pinned ones; no slot is lost."""
         while self.puts:
             self.end_put((), 0)
         while self.gets:

@@ -50,7 +50,7 @@ class Pair:
             self.model.blocks[sequence[: i + 1]].ready = True
 
     def fail(self, sequence: Prefix, seed: int) -> None:
-        """Drop what of the sequence is being written."""
+        """Drop the blocks of the sequence that are being written."""
         slots = np.full(len(sequence), -1, dtype=np.int32)
         for i, prefix in enumerate(self.model.prefixes(sequence)):
             block = self.model.blocks.get(prefix)

@@ -27,7 +27,7 @@ OPERATIONS = st.lists(
 
 
 class Model:
-    """What the store must, or may, hold.
+    """The blocks that the store must hold, and those that it may hold.
 
     ``held`` is what slots in use hold for sure; ``may`` is what may come back after a restart: every block that
     was ever written and not cleared since.

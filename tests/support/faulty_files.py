@@ -114,7 +114,7 @@ class FaultyFiles:
         os.posix_fallocate(fd, offset, length)
 
     def lose_power(self) -> None:
-        """To be called when nobody uses the files any more."""
+        """Must be called when the files are not used any more."""
         for file in self._files.values():
             file.lose(self.rng)
         self._files.clear()

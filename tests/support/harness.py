@@ -83,7 +83,7 @@ def _serve(pipe: Connection, port: str, rank: int, shape: tuple[int, tuple[int, 
 
 
 class RankProcess:
-    """A rank in a process of its own, that does as it is told."""
+    """A rank in a separate process, driven by commands."""
 
     def __init__(self, port: str, rank: int = 0, num_pages: int = PAGES,
                  page_shape: tuple[int, ...] = PAGE_SHAPE) -> None:

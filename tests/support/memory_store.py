@@ -27,7 +27,7 @@ class Record:
 
 @dataclass
 class Disk:
-    """What outlives the store."""
+    """Blocks that outlive the store."""
 
     records: dict[int, Record] = field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class MemoryStore(Store):
     out : set of int
         SSD slots on a disk that is out of service.
     clear_fails : bool
-        The disks cannot be told to forget what they hold.
+        The disks cannot be cleared.
     """
 
     clear_fails = False

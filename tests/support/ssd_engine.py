@@ -91,7 +91,7 @@ class Engine:
         self.client.close()
 
     def wait_warm(self, timeout_s: float = 300.0) -> None:
-        """The SSD tier is there, with what was found."""
+        """The SSD tier is open, with the recovered blocks."""
         until(lambda: "ssd_written_blocks" in self.manager.stats(), timeout_s)
 
     def settle(self, timeout_s: float = 60.0) -> None:
@@ -143,7 +143,7 @@ class Engine:
         return good
 
     def read(self, pages: NDArray[np.int32]) -> bytes:
-        """What is in these pages."""
+        """The bytes of these pages."""
         return self._tensors.read(pages)
 
     def offered(self, seed: int) -> int:

@@ -55,7 +55,7 @@ class Tier:
         self._ended: dict[int, list[tuple[NDArray[np.intp], NDArray[np.bool_]]]] = {}
 
     def recover(self) -> dict[int, int]:
-        """Number -> slot of what is offered."""
+        """Number -> slot of the offered blocks."""
         found = self.store.recover()
         return {number_of(key): int(slot) for key, slot in zip(found.keys, found.slots, strict=True)}
 

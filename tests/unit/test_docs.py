@@ -1,4 +1,4 @@
-"""Every Python and shell block of the documents runs as printed, and prints what the document says.
+"""Every Python and shell block of the documents runs as printed, and prints the output in the document.
 
 Before a block may stand, as a comment of Markdown:
 

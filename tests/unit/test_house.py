@@ -98,7 +98,7 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_rank_is_apart_and_tools_are_beside(path: Path) -> None:
-    """A rank runs in another process than the controller; what is for developers is not needed by the product."""
+    """A rank runs in another process than the controller; the product does not need the tools for developers."""
     mine = module_name(path).split(".")[1:2]
     for name in imports(path):
         theirs = name.split(".")[1:2]
@@ -107,7 +107,7 @@ def test_rank_is_apart_and_tools_are_beside(path: Path) -> None:
 
 
 BEHIND_THE_INTERFACE = {f"flexkv.controller.{name}" for name in ("controller", "space", "requests", "tasks.table")}
-"""``flexkv.controller.blocks`` is the interface; ``flexkv.server.connect`` makes what is behind it."""
+"""``flexkv.controller.blocks`` is the interface; ``flexkv.server.connect`` makes its implementation."""
 
 
 def test_adapters_call_the_interface_of_the_controller() -> None:

@@ -1,4 +1,4 @@
-"""KVManager: what its callers are promised, with bytes compared."""
+"""KVManager: the contract of its methods, with bytes compared."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""KVManager with an SSD tier: what leaves host memory comes back, with bytes compared; stores that fail or are slow."""
+"""KVManager with an SSD tier: evicted blocks are loaded, with bytes compared; failing and slow stores."""
 
 from pathlib import Path
 
@@ -267,7 +267,7 @@ def test_the_prefill_rate_of_the_adapter_counts_unless_one_is_set(tmp_path: Path
 
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_a_match_in_host_memory_only(tmp_path: Path, layerwise: bool) -> None:
-    """By ``cpu_only``, and always where layers are told of one by one."""
+    """With ``cpu_only``, and always where layers are signalled one by one."""
     config = TransferConfig(enable_layerwise_transfer=layerwise)
     with stage(tmp_path, transfer_config=config) as made:
         tokens = np.random.default_rng(1).integers(0, 50_000, 5 * TOKENS)

@@ -44,7 +44,7 @@ OTHER_SUBJECTS = {
     "test_names.py", "test_prose.py", "test_wait_ready.py", "transfer/test_cuda.py", "transfer/test_cuda_deadline.py",
     "transfer/test_cuda_pinning.py",
 }
-"""Test files whose subject is not one module; their docstrings say what it is."""
+"""Test files whose subject is not one module; their docstrings name it."""
 
 MODULES = sorted(
     path.relative_to(ROOT / "flexkv").with_suffix("").as_posix()

@@ -16,7 +16,7 @@ FILES = {"trace", "yaml", "data", "table", "lock", "sock"}
 
 
 def exists(dotted: str) -> bool:
-    """Whether a dotted name is that of a module, or of what is in one."""
+    """Whether a dotted name is that of a module, or of an attribute in a module."""
     parts = dotted.split(".")
     for count in range(len(parts), 0, -1):
         try:
@@ -32,7 +32,7 @@ def exists(dotted: str) -> bool:
 
 
 def quoted(text: str) -> set[str]:
-    """What stands between backquotes, on one line."""
+    """Texts between backquotes, on one line."""
     return set(re.findall(r"`([^`\n]+)`", text))
 
 

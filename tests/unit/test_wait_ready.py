@@ -1,4 +1,4 @@
-"""Waiting for the ranks: what ends it, and what it says when it ends in vain."""
+"""Waiting for the ranks: the end of the wait, and the error of a wait that fails."""
 
 import threading
 import time

@@ -27,7 +27,7 @@ def build(name: str = "libcuda.so.1") -> Path:
 
 
 class FakeCuda:
-    """What a test can do to the driver."""
+    """Controls of the fake driver for a test."""
 
     def __init__(self) -> None:
         self._old_parts: list[tuple[int, int]] = []
@@ -90,7 +90,7 @@ class FakeCuda:
 
 
 class FakeCuFile:
-    """What a test can do to cuFile, which moves bytes between files and the fake driver's memory."""
+    """Controls of the fake cuFile, which moves bytes between files and the fake driver's memory."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(build("libcufile.so.0")), mode=ctypes.RTLD_GLOBAL)

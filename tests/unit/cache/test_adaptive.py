@@ -1,4 +1,4 @@
-"""The policy that learns what is used again."""
+"""The policy that learns which blocks are reused."""
 
 import heapq
 from dataclasses import fields

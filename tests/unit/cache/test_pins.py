@@ -1,4 +1,4 @@
-"""Pinned prefixes: what they keep, what they cannot keep, and what bounds them."""
+"""Pinned prefixes: the blocks that a pin keeps, those that it cannot keep, and the bounds of pins."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Who has what, who gives way, and what is told of blocks that went for it."""
+"""Quotas: shares of tenants, the tenant that yields, and the reasons reported for blocks evicted by a quota."""
 
 import math
 

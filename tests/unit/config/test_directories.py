@@ -1,4 +1,4 @@
-"""Directories for sockets and for files to keep: which is taken, and who else could write to it."""
+"""Directories for sockets and for files to keep: the choice, and directories that other users can write to."""
 
 import logging
 import os

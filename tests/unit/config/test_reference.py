@@ -1,4 +1,4 @@
-"""The configuration reference says what the code does."""
+"""The configuration reference agrees with the code."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What Prometheus is told, read as it reads it."""
+"""Exported metrics, parsed by the parser of Prometheus."""
 
 import os
 import resource
@@ -189,7 +189,7 @@ def test_tiers_namespaces_and_faults_of_the_disk_are_told(tmp_path: Path) -> Non
 
 
 def test_out_of_descriptors_the_server_pauses() -> None:
-    """The connection that waits keeps the listener readable, and nobody can accept it."""
+    """The connection that waits keeps the listener readable, and cannot be accepted."""
     metrics = Metrics(dict, {"engine": "0"}, "127.0.0.1", 0)
     metrics.start()
     limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []

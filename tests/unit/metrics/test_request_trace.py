@@ -1,4 +1,4 @@
-"""The recorder: what it writes is what was asked, in bounded space, and survives what kills its process."""
+"""The recorder: it records the requests, in bounded space, and the trace survives the end of the process."""
 
 import logging
 import signal

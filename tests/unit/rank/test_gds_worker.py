@@ -197,7 +197,7 @@ def test_a_cancelled_get_loses_nothing(tmp_path: Path, cufile: FakeCuFile) -> No
 
 
 def test_a_cancelled_put_leaves_nothing_on_ssd(tmp_path: Path, cufile: FakeCuFile) -> None:
-    """Its pages may be another's when they are read: a restart must not offer what was written of them."""
+    """Its pages may be another's when they are read: a restart must not offer the blocks written from them."""
     with engine(tmp_path) as made:
         wait_ready(made)
         cufile.plan(delay_us=20_000)

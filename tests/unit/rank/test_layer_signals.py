@@ -1,4 +1,4 @@
-"""Loads that tell a rank of each layer, through eventfds that it gives by SGLang's protocol."""
+"""Loads that signal each layer to a rank, through eventfds that the rank sends by SGLang's protocol."""
 
 import array
 import os
@@ -33,7 +33,7 @@ class OnFakeGpu(torch.Tensor):
 
 
 class Counters:
-    """The rank's half of the protocol: what ``FlexKVLayerDoneCounter`` and ``_send_eventfds_to_worker`` do."""
+    """The rank's half of the protocol, as ``FlexKVLayerDoneCounter`` and ``_send_eventfds_to_worker`` in SGLang."""
 
     def __init__(self, num_layers: int = LAYERS) -> None:
         self.fds = [
@@ -196,7 +196,7 @@ def test_after_a_load_with_a_block_that_fails_nothing_is_told_of(rank: Rank) -> 
 
 
 def test_a_load_that_is_cancelled_once_it_may_start_is_finished(tmp_path: Path) -> None:
-    """Its layers are told of when they are there, and those of the loads after it."""
+    """Its layers, and those of later loads, are signalled when they have arrived."""
     cuda = fake_cuda()
     cuda.reset()
     rank = Rank(tmp_path, fake=True)
@@ -269,7 +269,7 @@ def test_a_copy_that_fails_is_not_told_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("layers", "claimed"), [(LAYERS, LAYERS - 1), (LAYERS - 1, LAYERS), (LAYERS, 1 << 30)])
 def test_eventfds_that_do_not_fit_are_refused(rank: Rank, layers: int, claimed: int) -> None:
-    """And kept by nobody; the right ones are taken after that."""
+    """Refused eventfds are closed; valid ones are accepted afterwards."""
     rank.save(4)
     before = open_eventfds()
     wrong = Counters(layers)

@@ -1,4 +1,4 @@
-"""Regions: what they gather must be the tensors' own elements, whatever their layout in memory."""
+"""Regions: the gathered bytes must be the elements of the tensors, for any layout in memory."""
 
 import ctypes
 

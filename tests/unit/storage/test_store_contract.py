@@ -1,4 +1,4 @@
-"""What every store must do, whatever it keeps its blocks in."""
+"""The contract of every store, checked for each implementation."""
 
 import mmap
 import os
@@ -71,7 +71,7 @@ class Run:
         return [ok[i] for i in range(count)]
 
     def restart(self) -> dict[tuple[int, int], int]:
-        """Slots by key, of what is found."""
+        """Slots of the recovered blocks, by key."""
         self.store.close()
         self.store = self._open()
         self.store.register(self.host.nbytes)

@@ -130,7 +130,7 @@ def compute(cuda: FakeCuda) -> Iterator[int]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_copies_wait_for_compute(tmp_path: Path, cuda: FakeCuda, strategy: str) -> None:
-    """A put reads what a slow kernel writes; a get does not write what it still reads."""
+    """A put reads pages after a slow kernel has written them; a get writes pages after the kernel has read them."""
     driver, stream = stream_of()
     tensors = Tensors(device=0)
     try:

@@ -1,4 +1,4 @@
-"""Growth of the pool: what is usable, over ranks that pin, lie, die and come back."""
+"""Growth of the pool: the usable slots, with ranks that pin, report wrong numbers, die and register again."""
 
 from typing import Any, cast
 

@@ -22,7 +22,7 @@ IDS = np.arange(4, dtype=np.int32)
 
 
 class Leg(Executor):
-    """Holds what it is given until the test lets it arrive."""
+    """Keeps each op until the test lets it arrive."""
 
     def __init__(self, kind: OpKind) -> None:
         self.kinds = frozenset({kind})

@@ -1,4 +1,4 @@
-"""The order in which nodes go, whatever their ranks; what the policy is told, and of what it is not."""
+"""Eviction queues: the order of eviction for any priorities, and the events that the policy gets."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is written to SSD: evidence, free slots, backpressure, fairness, batches, the rate."""
+"""Blocks that are written to SSD: evidence, free slots, backpressure, fairness, batches, the rate."""
 
 import math
 

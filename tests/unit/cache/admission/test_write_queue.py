@@ -1,4 +1,4 @@
-"""What waits to be written: its bound, its order, and what goes when there is too much."""
+"""The queue of writes: its bound, its order, and the writes that are displaced when it is full."""
 
 import numpy as np
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Bad arguments: each raises a named error that says what to do, and changes nothing."""
+"""Bad arguments: each raises a named error with a remedy, and changes nothing."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ RAGGED = [[1], [2, 3]]
 
 
 class Door:
-    """A manager with one sequence of four blocks saved, and what it holds."""
+    """A manager with one saved sequence of four blocks, and that sequence."""
 
     def __init__(self, manager: KVManager, tensors: Tensors) -> None:
         self.manager, self.tensors = manager, tensors

@@ -1,4 +1,4 @@
-"""Provisional puts: what is offered, when, with which bytes; and what their loads decide."""
+"""Provisional puts: the blocks offered, their time and bytes; and the effect of the loads that they depend on."""
 
 from collections.abc import Callable
 from pathlib import Path

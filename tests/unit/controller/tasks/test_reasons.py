@@ -1,4 +1,4 @@
-"""Reasons of tasks that moved nothing, in the words of a user who can do something about them."""
+"""Reasons of tasks that moved nothing, in the terms of a user, with a remedy."""
 
 from pathlib import Path
 

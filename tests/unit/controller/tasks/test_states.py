@@ -1,4 +1,4 @@
-"""Results that are given before a task has settled, and what a settled task keeps."""
+"""Results that are returned before a task has settled, and the contents of a settled task."""
 
 from types import SimpleNamespace
 from typing import Any

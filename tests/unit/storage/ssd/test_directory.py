@@ -1,4 +1,4 @@
-"""Directories of the SSD tier: their size, what is made of old ones, and who may use them."""
+"""Directories of the SSD tier: their size, the conversion of old ones, and exclusive use."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""The slot table: what is written is what is read, and what is broken counts as nothing."""
+"""The slot table: records are read as they were written, and broken records are ignored."""
 
 import os
 from collections.abc import Iterator

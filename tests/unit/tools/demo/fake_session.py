@@ -1,9 +1,9 @@
-"""In place of the demo's session: a process tree that answers as an engine does, or hangs, or fails, as it is told.
+"""In place of the demo's session: a process tree that answers like an engine, hangs or fails, as the test requests.
 
 usage: fake_session.py MODE PIDS [options of flexkv.tools.demo.session]
 
 PIDS is a file to which every process of the tree appends its number. MODE is ``good``, ``fail``, or a list of
-``deaf`` (all ignore SIGTERM and SIGINT), ``hang`` (after some output), ``orphan`` (ends, while what it started hangs).
+``deaf`` (all ignore SIGTERM and SIGINT), ``hang`` (after some output), ``orphan`` (ends, while its child hangs).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The demo as a process, on a fake engine: what it leaves behind, however it ends."""
+"""The demo as a process, on a fake engine: files and processes that remain after each kind of end."""
 
 import json
 import os
@@ -48,7 +48,7 @@ class Demo:
         return [int(word) for word in self._pids.read_text().split()] if self._pids.exists() else []
 
     def assert_nothing_runs(self) -> None:
-        """Every process of the engine has ended, or ends now that nobody is left who could hold it."""
+        """Every process of the engine has ended, or ends now that no process is left to keep it."""
         deadline = time.monotonic() + LIMIT_S
         for pid in self.engine():
             try:

@@ -17,7 +17,7 @@ def leading(cache: frozenset[Prefix], prefixes: list[Prefix]) -> int:
 
 
 def best_hits(sequences: list[Prefix], capacity: int) -> int:
-    """Tries, after each request, everything that a cache could keep of what it had and what came."""
+    """Tries, after each request, every set of blocks that a cache could keep of its old and new blocks."""
     best: dict[frozenset[Prefix], int] = {frozenset(): 0}
     for ids in sequences:
         prefixes = [ids[: i + 1] for i in range(len(ids))]

@@ -1,4 +1,4 @@
-"""Every format that replay reads, and what it says of those that it does not."""
+"""Every format that replay reads, and the errors for other formats."""
 
 import gzip
 import json

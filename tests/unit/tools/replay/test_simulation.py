@@ -1,4 +1,4 @@
-"""The control plane on a trace, against plain models of what it should do."""
+"""The control plane on a trace, against plain models."""
 
 from collections import OrderedDict
 

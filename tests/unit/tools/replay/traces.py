@@ -24,7 +24,7 @@ def requests(max_size: int = 12) -> st.SearchStrategy[list[tuple[int, ...]]]:
 
 
 def trace_of(sequences: Sequence[Sequence[int]], seconds: Sequence[float] | None = None) -> Trace:
-    """A trace in memory; a second between requests unless told otherwise."""
+    """A trace in memory; by default a second between requests."""
     return make_trace("made", BLOCK, seconds, [np.array(ids, dtype=np.uint64) for ids in sequences])
 
 

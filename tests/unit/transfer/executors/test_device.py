@@ -20,7 +20,7 @@ class _Rings:
 
 @dataclass(eq=False)
 class _Link:
-    """An agent that keeps what it is given."""
+    """An agent that records the ops that it gets."""
 
     rings: _Rings
     hello: Hello = field(default_factory=lambda: Hello(0, 0, 0, 1, 64, 64, bytes(16)))
