@@ -13,13 +13,12 @@ from flexkv.config import CacheConfig, ModelConfig, TransferConfig, load_config
 from flexkv.controller.blocks import Blocks
 from flexkv.controller.response import KVResponse, KVResponseStatus, mask_of_blocks
 from flexkv.controller.tasks.arguments import mapping_of, part_of_mapping, task_ids_of, tokens_and_start, tokens_of
-from flexkv.controller.tiering import make_ssd_store
 from flexkv.errors import FlexKVError, SlotMappingError
 from flexkv.protocol.layer_signals import MAX_COUNTERS
 from flexkv.protocol.numbers import integer_of
 from flexkv.protocol.requests import Pin
 from flexkv.server.connect import connect
-from flexkv.storage.store import MakeStore
+from flexkv.storage.store import TierKind
 
 
 class KVManager:
@@ -43,8 +42,8 @@ class KVManager:
         Accepted for upstream's signature; must be None in this version.
     transfer_config : TransferConfig, optional
         Default: from ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
-    make_store : callable
-        Makes the store of the lower tier (``flexkv.storage.store.MakeStore``); default: an ``SsdStore``.
+    tiers : sequence of TierKind, optional
+        The tiers below host memory, the fastest first. Default: those of the configuration.
     note : str
         End of the line that the log gets when the manager is ready, such as the engine's role.
 
@@ -64,7 +63,7 @@ class KVManager:
         event_collector: None = None,
         *,
         transfer_config: TransferConfig | None = None,
-        make_store: MakeStore = make_ssd_store,
+        tiers: Sequence[TierKind] | None = None,
         note: str = "",
     ) -> None:
         if event_collector is not None:
@@ -74,7 +73,7 @@ class KVManager:
         self._host_only = transfer_config.enable_layerwise_transfer
         self.blocks: Blocks = connect(
             model_config, cache_config, transfer_config, dp_client_id, gpu_register_port,
-            make_store=make_store, note=note,
+            tiers=tiers, note=note,
         )
 
     # ---- life -------------------------------------------------------------------------------------------------

@@ -1,60 +1,57 @@
-"""Plans of direct moves between SSD and GPU. The blocks are on the SSD tier before and after, never on the host."""
+"""Moves between a lower tier and DEVICE, by a route that does not touch host memory."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.radix import Match, RadixTree
-from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan
-from flexkv.cache.sources import Sources, absent_blocks
-from flexkv.cache.tier import SSD, SsdTier, Tier
+from flexkv.cache.lower_tier import LowerTier, absent_blocks
+from flexkv.cache.plan import DEVICE, Move
+from flexkv.cache.sources import Sources
 
 
-def direct_get(
-    tree: RadixTree, below: Tier, keys: NDArray[np.uint64], match: Match, found: Sources
-) -> DirectPlan | None:
-    """Plan direct reads of the blocks of ``found`` that are on SSD alone and that no fetch reads; their entries in
-    ``found.slots`` become IN_PLACE. None: there are no such blocks."""
-    blocks = found.slow[found.slots[found.slow] < 0]
-    if len(blocks) == 0:
-        return None
-    found.slots[blocks] = IN_PLACE
-    plan = DirectPlan(keys[: blocks[-1] + 1], blocks.astype(np.int32), tree, match.slots[blocks])
-    plan.read = below.slots.generations(plan.ssd_slots)
-    return plan
+def direct_gets(
+    tree: RadixTree, lower: list[LowerTier], keys: NDArray[np.uint64], match: Match, found: Sources
+) -> tuple[Move, ...]:
+    """Plan direct reads of the blocks of ``found`` that are on a lower tier alone, which loads directly, and that no
+    promotion reads. They are removed from ``found.slow``."""
+    moves: list[Move] = []
+    for tier in lower:
+        if len(found.slow) == 0 or not tier.loads_directly:
+            continue
+        mine = (found.slots[found.slow] < 0) & (match.tiers[found.slow] == tier.number)
+        blocks, found.slow = found.slow[mine], found.slow[~mine]
+        if len(blocks):
+            move = Move(
+                keys[: blocks[-1] + 1], blocks.astype(np.int32), tree, tier.number, DEVICE, match.slots[blocks]
+            )
+            move.read = tier.slots.generations(move.src)
+            moves.append(move)
+    return tuple(moves)
 
 
 def direct_put(
-    tree: RadixTree, below: Tier, ssd: SsdTier | None, keys: NDArray[np.uint64], absent: NDArray[np.int32], tenant: int,
+    tree: RadixTree, lower: list[LowerTier], keys: NDArray[np.uint64], absent: NDArray[np.int32], tenant: int,
     now: float,
-) -> tuple[DirectPlan | None, NDArray[np.int32]]:
-    """Allocate SSD slots for the first absent blocks, as many as are available; also returns the blocks left absent.
+) -> tuple[tuple[Move, ...], NDArray[np.int32]]:
+    """Allocate slots for the first absent blocks, as many as are available, on the first tier that saves directly; also
+    returns the blocks left absent.
 
-    The first blocks get SSD slots, not the last: a block on SSD that follows blocks in host memory would be
+    The first blocks go there, not the last: a block on a lower tier that follows blocks in host memory would be
     unreachable if those were evicted before their write-back. The prefix of the blocks is not evicted. A block that
-    has a slot in an offline directory gets no other.
+    has a slot out of service gets no other.
     """
-    blocks = absent[np.asarray(tree.slots(keys, SSD))[absent] < 0]
+    tier = next((tier for tier in lower if tier.saves_directly), None)
+    if tier is None:
+        return (), absent
+    blocks = absent[np.asarray(tree.slots(keys, tier.number))[absent] < 0]
     if len(blocks) == 0:
-        return None, absent
-    taken = below.take(tree, len(blocks), tenant, now, keep=keys[: blocks[0]])
-    absent = absent_blocks(tree, ssd, keys)        # blocks behind the first may have been evicted for these slots
+        return (), absent
+    taken = tier.take(tree, len(blocks), tenant, now, keep=keys[: blocks[0]])
+    absent = absent_blocks(tree, lower, keys)      # blocks behind the first may have been evicted for these slots
     if len(taken) == 0:
-        return None, absent
-    blocks = absent[np.asarray(tree.slots(keys, SSD))[absent] < 0][: len(taken)]
-    plan = DirectPlan(keys[: blocks[-1] + 1], blocks, tree, taken)
-    if not below.place(plan, taken, now, tenant):
-        return None, absent
-    return plan, np.setdiff1d(absent, blocks, assume_unique=True)
-
-
-def lose(below: Tier, plan: DirectPlan | FetchPlan, lost: NDArray[np.bool_]) -> None:
-    """Drop the ``lost`` blocks of a plan ((m,) bool) from the SSD tier, except blocks that another read dropped
-    already."""
-    if plan.read is None:                          # the plan has ended
-        return
-    held = np.asarray(plan.tree.slots(plan.keys, SSD))[plan.blocks] == plan.ssd_slots
-    freed, plan.read = below.slots.changed(plan.ssd_slots, plan.read), None
-    lost = lost & held if freed is None else lost & held & ~freed
-    if lost.any():
-        plan.tree.drop(plan.keys, plan.by_position(plan.ssd_slots, lost), SSD, failed=True)
-        below.slots.free(plan.ssd_slots[lost])
+        return (), absent
+    blocks = absent[np.asarray(tree.slots(keys, tier.number))[absent] < 0][: len(taken)]
+    move = Move(keys[: blocks[-1] + 1], blocks, tree, DEVICE, tier.number, dst=taken)
+    if not tier.place(move, now, tenant):
+        return (), absent
+    return (move,), np.setdiff1d(absent, blocks, assume_unique=True)

@@ -1,4 +1,4 @@
-"""Record of the puts and gets that end before the SSD tier is open, for its writer."""
+"""Record of the puts and gets that end before a lower tier is open, for its write-back."""
 
 from collections import deque
 

@@ -3,36 +3,37 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.index.radix import RadixTree
+from flexkv._core.index.radix import Match, RadixTree
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.direct import direct_get, lose
-from flexkv.cache.fetches import FetchTable
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.direct import direct_gets
+from flexkv.cache.lower_tier import LowerTier, TierService
 from flexkv.cache.pins import Pins
-from flexkv.cache.plan import DirectPlan, FetchPlan, GetPlan, MatchResult, PutPlan, WritePlan
+from flexkv.cache.plan import DEVICE, GetPlan, MatchResult, Move, PutPlan
+from flexkv.cache.promotions import Promotions
 from flexkv.cache.puts import plan_put
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import MissReason
-from flexkv.cache.sources import find_sources
-from flexkv.cache.tier import HOST, SSD, MakePolicy, SsdTier, Tier, no_slots
-from flexkv.cache.writes import plan_write
-from flexkv.errors import CapacityError
+from flexkv.cache.sources import Sources, find_sources
+from flexkv.cache.tier import HOST, MakePolicy, Tier
+from flexkv.cache.write_backs import end_write_back, plan_write_back
 from flexkv.protocol.requests import Pin
 
 
 class GlobalCacheEngine:
-    """Index, slots and eviction of the host tier and of the SSD tier below it, if there is one.
+    """Index, slots and eviction of the host tier and of the tiers below it.
 
     Thread safe: every method holds one lock for microseconds; no method waits for a transfer.
 
-    A block is *absent*, *writing* or *ready* on each tier; only ready blocks are offered. On the host it is writing
-    between ``begin_put`` and ``end_put``, and between ``begin_get`` and ``end_fetch`` if it comes from SSD; on SSD
-    between ``begin_write`` and ``end_write``. A block that a plan has acquired, or a user has pinned, keeps its slots.
+    A tier is known by its number: 0 is the host, 1 the first tier below it. A block is *absent*, *writing* or *ready*
+    on each tier; only ready blocks are offered. It is writing on a tier while a move to that tier is under way. A block
+    that a plan has acquired, or a user has pinned, keeps its slots.
 
     Parameters
     ----------
@@ -46,12 +47,15 @@ class GlobalCacheEngine:
         Share of the usable slots that one such batch frees; 4,096 slots at most.
     clock : callable
         Monotonic time in seconds.
-    num_ssd_slots : int
-        Maximum number of slots of the SSD tier that ``attach_ssd`` will add; 0: there will be none.
+    lower : mapping from str to int, optional
+        The tiers below the host, the fastest first: prefix of the tier's statistics, and the maximum number of slots
+        that ``attach`` will add.
     quotas : Quotas, optional
         Quotas of namespaces. The number of a quota there is the ``tenant`` of blocks here.
     max_pinned_share : float
         Maximum share of the host slots that users can pin.
+    load_or_compute : LoadOrCompute, optional
+        Default: loads all blocks.
     """
 
     def __init__(
@@ -61,22 +65,24 @@ class GlobalCacheEngine:
         evict_start_threshold: float = 1.0,
         evict_ratio: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
-        num_ssd_slots: int = 0,
+        lower: Mapping[str, int] | None = None,
         quotas: Quotas | None = None,
         max_pinned_share: float = 0.5,
+        load_or_compute: LoadOrCompute | None = None,
     ) -> None:
         self._lock = threading.RLock()
         self._clock = clock
         self._latest = -math.inf
         self._host_slots = SlotAllocator(0, num_slots)
-        self._max_slots = num_slots + num_ssd_slots
+        self._load_or_compute = load_or_compute or LoadOrCompute()
         self._quotas = quotas or Quotas()
         common = make_policy, self._quotas, evict_start_threshold, evict_ratio
         self._host = Tier(HOST, self._host_slots, num_slots, *common)
-        self._below = Tier(SSD, no_slots(), num_ssd_slots, *common)
-        self._tiers = [self._host, self._below] if num_ssd_slots else [self._host]
-        self._ssd: SsdTier | None = None
-        self._fetches = FetchTable(num_slots if num_ssd_slots else 0)
+        capacities = lower or {}
+        self._lower = [LowerTier(i, name, n, *common) for i, (name, n) in enumerate(capacities.items(), HOST + 1)]
+        self._tiers = [self._host, *self._lower]
+        self._max_slots = num_slots + sum(capacities.values())
+        self._promotions = Promotions(num_slots if self._lower else 0)
         self._pins = Pins(self._quotas, max_pinned_share)
         self._tree = self._new_tree()
         self._retired: list[RadixTree] = []
@@ -108,51 +114,62 @@ class GlobalCacheEngine:
         with self._lock:
             match = self._tree.match(keys, self._clock(), tenant)
             start = min(start, match.num_ready)
-            found = find_sources(self._tree, self._ssd, self._fetches, keys, match, start, choose=True)
+            found = self._sources(keys, match, start, choose=True)
         return MatchResult(found.stop, found.reason, len(found.slow), found.evicted_at)
+
+    def _sources(
+        self, keys: NDArray[np.uint64], match: Match, start: int, choose: bool, host_only: bool = False
+    ) -> Sources:
+        return find_sources(
+            self._tree, self._lower, self._promotions, self._load_or_compute, keys, match, start, choose, host_only
+        )
 
     def begin_get(
         self, keys: NDArray[np.uint64], start: int, stop: int, choose: bool = True, host_only: bool = False,
-        tenant: int = 0, direct: bool = False,
+        tenant: int = 0,
     ) -> GetPlan:
         """Acquire the leading blocks of ``[start, stop)`` that are available. The plan ends at the first unavailable
         block and may be empty.
 
-        Blocks that are on SSD alone get host slots. The load must wait for the fetches that fill these slots
-        (``joins``). The blocks that no earlier fetch reads are in ``fetch``, which the caller must start.
+        Blocks that are on a lower tier alone get host slots, unless that tier loads directly. The load must wait for
+        the moves that fill these slots (``joins``). The caller must start the plan's ``moves`` to the host; each must
+        be passed to ``end_move`` once.
 
         ``choose``: skip blocks that the engine computes faster than they load. ``host_only``: skip blocks that are not
-        ready on the host. ``direct``: SSD blocks are returned in ``direct`` and not read into host slots.
+        ready on the host.
 
-        Every plan must be passed to ``end_get`` once; its ``direct``, if any, to ``end_direct_get`` before that.
+        Every plan must be passed to ``end_get`` once; its ``moves`` to DEVICE to ``end_move`` before that.
         """
         with self._lock:
             keys, now = keys[:stop], self._tick()
             match = self._tree.match(keys, now, tenant)
             start = min(start, match.num_ready)
-            found = find_sources(self._tree, self._ssd, self._fetches, keys, match, start, choose, host_only)
+            found = self._sources(keys, match, start, choose, host_only)
             try:
                 self._tree.acquire(keys, start, found.stop)
             except MemoryError:                  # CapacityError is one
                 found.abandon(start)
-            fetch, straight = None, direct_get(self._tree, self._below, keys, match, found) if direct else None
-            if len(found.slow) and self._ssd is not None and not direct:
-                short, fetch = self._fetches.begin(
-                    self._tree, self._host, self._ssd, keys, match, found.slots, found.slow, tenant, now
+            moves: tuple[Move, ...] = ()
+            joins = len(found.slow) > 0
+            if joins:
+                moves = direct_gets(self._tree, self._lower, keys, match, found)
+            if len(found.slow):
+                short, promotions = self._promotions.begin(
+                    self._tree, self._host, self._lower, keys, match, found.slots, found.slow, tenant, now
                 )
+                moves = (*promotions, *moves)
                 if short < found.stop:
                     self._tree.release(keys, short, found.stop)
                     found.end(short, MissReason.NO_ROOM)
             keys, slots = keys[: found.stop], found.slots[start : found.stop]
             self._use(keys, now, tenant)
-            joins = self._fetches.joins(slots) if len(found.slow) else ()
             return GetPlan(
-                keys, start, found.stop, slots, found.reason, self._tree, fetch, joins, found.evicted_at, straight,
-                self._host_slots.generations(slots),
+                keys, start, found.stop, slots, found.reason, self._tree, moves,
+                self._promotions.joins(slots) if joins else (), found.evicted_at, self._host_slots.generations(slots),
             )
 
     def end_get(self, plan: GetPlan, loaded: NDArray[np.bool_] | None = None) -> NDArray[np.bool_] | None:
-        """Release the blocks of ``plan``. Its slots must not be read any more. Its fetch continues.
+        """Release the blocks of ``plan``. Its slots must not be read any more. Its moves to the host continue.
 
         Returns a mask ((n,) bool) of the ``loaded`` blocks ((n,) bool) whose slots were freed during the load. Their
         KV must not be used. None: there are no such blocks, or the plan has ended already.
@@ -165,33 +182,37 @@ class GlobalCacheEngine:
             self._sweep_retired()
             return stale
 
-    def end_fetch(self, plan: FetchPlan, arrived: NDArray[np.bool_]) -> None:
-        """End a fetch: blocks that ``arrived`` ((m,) bool) become ready on the host, the others absent on both tiers.
-        No transfer may access the slots of ``plan`` any more."""
+    @property
+    def loads_directly(self) -> bool:
+        """Whether gets read blocks of any lower tier straight into the engine's pages."""
+        return any(tier.loads_directly for tier in self._lower)
+
+    # ---- moves ------------------------------------------------------------------------------------------------
+
+    def begin_read(self, move: Move) -> None:
+        """Note that the reads of a move from a lower tier to DEVICE have begun."""
         with self._lock:
-            if self._host.stale.has_ended(plan.filled, plan.host_slots, "fetch"):
-                return
-            self._fetches.remove(plan)
-            if self._ssd is not None:
-                self._ssd.load_or_compute.read_ended(int(arrived.sum()))
-            self._host.end_writing(plan, plan.host_slots, arrived)
-            lose(self._below, plan, ~arrived)
-            plan.tree.release(plan.keys, int(plan.blocks[0]), len(plan.keys))
+            self._lower[move.source - 1].begin_read(move)
+
+    def end_move(self, move: Move, ok: NDArray[np.bool_], lost: NDArray[np.bool_] | None = None) -> None:
+        """End a move of a get, or a write-back. No transfer may access its slots any more.
+
+        Blocks that are ``ok`` ((m,) bool) become ready on the target, the others absent there. Blocks that are ``lost``
+        ((m,) bool; default: those that a read from a lower tier did not move) become absent on the source.
+        """
+        with self._lock:
+            if move.target == DEVICE:
+                self._lower[move.source - 1].end_read(move, int(ok.sum()), ~ok if lost is None else lost)
+            elif move.target == HOST:
+                if self._host.stale.has_ended(move.filled, move.dst, "promotion"):
+                    return
+                self._promotions.remove(move)
+                self._host.end_writing(move, ok)
+                self._lower[move.source - 1].end_read(move, int(ok.sum()), ~ok if lost is None else lost)
+                move.tree.release(move.keys, int(move.blocks[0]), len(move.keys))
+            else:
+                end_write_back(move, self._host, self._lower[move.target - 1], ok)
             self._sweep_retired()
-
-    def begin_direct_get(self) -> None:
-        """Note that the reads of a plan's ``direct`` have begun."""
-        with self._lock:
-            if self._ssd is not None:
-                self._ssd.load_or_compute.read_began()
-
-    def end_direct_get(self, plan: DirectPlan, num_read: int | None, lost: NDArray[np.bool_]) -> None:
-        """End direct reads: ``lost`` blocks ((m,) bool) become absent on SSD. ``num_read``: number of blocks read;
-        None if the reads had not begun."""
-        with self._lock:
-            if self._ssd is not None and num_read is not None:
-                self._ssd.load_or_compute.read_ended(num_read)
-            lose(self._below, plan, lost)
 
     # ---- put --------------------------------------------------------------------------------------------------
 
@@ -202,14 +223,13 @@ class GlobalCacheEngine:
 
         The plan skips blocks that are ready on any tier, or that another request is writing. It is shorter, or empty,
         if slots run out or a block before ``start`` is absent. ``direct``: if there are too few host slots, the first
-        blocks get SSD slots, as many as are available. Every plan must be passed to ``end_put`` once.
+        blocks get slots on a lower tier that saves directly, if there is one. Every plan must be passed to ``end_put``
+        once.
         """
         with self._lock:
-            plan = plan_put(
-                self._tree, self._host, self._below, self._ssd, keys[:stop], start, tenant, direct, self._tick
-            )
-            if len(plan.all_blocks) or (len(plan.keys) and math.isfinite(self._quotas.ttl_s[tenant])):
-                self._use(plan.all_keys, self._latest, tenant, hit=False)      # starts their ttl_s again
+            plan = plan_put(self._tree, self._host, self._lower, keys[:stop], start, tenant, direct, self._tick)
+            if len(plan) or (len(plan.keys) and math.isfinite(self._quotas.ttl_s[tenant])):
+                self._use(plan.keys, self._latest, tenant, hit=False)          # starts their ttl_s again
             return plan
 
     def _use(self, keys: NDArray[np.uint64], now: float, tenant: int, hit: bool = True) -> None:
@@ -219,61 +239,49 @@ class GlobalCacheEngine:
                 tier.used(self._tree)
 
     def end_put(self, plan: PutPlan, written: NDArray[np.bool_]) -> None:
-        """End a put: ``written`` blocks ((m,) bool, of ``all_blocks``) become ready, the others absent. No transfer may
-        write to the slots of ``plan`` any more."""
+        """End a put: ``written`` blocks ((m,) bool) become ready, the others absent. No transfer may write to the slots
+        of ``plan`` any more."""
         with self._lock:
-            self._host.end_writing(plan, plan.slots, written[plan.where(plan)])
-            if plan.direct is not None:
-                self._below.end_writing(plan.direct, plan.direct.ssd_slots, written[plan.where(plan.direct)])
+            for move in plan.moves:
+                self._tiers[move.target].end_writing(move, written[plan.where(move)])
             self._sweep_retired()
 
-    # ---- write-back -------------------------------------------------------------------------------------------
+    # ---- lower tiers ------------------------------------------------------------------------------------------
 
-    def on_ssd(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """(n,) bool: whether each block has a slot on SSD, ready or being written."""
+    def has_slot(self, tier: int, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """(n,) bool: whether each block has a slot on a tier, ready or being written."""
         with self._lock:
-            return np.asarray(self._tree.slots(keys, SSD) >= 0)
+            return np.asarray(self._tree.slots(keys, tier) >= 0)
 
-    def ssd_room(self, keys: NDArray[np.uint64]) -> tuple[int, int]:
-        """Tenant of a sequence, and number of its blocks that SSD can take without eviction."""
+    def room(self, tier: int, keys: NDArray[np.uint64]) -> tuple[int, int]:
+        """Tenant of a sequence, and number of its blocks that a tier can take without eviction."""
         with self._lock:
             tenant = self._tree.tenant_of(keys)
-            return tenant, self._below.room(self._tree, tenant)
+            return tenant, self._tiers[tier].room(self._tree, tenant)
 
-    def begin_write(self, keys: NDArray[np.uint64], limit: int) -> WritePlan | None:
-        """Allocate SSD slots for up to ``limit`` leading blocks that are ready on the host and absent on SSD.
+    def begin_write_back(self, tier: int, keys: NDArray[np.uint64], limit: int) -> Move | None:
+        """Allocate slots of a lower tier for up to ``limit`` leading blocks that are ready on the host and absent on
+        that tier.
 
-        Returns None if there is no such block, or no slot. Every plan must be passed to ``end_write`` once.
+        Returns None if there is no such block, or no slot. Every move must be passed to ``end_move`` once.
         """
         with self._lock:
-            if self._ssd is None or not self._ssd.usable():
+            below = self._lower[tier - 1]
+            if not below.is_usable:
                 return None
-            return plan_write(self._tree, self._host, self._below, keys, limit, self._tick())
+            return plan_write_back(self._tree, self._host, below, keys, limit, self._tick())
 
-    def end_write(self, plan: WritePlan, written: NDArray[np.bool_]) -> None:
-        """End a write-back: ``written`` blocks ((m,) bool) become ready on SSD, the others absent there. No transfer
-        may access the slots of ``plan`` any more."""
-        with self._lock:
-            if self._host.stale.has_ended(plan.read, plan.host_slots, "write-back"):
-                return
-            stale = self._host.stale.find(self._host_slots, plan.host_slots, plan.read, "write-back")
-            plan.read = None
-            self._below.end_writing(plan, plan.ssd_slots, written if stale is None else written & ~stale)
-            plan.tree.release(plan.keys, int(plan.blocks[0]), len(plan.keys))
-            self._sweep_retired()
-
-    # ---- the SSD tier -----------------------------------------------------------------------------------------
-
-    def attach_ssd(
-        self, tier: SsdTier, chains: Iterable[tuple[NDArray[np.uint64], NDArray[np.int32]]] = ()
+    def attach(
+        self, tier: int, service: TierService, chains: Iterable[tuple[NDArray[np.uint64], NDArray[np.int32]]] = ()
     ) -> bool:
-        """Put the SSD tier into service, with the blocks that it holds.
+        """Put a lower tier into service, with the blocks that it holds.
 
-        Must be called before the first ``begin_write``. The lock is released after each chain.
+        Must be called before the tier's first ``begin_write_back``. The lock is released after each chain.
 
         Parameters
         ----------
-        tier : SsdTier
+        tier : int
+        service : TierService
         chains : iterable of (keys, slots)
             Sequences ((n, 2) uint64) from their first block, and the slot of each block ((n,) int32; -1: the block was
             in an earlier chain). These slots must be allocated. A sequence is skipped, and its slots are freed, if
@@ -285,27 +293,24 @@ class GlobalCacheEngine:
             False if the index was reset at any time. The caller then owns the slots of the remaining ``chains``.
         """
         with self._lock:
-            self._ssd = tier
-            self._below.slots = tier.slots
+            self._lower[tier - 1].attach(service)
             self._host.removal_reason = MissReason.NOT_ADMITTED
         for keys, slots in chains:
             with self._lock:
                 if self.epoch:
                     return False
-                absent = self._tree.absent(keys)
-                fits = not (slots[absent] < 0).any()
-                if fits:
-                    with suppress(CapacityError):
-                        self._tree.insert(keys, slots, SSD, self._tick())
-                    fits = self._tree.set_ready(keys, slots, SSD) > 0 or not (slots >= 0).any()
-                if not fits:
-                    tier.slots.free(slots[slots >= 0])
+                self._lower[tier - 1].recover(self._tree, keys, slots, self._tick())
         return True
 
-    def free_ssd(self, slots: NDArray[np.int32]) -> None:
-        """Free SSD slots of recovered blocks that are not used."""
+    def free(self, tier: int, slots: NDArray[np.int32]) -> None:
+        """Free slots of recovered blocks that are not used."""
         with self._lock:
-            self._below.slots.free(slots)
+            self._tiers[tier].slots.free(slots)
+
+    def set_prefill_rate(self, tokens_per_s: float) -> None:
+        """Set the speed of the engine's prefill, which decides whether blocks are loaded or computed; 0: unknown."""
+        with self._lock:
+            self._load_or_compute.prefill_tokens_per_s = tokens_per_s
 
     # ---- pins -------------------------------------------------------------------------------------------------
 
@@ -337,8 +342,9 @@ class GlobalCacheEngine:
         with self._lock:
             now = self._tick()
             freed = self._host.evict_ahead(self._tree, now)
-            if self._ssd is not None and self._ssd.usable():     # if not usable, eviction would free no usable slot
-                freed += self._below.evict_ahead(self._tree, now)
+            for tier in self._lower:
+                if tier.is_usable:               # else eviction would free no usable slot
+                    freed += tier.evict_ahead(self._tree, now)
             return freed
 
     def reset(self) -> None:
@@ -371,12 +377,11 @@ class GlobalCacheEngine:
                 "pinned_blocks": sum(self._pins.blocks),
                 **self._host.stats(self._tree, ""),
             }
-            if len(self._tiers) > 1:
-                stats |= {
-                    "ssd_slots": self._below.slots.capacity,
-                    "blocks_being_fetched": self._fetches.num_blocks,
-                    **self._below.stats(self._tree, "ssd_"),
-                }
+            if self._lower:
+                stats["blocks_being_fetched"] = self._promotions.num_blocks
+            for tier in self._lower:
+                stats[f"{tier.name}_slots"] = tier.slots.capacity
+                stats |= tier.stats(self._tree, f"{tier.name}_")
             return stats
 
     def check_integrity(self) -> None:

@@ -1,4 +1,4 @@
-"""Plans: the blocks that one get, put, fetch or write-back moves. ``GlobalCacheEngine`` makes them, the data plane
+"""Plans: the blocks that one get or put moves, as a list of moves. ``GlobalCacheEngine`` makes them, the data plane
 executes them.
 
 Users of a plan must not change it. The dataclasses are not frozen, because each request makes several plans and a
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from flexkv._core.index.radix import RadixTree, by_position
 from flexkv.cache.reasons import MissReason
 
-IN_PLACE = -2
-"""Number in place of a host slot for a block that is moved directly between SSD and GPU (FLEXKV_IN_PLACE of
-csrc/agent.h)."""
+DEVICE = -1
+"""Place of a move: the pages of the engine. Places from 0 on are tiers; 0 is host memory."""
+
+NO_SLOTS = np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class MatchResult:
     reason : MissReason
         Why the match ends after these blocks.
     num_to_fetch : int
-        Number of these blocks that must be read from SSD first.
+        Number of these blocks that must be read from a lower tier first.
     evicted_at : float
         Time at which the first missing block was evicted, in seconds of ``time.monotonic``; nan: not evicted, or
         unknown.
@@ -43,15 +44,18 @@ class MatchResult:
 
 
 Generations = NDArray[np.uint32] | None
-"""Generations of a plan's slots at the time of the plan. A result for slots of another generation is refused."""
+"""Generations of slots at the time of the plan. A result for slots of another generation is refused."""
 
 NO_MATCH = MatchResult(0, MissReason.NEVER_SEEN)
 """The result of a match before the index exists."""
 
 
 @dataclass(slots=True, eq=False)
-class BlocksOfSequence:
-    """Some blocks of a sequence.
+class Move:
+    """Blocks of a sequence that are moved from one place to another. A place is the number of a tier, or DEVICE.
+
+    Until the move has ended, its blocks are in state writing on the tier ``target``, and acquired on the tier
+    ``source``, so that they keep their slots.
 
     Attributes
     ----------
@@ -60,16 +64,30 @@ class BlocksOfSequence:
     blocks : (m,) int32
         Positions of the blocks in the sequence, ascending.
     tree : RadixTree
-        Index from which the plan was made; a reset replaces the engine's index, not the plan's.
+        Index from which the move was planned; a reset replaces the engine's index, not the plan's.
+    source, target : int
+        Places.
+    src, dst : (m,) int32
+        Slots on the source and on the target; empty for DEVICE, whose pages the engine gives later.
+    move_id : int
+        Number of a move between two tiers; 0 for others.
+    is_reading : bool
+        The cost model of the source was informed that this read has begun.
     filled : (m,) uint32 or None
-        Generations of the slots that the plan writes; None: it writes none, or has ended.
+        Generations of ``dst``; None: there are none, or the move has ended.
     read : (m,) uint32 or None
-        Generations of the slots that the plan reads; None: it reads none, or has ended.
+        Generations of ``src``; None: there are none, or the move has ended.
     """
 
     keys: NDArray[np.uint64]
     blocks: NDArray[np.int32]
     tree: RadixTree
+    source: int
+    target: int
+    src: NDArray[np.int32] = field(default_factory=lambda: NO_SLOTS)
+    dst: NDArray[np.int32] = field(default_factory=lambda: NO_SLOTS)
+    move_id: int = 0
+    is_reading: bool = False
     filled: Generations = field(default=None, init=False)
     read: Generations = field(default=None, init=False)
 
@@ -92,110 +110,70 @@ class BlocksOfSequence:
 
 
 @dataclass(slots=True, eq=False)
-class DirectPlan(BlocksOfSequence):
-    """Blocks that are moved directly between SSD and GPU, and have no host slot.
-
-    Until ``end_direct_get``, the blocks of a get are ready on SSD; the get has acquired them. Until ``end_put``, the
-    blocks of a put are in state writing there.
+class PutPlan:
+    """A put: moves from DEVICE to tiers, of different blocks.
 
     Attributes
     ----------
-    ssd_slots : (m,) int32
-    """
-
-    ssd_slots: NDArray[np.int32]
-
-
-@dataclass(slots=True, eq=False)
-class PutPlan(BlocksOfSequence):
-    """Blocks that have a host slot each, in state writing, until ``end_put``. If there are no such blocks, ``keys`` are
-    the keys up to the last block that was cached already.
-
-    Attributes
-    ----------
-    slots : (m,) int32
-        Host slots of the blocks.
+    keys : (n, 2) uint64
+        Keys of the sequence up to the last block that is moved; without moves, up to the last that was cached already.
+    moves : tuple of Move
+        At most one to each tier.
     num_known : int
         Leading blocks of the put that were cached already: the sequence continues an earlier one.
     came_back : bool
         The first absent block was seen earlier and is absent for a reason in ``CAME_BACK``, such as eviction.
-    direct : DirectPlan or None
-        Further blocks, which got SSD slots because there were too few host slots.
+    blocks : (m,) int32
+        Positions of all blocks that are moved, ascending.
     """
 
-    slots: NDArray[np.int32]
+    keys: NDArray[np.uint64]
+    moves: tuple[Move, ...]
     num_known: int = 0
     came_back: bool = False
-    direct: DirectPlan | None = None
+    blocks: NDArray[np.int32] = field(init=False)
 
-    @property
-    def all_keys(self) -> NDArray[np.uint64]:
-        """Keys of the sequence up to the last of ``all_blocks``."""
-        return self.keys if self.direct is None else max(self.keys, self.direct.keys, key=len)
+    def __post_init__(self) -> None:
+        if len(self.moves) == 1:
+            self.blocks = self.moves[0].blocks
+        else:
+            self.blocks = np.sort(np.concatenate([NO_SLOTS, *(move.blocks for move in self.moves)]))
 
-    @property
-    def all_blocks(self) -> NDArray[np.int32]:
-        """Positions of the blocks of this plan and of ``direct``, ascending."""
-        return self.blocks if self.direct is None else np.union1d(self.blocks, self.direct.blocks)
+    def __len__(self) -> int:
+        return len(self.blocks)
 
-    def where(self, part: BlocksOfSequence) -> NDArray[np.intp] | slice:
-        """Indices in ``all_blocks`` of the blocks of ``part``: this plan, or its ``direct``."""
-        return slice(None) if self.direct is None else np.searchsorted(self.all_blocks, part.blocks)
+    def to(self, tier: int) -> Move | None:
+        """The move to a tier."""
+        return next((move for move in self.moves if move.target == tier), None)
 
-    @property
-    def all_slots(self) -> NDArray[np.int32]:
-        """Host slot of each of ``all_blocks``; IN_PLACE for blocks of ``direct``."""
-        if self.direct is None:
-            return self.slots
-        slots = np.full(len(self.all_blocks), IN_PLACE, dtype=np.int32)
-        slots[self.where(self)] = self.slots
+    def where(self, move: Move) -> NDArray[np.intp] | slice:
+        """Indices in ``blocks`` of the blocks of one of the moves."""
+        return slice(None) if len(self.moves) == 1 else np.searchsorted(self.blocks, move.blocks)
+
+    def slots_on(self, tier: int) -> NDArray[np.int32]:
+        """(m,) int32: slot of each block on a tier; -1: it is moved to another tier."""
+        if len(self.moves) == 1 and self.moves[0].target == tier:
+            return self.moves[0].dst
+        slots = np.full(len(self.blocks), -1, dtype=np.int32)
+        if (move := self.to(tier)) is not None:
+            slots[self.where(move)] = move.dst
         return slots
-
-
-@dataclass(slots=True, eq=False)
-class FetchPlan(BlocksOfSequence):
-    """Blocks that are read from SSD into host slots, where they are in state writing until ``end_fetch``. The plan has
-    acquired them, so that they keep their SSD slots.
-
-    Attributes
-    ----------
-    ssd_slots, host_slots : (m,) int32
-    fetch_id : int
-    """
-
-    ssd_slots: NDArray[np.int32]
-    host_slots: NDArray[np.int32]
-    fetch_id: int
-
-
-@dataclass(slots=True, eq=False)
-class WritePlan(BlocksOfSequence):
-    """Blocks that are written from host slots to SSD slots, where they are in state writing until ``end_write``. The
-    plan has acquired them, so that they keep their host slots.
-
-    Attributes
-    ----------
-    host_slots, ssd_slots : (m,) int32
-    """
-
-    host_slots: NDArray[np.int32]
-    ssd_slots: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Join:
-    """Blocks of a get that a fetch reads from SSD.
+    """Blocks of a get that a move brings to the host.
 
     Attributes
     ----------
-    fetch_id : int
+    move_id : int
     mine : (k,) intp
         Indices of these blocks in the get, counted from its ``start``.
     theirs : (k,) intp
-        Indices of these blocks in the fetch.
+        Indices of these blocks in the move.
     """
 
-    fetch_id: int
+    move_id: int
     mine: NDArray[np.intp]
     theirs: NDArray[np.intp]
 
@@ -208,19 +186,18 @@ class GetPlan:
     ----------
     keys : (stop, 2) uint64
     slots : (stop - start,) int32
-        Host slot of each block; IN_PLACE for blocks of ``direct``.
+        Host slot of each block; -1 for blocks that are moved from a lower tier straight to DEVICE.
     reason : MissReason
         Why the plan ends at ``stop``.
     tree : RadixTree
-        As in ``BlocksOfSequence``.
-    fetch : FetchPlan or None
-        Blocks that must be read from SSD for this plan and that no earlier fetch reads. The caller must start it.
+        As in ``Move``.
+    moves : tuple of Move
+        From lower tiers to the host, which the caller must start, and to DEVICE. Blocks that an earlier plan brings to
+        the host are not among them.
     joins : tuple of Join
-        Blocks whose host slot is filled by a fetch: ``fetch``, or one of an earlier plan.
+        Blocks whose host slot is filled by a move: one of ``moves``, or of an earlier plan.
     evicted_at : float
         As in ``MatchResult``.
-    direct : DirectPlan or None
-        Blocks that are read directly from SSD into the GPU.
     read : (stop - start,) uint32 or None
         Generations of ``slots``; None: the plan has ended.
     """
@@ -231,18 +208,19 @@ class GetPlan:
     slots: NDArray[np.int32]
     reason: MissReason
     tree: RadixTree
-    fetch: FetchPlan | None = None
+    moves: tuple[Move, ...] = ()
     joins: tuple[Join, ...] = ()
     evicted_at: float = math.nan
-    direct: DirectPlan | None = None
     read: Generations = None
 
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def to(self, place: int) -> list[Move]:
+        """The moves to a place."""
+        return [move for move in self.moves if move.target == place]
+
     @property
     def match(self) -> MatchResult:
         """The plan's range and reason as the result of a match."""
-        num_to_fetch = len(self.fetch) if self.fetch is not None else 0
-        num_to_fetch += len(self.direct) if self.direct is not None else 0
-        return MatchResult(self.stop, self.reason, num_to_fetch, self.evicted_at)
+        return MatchResult(self.stop, self.reason, sum(map(len, self.moves)), self.evicted_at)

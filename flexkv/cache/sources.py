@@ -7,9 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.radix import Match, RadixTree
-from flexkv.cache.fetches import FetchTable
+from flexkv.cache.admission.load_or_compute import LoadOrCompute, Reads
+from flexkv.cache.lower_tier import LowerTier, can_be_read
+from flexkv.cache.promotions import Promotions
 from flexkv.cache.reasons import MISS_REASONS, MissReason
-from flexkv.cache.tier import HOST, SSD, SsdTier
+from flexkv.cache.tier import HOST
 
 _NOWHERE = np.zeros(0, dtype=np.intp)
 
@@ -49,20 +51,20 @@ class Sources:
 
 
 def find_sources(
-    tree: RadixTree, ssd: SsdTier | None, fetches: FetchTable, keys: NDArray[np.uint64], match: Match, start: int,
-    choose: bool, host_only: bool = False,
+    tree: RadixTree, lower: list[LowerTier], promotions: Promotions, decision: LoadOrCompute, keys: NDArray[np.uint64],
+    match: Match, start: int, choose: bool, host_only: bool = False,
 ) -> Sources:
     """Sources of the blocks that ``match`` found for ``keys``; ``choose`` and ``host_only`` as in ``begin_get``."""
     found = Sources(match.num_ready, MISS_REASONS[match.reason], match.slots, _NOWHERE, match.evicted_at)
-    if ssd is None or not (is_slow := match.tiers[start:] != HOST).any():
+    if not lower or not (is_slow := match.tiers[start:] != HOST).any():
         return found
     found.slots = slots = tree.slots(keys[: found.stop], HOST)
     taken = is_slow & (slots[start:] >= 0)
-    taken &= ~fetches.filling(slots[start:])
-    if taken.any():                          # a put writes this host slot: it can be neither read nor filled by a fetch
+    taken &= ~promotions.filling(slots[start:])
+    if taken.any():                # a put writes this host slot: it can be neither read nor filled by a promotion
         found.end(start + int(taken.argmax()), MissReason.NOT_READY)
-    is_slow = is_slow[: found.stop - start]
-    out = is_slow & ~ssd.in_service(np.where(is_slow, match.slots[start : found.stop], -1))
+    is_slow, stop = is_slow[: found.stop - start], found.stop
+    out = is_slow & ~can_be_read(lower, match.slots[start:stop], match.tiers[start:stop])
     if out.any():
         found.end(start + int(out.argmax()), MissReason.OUT_OF_SERVICE)
     is_slow = is_slow[: found.stop - start]
@@ -70,17 +72,13 @@ def find_sources(
     if host_only:
         num_worth = int(is_slow.argmax()) if is_slow.any() else num_worth
     elif choose:
-        num_worth = ssd.load_or_compute.worth(is_slow & (slots[start : found.stop] < 0), fetches.num_blocks)
+        must_read = is_slow & (slots[start : found.stop] < 0)
+        tiers = match.tiers[start : found.stop]
+        num_worth = decision.worth([
+            Reads(tier.service.cost, must_read & (tiers == tier.number), promotions.num_blocks_from(tier.number))
+            for tier in lower if tier.service is not None
+        ], num_worth)
     if start + num_worth < found.stop:
         found.end(start + num_worth, MissReason.TOO_SLOW)
     found.slow = start + np.flatnonzero(is_slow[:num_worth])
     return found
-
-
-def absent_blocks(tree: RadixTree, ssd: SsdTier | None, keys: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """Positions (int32, ascending) of the blocks of a sequence that a put must save to make them available."""
-    if ssd is None:
-        return tree.absent(keys)
-    # blocks in an offline directory are not available: they may be put again
-    there = ssd.in_service(tree.slots(keys, SSD)) | (tree.slots(keys, HOST) >= 0)
-    return np.flatnonzero(~there).astype(np.int32)

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +10,8 @@ from numpy.typing import NDArray
 from flexkv._core.index.eviction import Pieces
 from flexkv._core.index.eviction_queues import Ranking
 from flexkv._core.index.radix import RadixTree
-from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.eviction import Choice, EvictionPolicy
-from flexkv.cache.plan import BlocksOfSequence, DirectPlan, FetchPlan, PutPlan, WritePlan
+from flexkv.cache.plan import Move
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import MissReason
 from flexkv.cache.stale import StaleResults
@@ -23,10 +20,6 @@ from flexkv.storage.store import Slots
 
 HOST = 0
 """Tier number of CPU memory in the index."""
-
-SSD = 1
-"""Tier number of local SSD in the index."""
-
 
 MakePolicy = Callable[[int], EvictionPolicy]
 """``make_policy(capacity)``: a policy for a tier of ``capacity`` blocks."""
@@ -49,7 +42,7 @@ class Tier:
     Parameters
     ----------
     number : int
-        ``HOST`` or ``SSD``.
+        Position in the engine's list of tiers; 0 is ``HOST``.
     slots : Slots
     capacity : int
         Maximum number of slots of the tier.
@@ -126,36 +119,34 @@ class Tier:
             self.evict(tree, max(count - self.slots.num_free, self._batch()), now, tenant)
         return count
 
-    def place(self, plan: BlocksOfSequence, slots: NDArray[np.int32], now: float, tenant: int = 0) -> bool:
-        """Enter the blocks of a plan into its index, with these ``slots``, in state writing. False: the index is full,
-        or memory is exhausted; then the slots are freed, and nothing else changes."""
+    def place(self, move: Move, now: float, tenant: int = 0) -> bool:
+        """Enter the blocks of a move to this tier into its index, with their slots, in state writing. False: the index
+        is full, or memory is exhausted; then the slots are freed, and nothing else changes."""
         try:
-            plan.tree.insert(plan.keys, plan.by_position(slots), self.number, now, tenant)
+            move.tree.insert(move.keys, move.by_position(move.dst), self.number, now, tenant)
         except MemoryError:                        # CapacityError is one
-            self.slots.free(slots)
+            self.slots.free(move.dst)
             return False
-        plan.filled = self.slots.generations(slots)
+        move.filled = self.slots.generations(move.dst)
         return True
 
-    def displace(self, plan: BlocksOfSequence, slots: NDArray[np.int32]) -> None:
+    def displace(self, move: Move) -> None:
         """Undo ``place``."""
-        plan.tree.drop(plan.keys, plan.by_position(slots), self.number)
-        self.slots.free(slots)
+        move.tree.drop(move.keys, move.by_position(move.dst), self.number)
+        self.slots.free(move.dst)
 
-    def end_writing(
-        self, plan: PutPlan | FetchPlan | WritePlan | DirectPlan, slots: NDArray[np.int32], ok: NDArray[np.bool_]
-    ) -> None:
-        """Make the blocks of a plan that are ``ok`` ready in their ``slots``, and the others absent. A result for slots
-        that were freed meanwhile is refused."""
+    def end_writing(self, move: Move, ok: NDArray[np.bool_]) -> None:
+        """Make the blocks of a move to this tier that are ``ok`` ready, and the others absent. A result for slots that
+        were freed meanwhile is refused."""
         # This holds after a reset too: the retired tree offers no block, and frees a slot once no plan reads it.
-        stale = self.stale.find(self.slots, slots, plan.filled, "write")
-        plan.filled = None                           # a second result of this plan is refused
+        stale = self.stale.find(self.slots, move.dst, move.filled, "write")
+        move.filled = None                           # a second result of this move is refused
         ok, failed = (ok, ~ok) if stale is None else (ok & ~stale, ~ok & ~stale)
         if ok.any():
-            plan.tree.set_ready(plan.keys, plan.by_position(slots, ok), self.number)
+            move.tree.set_ready(move.keys, move.by_position(move.dst, ok), self.number)
         if failed.any():
-            plan.tree.drop(plan.keys, plan.by_position(slots, failed), self.number, failed=True)
-            self.slots.free(slots[failed])
+            move.tree.drop(move.keys, move.by_position(move.dst, failed), self.number, failed=True)
+            self.slots.free(move.dst[failed])
 
     def limit(self, tenant: int) -> int:
         """Maximum number of slots of a tenant."""
@@ -321,37 +312,3 @@ class Tier:
             )
         if any(self.slots.is_free(int(slot)) for slot in held):
             raise InvariantError(f"tier {self.number}: a block holds a slot that is free")
-
-
-def no_slots() -> Slots:
-    """The slots of a tier that is not in service yet: none."""
-    return SlotAllocator(0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SsdTier:
-    """The SSD tier as the index sees it.
-
-    Attributes
-    ----------
-    slots : Slots
-    load_or_compute : LoadOrCompute
-    usable : callable
-        ``usable()``: whether blocks can be read and written now.
-    usable_slots : callable
-        ``usable_slots(slots)``: (n,) bool, whether each of these slots ((n,) int32) can be read and written now. Called
-        only while ``usable()``.
-    """
-
-    slots: Slots
-    load_or_compute: LoadOrCompute
-    usable: Callable[[], bool]
-    usable_slots: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
-
-    def in_service(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """(n,) bool: whether the block of each slot ((n,) int32; -1: no slot) can be read now."""
-        there = slots >= 0
-        if not there.any() or not self.usable():
-            return np.zeros(len(slots), dtype=np.bool_)
-        there[there] = self.usable_slots(slots[there])
-        return there

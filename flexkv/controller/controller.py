@@ -29,7 +29,6 @@ from flexkv.controller.tasks.arguments import (
     task_ids_of,
     unique_task_ids_of,
 )
-from flexkv.controller.tiering import make_ssd_store
 from flexkv.errors import ArgumentError, ConfigError, FlexKVError, NotReadyError, PinError, SlotMappingError
 from flexkv.metrics.exporter import Metrics
 from flexkv.metrics.request_trace import make_recorder
@@ -38,7 +37,8 @@ from flexkv.protocol.numbers import fence_of, integer_of
 from flexkv.protocol.requests import Pin
 from flexkv.protocol.sockets import remove_dead_sockets
 from flexkv.storage.ssd.gds_queue import GdsEnd
-from flexkv.storage.store import MakeStore
+from flexkv.storage.store import TierKind
+from flexkv.storage.tiers import tiers_of
 from flexkv.transfer.engine import TransferEngine
 
 logger = logging.getLogger("flexkv.controller")
@@ -54,8 +54,8 @@ class Controller(Blocks):
         Data-parallel rank of the engine.
     gpu_register_port : str
         Path of the Unix socket where the ranks register; empty: from ``transfer_config``.
-    make_store : callable
-        Makes the store of the SSD tier; for tests.
+    tiers : sequence of TierKind, optional
+        The tiers below host memory, the fastest first. Default: those of the configuration.
     note : str
         End of the line that the log gets when the controller is ready, such as the engine's role.
 
@@ -73,7 +73,7 @@ class Controller(Blocks):
         dp_client_id: int = 0,
         gpu_register_port: str = "",
         *,
-        make_store: MakeStore = make_ssd_store,
+        tiers: Sequence[TierKind] | None = None,
         note: str = "",
     ) -> None:
         self._cache_config = cache_config
@@ -108,7 +108,7 @@ class Controller(Blocks):
         )
         self._space = Space(
             cache_config, domain(model_config, cache_config), self._transfer, dp_client_id,
-            transfer_config.op_timeout_s, make_store, self._log_ready,
+            transfer_config.op_timeout_s, tiers_of(cache_config) if tiers is None else tiers, self._log_ready,
         )
         self._recorder = make_recorder(cache_config)
 
@@ -326,16 +326,14 @@ class Controller(Blocks):
         keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
         num_tokens = self._length_of(num_tokens, keys) if num_tokens else 0
         tiering = self._space.tiering
-        is_busy = tiering is not None and tiering.fetches_enough
+        is_busy = tiering is not None and tiering.promotes_enough
         if is_busy and not must_answer:
             return None
         return self._space.tasks.prefetch(self._index, keys, num_tokens, start, tenant, host_only=is_busy)
 
     def set_prefill_rate(self, tokens_per_s: float) -> None:
         """See ``Blocks``."""
-        rate = number_of(tokens_per_s, "tokens_per_s", 0.0, 1e12)
-        if self._space.tiering is not None:
-            self._space.tiering.set_prefill_rate(rate)
+        self._space.set_prefill_rate(number_of(tokens_per_s, "tokens_per_s", 0.0, 1e12))
 
     # ---- tasks ------------------------------------------------------------------------------------------------
 

@@ -7,17 +7,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flexkv._core.index.block_keys import SequenceHasher, chain_seed, hash_blocks
+from flexkv.cache.admission.load_or_compute import LoadOrCompute
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import policy_class
 from flexkv.cache.quotas import Quotas
 from flexkv.config import CacheConfig, changed_domain
 from flexkv.controller.tasks.arguments import extras_of, namespace_of, tokens_of
 from flexkv.controller.tasks.table import TaskTable
-from flexkv.controller.tiering import Tiering, make_ssd_store
+from flexkv.controller.tiering import Tiering
 from flexkv.errors import ArgumentError
 from flexkv.metrics.match_counts import MatchCounts
 from flexkv.storage.host_pool import HostPool
-from flexkv.storage.store import MakeStore
+from flexkv.storage.store import TierKind
 from flexkv.transfer.engine import TransferEngine
 
 _MAX_SEEDS = 256
@@ -38,10 +39,10 @@ class Space:
         Whose ranks move the blocks.
     accept_within_s : float
         As in ``TaskTable``.
-    make_store : callable
-        Makes the store of the SSD tier.
+    tiers : sequence of TierKind
+        The tiers below host memory, the fastest first.
     on_ready : callable
-        Called once, when the host pool exists and the SSD tier is open or cannot be opened.
+        Called once, when the host pool exists and each lower tier is open or cannot be opened.
 
     Attributes
     ----------
@@ -57,7 +58,7 @@ class Space:
 
     def __init__(
         self, config: CacheConfig, domain: bytes, transfer: TransferEngine, dp_client_id: int, accept_within_s: float,
-        make_store: MakeStore = make_ssd_store, on_ready: Callable[[], None] = lambda: None,
+        tiers: Sequence[TierKind] = (), on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._domain = domain
@@ -70,19 +71,23 @@ class Space:
         self._chain_seed = lru_cache(_MAX_SEEDS)(chain_seed)
         self.num_tenants = len(self._quotas)
         self.index: GlobalCacheEngine | None = None
-        self.tiering = Tiering(config, domain, make_store, on_ready) if config.ssd_bytes else None
+        self._tiers = list(tiers)
+        self._load_or_compute = LoadOrCompute(
+            config.load_policy, config.tokens_per_block, config.prefill_tokens_per_s
+        )
+        self.tiering = Tiering(config, domain, tiers, on_ready) if tiers else None
         self.tasks = TaskTable(transfer, dp_client_id, config.tokens_per_block, self.tiering, accept_within_s)
         self.counts = MatchCounts()
 
     def grow(self, pool: HostPool, num_slots: int) -> None:
-        """Record that the pool has ``num_slots`` usable slots. The first call makes the index and the SSD tier."""
+        """Record that the pool has ``num_slots`` usable slots. The first call makes the index and the lower tiers."""
         is_first = self.index is None
         if self.index is None:
             config = self._config
             self.index = GlobalCacheEngine(
                 pool.num_slots, self._make_policy, config.evict_start_threshold, config.evict_ratio,
-                num_ssd_slots=config.ssd_bytes // pool.slot_bytes, quotas=self._quotas,
-                max_pinned_share=config.max_pinned_share,
+                lower={tier.name: tier.num_bytes(config) // pool.slot_bytes for tier in self._tiers},
+                quotas=self._quotas, max_pinned_share=config.max_pinned_share, load_or_compute=self._load_or_compute,
             )
         self.index.grow(num_slots)
         self._transfer.notify()
@@ -105,6 +110,15 @@ class Space:
         if self.tiering is not None:
             self.tiering.reset()
         self.tasks.wait(self.tasks.reset(), timeout_s, self.tasks.is_settled)
+
+    def set_prefill_rate(self, tokens_per_s: float) -> None:
+        """Set the measured speed of the engine's prefill. A rate that is set in the configuration stays."""
+        if self._config.prefill_tokens_per_s:
+            return
+        if self.index is None:
+            self._load_or_compute.prefill_tokens_per_s = tokens_per_s
+        else:
+            self.index.set_prefill_rate(tokens_per_s)
 
     # ---- keys -------------------------------------------------------------------------------------------------
 
@@ -133,7 +147,7 @@ class Space:
     # ---- counts -----------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """Counts of the index, the SSD tier and the tasks, now; of matches, since the start."""
+        """Counts of the index, the lower tiers and the tasks, now; of matches, since the start."""
         return {
             **(self.index.stats() if self.index is not None else {}),
             **(self.tiering.stats() if self.tiering is not None else {}),

@@ -2,6 +2,10 @@
 
 import enum
 
+IN_PLACE = -2
+"""Number in place of a host slot for a block that another op moves between a lower tier and the pages: the agent
+reports it without a copy (FLEXKV_IN_PLACE of csrc/agent.h)."""
+
 
 class OpKind(enum.IntEnum):
     """Source and destination of an op. The numbers of the first two are part of the device agent's protocol
@@ -9,15 +13,15 @@ class OpKind(enum.IntEnum):
 
     D2H = 1
     H2D = 2
-    DISK2H = 3
-    H2DISK = 4
+    STORE2H = 3
+    H2STORE = 4
     ARRIVAL = 5
     """Copies nothing: a block completes when the blocks that it depends on have completed."""
-    DISK2D = 6
-    """GPUDirect Storage: from SSD to the GPU by the rank, without the host tier."""
-    D2DISK = 7
+    STORE2D = 6
+    """From the store of a lower tier straight to the pages, without host memory (GPUDirect Storage)."""
+    D2STORE = 7
     ERASE = 8
-    """Copies nothing: clears the SSD slots in ``dst``, so that they are empty also after a restart."""
+    """Copies nothing: clears the slots of a lower tier in ``dst``, so that they are empty also after a restart."""
 
 
 class OpFlag(enum.IntFlag):

@@ -1,10 +1,11 @@
 """Connects an engine to its controller."""
 
+from collections.abc import Sequence
+
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.controller.blocks import Blocks
 from flexkv.controller.controller import Controller
-from flexkv.controller.tiering import make_ssd_store
-from flexkv.storage.store import MakeStore
+from flexkv.storage.store import TierKind
 
 
 def connect(
@@ -14,10 +15,10 @@ def connect(
     dp_client_id: int = 0,
     gpu_register_port: str = "",
     *,
-    make_store: MakeStore = make_ssd_store,
+    tiers: Sequence[TierKind] | None = None,
     note: str = "",
 ) -> Blocks:
     """The blocks of an engine, not started yet; a controller in this process. Arguments as ``Controller``."""
     return Controller(
-        model_config, cache_config, transfer_config, dp_client_id, gpu_register_port, make_store=make_store, note=note
+        model_config, cache_config, transfer_config, dp_client_id, gpu_register_port, tiers=tiers, note=note
     )

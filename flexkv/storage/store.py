@@ -3,6 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -176,6 +177,36 @@ class Store(ABC):
 
 MakeStore = Callable[[CacheConfig, int, bytes, object], Store]
 """``make_store(config, slot_bytes, domain, memory)``; ``memory`` is a writable buffer of the host slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierKind:
+    """A kind of lower tier: its settings and its store. ``flexkv.config.tiers`` lists the kinds.
+
+    Attributes
+    ----------
+    name : str
+        Prefix of its statistics.
+    label : str
+        Name in the log.
+    num_bytes : callable
+        ``num_bytes(config)``: size of the tier; 0: it is not configured.
+    make_store : MakeStore
+    writes_all : callable
+        ``writes_all(config)``: whether every block is written; else blocks with evidence of reuse (``WriteBack``).
+    write_bytes_per_s : callable
+        ``write_bytes_per_s(config)``: maximum rate of writes; 0: no limit.
+    closed_stats : callable
+        ``closed_stats(config)``: counts of the store while it is not open.
+    """
+
+    name: str
+    label: str
+    num_bytes: Callable[[CacheConfig], int]
+    make_store: MakeStore
+    writes_all: Callable[[CacheConfig], bool]
+    write_bytes_per_s: Callable[[CacheConfig], float]
+    closed_stats: Callable[[CacheConfig], dict[str, int]] = lambda config: {}
 
 
 class NullStore(Store):

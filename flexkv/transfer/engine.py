@@ -218,11 +218,11 @@ class TransferEngine(GraphRunner):
             self._closed.add(executor)
 
     def add_executor(self, executor: Executor) -> bool:
-        """Take ops of more kinds; False, and nothing is done, if the engine is shutting down."""
+        """Take more ops; False, and nothing is done, if the engine is shutting down."""
         with self._lock:
             if self._closing:
                 return False
-            self._executors.update(dict.fromkeys(executor.kinds, executor))
+            self._executors.update(dict.fromkeys(executor.routes, executor))
             if executor.event_fd >= 0:
                 self._watched.append(executor)
                 if self._watch is not None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.protocol.ring import OpKind
-from flexkv.transfer.graph import TransferOp
+from flexkv.transfer.graph import Route, TransferOp
 
 Progress = Callable[[TransferOp, NDArray[np.intp] | slice, NDArray[np.bool_]], None]
 """``progress(op, indices, ok)`` reports the results of the blocks ``indices``, an array or a slice. Their slots and
@@ -22,12 +22,21 @@ class Executor(ABC):
 
     Attributes
     ----------
+    kinds : frozenset of OpKind
+    tier : int
+        Number of the lower tier whose ops it takes; 0: ops that concern no lower tier.
     event_fd : int
         Readable when ``drain`` has results to collect; the engine's background thread watches it. -1: none.
     """
 
     kinds: frozenset[OpKind]
+    tier: int = 0
     event_fd: int = -1
+
+    @property
+    def routes(self) -> list[Route]:
+        """The ops that it takes."""
+        return [(kind, self.tier) for kind in self.kinds]
 
     @abstractmethod
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:

@@ -25,6 +25,10 @@ class OpStatus(enum.Enum):
     TIMEOUT = "timeout"
 
 
+Route = tuple[OpKind, int]
+"""Kind of an op, and the number of the lower tier that it concerns, or 0."""
+
+
 class Dependency:
     """Dependency of an op on ``op``, which may be of another graph: block ``mine[i]`` waits for block ``theirs[i]``.
 
@@ -113,6 +117,8 @@ class TransferOp:
         Ops of other graphs that must succeed as a whole before any block starts. If one fails, every block fails.
     keys, parents : (n, 2) uint64, optional
         Keys of the blocks and of their parents, which a persistent tier records.
+    tier : int
+        Number of the lower tier that the op reads or writes; 0: none.
 
     Attributes
     ----------
@@ -145,10 +151,12 @@ class TransferOp:
         after: Sequence["TransferOp"] = (),
         keys: NDArray[np.uint64] | None = None,
         parents: NDArray[np.uint64] | None = None,
+        tier: int = 0,
     ) -> None:
         if len(src) != len(dst) or len(src) == 0:
             raise ValueError(f"{len(src)} sources, {len(dst)} destinations: the numbers must be equal, and at least 1")
         self.kind = kind
+        self.tier = tier
         self.src, self.dst = _int32("src", src), _int32("dst", dst)
         self.dp_client_id = _number("dp_client_id", dp_client_id, 31)
         self.fence = _number("fence", fence, 63)
@@ -172,6 +180,11 @@ class TransferOp:
 
     def __len__(self) -> int:
         return len(self.src)
+
+    @property
+    def route(self) -> Route:
+        """Its executor is found by this."""
+        return self.kind, self.tier
 
     @property
     def done(self) -> bool:

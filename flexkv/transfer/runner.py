@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from flexkv.config import TransferConfig
-from flexkv.protocol.ring import OpKind
 from flexkv.transfer.executor import ArrivalExecutor, Executor
 from flexkv.transfer.executors.device import DeviceExecutor
-from flexkv.transfer.graph import OpStatus, TransferGraph
+from flexkv.transfer.graph import OpStatus, Route, TransferGraph
 from flexkv.transfer.repeated_log import RepeatedLog
 from flexkv.transfer.scheduler import Observe, OnDone, Scheduler
 
@@ -45,8 +44,8 @@ class GraphRunner:
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
         self._device = DeviceExecutor(ranks)
-        self._executors: dict[OpKind, Executor] = {
-            kind: executor for executor in (*executors, ArrivalExecutor(), self._device) for kind in executor.kinds
+        self._executors: dict[Route, Executor] = {
+            route: executor for executor in (*executors, ArrivalExecutor(), self._device) for route in executor.routes
         }
         self._watched = [executor for executor in executors if executor.event_fd >= 0]
         self._scheduler = Scheduler(self._executors, observe, self._device.reached)

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.errors import InvariantError
-from flexkv.protocol.ring import OpKind
 from flexkv.transfer.deadline import LONGEST_TICK_S, Deadline, waits
 from flexkv.transfer.executor import Executor
-from flexkv.transfer.graph import OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import OpStatus, Route, TransferGraph, TransferOp
 from flexkv.transfer.repeated_log import RepeatedLog
 
 logger = logging.getLogger("flexkv.transfer")
@@ -39,7 +38,7 @@ class Scheduler:
 
     Parameters
     ----------
-    executors : mapping from OpKind to Executor
+    executors : mapping from Route to Executor
         The caller may add executors later.
     observe : Observe, optional
     reached : callable
@@ -54,7 +53,7 @@ class Scheduler:
     """
 
     def __init__(
-        self, executors: Mapping[OpKind, Executor], observe: Observe | None = None,
+        self, executors: Mapping[Route, Executor], observe: Observe | None = None,
         reached: Callable[[TransferOp], bool] = lambda op: True,
     ) -> None:
         self._executors = executors
@@ -139,7 +138,7 @@ class Scheduler:
         graph.status = verdict
         for op in graph.ops:
             if not op.done:
-                self._executors[op.kind].cancel(op)
+                self._executors[op.route].cancel(op)
                 self._start_blocks(active, op, *op.startable())
 
     def _start_blocks(
@@ -150,7 +149,7 @@ class Scheduler:
         for indices, is_failed in ((startable, False), (failed, True)):
             if len(indices):
                 op.started[indices] = True
-                self._executors[op.kind].submit(op, indices, self._progress, is_failed)
+                self._executors[op.route].submit(op, indices, self._progress, is_failed)
 
     def _progress(self, op: TransferOp, indices: NDArray[np.intp] | slice, ok: NDArray[np.bool_]) -> None:
         op.resolve(indices, ok)
@@ -164,7 +163,7 @@ class Scheduler:
 
     def _end_op(self, active: _Active, op: TransferOp) -> None:
         op.status = active.graph.verdict or (OpStatus.DONE if np.count_nonzero(op.ok) == len(op) else OpStatus.FAILED)
-        self._executors[op.kind].forget(op)
+        self._executors[op.route].forget(op)
         if self._observe is not None:
             try:
                 self._observe(op.kind.name, op.status.value, int(op.ok.sum()), time.monotonic() - active.submitted)

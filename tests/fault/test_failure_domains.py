@@ -242,7 +242,7 @@ def test_a_part_that_cannot_be_sent_fails_its_op_alone(tmp_path: Path, name: str
         op = TransferOp(OpKind.H2D, IDS, IDS)
         graph = TransferGraph(next(engine.task_ids), [op])
         if name == "kind":
-            engine._executors[value] = engine._device  # type: ignore[index]
+            engine._executors[value, 0] = engine._device  # type: ignore[index]
         setattr(op, name, value) if name != "task_id" else None
         if name == "task_id":
             value = 1 << 64

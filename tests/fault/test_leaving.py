@@ -162,7 +162,7 @@ def test_a_rank_that_cannot_be_an_agent_says_farewell(tmp_path: Path, monkeypatc
 class Stubborn(Executor):
     """Cannot be closed at the first try."""
 
-    kinds = frozenset({OpKind.DISK2H})
+    kinds = frozenset({OpKind.STORE2H})
 
     def __init__(self) -> None:
         self.tries = 0

@@ -143,7 +143,7 @@ def test_a_second_engine_on_the_same_directories_runs_without_them(
         second.put(1)
         second.load(1, length_of(1))
         assert second.offered(4) == 0
-        space_of(second.manager).tiering._thread.join(10)        # type: ignore[union-attr]
+        space_of(second.manager).tiering._tiers[0]._thread.join(10)        # type: ignore[union-attr]
         assert "the SSD tier is not in service" in caplog.text
         assert f"{tmp_path / 'a'} is in use by process {child.pid}" in caplog.text
         second.load(1, length_of(1))

@@ -38,7 +38,7 @@ class CheckedTable:
         lock = Lock()
         self.plane = Plane(lock, self.begins)
         self.copies = self.plane.copies
-        self.cache = Index(NUM_SLOTS, LRU, 1.0, 0.0, clock=self.clock, num_ssd_slots=NUM_SSD if with_ssd else 0)
+        self.cache = Index(NUM_SLOTS, LRU, 1.0, 0.0, clock=self.clock, lower={"ssd": NUM_SSD} if with_ssd else None)
         self.cache.grow(NUM_SLOTS)
         self.below = Below(self.cache, self.copies, NUM_SSD) if with_ssd else None
         transfer: Any = self.plane
@@ -67,22 +67,20 @@ class CheckedTable:
     def plan_put(self, sequence: Prefix, seed: int, provisional: bool = False) -> ModelTask:
         copies, epoch = self.copies, self.cache.epoch
         busy = copies.touched(OpKind.D2H) | copies.touched(OpKind.H2D, source=True)
-        busy_ssd = copies.touched(OpKind.D2DISK, OpKind.ERASE) | copies.touched(OpKind.DISK2D, source=True)
+        busy_ssd = copies.touched(OpKind.D2STORE, OpKind.ERASE) | copies.touched(OpKind.STORE2D, source=True)
         num_tokens = TOKENS_PER_BLOCK * len(sequence)
         task = self.table.new_put(self.cache, keys_of(sequence), 0, len(sequence), num_tokens, 0, provisional)
         known = self._plan(task, sequence, epoch)
         known.provisional = provisional
         assert isinstance(task.plan, PutPlan)
-        assert not busy & set(task.plan.slots.tolist())       # nothing touches a slot that is given away
-        slots: Any = self.cache._host_slots
-        known.uses = [(slots, task.plan.blocks, task.plan.slots, slots.generations(task.plan.slots))]
-        if (direct := task.plan.direct) is not None:
-            assert not provisional
-            assert not busy_ssd & set(direct.ssd_slots.tolist())
-            slots = self.cache._below.slots
-            known.uses.append((slots, direct.blocks, direct.ssd_slots, slots.generations(direct.ssd_slots)))
-        for slot in task.plan.slots.tolist():
-            self.owner[slot], copies.slots[slot] = known, None
+        known.uses = []
+        for move in task.plan.moves:
+            assert not provisional or move.target == HOST
+            assert not (busy if move.target == HOST else busy_ssd) & set(move.dst.tolist())   # nothing touches them
+            slots: Any = self.cache._tiers[move.target].slots
+            known.uses.append((slots, move.blocks, move.dst, slots.generations(move.dst)))
+            for slot in move.dst.tolist() if move.target == HOST else ():
+                self.owner[slot], copies.slots[slot] = known, None
         for page, block in zip(known.pages.tolist(), known.blocks, strict=True):
             copies.pages[page] = known.content(block)
         return known
@@ -227,18 +225,19 @@ class CheckedTable:
         self.table.run_background_work()
 
     def evict(self, sequence: Prefix, seed: int) -> None:
-        tier = self.cache._below if self.below is not None and seed % 4 == 3 else self.cache._host
+        tier = self.cache._lower[0] if self.below is not None and seed % 4 == 3 else self.cache._host
         tier.evict(self.cache._tree, NUM_SLOTS if seed % 2 else 1, self.clock())
 
     def write_back(self, sequence: Prefix, seed: int) -> None:
         """Ready blocks of a sequence are written to SSD."""
-        plan = self.cache.begin_write(keys_of(sequence), NUM_SSD) if sequence else None
-        if plan is not None:
-            for block, host, ssd in zip(plan.blocks, plan.host_slots.tolist(), plan.ssd_slots.tolist(), strict=True):
+        if not sequence or self.below is None:
+            return
+        if (plan := self.cache.begin_write_back(1, keys_of(sequence), NUM_SSD)) is not None:
+            for block, host, ssd in zip(plan.blocks, plan.src.tolist(), plan.dst.tolist(), strict=True):
                 key = plan.keys[block].tobytes()
                 self.copies.disk[ssd] = Record(key, self.copies.slots[host], self.owner[host].id)
                 self.copies.bad.discard(ssd)
-            self.cache.end_write(plan, np.ones(len(plan), dtype=np.bool_))
+            self.cache.end_move(plan, np.ones(len(plan), dtype=np.bool_))
 
     # ---- the data plane ---------------------------------------------------------------------------------------
 
@@ -306,7 +305,7 @@ class CheckedTable:
         if is_over and not known.loading:
             self.copies.pages.update(dict.fromkeys(known.pages.tolist()))
         if known.stage == "settled" and known.loading and not known.is_taken:
-            assert not self.copies.touched(OpKind.H2D, OpKind.DISK2D) & set(known.pages.tolist())
+            assert not self.copies.touched(OpKind.H2D, OpKind.STORE2D) & set(known.pages.tolist())
             moved = response.return_mask[::TOKENS_PER_BLOCK]
             for page, block in zip(known.pages.tolist(), known.blocks, strict=True):
                 assert not moved[block] or self.copies.pages[page] == (self.cache.epoch, known.sequence[: block + 1])
@@ -321,8 +320,8 @@ class CheckedTable:
             self.plane.over[known.id]()
         if known.kept is not None and isinstance(known.plan, PutPlan):
             if seed % 2:                                   # as if the plan did not know that it has ended
-                for part, (_, _, _, generations) in zip((known.plan, known.plan.direct), known.uses, strict=False):
-                    part.filled = generations              # type: ignore[union-attr]
+                for move, (_, _, _, generations) in zip(known.plan.moves, known.uses, strict=True):
+                    move.filled = generations
             self.num_refused += sum(int(freed.sum()) if seed % 2 else len(freed) for freed in known.freed())
             self.cache.end_put(known.plan, np.ones(len(known.blocks), dtype=np.bool_))
         elif isinstance(known.plan, GetPlan):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.cache.plan import PutPlan
+from flexkv.cache.tier import HOST
 from flexkv.controller.response import KVResponse
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.controller.tasks import reasons
@@ -86,7 +87,7 @@ class ModelTask:
         self.loading = self.task.loading
         self.plan = self.task.plan
         self.blocks: list[int] = self.task.blocks.tolist()
-        self.is_direct = isinstance(self.plan, PutPlan) and self.plan.direct is not None
+        self.is_direct = isinstance(self.plan, PutPlan) and any(move.target != HOST for move in self.plan.moves)
 
     def content(self, block: int) -> tuple[int, Prefix]:
         """The KV of a block."""

@@ -5,7 +5,7 @@ Slots, pages and the disk hold the content that real copies would have left ther
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.plan import IN_PLACE, DirectPlan, GetPlan, PutPlan
-from flexkv.cache.tier import SsdTier
-from flexkv.protocol.ring import OpKind
+from flexkv.cache.lower_tier import TierService
+from flexkv.cache.plan import GetPlan, PutPlan
+from flexkv.protocol.ring import IN_PLACE, OpKind
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph, TransferOp
 from flexkv.transfer.scheduler import OnDone, Scheduler
@@ -60,7 +60,7 @@ class Copies(Executor):
         Tasks of which a copy was begun or queued, and failed.
     """
 
-    kinds = frozenset({OpKind.D2H, OpKind.H2D, OpKind.D2DISK, OpKind.DISK2D, OpKind.ERASE})
+    kinds = frozenset({OpKind.D2H, OpKind.H2D, OpKind.D2STORE, OpKind.STORE2D, OpKind.ERASE})
     begins: Callable[[TransferOp, int], None]
     progress: Progress | None = None
     queued: list[tuple[TransferOp, int]] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Copies(Executor):
         if IN_PLACE in (src, dst) or src < 0:
             self._answer(op, [i], src == IN_PLACE or dst == IN_PLACE)
             return
-        if op.kind is OpKind.D2DISK:
+        if op.kind is OpKind.D2STORE:
             self.disk.pop(dst, None)                       # the store empties the record before it writes
         self.moving.append((op, i, self.num_clears))
 
@@ -108,7 +108,7 @@ class Copies(Executor):
         if op.kind is OpKind.ERASE:
             self.disk.pop(dst, None)
             ok = True
-        elif op.kind is OpKind.D2DISK:
+        elif op.kind is OpKind.D2STORE:
             assert op.keys is not None
             self.bad.discard(dst)
             if num_clears == self.num_clears:              # one that failed may have left a record
@@ -166,7 +166,7 @@ class Plane:
     def __init__(self, lock: "Lock", begins: Callable[[TransferOp, int], None]) -> None:
         self.task_ids = itertools.count(1)
         self.copies = Copies(begins)
-        self.scheduler = Scheduler(dict.fromkeys(Copies.kinds, self.copies))
+        self.scheduler = Scheduler({(kind, tier): self.copies for kind in Copies.kinds for tier in (0, 1)})
         self.lock = lock
         self.pending: list[tuple[TransferGraph, OnDone]] = []
         self.stops: list[TransferGraph] = []
@@ -269,30 +269,31 @@ class Below:
     """The part of ``Tiering`` that a table calls, over the disk of ``Copies``: what is on SSD alone is read straight
     into pages, and puts without host slots are written straight from there."""
 
-    saves_directly = loads_directly = True
-
     def __init__(self, cache: GlobalCacheEngine, copies: Copies, num_slots: int) -> None:
         self.slots = SlotAllocator(num_slots)
         self._copies = copies
-        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, lambda: 0.0)
-        cache.attach_ssd(SsdTier(self.slots, load_or_compute, lambda: True, lambda slots: slots >= 0))
+        cost = CostModel(1, lambda: 0.0)
+        cache.attach(1, TierService(
+            self.slots, cost, lambda: True, lambda slots: slots >= 0,
+            loads_directly=lambda: True, saves_directly=lambda: True,
+        ))
 
     def begin_get(
         self, cache: GlobalCacheEngine, keys: NDArray[np.uint64], start: int, stop: int, choose: bool, host_only: bool,
         tenant: int,
     ) -> tuple[GetPlan, tuple[Dependency, ...]]:
-        return cache.begin_get(keys, start, stop, choose, host_only, tenant, direct=True), ()
+        return cache.begin_get(keys, start, stop, choose, host_only, tenant), ()
 
-    def end_direct_get(self, cache: GlobalCacheEngine, plan: DirectPlan, ok: NDArray[np.bool_] | None) -> None:
-        if ok is None:
-            cache.end_direct_get(plan, None, np.zeros(len(plan), dtype=np.bool_))
-            return
-        lost = ~ok
-        for i, slot in enumerate(plan.ssd_slots.tolist()):
-            record = self._copies.disk.get(slot)
-            is_there = record is not None and record.key == plan.keys[plan.blocks[i]].tobytes()
-            lost[i] &= not is_there or slot in self._copies.bad
-        cache.end_direct_get(plan, int(ok.sum()), lost)
+    def end_get(self, cache: GlobalCacheEngine, plan: GetPlan, ops: Sequence[TransferOp]) -> None:
+        assert len(plan.moves) <= 1
+        for move in plan.moves:
+            ok = ops[0].ok if ops else np.zeros(len(move), dtype=np.bool_)
+            lost = ~ok & (len(ops) > 0)
+            for i, slot in enumerate(move.src.tolist()):
+                record = self._copies.disk.get(slot)
+                is_there = record is not None and record.key == move.keys[move.blocks[i]].tobytes()
+                lost[i] &= not is_there or slot in self._copies.bad
+            cache.end_move(move, ok, lost)
 
     def put_ended(self, plan: PutPlan) -> None:
         """The test decides when ready blocks are written."""

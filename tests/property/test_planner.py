@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.plan import GetPlan, PutPlan
+from flexkv.cache.tier import HOST
 
 from .examples import EXAMPLES
 from .model_tree import Prefix, keys_of
@@ -40,16 +41,16 @@ class Checked:
         return self.now
 
     def in_use(self) -> set[int]:
-        slots = [slot for plan, _, _ in self.puts for slot in plan.slots.tolist()]
+        slots = [slot for plan, _, _ in self.puts for slot in plan.slots_on(HOST).tolist()]
         return set(slots + [slot for plan, _, _ in self.gets for slot in plan.slots.tolist()])
 
     def begin_put(self, sequence: Prefix, seed: int) -> None:
         start = seed % 3 if seed % 2 else 0
         busy = self.in_use()
         plan = self.engine.begin_put(keys_of(sequence), min(start, len(sequence)), len(sequence))
-        assert not busy & set(plan.slots.tolist())              # no slot is reused while something touches it
+        assert not busy & set(plan.slots_on(HOST).tolist())              # no slot is reused while something touches it
         assert all(block >= min(start, len(sequence)) for block in plan.blocks)
-        for block, slot in zip(plan.blocks.tolist(), plan.slots.tolist(), strict=True):
+        for block, slot in zip(plan.blocks.tolist(), plan.slots_on(HOST).tolist(), strict=True):
             self.content[slot] = (self.epoch, sequence[: block + 1])
         self.puts.append((plan, sequence, self.epoch))
 
@@ -57,7 +58,7 @@ class Checked:
         if self.puts:
             plan, _, _ = self.puts.pop(seed % len(self.puts))
             written = np.array([seed >> (i % 6) & 1 == 0 for i in range(len(plan))], dtype=np.bool_)
-            for slot in plan.slots[~written].tolist():
+            for slot in plan.slots_on(HOST)[~written].tolist():
                 self.content[slot] = (-1, ())                   # garbage
             self.engine.end_put(plan, written)
 

@@ -9,20 +9,21 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import POLICIES
+from flexkv.cache.lower_tier import TierService, absent_blocks
 from flexkv.cache.plan import GetPlan, PutPlan
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import MissReason
-from flexkv.cache.sources import absent_blocks
-from flexkv.cache.tier import HOST, SSD, SsdTier
+from flexkv.cache.tier import HOST
 from flexkv.config.namespaces import Quota
 from flexkv.errors import PinError
 
 from .examples import EXAMPLES
 from .model_tree import Prefix, keys_of
 
+SSD = 1
 NUM_HOST = 10
 NUM_SSD = 14
 QUOTAS = {
@@ -70,13 +71,13 @@ class Checked:
     def __post_init__(self) -> None:
         self.quotas = Quotas(QUOTAS)
         self.engine = GlobalCacheEngine(
-            NUM_HOST, POLICIES[self.policy], 0.9, 0.0, clock=lambda: self.now, num_ssd_slots=NUM_SSD,
+            NUM_HOST, POLICIES[self.policy], 0.9, 0.0, clock=lambda: self.now, lower={"ssd": NUM_SSD},
             quotas=self.quotas, max_pinned_share=MAX_PINNED / NUM_HOST,
         )
         self.engine.grow(NUM_HOST)
-        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, lambda: self.now)
-        usable = SsdTier(SlotAllocator(NUM_SSD), load_or_compute, lambda: True, lambda slots: ones(len(slots)))
-        assert self.engine.attach_ssd(usable)
+        cost = CostModel(1, lambda: self.now)
+        usable = TierService(SlotAllocator(NUM_SSD), cost, lambda: True, lambda slots: ones(len(slots)))
+        assert self.engine.attach(1, usable)
 
     def used(self) -> dict[int, list[int]]:
         """Blocks of each tenant on each tier."""
@@ -95,7 +96,7 @@ class Checked:
     def begin_put(self, sequence: Prefix, seed: int) -> None:
         tenant, keys = sequence[0], keys_of(sequence)
         before, idle = self.used(), not self.puts and not self.gets
-        wanted = len(absent_blocks(self.engine._tree, self.engine._ssd, keys))
+        wanted = len(absent_blocks(self.engine._tree, self.engine._lower, keys))
         plan = self.engine.begin_put(keys, 0, len(keys), tenant)
         self.use(sequence, len(plan.keys))
         self.puts.append(plan)
@@ -140,8 +141,8 @@ class Checked:
         plan = self.engine.begin_get(keys, seed % 2, len(keys), tenant=tenant)
         self.check_fresh(sequence, plan.stop)
         self.use(sequence, plan.stop)
-        if plan.fetch is not None:
-            self.engine.end_fetch(plan.fetch, ones(len(plan.fetch)))
+        for move in plan.moves:
+            self.engine.end_move(move, ones(len(move)))
         self.gets.append(plan)
         self.check_given_way(before, tenant)
 
@@ -155,9 +156,9 @@ class Checked:
 
     def write(self, sequence: Prefix, seed: int) -> None:
         before = self.used()
-        plan = self.engine.begin_write(keys_of(sequence), 1 + seed % 4)
+        plan = self.engine.begin_write_back(1, keys_of(sequence), 1 + seed % 4)
         if plan is not None:
-            self.engine.end_write(plan, ones(len(plan)))
+            self.engine.end_move(plan, ones(len(plan)))
         self.check_given_way(before, sequence[0])
 
     # ---- the rest ---------------------------------------------------------------------------------------------

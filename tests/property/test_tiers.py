@@ -9,16 +9,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
-from flexkv.cache.plan import IN_PLACE, DirectPlan, FetchPlan, GetPlan, PutPlan, WritePlan
-from flexkv.cache.tier import SSD, SsdTier
+from flexkv.cache.lower_tier import TierService
+from flexkv.cache.plan import DEVICE, GetPlan, Move, PutPlan
+from flexkv.cache.tier import HOST
 from flexkv.storage.recovered import Recovered
 
 from .examples import EXAMPLES
 from .model_tree import Prefix, keys_of
 
+SSD = 1
 NUM_HOST = 6
 NUM_SSD = 10
 # Few of them, which share prefixes, and many operations: most meet what earlier ones left.
@@ -45,7 +47,7 @@ GARBAGE: Content = (-1, ())
 class Fetch:
     """A fetch under way."""
 
-    plan: FetchPlan
+    plan: Move
     arrived: NDArray[np.bool_]
     failed: NDArray[np.bool_]
     losses: list[int]
@@ -79,25 +81,29 @@ class Checked:
     ssd: dict[int, Content] = field(default_factory=dict)
     losses: dict[int, int] = field(default_factory=dict)     # how often the block of an SSD slot was found bad
     usable: bool = True
+    loads_directly: bool = False
     half_out: int = -1                      # which of two disks is out of service
     puts: list[tuple[PutPlan, Prefix]] = field(default_factory=list)
     gets: list[Get] = field(default_factory=list)
     fetches: dict[int, Fetch] = field(default_factory=dict)
-    writes: list[WritePlan] = field(default_factory=list)
-    over: list[PutPlan | GetPlan | FetchPlan | WritePlan] = field(default_factory=list)     # have had their result
+    writes: list[Move] = field(default_factory=list)
+    over: list[PutPlan | GetPlan | Move] = field(default_factory=list)     # have had their result
 
     def __post_init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        self.engine = GlobalCacheEngine(NUM_HOST, LRU, 0.9, 0.2, clock=self.clock, num_ssd_slots=NUM_SSD)
+        self.engine = GlobalCacheEngine(NUM_HOST, LRU, 0.9, 0.2, clock=self.clock, lower={"ssd": NUM_SSD})
         self.engine.grow(NUM_HOST)
         self.slots = SlotAllocator(NUM_SSD)
-        self.load_or_compute = LoadOrCompute("always", 1, 1, 0.0, self.clock)
+        self.cost = CostModel(1, self.clock)
 
     def attach(self, found: list[tuple[NDArray[np.uint64], NDArray[np.int32]]]) -> None:
-        tier = SsdTier(self.slots, self.load_or_compute, lambda: self.usable, lambda slots: slots % 2 != self.half_out)
-        assert self.engine.attach_ssd(tier, found)
+        tier = TierService(
+            self.slots, self.cost, lambda: self.usable, lambda slots: slots % 2 != self.half_out,
+            loads_directly=lambda: self.loads_directly, saves_directly=lambda: True,
+        )
+        assert self.engine.attach(1, tier, found)
 
     def clock(self) -> float:
         self.now += 1.0
@@ -106,32 +112,35 @@ class Checked:
     # ---- what is in use ---------------------------------------------------------------------------------------
 
     def host_in_use(self) -> set[int]:
-        used = [slot for plan, _ in self.puts for slot in plan.slots.tolist()]
-        used += [slot for fetch in self.fetches.values() for slot in fetch.plan.host_slots.tolist()]
-        used += [slot for plan in self.writes for slot in plan.host_slots.tolist()]
+        used = [slot for plan, _ in self.puts for slot in plan.slots_on(HOST).tolist()]
+        used += [slot for fetch in self.fetches.values() for slot in fetch.plan.dst.tolist()]
+        used += [slot for plan in self.writes for slot in plan.src.tolist()]
         for get in self.gets:                               # a block whose fetch has failed is read by nobody
             used += get.plan.slots[get.whole()].tolist()
-        return set(used) - {IN_PLACE}
+        return set(used) - {-1}
 
     def ssd_in_use(self) -> set[int]:
         """But for slots whose block was found bad: the store refuses who still reads there."""
-        used = [slot for plan in self.writes for slot in plan.ssd_slots.tolist()]
-        used += [slot for plan, _ in self.puts if plan.direct is not None for slot in plan.direct.ssd_slots.tolist()]
+        used = [slot for plan in self.writes for slot in plan.dst.tolist()]
+        used += [slot for plan, _ in self.puts for slot in plan.slots_on(SSD).tolist()]
         readers = [(fetch.plan, fetch.losses) for fetch in self.fetches.values()]
-        for plan, losses in readers + [(get.plan.direct, get.losses) for get in self.gets if get.plan.direct]:
-            used += plan.ssd_slots[self.still(plan, losses)].tolist()
-        return set(used)
+        for plan, losses in readers + [(move, get.losses) for get in self.gets for move in get.plan.to(DEVICE)]:
+            used += plan.src[self.still(plan, losses)].tolist()
+        return set(used) - {-1}
 
-    def losses_of(self, plan: FetchPlan | DirectPlan | None) -> list[int]:
-        return [] if plan is None else [self.losses.get(slot, 0) for slot in plan.ssd_slots.tolist()]
+    def losses_of(self, *moves: Move) -> list[int]:
+        return [self.losses.get(slot, 0) for move in moves for slot in move.src.tolist()]
 
-    def still(self, plan: FetchPlan | DirectPlan, losses: list[int]) -> NDArray[np.bool_]:
+    def still(self, plan: Move, losses: list[int]) -> NDArray[np.bool_]:
         """Blocks whose slot was not found bad since."""
         return np.array(self.losses_of(plan), dtype=np.int64) == np.array(losses, dtype=np.int64)
 
     def lose(self, slots: NDArray[np.int32]) -> None:
         for slot in slots.tolist():
             self.losses[slot] = self.losses.get(slot, 0) + 1
+
+    def on(self, tier: int) -> dict[int, Content]:
+        return self.host if tier == HOST else self.ssd
 
     # ---- puts -------------------------------------------------------------------------------------------------
 
@@ -143,33 +152,28 @@ class Checked:
         start = min(seed % 3 if seed % 2 else 0, len(sequence))
         busy, busy_ssd = self.host_in_use(), self.ssd_in_use()
         plan = self.engine.begin_put(keys_of(sequence), start, len(sequence), direct=direct)
-        if plan.direct is not None:
-            assert direct
-            assert not busy_ssd & set(plan.direct.ssd_slots.tolist())
-            for block, slot in zip(plan.direct.blocks.tolist(), plan.direct.ssd_slots.tolist(), strict=True):
-                self.ssd[slot] = (self.epoch, sequence[: block + 1])
-        assert not busy & set(plan.slots.tolist())          # no slot is reused while something touches it
         assert all(block >= start for block in plan.blocks)
-        for block, slot in zip(plan.blocks.tolist(), plan.slots.tolist(), strict=True):
-            self.host[slot] = (self.epoch, sequence[: block + 1])
+        for move in plan.moves:
+            assert move.target == HOST or direct
+            assert not (busy if move.target == HOST else busy_ssd) & set(move.dst.tolist())   # nothing touches them
+            for block, slot in zip(move.blocks.tolist(), move.dst.tolist(), strict=True):
+                self.on(move.target)[slot] = (self.epoch, sequence[: block + 1])
         self.puts.append((plan, sequence))
 
     def end_put(self, sequence: Prefix, seed: int) -> None:
         if self.puts:
             plan, _ = self.puts.pop(seed % len(self.puts))
-            written = np.array([seed >> (i % 6) & 1 == 0 for i in range(len(plan.all_blocks))], dtype=np.bool_)
-            for slot in plan.slots[~written[plan.where(plan)]].tolist():
-                self.host[slot] = GARBAGE
-            if plan.direct is not None:
-                for slot in plan.direct.ssd_slots[~written[plan.where(plan.direct)]].tolist():
-                    self.ssd[slot] = GARBAGE
+            written = np.array([seed >> (i % 6) & 1 == 0 for i in range(len(plan.blocks))], dtype=np.bool_)
+            for move in plan.moves:
+                for slot in move.dst[~written[plan.where(move)]].tolist():
+                    self.on(move.target)[slot] = GARBAGE
             self.engine.end_put(plan, written)
             self.over.append(plan)
 
     def put(self, sequence: Prefix, seed: int) -> None:
         self.begin_put(sequence, 0)
         plan, _ = self.puts.pop()
-        self.engine.end_put(plan, np.ones(len(plan.all_blocks), dtype=np.bool_))
+        self.engine.end_put(plan, np.ones(len(plan.blocks), dtype=np.bool_))
 
     # ---- gets and fetches -------------------------------------------------------------------------------------
 
@@ -182,36 +186,36 @@ class Checked:
         start = min(seed % 3, len(sequence))
         offered = self.engine.match(keys, start)
         busy, before = self.host_in_use(), set(self.fetches)
-        plan = self.engine.begin_get(keys, start, len(sequence), direct=direct)
-        assert (plan.fetch if direct else plan.direct) is None
+        self.loads_directly = direct
+        plan = self.engine.begin_get(keys, start, len(sequence))
+        assert not plan.to(HOST if direct else DEVICE)
         assert plan.stop <= offered.num_ready
         if plan.reason.name != "NO_ROOM":
             assert plan.stop == offered.num_ready
-        if plan.fetch is not None:
-            assert plan.fetch.fetch_id not in before
-            assert (plan.fetch.ssd_slots % 2 != self.half_out).all()
-            assert not busy & set(plan.fetch.host_slots.tolist())
-            assert not {f.plan.host_slots[i] for f in self.fetches.values() for i in range(len(f.plan))} & set(
-                plan.fetch.host_slots.tolist())
-            none = np.zeros(len(plan.fetch), dtype=np.bool_)
-            self.fetches[plan.fetch.fetch_id] = Fetch(plan.fetch, none, none.copy(), self.losses_of(plan.fetch))
-            for slot in plan.fetch.host_slots.tolist():
-                self.host[slot] = GARBAGE
-        waits = [(self.fetches[join.fetch_id], join.mine, join.theirs) for join in plan.joins]
-        self.gets.append(Get(plan, sequence, self.epoch, waits, self.losses_of(plan.direct)))
+        for move in plan.to(HOST):
+            assert move.move_id not in before
+            assert (move.src % 2 != self.half_out).all()
+            assert not busy & set(move.dst.tolist())
+            assert not {f.plan.dst[i] for f in self.fetches.values() for i in range(len(f.plan))} & set(
+                move.dst.tolist())
+            none = np.zeros(len(move), dtype=np.bool_)
+            self.fetches[move.move_id] = Fetch(move, none, none.copy(), self.losses_of(move))
+            self.host.update(dict.fromkeys(move.dst.tolist(), GARBAGE))
+        waits = [(self.fetches[join.move_id], join.mine, join.theirs) for join in plan.joins]
+        self.gets.append(Get(plan, sequence, self.epoch, waits, self.losses_of(*plan.to(DEVICE))))
         self.check_bytes(self.gets[-1])
 
     def end_get(self, sequence: Prefix, seed: int) -> None:
         if self.gets:
             get = self.gets.pop(seed % len(self.gets))
             self.check_bytes(get)                           # nobody wrote there meanwhile
-            if (direct := get.plan.direct) is not None:
+            for direct in get.plan.to(DEVICE):
                 lost = np.array([seed >> (i % 6) & 1 == 1 for i in range(len(direct))], dtype=np.bool_)
                 gone = lost & self.still(direct, get.losses)    # else the slot was freed, and holds another copy
-                self.lose(direct.ssd_slots[gone])
-                self.engine.end_direct_get(direct, None, lost)
+                self.lose(direct.src[gone])
+                self.engine.end_move(direct, ~lost, lost)
                 for position in direct.blocks[gone].tolist() if direct.tree is self.engine._tree else ():
-                    assert self.engine._tree.slots(direct.keys[: position + 1], SSD)[position] not in direct.ssd_slots[
+                    assert self.engine._tree.slots(direct.keys[: position + 1], SSD)[position] not in direct.src[
                         direct.blocks == position]
             self.engine.end_get(get.plan)
             self.over.append(get.plan)
@@ -219,12 +223,12 @@ class Checked:
     def check_bytes(self, get: Get) -> None:
         blocks = np.arange(get.plan.start, get.plan.stop)
         for block, slot, whole in zip(blocks.tolist(), get.plan.slots.tolist(), get.whole(), strict=True):
-            if whole and slot != IN_PLACE:
+            if whole and slot != -1:
                 assert self.host[slot] == (get.epoch, get.sequence[: block + 1])
-        if (direct := get.plan.direct) is not None:
-            assert (get.plan.slots[direct.blocks - get.plan.start] == IN_PLACE).all()
+        for direct in get.plan.to(DEVICE):
+            assert (get.plan.slots[direct.blocks - get.plan.start] == -1).all()
             still = self.still(direct, get.losses)
-            for block, slot in zip(direct.blocks[still].tolist(), direct.ssd_slots[still].tolist(), strict=True):
+            for block, slot in zip(direct.blocks[still].tolist(), direct.src[still].tolist(), strict=True):
                 assert self.ssd[slot] == (get.epoch, get.sequence[: block + 1])
 
     def a_fetch(self, seed: int) -> Fetch | None:
@@ -239,7 +243,7 @@ class Checked:
                     fetch.failed[i] = True
                 else:
                     fetch.arrived[i] = True
-                    self.host[int(fetch.plan.host_slots[i])] = self.ssd[int(fetch.plan.ssd_slots[i])]
+                    self.host[int(fetch.plan.dst[i])] = self.ssd[int(fetch.plan.src[i])]
 
     def end_fetch(self, sequence: Prefix, seed: int) -> None:
         fetch = self.a_fetch(seed)
@@ -249,10 +253,10 @@ class Checked:
                     fetch.arrived[i] = seed % 4 > 0 and self.still(fetch.plan, fetch.losses)[i]
                     fetch.failed[i] = not fetch.arrived[i]
                     if fetch.arrived[i]:
-                        self.host[int(fetch.plan.host_slots[i])] = self.ssd[int(fetch.plan.ssd_slots[i])]
-            del self.fetches[fetch.plan.fetch_id]
-            self.lose(fetch.plan.ssd_slots[fetch.failed & self.still(fetch.plan, fetch.losses)])
-            self.engine.end_fetch(fetch.plan, fetch.arrived)
+                        self.host[int(fetch.plan.dst[i])] = self.ssd[int(fetch.plan.src[i])]
+            del self.fetches[fetch.plan.move_id]
+            self.lose(fetch.plan.src[fetch.failed & self.still(fetch.plan, fetch.losses)])
+            self.engine.end_move(fetch.plan, fetch.arrived)
             self.over.append(fetch.plan)
             for position in fetch.plan.blocks[fetch.failed].tolist() if fetch.plan.tree is self.engine._tree else ():
                 assert self.engine.match(fetch.plan.keys[: position + 1]).num_ready <= position
@@ -261,10 +265,10 @@ class Checked:
 
     def begin_write(self, sequence: Prefix, seed: int) -> None:
         busy = self.ssd_in_use()
-        plan = self.engine.begin_write(keys_of(sequence), 1 + seed % 4)
+        plan = self.engine.begin_write_back(1, keys_of(sequence), 1 + seed % 4)
         if plan is not None:
-            assert not busy & set(plan.ssd_slots.tolist())
-            for slot in plan.ssd_slots.tolist():
+            assert not busy & set(plan.dst.tolist())
+            for slot in plan.dst.tolist():
                 self.ssd[slot] = GARBAGE
             self.writes.append(plan)
 
@@ -272,9 +276,9 @@ class Checked:
         if self.writes:
             plan = self.writes.pop(seed % len(self.writes))
             written = np.array([seed >> (i % 6) & 1 == 0 for i in range(len(plan))], dtype=np.bool_)
-            for ok, host, ssd in zip(written, plan.host_slots.tolist(), plan.ssd_slots.tolist(), strict=True):
+            for ok, host, ssd in zip(written, plan.src.tolist(), plan.dst.tolist(), strict=True):
                 self.ssd[ssd] = self.host[host] if ok else GARBAGE
-            self.engine.end_write(plan, written)
+            self.engine.end_move(plan, written)
             self.over.append(plan)
 
     def write(self, sequence: Prefix, seed: int) -> None:
@@ -282,9 +286,9 @@ class Checked:
         self.begin_write(sequence, 3)
         if len(self.writes) > count:
             plan = self.writes[-1]
-            for host, ssd in zip(plan.host_slots.tolist(), plan.ssd_slots.tolist(), strict=True):
+            for host, ssd in zip(plan.src.tolist(), plan.dst.tolist(), strict=True):
                 self.ssd[ssd] = self.host[host]
-            self.engine.end_write(self.writes.pop(), np.ones(len(plan), dtype=np.bool_))
+            self.engine.end_move(self.writes.pop(), np.ones(len(plan), dtype=np.bool_))
 
     def sink(self, sequence: Prefix, seed: int) -> None:
         """Put and write a sequence, then push what may go out of the host."""
@@ -298,17 +302,15 @@ class Checked:
         if not self.over:
             return
         plan, before = self.over[seed % len(self.over)], self.engine.stats()
-        count = len(plan.all_blocks) if isinstance(plan, PutPlan) else len(plan)
+        count = len(plan.blocks) if isinstance(plan, PutPlan) else len(plan)
         ok = np.array([seed >> (i % 6) & 1 == 0 for i in range(count)], dtype=np.bool_)
         if isinstance(plan, PutPlan):
             self.engine.end_put(plan, ok)
-        elif isinstance(plan, WritePlan):
-            self.engine.end_write(plan, ok)
-        elif isinstance(plan, FetchPlan):
-            self.engine.end_fetch(plan, ok)
+        elif isinstance(plan, Move):
+            self.engine.end_move(plan, ok)
         else:
-            if plan.direct is not None:
-                self.engine.end_direct_get(plan.direct, None, ok[: len(plan.direct)])
+            for move in plan.to(DEVICE):
+                self.engine.end_move(move, ok[: len(move)])
             self.engine.end_get(plan, ok)
         after = self.engine.stats()
         refused = sum(after[name] - before[name] for name in ("stale_results", "ssd_stale_results"))
@@ -323,7 +325,7 @@ class Checked:
         if seed % 4 == 3:
             self.engine.evict_ahead()
         elif seed % 4 == 2:
-            self.engine._below.evict(self.engine._tree, 1 + seed % 5, self.clock())
+            self.engine._lower[0].evict(self.engine._tree, 1 + seed % 5, self.clock())
         else:
             self.engine._host.evict(self.engine._tree, NUM_HOST, self.clock())
 
@@ -360,7 +362,7 @@ class Checked:
             paths.append((found.keys[path], np.where(known[path], np.int32(-1), found.slots[path])))
             known[path] = True
         self.attach(paths)
-        self.engine.free_ssd(found.slots[~known])
+        self.engine.free(1, found.slots[~known])
         whole = {name for name in names if all(name[: i + 1] in names for i in range(len(name)))}
         if self.usable and self.half_out < 0:
             for name in names:

@@ -1,5 +1,6 @@
 """An engine with a real SSD tier. The content of its blocks follows from their key, so that every load is checked."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ from flexkv.config import CacheConfig, ModelConfig
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
 from flexkv.rank.tp_client import KVTPClient
+from flexkv.storage.ssd.tier import SSD
 from tests.support.harness import LAYERS, TOKENS, Tensors, until, wait_ready
 
 SHARED = 3
@@ -42,7 +44,7 @@ class Engine:
     device : int, optional
         Of the fake driver, whose memory is the host's.
     settings
-        For ``CacheConfig``; ``make_store`` for ``KVManager``.
+        For ``CacheConfig``; ``make_store`` for its SSD tier.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Engine:
         self.manager = KVManager(
             ModelConfig(num_layers=LAYERS, num_kv_heads=2, head_size=64, dtype="float16"),
             CacheConfig(tokens_per_block=TOKENS, num_cpu_blocks=host_slots, **settings),
-            gpu_register_port=str(place / "s"), **({"make_store": make_store} if make_store else {}),
+            gpu_register_port=str(place / "s"), tiers=[replace(SSD, make_store=make_store)] if make_store else None,
         )
         self.manager.start()
         tensors = Tensors(2 * MAX_BLOCKS, page_shape_of(slot_bytes), device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
 from flexkv.rank.tp_client import KVTPClient
-from flexkv.storage.store import MakeStore
+from flexkv.storage.ssd.tier import SSD
+from flexkv.storage.store import MakeStore, TierKind
 from tests.support.harness import LAYERS, TOKENS, Tensors, space_of, until, wait_ready
 from tests.support.memory_store import Disk, MemoryStore
 
@@ -84,7 +85,7 @@ class Stage:
 @contextmanager
 def stage(
     tmp_path: Path, disk: Disk | None = None, make_store: MakeStore | None = None,
-    transfer_config: TransferConfig | None = None, **settings: Any,
+    transfer_config: TransferConfig | None = None, tiers: list[TierKind] | None = None, **settings: Any,
 ) -> Iterator[Stage]:
     stores: list[MemoryStore] = []
 
@@ -102,7 +103,7 @@ def stage(
         ),
         gpu_register_port=str(tmp_path / "s"),
         transfer_config=transfer_config or TransferConfig(),
-        make_store=make_store or make_memory_store,
+        tiers=tiers or [replace(SSD, make_store=make_store or make_memory_store)],
     )
     manager.start()
     tensors = Tensors()
@@ -110,7 +111,7 @@ def stage(
     client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
     try:
         wait_ready(manager, HOST_SLOTS)
-        if make_store is None:
+        if make_store is None and tiers is None:
             until(lambda: "ssd_written_blocks" in manager.stats())
         made = Stage(manager, client, tensors, stores)
         yield made

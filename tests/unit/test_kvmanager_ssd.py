@@ -298,7 +298,7 @@ def test_a_match_in_host_memory_only(tmp_path: Path, layerwise: bool) -> None:
 
 
 def test_a_sequence_of_half_the_host_tier_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexkv.controller.tiering._BATCH_BYTES", SLOT_BYTES)
+    monkeypatch.setattr("flexkv.controller.tier_startup._BATCH_BYTES", SLOT_BYTES)
     with stage(tmp_path) as made:
         made.store.held = True                              # so that nothing leaves the queue but one batch
         made.put(HOST_SLOTS // 2, 1)

@@ -1,91 +1,66 @@
-"""Load or compute: the number of blocks on SSD that load faster than the engine computes them."""
+"""Load or compute: the number of blocks on lower tiers that load faster than the engine computes them."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-_KEEP = 0.8
-"""Weight of earlier measurements when a read ends (exponential decay)."""
+from flexkv.cache.admission.cost_model import CostModel
 
-_STALE_S = 60.0
-"""Seconds without a read after which the measured speed is discarded. Otherwise one slow measurement would prevent all
-later reads, and so never be corrected."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reads:
+    """Reads from one source that a load needs. Reads from different sources run at the same time.
+
+    Attributes
+    ----------
+    cost : CostModel
+    blocks : (n,) bool
+        Blocks of the load that must be read from this source.
+    queued_blocks : int
+        Blocks of other requests that are read from it first.
+    """
+
+    cost: CostModel
+    blocks: NDArray[np.bool_]
+    queued_blocks: int = 0
 
 
 class LoadOrCompute:
-    """Decides how many blocks to load from SSD, and measures the speed of reads. The caller must serialize calls.
+    """Decides how many blocks to load from lower tiers. The caller must serialize calls.
 
     Parameters
     ----------
     policy : str
         ``auto``, ``always`` or ``never``.
-    slot_bytes : int
-        Bytes of a block.
     tokens_per_block : int
     prefill_tokens_per_s : float
         Speed of the engine's prefill; 0: unknown, so that ``auto`` loads all blocks. May be set at any time.
-    clock : callable
-        Monotonic time in seconds.
     """
 
-    def __init__(
-        self,
-        policy: str,
-        slot_bytes: int,
-        tokens_per_block: int,
-        prefill_tokens_per_s: float,
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, policy: str = "always", tokens_per_block: int = 1, prefill_tokens_per_s: float = 0.0) -> None:
         self._policy = policy
-        self._slot_bytes = slot_bytes
         self._tokens_per_block = tokens_per_block
         self.prefill_tokens_per_s = prefill_tokens_per_s
-        self._clock = clock
-        self._bytes = self._seconds = self._busy_since = 0.0
-        self._reads = 0
 
-    @property
-    def bytes_per_s(self) -> float:
-        """Measured speed of reads: bytes per second of time in which a read was under way; 0: unknown."""
-        return self._bytes / self._seconds if self._seconds > 0 and not self._is_stale() else 0.0
-
-    def _is_stale(self) -> bool:
-        return self._reads == 0 and self._clock() - self._busy_since > _STALE_S
-
-    def read_began(self) -> None:
-        """Note that a read has begun."""
-        if self._is_stale():
-            self._bytes = self._seconds = 0.0
-        if self._reads == 0:
-            self._busy_since = self._clock()
-        self._reads += 1
-
-    def read_ended(self, num_blocks: int) -> None:
-        """Note that a read has ended, and that ``num_blocks`` blocks were read."""
-        now = self._clock()
-        self._bytes = _KEEP * self._bytes + num_blocks * self._slot_bytes
-        self._seconds = _KEEP * self._seconds + now - self._busy_since
-        self._busy_since = now
-        self._reads -= 1
-
-    def worth(self, slow: NDArray[np.bool_], queued_blocks: int) -> int:
-        """Number of leading blocks to load, of n consecutive blocks.
-
-        Parameters
-        ----------
-        slow : (n,) bool
-            Blocks that must be read from SSD.
-        queued_blocks : int
-            Blocks of other requests that are read from SSD first.
-        """
-        first = int(slow.argmax()) if slow.any() else len(slow)
+    def worth(self, reads: Sequence[Reads], num_blocks: int) -> int:
+        """Number of leading blocks to load, of ``num_blocks`` consecutive blocks. Blocks in none of ``reads`` cost
+        nothing."""
+        slow = np.zeros(num_blocks, dtype=np.bool_)
+        for read in reads:
+            slow |= read.blocks
+        first = int(slow.argmax()) if slow.any() else num_blocks
         if self._policy == "never":
             return first
-        speed, rate = self.bytes_per_s, self.prefill_tokens_per_s
-        if first == len(slow) or self._policy == "always" or speed == 0 or rate == 0:
-            return len(slow)
-        load_s = (queued_blocks + np.cumsum(slow[first:])) * (self._slot_bytes / speed)
-        compute_s = np.arange(1, len(slow) - first + 1) * (self._tokens_per_block / rate)
+        if first == num_blocks or self._policy == "always" or self.prefill_tokens_per_s == 0:
+            return num_blocks
+        load_s = np.zeros(num_blocks - first)
+        for read in reads:
+            needed = np.cumsum(read.blocks[first:])
+            seconds = read.cost.seconds(np.where(needed, needed + read.queued_blocks, 0))
+            if seconds is not None:
+                load_s = np.maximum(load_s, seconds)
+        compute_s = np.arange(1, num_blocks - first + 1) * (self._tokens_per_block / self.prefill_tokens_per_s)
         sooner = np.flatnonzero(load_s <= compute_s)
         return first + (int(sooner[-1]) + 1 if len(sooner) else 0)

@@ -1,4 +1,4 @@
-"""Erasure of SSD slots of puts that did not succeed, before they are given back."""
+"""Erasure of slots of lower tiers, of puts that did not succeed, before they are given back."""
 
 import logging
 from collections.abc import Callable
@@ -13,20 +13,22 @@ from flexkv.transfer.graph import TransferGraph, TransferOp
 logger = logging.getLogger("flexkv.controller")
 
 
-def erase(transfer: TransferEngine, task_id: int, slots: NDArray[np.int32], then: Callable[[], None]) -> None:
-    """Have SSD slots ((n,) int32) of a put hold nothing, also after a restart, and call ``then``, erased or not."""
+def erase(
+    transfer: TransferEngine, task_id: int, tier: int, slots: NDArray[np.int32], then: Callable[[], None]
+) -> None:
+    """Clear slots ((n,) int32) of a lower tier, also after a restart, and call ``then``, erased or not."""
 
     def erased(graph: TransferGraph) -> None:
         if failed := int((~graph.ops[0].ok).sum()):
             logger.error(
-                "task %d did not succeed, and %d of its blocks could not be erased on SSD: a restart may offer them",
+                "task %d did not succeed, and %d of its blocks could not be erased: a restart may offer them",
                 task_id, failed,
             )
         then()
 
-    graph = TransferGraph(next(transfer.task_ids), [TransferOp(OpKind.ERASE, slots, slots)])
+    graph = TransferGraph(next(transfer.task_ids), [TransferOp(OpKind.ERASE, slots, slots, tier=tier)])
     try:
         transfer.submit(graph, erased)
     except Exception:
-        logger.exception("task %d: %d blocks cannot be erased on SSD", task_id, len(slots))
+        logger.exception("task %d: %d blocks cannot be erased on a lower tier", task_id, len(slots))
         then()

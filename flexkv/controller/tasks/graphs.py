@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv.cache.plan import GetPlan, PutPlan
-from flexkv.controller.tasks.task import KVTask
-from flexkv.protocol.ring import OpKind
+from flexkv.cache.plan import DEVICE, Move
+from flexkv.controller.tasks.task import KVTask, direct_moves
+from flexkv.protocol.ring import IN_PLACE, OpKind
 from flexkv.transfer.graph import Dependency, TransferGraph, TransferOp
 
 
@@ -17,17 +17,19 @@ def graph_of(
 ) -> TransferGraph:
     """Move the task's blocks between their slots and ``pages`` ((m,) int32), once all of ``after`` have succeeded. The
     last op has a result for every block."""
-    ops, needs = [], task.needs
-    if task.plan is not None and task.plan.direct is not None:
-        where = np.searchsorted(task.blocks, task.plan.direct.blocks)
-        ops.append(_direct_op(task.plan, pages[where], fence, after))
-        needs = (*needs, Dependency(ops[0], where, np.arange(len(where))))
+    ops, needs, slots = [], task.needs, task.slots
+    for move in direct_moves(task.plan):
+        where = np.searchsorted(task.blocks, move.blocks)
+        ops.append(_direct_op(move, pages[where], fence, after))
+        needs = (*needs, Dependency(ops[-1], where, np.arange(len(where))))
+        slots = slots.copy() if len(ops) == 1 else slots
+        slots[where] = IN_PLACE
         if task.loading and task.cache is not None:
-            task.cache.begin_direct_get()
+            task.cache.begin_read(move)
     ops.append(TransferOp(
         OpKind.H2D if task.loading else OpKind.D2H,
-        src=task.slots if task.loading else pages,
-        dst=pages if task.loading else task.slots,
+        src=slots if task.loading else pages,
+        dst=pages if task.loading else slots,
         dp_client_id=dp_client_id,
         fence=fence,
         layerwise=layerwise and task.loading,
@@ -43,15 +45,11 @@ def arrival_of(task: KVTask) -> TransferGraph:
     return TransferGraph(task.task_id, [TransferOp(OpKind.ARRIVAL, task.slots, task.slots, depends_on=task.needs)])
 
 
-def _direct_op(
-    plan: GetPlan | PutPlan, pages: NDArray[np.int32], fence: int, after: Sequence[TransferOp]
-) -> TransferOp:
-    """Moves the blocks of the ``direct`` of a plan, which has one, between SSD and ``pages`` ((m,) int32)."""
-    direct = plan.direct
-    assert direct is not None                    # narrowing
-    keys = direct.keys[direct.blocks]
-    if isinstance(plan, GetPlan):
-        return TransferOp(OpKind.DISK2D, direct.ssd_slots, pages, fence=fence, after=after, keys=keys)
+def _direct_op(move: Move, pages: NDArray[np.int32], fence: int, after: Sequence[TransferOp]) -> TransferOp:
+    """Moves blocks between a lower tier and ``pages`` ((m,) int32)."""
+    keys = move.keys[move.blocks]
+    if move.target == DEVICE:
+        return TransferOp(OpKind.STORE2D, move.src, pages, fence=fence, after=after, keys=keys, tier=move.source)
     return TransferOp(
-        OpKind.D2DISK, pages, direct.ssd_slots, fence=fence, after=after, keys=keys, parents=direct.parents
+        OpKind.D2STORE, pages, move.dst, fence=fence, after=after, keys=keys, parents=move.parents, tier=move.target
     )

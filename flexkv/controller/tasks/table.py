@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import NO_MATCH, GetPlan, MatchResult, PutPlan
+from flexkv.cache.tier import HOST
 from flexkv.controller.response import KVResponse, KVResponseStatus
 from flexkv.controller.tasks import reasons
 from flexkv.controller.tasks.erasure import erase
@@ -121,10 +122,9 @@ class TaskTable:
         blocks = slots = np.zeros(0, dtype=np.int32)
         epoch = cache.epoch if cache is not None else 0
         if cache is not None:
-            # A block that goes straight to SSD is recorded there before it can be accepted.
-            direct = self._tiering is not None and self._tiering.saves_directly and not provisional
-            plan = cache.begin_put(keys, start, stop, tenant, direct)
-            blocks, slots = plan.all_blocks, plan.all_slots
+            # A block that goes straight to a lower tier is recorded there before it can be accepted.
+            plan = cache.begin_put(keys, start, stop, tenant, direct=not provisional)
+            blocks, slots = plan.blocks, plan.slots_on(HOST)
         return KVTask(
             next(self._transfer.task_ids), cache, epoch, plan, blocks, slots, self._tokens_per_block, num_tokens,
             self._tiering, loading=False, is_provisional=provisional,
@@ -241,7 +241,7 @@ class TaskTable:
     ) -> int:
         """A task that ends when all blocks that are on any tier are in host memory, however long that takes to load;
         ``host_only``: only blocks that are there now."""
-        host_only = host_only or (self._tiering is not None and self._tiering.loads_directly)   # need not come there
+        host_only = host_only or (cache is not None and cache.loads_directly)                   # need not come there
         task = self.new_get(cache, keys, start, None, num_tokens, choose=False, host_only=host_only, tenant=tenant)
         with self._lock:
             self._tasks[task.task_id] = task
@@ -318,13 +318,13 @@ class TaskTable:
             if task.stage is TaskStage.SETTLED:
                 return
             status, ok, reason = task.outcome(lambda: self._transfer.num_pages)
-            slots = task.to_erase(ok)
+            tier, slots = task.to_erase(ok)
             if len(slots) == 0:
                 if graph.ops[-1].counter and status is not KVResponseStatus.SUCCESS:
                     self._log.layers_lost(task)
                 return self._settle(task, status, ok, reason)
         # and look again then: a cancel or a reset may come meanwhile
-        erase(self._transfer, task.task_id, slots, partial(self._on_done, task, graph))
+        erase(self._transfer, task.task_id, tier, slots, partial(self._on_done, task, graph))
 
     def _settle(self, task: KVTask, status: KVResponseStatus, ok: NDArray[np.bool_], reason: str) -> None:
         """The end of a task. Under the lock. Its result is seen once its blocks are ready, or its slots given back."""

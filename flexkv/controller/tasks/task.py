@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.cache.engine import GlobalCacheEngine
-from flexkv.cache.plan import NO_MATCH, GetPlan, MatchResult, PutPlan
+from flexkv.cache.plan import DEVICE, NO_MATCH, NO_SLOTS, GetPlan, MatchResult, Move, PutPlan
+from flexkv.cache.tier import HOST
 from flexkv.controller.response import KVResponse, KVResponseStatus, mask_of_blocks
 from flexkv.controller.tasks import reasons
 from flexkv.controller.tiering import Tiering
@@ -39,6 +40,13 @@ class TaskStage(enum.Enum):
     SETTLED = "settled"
 
 
+def direct_moves(plan: GetPlan | PutPlan | None) -> list[Move]:
+    """Moves of a plan between lower tiers and DEVICE."""
+    if plan is None or not plan.moves:
+        return []
+    return plan.to(DEVICE) if isinstance(plan, GetPlan) else [move for move in plan.moves if move.target != HOST]
+
+
 @dataclass(slots=True, eq=False)
 class KVTask:
     """A task that has not settled.
@@ -55,7 +63,7 @@ class KVTask:
     blocks : (m,) int32
         Positions in the sequence of the blocks to move.
     slots : (m,) int32
-        Host slot of each; -1: the block is not cached, and will be reported as failed.
+        Host slot of each; -1: another move of the plan concerns it, or it is not cached and will be reported as failed.
     tokens_per_block : int
     num_tokens : int
         Size of the token mask of the response; 0: no mask.
@@ -74,8 +82,8 @@ class KVTask:
         CANCELLED: it was cancelled before it settled, and nothing of it counts.
     reason : str
         Why it failed, where the graph does not say.
-    erased : (k,) bool or None
-        Of a put with ``direct``: blocks whose SSD slots were erased, or could not be.
+    erased : (m,) bool or None
+        Of a put straight to a lower tier: blocks whose slots were erased there, or could not be.
     """
 
     task_id: int
@@ -107,8 +115,7 @@ class KVTask:
         """The verdict, though blocks may still be under way. The pages of such a get must not be used for anything
         else until the task has settled. None for a put that writes straight to SSD: the store records a block as soon
         as it was read from its page, so the page must not be given away before."""
-        direct = not self.loading and self.plan is not None and self.plan.direct is not None
-        return None if direct else self.decided
+        return None if not self.loading and direct_moves(self.plan) else self.decided
 
     @property
     def decided(self) -> KVResponseStatus | None:
@@ -159,18 +166,20 @@ class KVTask:
             )
         return KVResponseStatus.FAILED, ok, f"{int((~ok).sum())} of {len(ok)} blocks were not moved: {reason}"
 
-    def to_erase(self, ok: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """(k,) int32: SSD slots that the store may have recorded, or may yet record, of blocks that are not ``ok``
-        ((m,) bool). To be erased before the task settles: they must not be offered after a restart. Each is returned
-        once."""
-        if self.loading or self.graph is None or not isinstance(self.plan, PutPlan) or self.plan.direct is None:
-            return np.zeros(0, dtype=np.int32)
-        op, direct = self.graph.ops[0], self.plan.direct
-        if self.erased is None:
-            self.erased = np.zeros(len(direct), dtype=np.bool_)
-        left = op.started & ~ok[self.plan.where(direct)] & ~self.erased
-        self.erased |= left
-        return direct.ssd_slots[left]
+    def to_erase(self, ok: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
+        """A lower tier, and its slots ((k,) int32) that its store may have recorded, or may yet record, of blocks that
+        are not ``ok`` ((m,) bool). To be erased before the task settles: they must not be offered after a restart. Each
+        is returned once. No slots: there are none left."""
+        if not self.loading and self.graph is not None and isinstance(self.plan, PutPlan):
+            for op, move in zip(self.graph.ops, direct_moves(self.plan), strict=False):
+                if self.erased is None:
+                    self.erased = np.zeros(len(self.plan), dtype=np.bool_)
+                where = self.plan.where(move)
+                left = op.started & ~ok[where] & ~self.erased[where]
+                self.erased[where] |= left
+                if left.any():
+                    return move.target, move.dst[left]
+        return HOST, NO_SLOTS
 
     def _why_not_moved(self, op: TransferOp, num_pages: int | None) -> str:
         page = -1 if op.kind is OpKind.ARRIVAL else int((op.dst if self.loading else op.src).max())
@@ -192,9 +201,8 @@ class KVTask:
         """Give acquired blocks or slots back to the index. Blocks of a put that are ``ok`` ((m,) bool) become ready."""
         plan, self.plan = self.plan, None
         if isinstance(plan, GetPlan) and self.cache is not None:
-            if plan.direct is not None and self.tiering is not None:
-                read = self.graph.ops[0].ok if self.graph is not None else None
-                self.tiering.end_direct_get(self.cache, plan.direct, read)
+            if plan.moves and self.tiering is not None:
+                self.tiering.end_get(self.cache, plan, self.graph.ops if self.graph is not None else ())
             loaded = ok[: len(plan)] if len(ok) >= len(plan) else None
             if self.cache.end_get(plan, loaded) is not None:
                 raise InvariantError(f"task {self.task_id} read slots that were freed meanwhile")

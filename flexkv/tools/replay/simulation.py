@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.admission.write_back import WriteBack
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import policy_class
-from flexkv.cache.tier import SsdTier
+from flexkv.cache.lower_tier import TierService
 from flexkv.config import CacheConfig
 from flexkv.tools.replay.trace import Trace
 
@@ -74,9 +74,9 @@ class Simulation:
         plan = cache.begin_get(keys, 0, len(keys), choose=False)
         self._outcome.hits += plan.stop
         self._outcome.host_hits += plan.stop
-        if plan.fetch is not None:
-            self._outcome.host_hits -= len(plan.fetch)
-            cache.end_fetch(plan.fetch, ok[: len(plan.fetch)])
+        for move in plan.moves:
+            self._outcome.host_hits -= len(move)
+            cache.end_move(move, ok[: len(move)])
         cache.end_get(plan)
         if writer is not None and plan.stop:
             writer.hit(plan.keys)
@@ -99,15 +99,16 @@ def _control_plane(
 ) -> tuple[GlobalCacheEngine, WriteBack | None]:
     cache = GlobalCacheEngine(
         host_blocks, partial(policy_class(policy), hit_reward_seconds=CacheConfig.hit_reward_seconds), clock=clock,
-        num_ssd_slots=ssd_blocks,
+        lower={"ssd": ssd_blocks} if ssd_blocks else None,
     )
     cache.grow(host_blocks)
     if ssd_blocks == 0:
         return cache, None
-    load_or_compute = LoadOrCompute("always", 1, 1, 0.0, clock)
-    cache.attach_ssd(SsdTier(SlotAllocator(ssd_blocks), load_or_compute, lambda: True, lambda slots: slots >= 0))
+    cache.attach(1, TierService(
+        SlotAllocator(ssd_blocks), CostModel(1, clock), lambda: True, lambda slots: slots >= 0
+    ))
     writer = WriteBack(
-        cache, write_all=write_all, batch_blocks=ssd_blocks, max_in_flight_blocks=ssd_blocks,
+        cache, 1, write_all=write_all, batch_blocks=ssd_blocks, max_in_flight_blocks=ssd_blocks,
         max_queued_blocks=max(1, host_blocks // _QUEUE_SHARE), blocks_per_s=0.0, clock=clock,
     )
     return cache, writer

@@ -11,8 +11,8 @@ from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.executors.agent_link import AgentLink, Flight, Part
 from flexkv.transfer.graph import TransferOp
 
-_LOADS = frozenset({OpKind.H2D, OpKind.DISK2D})
-_SAVES = frozenset({OpKind.D2H, OpKind.D2DISK})
+_LOADS = frozenset({OpKind.H2D, OpKind.STORE2D})
+_SAVES = frozenset({OpKind.D2H, OpKind.D2STORE})
 """Kinds of ops that wait for fences of loads, and of saves."""
 
 

@@ -22,11 +22,14 @@ class StoreExecutor(Executor):
     Parameters
     ----------
     store : Store
+    tier : int
+        Number of the lower tier whose store it is.
     """
 
-    kinds = frozenset({OpKind.DISK2H, OpKind.H2DISK, OpKind.DISK2D, OpKind.D2DISK, OpKind.ERASE})
+    kinds = frozenset({OpKind.STORE2H, OpKind.H2STORE, OpKind.STORE2D, OpKind.D2STORE, OpKind.ERASE})
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, tier: int = 1) -> None:
+        self.tier = tier
         self._store = store
         self.event_fd = store.event_fd
         self._jobs: dict[int, tuple[TransferOp, NDArray[np.intp], Progress]] = {}
@@ -35,7 +38,7 @@ class StoreExecutor(Executor):
         self._abandoned = False
 
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
-        is_read = op.kind in (OpKind.DISK2H, OpKind.DISK2D)
+        is_read = op.kind in (OpKind.STORE2H, OpKind.STORE2D)
         if op.kind is OpKind.ERASE and not self._abandoned and not failed:
             self._store.erase(self._new_job(op, indices, progress), op.dst[indices])
             return
@@ -43,7 +46,7 @@ class StoreExecutor(Executor):
             progress(op, indices, np.zeros(len(indices), dtype=np.bool_))
             return
         job = self._new_job(op, indices, progress)
-        fence = op.fence if op.kind in (OpKind.DISK2D, OpKind.D2DISK) else None
+        fence = op.fence if op.kind in (OpKind.STORE2D, OpKind.D2STORE) else None
         src, dst, keys = op.src[indices], op.dst[indices], op.keys[indices]
         if is_read:
             self._store.read(job, src, dst, keys, fence)
@@ -76,7 +79,7 @@ class StoreExecutor(Executor):
         try:
             self._store.close()                # first: a slot that is still written must not be freed
         except Exception:
-            logger.exception("the SSD store cannot be closed: blocks in progress keep their slots")
+            logger.exception("the store cannot be closed: blocks in progress keep their slots")
             return
         for op, indices, progress in self._jobs.values():
             left = indices[~op.resolved[indices]]

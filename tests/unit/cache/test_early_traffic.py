@@ -23,8 +23,8 @@ def test_events_are_replayed_as_the_queue_has_room() -> None:
     early.replay(world.writer)
     world.write()
     assert early.num_blocks == 0
-    assert world.writer.stats()["ssd_written_blocks"] == 60
-    assert world.writer.stats()["ssd_dropped_writes"] == 0
+    assert world.writer.stats()["written_blocks"] == 60
+    assert world.writer.stats()["dropped_writes"] == 0
 
 
 def test_a_sequence_that_is_longer_than_the_queue_is_written_as_far_as_it_goes() -> None:

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.radix import RadixTree
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU, policy_class
-from flexkv.cache.plan import IN_PLACE
+from flexkv.cache.lower_tier import TierService
 from flexkv.cache.reasons import MissReason
-from flexkv.cache.tier import SsdTier
+from flexkv.cache.tier import HOST
 from flexkv.errors import CapacityError, ConfigError
 from tests.property.model_tree import keys_of
 
@@ -189,13 +189,15 @@ class Disk:
     """An engine of 8 host and 10 SSD slots, and the SSD tier that is to come into service, full."""
 
     def __init__(self) -> None:
-        self.cache = GlobalCacheEngine(8, LRU, 0.65, 0.2, clock=Clock(), num_ssd_slots=10)
+        self.cache = GlobalCacheEngine(8, LRU, 0.65, 0.2, clock=Clock(), lower={"ssd": 10})
         self.cache.grow(8)
         self.is_usable = True
         self.slots = SlotAllocator(10)
         self.slots.allocate(10)
-        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, Clock())
-        self.tier = SsdTier(self.slots, load_or_compute, lambda: self.is_usable, lambda slots: slots >= 0)
+        cost = CostModel(1, Clock())
+        self.tier = TierService(
+            self.slots, cost, lambda: self.is_usable, lambda slots: slots >= 0, saves_directly=lambda: True
+        )
 
     def ready(self, *sequence: int) -> int:
         return self.cache.match(keys_of(sequence)).num_ready
@@ -219,10 +221,10 @@ def test_eviction_while_a_full_ssd_comes_into_service_leaves_out_what_lost_its_p
         yield chain((1, 2, 4, 5), -1, -1, -1, 4)
         yield chain((7, 8), 5, 6)
 
-    assert disk.cache.attach_ssd(disk.tier, chains())
+    assert disk.cache.attach(1, disk.tier, chains())
     assert disk.ready(1, 2, 4) == 0
     assert disk.ready(7, 8) == 2
-    disk.cache.free_ssd(np.array([7, 8, 9], dtype=np.int32))
+    disk.cache.free(1, np.array([7, 8, 9], dtype=np.int32))
     disk.cache.check_integrity()
     assert disk.slots.num_free == 8
 
@@ -238,13 +240,13 @@ def test_nothing_of_before_a_reset_comes_into_service(when: str) -> None:
 
     if when == "before":
         disk.cache.reset()
-    assert not disk.cache.attach_ssd(disk.tier, chains())
+    assert not disk.cache.attach(1, disk.tier, chains())
     assert disk.ready(1, 2) == disk.ready(7, 8) == 0
 
 
 def test_a_tier_that_is_out_of_service_loses_nothing_to_eviction_ahead_of_need() -> None:
     disk = Disk()
-    assert disk.cache.attach_ssd(disk.tier, [chain(tuple(range(10)), *range(10))])
+    assert disk.cache.attach(1, disk.tier, [chain(tuple(range(10)), *range(10))])
     disk.is_usable = False
     assert disk.cache.evict_ahead() == 0
     disk.is_usable = True
@@ -257,17 +259,19 @@ def test_a_put_larger_than_the_host_tier_has_its_first_blocks_on_ssd(length: int
     """Nothing of it hangs on blocks in host memory, which may go before they are written."""
     disk = Disk()
     disk.slots.free(np.arange(10, dtype=np.int32))
-    assert disk.cache.attach_ssd(disk.tier)
+    assert disk.cache.attach(1, disk.tier)
     for other in range(8):
         put(disk.cache, other)
     sequence = tuple(range(100, 100 + length))
     plan = disk.cache.begin_put(keys_of(sequence), 0, length, direct=True)
-    assert plan.direct is not None
-    assert plan.direct.blocks.tolist() == list(range(min(10, length)))
-    assert plan.blocks.tolist() == list(range(10, length))
-    assert plan.all_blocks.tolist() == list(range(length))
-    assert (plan.all_slots[:10] == IN_PLACE).all()
-    assert plan.all_slots[10:].tolist() == plan.slots.tolist()
+    direct, rest = plan.to(1), plan.to(HOST)
+    assert direct is not None
+    assert direct.blocks.tolist() == list(range(min(10, length)))
+    assert plan.blocks.tolist() == list(range(length))
+    assert (plan.slots_on(HOST)[:10] == -1).all()
+    if rest is not None:
+        assert rest.blocks.tolist() == list(range(10, length))
+        assert plan.slots_on(HOST)[10:].tolist() == rest.dst.tolist()
     disk.cache.end_put(plan, np.ones(length, dtype=np.bool_))
     assert disk.ready(*sequence) == length
     assert sum(disk.ready(other) for other in range(8)) == 8 - max(0, length - 10)      # no more went than had to
@@ -282,13 +286,13 @@ def test_a_put_straight_to_ssd_may_evict_later_blocks_of_its_own_sequence(num_la
     """All of them, or some: those are absent then too, and come before the end of the sequence."""
     disk = Disk()
     disk.slots.free(np.arange(10, dtype=np.int32))
-    assert disk.cache.attach_ssd(disk.tier)
+    assert disk.cache.attach(1, disk.tier)
     length = 3 + num_later + 1
     keys = keys_of(tuple(range(100, 100 + length)))
     first = disk.cache.begin_put(keys, 0, 3)
     pending = [disk.cache.begin_put(keys_of((other,)), 0, 1) for other in range(5)]     # the host tier is full
     later = disk.cache.begin_put(keys, 0, length - 1, direct=True)
-    assert later.all_blocks.tolist() == list(range(3, length - 1))
+    assert later.blocks.tolist() == list(range(3, length - 1))
     disk.cache.end_put(later, np.ones(num_later, dtype=np.bool_))
     for other in range(60, 62):
         disk.cache.end_put(disk.cache.begin_put(keys_of((other,)), 0, 1, direct=True), np.ones(1, dtype=np.bool_))
@@ -298,24 +302,22 @@ def test_a_put_straight_to_ssd_may_evict_later_blocks_of_its_own_sequence(num_la
     disk.cache.end_put(first, np.zeros(3, dtype=np.bool_))
     pending += [disk.cache.begin_put(keys_of((other,)), 0, 1) for other in range(5, 8)]
     plan = disk.cache.begin_put(keys, 0, length, direct=True)     # for its first three blocks and its last
-    assert plan.direct is not None
-    assert plan.direct.blocks.tolist() == [0, 1, 2, 3]
-    assert len(plan) == 0
+    assert [(move.target, move.blocks.tolist()) for move in plan.moves] == [(1, [0, 1, 2, 3])]
     disk.cache.end_put(plan, np.ones(4, dtype=np.bool_))
     assert disk.ready(*range(100, 100 + length)) == 4
     for each in pending:
-        disk.cache.end_put(each, np.ones(len(each.all_blocks), dtype=np.bool_))
+        disk.cache.end_put(each, np.ones(len(each.blocks), dtype=np.bool_))
     disk.cache.check_integrity()
 
 
 def test_of_a_put_what_was_not_written_is_not_there() -> None:
     disk = Disk()
     disk.slots.free(np.arange(10, dtype=np.int32))
-    assert disk.cache.attach_ssd(disk.tier)
+    assert disk.cache.attach(1, disk.tier)
     sequence = tuple(range(100, 112))
     for lost in range(12):
         plan = disk.cache.begin_put(keys_of(sequence), 0, 12, direct=True)
-        assert len(plan.all_blocks) == 12
+        assert len(plan.blocks) == 12
         disk.cache.end_put(plan, np.arange(12) != lost)
         assert disk.ready(*sequence) == lost
         disk.cache.reset()

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 from flexkv._core.index.radix import RadixTree
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
+from flexkv.cache.lower_tier import TierService
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import MissReason
-from flexkv.cache.tier import SsdTier
 from flexkv.config.namespaces import Quota
 from flexkv.errors import CapacityError, PinError
 from tests.property.model_tree import keys_of
@@ -48,13 +48,17 @@ class Two:
     """An engine of host and SSD slots, whose index can be made full."""
 
     def __init__(self, num_host: int = 8, num_ssd: int = 16, quotas: Quotas | None = None) -> None:
-        self.cache = GlobalCacheEngine(num_host, LRU, 1.0, 0.0, clock=Clock(), num_ssd_slots=num_ssd, quotas=quotas)
+        self.cache = GlobalCacheEngine(num_host, LRU, 1.0, 0.0, clock=Clock(), lower={"ssd": num_ssd}, quotas=quotas)
         self.cache.grow(num_host)
         self.num_host, self.num_ssd = num_host, num_ssd
         self.slots = SlotAllocator(num_ssd)
-        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, Clock())
-        self.tier = SsdTier(self.slots, load_or_compute, lambda: True, lambda slots: slots >= 0)
-        assert self.cache.attach_ssd(self.tier)
+        cost = CostModel(1, Clock())
+        self.loads_directly = False
+        self.tier = TierService(
+            self.slots, cost, lambda: True, lambda slots: slots >= 0,
+            loads_directly=lambda: self.loads_directly, saves_directly=lambda: True,
+        )
+        assert self.cache.attach(1, self.tier)
 
     def fill_up(self, *names: str) -> Full:
         """From now on these calls of the index find it full."""
@@ -65,15 +69,15 @@ class Two:
 
     def put(self, *sequence: int, lost: tuple[int, ...] = (), direct: bool = False, tenant: int = 0) -> int:
         plan = self.cache.begin_put(keys_of(sequence), 0, len(sequence), tenant, direct)
-        ok = ~np.isin(plan.all_blocks, lost)
+        ok = ~np.isin(plan.blocks, lost)
         self.cache.end_put(plan, ok)
         return int(ok.sum())
 
     def write(self, *sequence: int, lost: tuple[int, ...] = ()) -> int:
-        plan = self.cache.begin_write(keys_of(sequence), len(sequence))
+        plan = self.cache.begin_write_back(1, keys_of(sequence), len(sequence))
         if plan is None:
             return 0
-        self.cache.end_write(plan, ~np.isin(plan.blocks, lost))
+        self.cache.end_move(plan, ~np.isin(plan.blocks, lost))
         return len(plan)
 
     def sink(self, *sequence: int) -> None:
@@ -100,7 +104,7 @@ def test_begin_put() -> None:
     two = Two()
     full = two.fill_up("insert")
     plan = two.cache.begin_put(keys_of((1, 2, 3)), 0, 3)
-    assert len(plan.all_blocks) == 0
+    assert len(plan.blocks) == 0
     two.cache.end_put(plan, np.zeros(0, dtype=np.bool_))
     assert two.cache.stats()["free_slots"] == 8
     full.refuses.clear()
@@ -112,8 +116,8 @@ def test_direct_put() -> None:
     two = Two()
     full = two.fill_up("insert")
     plan = two.cache.begin_put(keys_of(tuple(range(12))), 0, 12, direct=True)
-    assert plan.direct is None
-    two.cache.end_put(plan, np.zeros(len(plan.all_blocks), dtype=np.bool_))
+    assert plan.moves == ()
+    two.cache.end_put(plan, np.zeros(len(plan.blocks), dtype=np.bool_))
     full.refuses.clear()
     assert two.put(*range(12), direct=True) == 12
     two.check_nothing_is_lost()
@@ -139,9 +143,9 @@ def test_a_get_of_blocks_on_ssd_that_cannot_be_acquired(direct: bool) -> None:
     two = Two()
     two.put(1, 2, 3)
     two.sink(1, 2, 3)
-    full = two.fill_up("acquire")
-    plan = two.cache.begin_get(keys_of((1, 2, 3)), 0, 3, direct=direct)
-    assert (len(plan), plan.fetch, plan.direct, plan.joins) == (0, None, None, ())
+    full, two.loads_directly = two.fill_up("acquire"), direct
+    plan = two.cache.begin_get(keys_of((1, 2, 3)), 0, 3)
+    assert (len(plan), plan.moves, plan.joins) == (0, (), ())
     two.cache.end_get(plan)
     full.refuses.clear()
     two.check_nothing_is_lost()
@@ -164,7 +168,7 @@ def test_a_fetch(refused: str) -> None:
 
         full.acquire = second                              # type: ignore[attr-defined]
     plan = two.cache.begin_get(keys_of((1, 2, 3)), 0, 3)
-    assert (len(plan), plan.fetch, plan.joins, plan.reason) == (0, None, (), MissReason.NO_ROOM)
+    assert (len(plan), plan.moves, plan.joins, plan.reason) == (0, (), (), MissReason.NO_ROOM)
     two.cache.end_get(plan)
     assert two.cache.stats()["blocks_being_fetched"] == 0
     two.check_nothing_is_lost()
@@ -185,7 +189,7 @@ def test_begin_write(refused: str) -> None:
             acquire(*args)
 
         full.acquire = second                              # type: ignore[attr-defined]
-    assert two.cache.begin_write(keys_of((1, 2, 3)), 3) is None
+    assert two.cache.begin_write_back(1, keys_of((1, 2, 3)), 3) is None
     del full.refuses
     two.check_nothing_is_lost()
 
@@ -201,14 +205,14 @@ def test_a_user_cannot_pin_what_the_index_has_no_room_for() -> None:
 
 
 def test_an_ssd_tier_that_comes_into_a_full_index_gives_its_slots_back() -> None:
-    cache = GlobalCacheEngine(2, LRU, 1.0, 0.0, clock=Clock(), num_ssd_slots=2)
+    cache = GlobalCacheEngine(2, LRU, 1.0, 0.0, clock=Clock(), lower={"ssd": 2})
     cache.grow(2)
     slots = SlotAllocator(40)
     taken = slots.allocate(40)
     assert taken is not None
-    tier = SsdTier(slots, LoadOrCompute("always", 1, 1, 0.0, Clock()), lambda: True, lambda slots: slots >= 0)
+    tier = TierService(slots, CostModel(1, Clock()), lambda: True, lambda slots: slots >= 0)
     chains = [(keys_of((number, *range(4))), taken[5 * number : 5 * number + 5]) for number in range(8)]
-    assert cache.attach_ssd(tier, chains)
+    assert cache.attach(1, tier, chains)
     assert cache.stats()["indexed_blocks"] <= 8
     assert slots.num_free == 40 - cache.stats()["indexed_blocks"]
 
@@ -282,8 +286,7 @@ def test_what_lies_behind_a_block_that_ssd_lost_is_freed_first_on_both_tiers() -
     two.put(7, 7)
     two.sink(7, 7)                                         # least recently used but for what is out of reach
     get = two.cache.begin_get(keys_of((0, 1, 2, 3)), 0, 4)
-    assert get.fetch is not None
-    two.cache.end_fetch(get.fetch, np.array([True, False, True, True]))
+    two.cache.end_move(get.moves[0], np.array([True, False, True, True]))
     two.cache.end_get(get)
     two.cache._host.evict(two.cache._tree, 1, 1e6)
     assert two.ready(0, 1, 2, 3) == 1

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
+from flexkv.cache.lower_tier import TierService
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import MissReason
-from flexkv.cache.tier import SsdTier
 from flexkv.config.namespaces import Quota
 from flexkv.errors import ConfigError
 from tests.property.model_tree import Prefix, keys_of
@@ -24,12 +24,13 @@ class Cache:
         self.now = 0.0
         self.quotas = Quotas({"" if name == "default" else name: quota for name, quota in quotas.items()})
         self.engine = GlobalCacheEngine(
-            num_slots, LRU, threshold, 0.0, clock=lambda: self.now, num_ssd_slots=num_ssd_slots, quotas=self.quotas
+            num_slots, LRU, threshold, 0.0, clock=lambda: self.now, quotas=self.quotas,
+            lower={"ssd": num_ssd_slots} if num_ssd_slots else None,
         )
         self.engine.grow(num_slots)
-        self.load_or_compute = LoadOrCompute("always", 1, 1, 0.0, lambda: self.now)
-        self.ssd = SsdTier(
-            SlotAllocator(num_ssd_slots), self.load_or_compute, lambda: True,
+        self.cost = CostModel(1, lambda: self.now)
+        self.ssd = TierService(
+            SlotAllocator(num_ssd_slots), self.cost, lambda: True,
             lambda slots: np.ones(len(slots), dtype=np.bool_)
         )
 
@@ -40,8 +41,8 @@ class Cache:
 
     def get(self, name: str, *sequence: int) -> int:
         plan = self.engine.begin_get(keys_of(sequence), 0, len(sequence), tenant=self.quotas.tenant([name]))
-        if plan.fetch is not None:
-            self.engine.end_fetch(plan.fetch, np.ones(len(plan.fetch), dtype=np.bool_))
+        for move in plan.moves:
+            self.engine.end_move(move, np.ones(len(move), dtype=np.bool_))
         self.engine.end_get(plan)
         return len(plan)
 
@@ -152,7 +153,7 @@ def test_what_was_found_on_disk_is_others_until_it_is_used() -> None:
     cache = Cache(10, 20, short=Quota(limit=0.1, ttl_s=10), other=Quota())
     keys, slots = keys_of(run(1, 4)), cache.ssd.slots.allocate(4)
     assert slots is not None
-    assert cache.engine.attach_ssd(cache.ssd, [(keys, slots)])
+    assert cache.engine.attach(1, cache.ssd, [(keys, slots)])
     assert cache.engine.stats()["ssd_namespace_default_blocks"] == 4
     assert cache.get("short", *run(1, 4)) == 1                  # all that its limit on the host allows
     assert cache.engine.stats()["ssd_namespace_short_blocks"] == 1
@@ -165,7 +166,7 @@ def test_what_comes_to_exceed_a_limit_is_trimmed() -> None:
     cache = Cache(10, 20, short=Quota(limit=0.1), other=Quota())
     keys, slots = keys_of(run(1, 4)), cache.ssd.slots.allocate(4)
     assert slots is not None
-    assert cache.engine.attach_ssd(cache.ssd, [(keys, slots)])
+    assert cache.engine.attach(1, cache.ssd, [(keys, slots)])
     assert cache.put("short", *run(1, 5)) == 1                  # a use of what was on disk
     assert cache.engine.stats()["ssd_namespace_short_blocks"] == 4
     cache.engine.evict_ahead()
@@ -175,15 +176,15 @@ def test_what_comes_to_exceed_a_limit_is_trimmed() -> None:
 
 def test_what_left_the_host_and_was_not_on_ssd_is_told() -> None:
     cache = Cache(2, 8)
-    cache.engine.attach_ssd(cache.ssd)
+    cache.engine.attach(1, cache.ssd)
     cache.put("", 1, 1)
     cache.put("", 2)
     assert cache.has("", 1, 1) == (1, MissReason.NOT_ADMITTED)
-    plan = cache.engine.begin_write(keys_of((2,)), 1)
+    plan = cache.engine.begin_write_back(1, keys_of((2,)), 1)
     assert plan is not None
-    cache.engine.end_write(plan, np.ones(1, dtype=np.bool_))
+    cache.engine.end_move(plan, np.ones(1, dtype=np.bool_))
     cache.put("", 3, 3)
     assert cache.has("", 2) == (1, MissReason.FULL_HIT)
-    cache.engine._below.evict(cache.engine._tree, 1, cache.now)
+    cache.engine._lower[0].evict(cache.engine._tree, 1, cache.now)
     assert cache.has("", 2) == (0, MissReason.EVICTED)
     assert math.isfinite(cache.engine.match(keys_of((2,))).evicted_at)

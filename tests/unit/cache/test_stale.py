@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
+from flexkv.cache.lower_tier import TierService
 from flexkv.cache.plan import PutPlan
-from flexkv.cache.tier import HOST, SsdTier
+from flexkv.cache.tier import HOST
 
 from ...property.model_tree import keys_of
 
@@ -26,12 +27,14 @@ class Clock:
         return self.now
 
 
-def engine(num_slots: int = 2, num_ssd: int = 0) -> GlobalCacheEngine:
-    made = GlobalCacheEngine(num_slots, LRU, 1.0, 0.0, clock=Clock(), num_ssd_slots=num_ssd)
+def engine(num_slots: int = 2, num_ssd: int = 0, direct: bool = False) -> GlobalCacheEngine:
+    made = GlobalCacheEngine(num_slots, LRU, 1.0, 0.0, clock=Clock(), lower={"ssd": num_ssd} if num_ssd else None)
     made.grow(num_slots)
     if num_ssd:
-        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, Clock())
-        made.attach_ssd(SsdTier(SlotAllocator(num_ssd), load_or_compute, lambda: True, lambda slots: slots >= 0))
+        cost = CostModel(1, Clock())
+        made.attach(1, TierService(
+            SlotAllocator(num_ssd), cost, lambda: True, lambda slots: slots >= 0, loads_directly=lambda: direct
+        ))
     return made
 
 
@@ -41,8 +44,9 @@ def ones(count: int) -> np.ndarray:
 
 def lose(cache: GlobalCacheEngine, plan: PutPlan) -> None:
     """The fault that the assertion is for: slots of a plan in flight are freed, so that others get them."""
-    plan.tree.drop(plan.keys, plan.by_position(plan.slots), HOST)
-    cache._host_slots.free(plan.slots)
+    move = plan.moves[0]
+    move.tree.drop(move.keys, move.by_position(move.dst), HOST)
+    cache._host_slots.free(move.dst)
 
 
 @pytest.mark.parametrize("ok", [True, False])
@@ -53,7 +57,7 @@ def test_a_late_write_neither_makes_the_new_block_ready_nor_frees_its_slot(
     first = cache.begin_put(keys_of((1, 1)), 0, 2)
     lose(cache, first)
     second = cache.begin_put(keys_of((1, 1)), 0, 2)             # the same blocks in the same slots
-    assert sorted(second.slots) == sorted(first.slots)
+    assert sorted(second.slots_on(HOST)) == sorted(first.slots_on(HOST))
     with caplog.at_level(logging.ERROR, "flexkv.cache"):
         cache.end_put(first, np.full(2, ok))
     assert "late write of slots [0, 1]" in caplog.text
@@ -69,11 +73,12 @@ def test_a_late_write_neither_makes_the_new_block_ready_nor_frees_its_slot(
 def test_of_a_late_result_the_blocks_whose_slot_is_still_theirs_count() -> None:
     cache = engine(3)
     plan = cache.begin_put(keys_of((1, 2, 3)), 0, 3)
-    last = plan.by_position(plan.slots, np.array([False, False, True]))
-    plan.tree.drop(plan.keys, last, HOST)
-    cache._host_slots.free(plan.slots[2:])
+    move = plan.moves[0]
+    last = move.by_position(move.dst, np.array([False, False, True]))
+    move.tree.drop(move.keys, last, HOST)
+    cache._host_slots.free(move.dst[2:])
     other = cache.begin_put(keys_of((4,)), 0, 1)
-    assert other.slots[0] == plan.slots[2]
+    assert other.slots_on(HOST)[0] == move.dst[2]
     cache.end_put(plan, ones(3))
     assert cache.match(keys_of((1, 2, 3))).num_ready == 2
     assert cache.match(keys_of((4,))).num_ready == 0
@@ -97,14 +102,13 @@ def test_a_read_of_a_slot_that_became_anothers_is_reported() -> None:
 def test_a_block_whose_fetch_failed_is_no_stale_read() -> None:
     cache = engine(2, num_ssd=2)
     cache.end_put(put := cache.begin_put(keys_of((1, 1)), 0, 2), ones(2))
-    write = cache.begin_write(keys_of((1, 1)), 2)
+    write = cache.begin_write_back(1, keys_of((1, 1)), 2)
     assert write is not None
-    cache.end_write(write, ones(2))
+    cache.end_move(write, ones(2))
     cache._host.evict(cache._tree, 2, 1e6)
-    assert put.filled is None
+    assert put.moves[0].filled is None
     get = cache.begin_get(keys_of((1, 1)), 0, 2)
-    assert get.fetch is not None
-    cache.end_fetch(get.fetch, np.array([True, False]))
+    cache.end_move(get.moves[0], np.array([True, False]))
     assert cache.end_get(get, np.array([True, False])) is None
     assert cache.stats()["stale_results"] == 0
     cache.check_integrity()
@@ -113,38 +117,36 @@ def test_a_block_whose_fetch_failed_is_no_stale_read() -> None:
 def test_what_a_write_back_read_from_anothers_slot_is_not_on_ssd() -> None:
     cache = engine(2, num_ssd=2)
     cache.end_put(cache.begin_put(keys_of((1, 1)), 0, 2), ones(2))
-    write = cache.begin_write(keys_of((1, 1)), 2)
+    write = cache.begin_write_back(1, keys_of((1, 1)), 2)
     assert write is not None
-    cache._host_slots.free(write.host_slots[:1])
+    cache._host_slots.free(write.src[:1])
     cache._host_slots.allocate(1)
-    cache.end_write(write, ones(2))
-    assert cache.on_ssd(keys_of((1, 1))).tolist() == [False, True]
+    cache.end_move(write, ones(2))
+    assert cache.has_slot(1, keys_of((1, 1))).tolist() == [False, True]
     assert cache.stats()["ssd_free_slots"] == 1
 
 
 def test_a_read_error_of_a_slot_that_was_filled_anew_loses_nothing() -> None:
     """Two gets read a bad block; the first finds it, the block is written again to the same slot, then the second."""
-    cache = engine(2, num_ssd=1)
+    cache = engine(2, num_ssd=1, direct=True)
     keys = keys_of((1,))
 
     def store() -> None:
         cache.end_put(cache.begin_put(keys, 0, 1), ones(1))
-        write = cache.begin_write(keys, 1)
+        write = cache.begin_write_back(1, keys, 1)
         assert write is not None
-        cache.end_write(write, ones(1))
+        cache.end_move(write, ones(1))
         cache._host.evict(cache._tree, 2, 1e6)
 
     store()
-    first, second = (cache.begin_get(keys, 0, 1, direct=True) for _ in range(2))
-    assert first.direct is not None
-    assert second.direct is not None
-    cache.end_direct_get(first.direct, 0, ones(1))
+    first, second = (cache.begin_get(keys, 0, 1) for _ in range(2))
+    cache.end_move(first.moves[0], ~ones(1))
     cache.end_get(first)
     store()
-    assert cache.on_ssd(keys).all()
-    cache.end_direct_get(second.direct, 0, ones(1))
+    assert cache.has_slot(1, keys).all()
+    cache.end_move(second.moves[0], ~ones(1))
     cache.end_get(second)
-    assert cache.on_ssd(keys).all()
+    assert cache.has_slot(1, keys).all()
     cache.check_integrity()
 
 
@@ -167,27 +169,27 @@ def test_a_write_planned_before_a_reset_that_ends_after_it_offers_nothing(ok: li
     cache = engine(4, num_ssd=4)
     keys = keys_of((1, 1))
     cache.end_put(cache.begin_put(keys, 0, 2), ones(2))
-    write = cache.begin_write(keys, 2)
+    write = cache.begin_write_back(1, keys, 2)
     assert write is not None
     cache.reset()
     assert cache.stats()["free_slots"] == 2                     # the write still reads the others
     assert cache.stats()["ssd_free_slots"] == 2
     if again:                                                   # the same sequence, computed anew
         cache.end_put(cache.begin_put(keys, 0, 2), ones(2))
-        newer = cache.begin_write(keys, 2)
+        newer = cache.begin_write_back(1, keys, 2)
         assert newer is not None
-        assert not set(newer.ssd_slots) & set(write.ssd_slots)
-        assert not set(newer.host_slots) & set(write.host_slots)
-    cache.end_write(write, np.array(ok))
+        assert not set(newer.dst) & set(write.dst)
+        assert not set(newer.src) & set(write.src)
+    cache.end_move(write, np.array(ok))
     cache.check_integrity()
     assert not cache._retired
     assert cache.match(keys).num_ready == (2 if again else 0)
     assert cache.stats()["ssd_free_slots"] == (2 if again else 4)
     assert cache.stats()["free_slots"] == (2 if again else 4)
-    cache.end_write(write, np.array(ok))                        # once more changes nothing
+    cache.end_move(write, np.array(ok))                        # once more changes nothing
     cache.check_integrity()
     if again:
-        cache.end_write(newer, ones(2))
+        cache.end_move(newer, ones(2))
         cache._host.evict(cache._tree, 4, 1e6)
         assert cache.match(keys).num_to_fetch == 2
     cache.check_integrity()
@@ -197,15 +199,15 @@ def test_a_fetch_planned_before_a_reset_that_ends_after_it_offers_nothing() -> N
     cache = engine(2, num_ssd=2)
     keys = keys_of((1, 1))
     cache.end_put(cache.begin_put(keys, 0, 2), ones(2))
-    write = cache.begin_write(keys, 2)
+    write = cache.begin_write_back(1, keys, 2)
     assert write is not None
-    cache.end_write(write, ones(2))
+    cache.end_move(write, ones(2))
     cache._host.evict(cache._tree, 2, 1e6)
     get = cache.begin_get(keys, 0, 2)
-    assert get.fetch is not None
+    assert len(get.moves) == 1
     cache.reset()
     assert cache.stats()["free_slots"] == 0
-    cache.end_fetch(get.fetch, ones(2))
+    cache.end_move(get.moves[0], ones(2))
     assert cache.match(keys).num_ready == 0
     cache.end_get(get, ones(2))
     assert cache.stats()["free_slots"] == 2

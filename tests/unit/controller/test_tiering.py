@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flexkv.cache.plan import WritePlan
+from flexkv.cache.plan import Move
 from flexkv.cache.reasons import MissReason
 from flexkv.config import CacheConfig
 from flexkv.controller import tiering
@@ -49,11 +49,11 @@ def stage_that_was_reset(tmp_path: Path, disk: Disk) -> Iterator[Stage]:
 def test_a_write_that_is_planned_before_a_reset_is_forgotten_by_it(tmp_path: Path) -> None:
     disk = Disk()
     with stage(tmp_path, disk) as made:
-        writer = space_of(made.manager).tiering._writer              # type: ignore[union-attr]
+        writer = space_of(made.manager).tiering._tiers[0]._writer    # type: ignore[union-attr]
         assert writer is not None
         plan_of, resets = writer.next, list[threading.Thread]()
 
-        def next_and_reset(flush: bool = False) -> WritePlan | None:
+        def next_and_reset(flush: bool = False) -> Move | None:
             plan = plan_of(flush)
             if plan is not None and not resets:
                 reset = threading.Thread(target=made.manager.reset)
@@ -152,7 +152,7 @@ def test_what_cannot_be_cleared_at_the_start_is_not_offered(tmp_path: Path, monk
 def test_a_shutdown_does_not_wait_for_ever_for_a_store_that_opens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tiering, "_DRAIN_S", 0.1)
+    monkeypatch.setattr("flexkv.controller.lower_tier.DRAIN_S", 0.1)
     go_on, opened = threading.Event(), list[MemoryStore]()
 
     def make_late(config: CacheConfig, slot_bytes: int, domain: bytes, memory: Any) -> MemoryStore:
@@ -162,7 +162,7 @@ def test_a_shutdown_does_not_wait_for_ever_for_a_store_that_opens(
         return opened[0]
 
     with stage(tmp_path, make_store=make_late) as made:
-        thread = space_of(made.manager).tiering._thread              # type: ignore[union-attr]
+        thread = space_of(made.manager).tiering._tiers[0]._thread    # type: ignore[union-attr]
         assert thread is not None
         made.put(4, 1)
         made.get(4, 1)
@@ -290,18 +290,18 @@ def test_out_of_service_what_is_queued_is_not_written_again_and_again(tmp_path: 
         until(lambda: len(made.store.disk.records) == 1)
         made.put(5, 2)
         controller_of(made.manager)._transfer._take_out_of_service()
-        tier, used = space_of(made.manager).tiering, next(controller_of(made.manager)._transfer.task_ids)
-        assert tier is not None
-        tier._flush = True                                  # no limit of the rate
+        tiering, used = space_of(made.manager).tiering, next(controller_of(made.manager)._transfer.task_ids)
+        assert tiering is not None
+        tiering._tiers[0]._flush = True                     # no limit of the rate
         asked = threading.Event()
-        run_background_work = tier.run_background_work
+        run_background_work = tiering.run_background_work
 
         def keep() -> float:
             pause = run_background_work()
             asked.set()
             return pause
 
-        space_of(made.manager).tiering.run_background_work = keep             # type: ignore[method-assign, union-attr]
+        tiering.run_background_work = keep                  # type: ignore[method-assign]
         controller_of(made.manager)._transfer.wake()
         assert asked.wait(5.0)
         assert next(controller_of(made.manager)._transfer.task_ids) - used < 10
@@ -313,7 +313,7 @@ def test_out_of_service_what_is_queued_is_not_written_again_and_again(tmp_path: 
 def test_a_shutdown_says_how_many_blocks_a_hanging_disk_has_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tiering, "_DRAIN_S", 0.2)
+    monkeypatch.setattr("flexkv.controller.lower_tier.DRAIN_S", 0.2)
     with stage(tmp_path) as made:
         made.store.held = True
         made.put(5, 1)
@@ -335,7 +335,7 @@ def test_a_store_that_cannot_be_opened_is_counted_as_out_of_service(tmp_path: Pa
         made.get(5, 1)
         tier = space_of(made.manager).tiering
         assert tier is not None
-        until(lambda: tier._early is None)                  # nothing more is kept for it
+        until(lambda: tier._tiers[0]._early is None)                  # nothing more is kept for it
         made.put(5, 2)
         stats = made.manager.stats()
         assert (stats["ssd_store_directories"], stats["ssd_store_directories_usable"]) == (2, 0)

@@ -13,10 +13,10 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from flexkv.controller.response import KVResponseStatus as Status
-from flexkv.controller.tiering import make_ssd_store
 from flexkv.metrics.catalog import NOT_EXPORTED, entry_of
 from flexkv.metrics.exporter import Metrics
 from flexkv.storage.ssd.directory import DATA_NAME
+from flexkv.storage.ssd.tier import SSD
 from tests.support.harness import TOKENS, controller_of, local, mapping, tokens_of, until
 from tests.support.ssd_stage import stage
 
@@ -162,7 +162,7 @@ def test_buckets_count_what_took_at_most_so_long() -> None:
 
 def test_tiers_namespaces_and_faults_of_the_disk_are_told(tmp_path: Path) -> None:
     settings = {"namespaces": {"tenant": {"limit": 0.5}}, "ssd_cache_dir": str(tmp_path / "ssd"), **ON}
-    with stage(tmp_path, make_store=make_ssd_store, **settings) as made:
+    with stage(tmp_path, make_store=SSD.make_store, **settings) as made:
         manager = made.manager
         until(lambda: "ssd_written_blocks" in manager.stats())
         made.put(6, 1)
@@ -179,8 +179,8 @@ def test_tiers_namespaces_and_faults_of_the_disk_are_told(tmp_path: Path) -> Non
         name = f"{family.name}_total" if family.type == "counter" else family.name
         assert f"| `{name}` | {family.type} |" in documented
         assert family.documentation in documented
-    assert value(text, "transferred_blocks_total", kind="DISK2H") == 0
-    assert value(text, "transfer_seconds_count", kind="DISK2H", status="failed") == 1
+    assert value(text, "transferred_blocks_total", kind="STORE2H") == 0
+    assert value(text, "transfer_seconds_count", kind="STORE2H", status="failed") == 1
     assert value(text, "ssd_faulty_blocks_total", fault="checksum_mismatches") == 6
     assert value(text, "requests_total", outcome="miss", reason="failed") == 1
     assert value(text, "evicted_blocks_total", tier="host") == stats["evicted_blocks"] > 0

@@ -33,7 +33,7 @@ def test_an_op_waits_for_its_fence_only() -> None:
 
 
 def test_what_runs_before_a_fenced_op_counts() -> None:
-    fetch = op_of(OpKind.DISK2H)
+    fetch = op_of(OpKind.STORE2H)
     load = op_of(OpKind.H2D, fence=7, after=fetch, running=False)
     graph = TransferGraph(1, [fetch, load])
     assert not is_waiting(graph)                                # the disk is slow
@@ -47,7 +47,7 @@ def test_what_runs_before_a_fenced_op_counts() -> None:
 
 
 def test_waiting_for_a_transfer_with_a_deadline_of_its_own_does_not_count() -> None:
-    other = op_of(OpKind.DISK2H)
+    other = op_of(OpKind.STORE2H)
     TransferGraph(1, [other])
     graph = TransferGraph(2, [op_of(OpKind.H2D, after=other, running=False)])
     assert is_waiting(graph, bounded=True)

@@ -67,7 +67,7 @@ def pipeline(tmp_path: Path) -> Iterator[Pipeline]:
     config = TransferConfig(gpu_register_port=str(tmp_path / "s"), op_timeout_s=0.3)
     engine = TransferEngine(config, on_capacity=lambda slots: None, executors=legs)
     for leg in legs:
-        engine._executors.update(dict.fromkeys(leg.kinds, leg))
+        engine._executors.update(dict.fromkeys(leg.routes, leg))
     Listener(config, engine, host_bytes=1 << 20).start()
     yield Pipeline(engine, *legs)
     for leg in legs:
@@ -272,10 +272,10 @@ class Counted(np.ndarray[Any, Any]):
 
 def test_the_work_grows_with_the_blocks_and_not_with_their_square() -> None:
     num_blocks, num_waiters = 512, 4
-    source, load = Leg(OpKind.DISK2H), Leg(OpKind.H2D)
-    scheduler = Scheduler({OpKind.DISK2H: source, OpKind.H2D: load})
+    source, load = Leg(OpKind.STORE2H), Leg(OpKind.H2D)
+    scheduler = Scheduler({(OpKind.STORE2H, 0): source, (OpKind.H2D, 0): load})
     every = np.arange(num_blocks, dtype=np.int32)
-    fetch = TransferOp(OpKind.DISK2H, every, every)
+    fetch = TransferOp(OpKind.STORE2H, every, every)
     fetch.ok, fetch.resolved = fetch.ok.view(Counted), fetch.resolved.view(Counted)
     scheduler.submit(TransferGraph(1, [fetch]), lambda graph: None, math.inf)
     order = np.random.default_rng(1).permutation(num_blocks)
@@ -291,9 +291,9 @@ def test_the_work_grows_with_the_blocks_and_not_with_their_square() -> None:
 
 
 def test_several_blocks_may_wait_for_the_same_one() -> None:
-    source, load = Leg(OpKind.DISK2H), Leg(OpKind.H2D)
-    scheduler = Scheduler({OpKind.DISK2H: source, OpKind.H2D: load})
-    fetch = TransferOp(OpKind.DISK2H, IDS, IDS)
+    source, load = Leg(OpKind.STORE2H), Leg(OpKind.H2D)
+    scheduler = Scheduler({(OpKind.STORE2H, 0): source, (OpKind.H2D, 0): load})
+    fetch = TransferOp(OpKind.STORE2H, IDS, IDS)
     again = Dependency(fetch, np.array([0, 1, 3]), np.array([2, 2, 0]))
     op = TransferOp(OpKind.H2D, IDS, IDS, depends_on=[again, Dependency(fetch, np.array([1]), np.array([1]))])
     scheduler.submit(TransferGraph(1, [fetch]), lambda graph: None, math.inf)

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.admission.write_back import WriteBack
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
+from flexkv.cache.lower_tier import TierService
 from flexkv.cache.quotas import Quotas
-from flexkv.cache.tier import SsdTier
 from flexkv.config.namespaces import Quota
 from tests.property.model_tree import keys_of
 
@@ -27,16 +27,16 @@ class World:
     ) -> None:
         self.now = 100.0
         self.cache = GlobalCacheEngine(
-            SLOTS, LRU, start_threshold, evict_ratio, clock=self.clock, num_ssd_slots=ssd_slots, quotas=quotas
+            SLOTS, LRU, start_threshold, evict_ratio, clock=self.clock, lower={"ssd": ssd_slots}, quotas=quotas
         )
         self.cache.grow(SLOTS)
-        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, self.clock)
+        cost = CostModel(1, self.clock)
         self.is_usable = True
-        tier = SsdTier(SlotAllocator(ssd_slots), load_or_compute, lambda: self.is_usable, lambda slots: slots >= 0)
-        assert self.cache.attach_ssd(tier)
+        tier = TierService(SlotAllocator(ssd_slots), cost, lambda: self.is_usable, lambda slots: slots >= 0)
+        assert self.cache.attach(1, tier)
         settings = {"write_all": False, "batch_blocks": 8, "max_in_flight_blocks": 16, "max_queued_blocks": 32,
                     "blocks_per_s": 0.0, **limits}
-        self.writer = WriteBack(self.cache, clock=self.clock, **settings)  # type: ignore[arg-type]
+        self.writer = WriteBack(self.cache, 1, clock=self.clock, **settings)  # type: ignore[arg-type]
 
     def clock(self) -> float:
         return self.now
@@ -60,7 +60,7 @@ class World:
         return sizes
 
     def on_ssd(self, sequence: tuple[int, ...]) -> NDArray[np.bool_]:
-        return self.cache.on_ssd(keys_of(sequence))
+        return self.cache.has_slot(1, keys_of(sequence))
 
 
 FULL = 8
@@ -88,7 +88,7 @@ def test_what_was_loaded_is_written_once() -> None:
     assert world.write() == [3]
     assert world.on_ssd((1, 2, 3)).all()
     assert not world.get((1, 2, 3))
-    assert world.writer.stats()["ssd_written_blocks"] == FULL + 3
+    assert world.writer.stats()["written_blocks"] == FULL + 3
 
 
 def test_what_was_put_again_is_written_with_what_follows() -> None:
@@ -107,7 +107,7 @@ def test_a_sequence_that_grows_is_one_entry_of_the_queue() -> None:
     for end in range(4, 9):
         sequence = tuple(range(1, end + 1))
         assert world.put(sequence, start=end - 1)               # follows on what is queued
-    assert world.writer.stats()["ssd_queued_blocks"] == 8
+    assert world.writer.stats()["queued_blocks"] == 8
     assert world.write() == [8]
 
 
@@ -124,7 +124,7 @@ def test_while_slots_are_free_everything_is_written() -> None:
     assert world.write() == [3, 5]                               # as much as there is room for
     assert not world.put((3,) * 4)
     assert world.on_ssd((1, 2, 3)).all()
-    assert world.writer.stats()["ssd_dropped_writes"] == 0       # it was not to be written
+    assert world.writer.stats()["dropped_writes"] == 0       # it was not to be written
 
 
 def test_slots_that_are_kept_free_ahead_of_need_are_not_filled_with_what_has_no_evidence() -> None:
@@ -163,7 +163,7 @@ def test_long_sequences_go_in_batches_of_adjacent_slots() -> None:
     world.put(tuple(range(1, 21)))
     plans = []
     while (plan := world.writer.next()) is not None:
-        assert (np.diff(plan.ssd_slots) == 1).all()
+        assert (np.diff(plan.dst) == 1).all()
         plans.append(plan)
     assert [len(plan) for plan in plans] == [8, 8]              # as much as may be under way
     assert world.writer.pause() == math.inf
@@ -188,7 +188,7 @@ def test_too_much_is_left_out_and_counted() -> None:
     assert world.put((1,) * 8)
     assert world.put((2,) * 6)
     assert not world.put((3,) * 2)
-    assert world.writer.stats()["ssd_dropped_writes"] == 6
+    assert world.writer.stats()["dropped_writes"] == 6
     assert world.write() == [8, 2]
     assert world.on_ssd((2,) * 6).tolist() == [True, True, False, False, False, False]
 
@@ -235,9 +235,9 @@ def test_what_finds_no_room_on_ssd_is_counted() -> None:
     assert plan is not None                                      # being written, so that nothing can be evicted
     world.put((2,) * 3)
     assert world.writer.next() is None
-    assert world.writer.stats()["ssd_dropped_writes"] == 3
+    assert world.writer.stats()["dropped_writes"] == 3
     world.writer.ended(plan, np.ones(len(plan), dtype=np.bool_))
-    assert world.writer.stats()["ssd_dropped_writes"] == 3
+    assert world.writer.stats()["dropped_writes"] == 3
 
 
 def test_what_waits_while_the_tier_goes_out_of_service_is_counted() -> None:
@@ -245,7 +245,7 @@ def test_what_waits_while_the_tier_goes_out_of_service_is_counted() -> None:
     world.put((1, 2, 3))
     world.is_usable = False
     assert world.write() == []
-    assert world.writer.stats()["ssd_dropped_writes"] == 3
+    assert world.writer.stats()["dropped_writes"] == 3
     assert world.writer.idle
 
 
@@ -268,11 +268,11 @@ def test_a_flood_of_one_namespace_leaves_the_others_their_part_of_the_queue() ->
     world = namespaces(max_queued_blocks=16)
     for first in range(1, 6):
         world.put((first,) * 4, tenant=1)
-    assert world.writer.stats()["ssd_queued_blocks"] == 16
+    assert world.writer.stats()["queued_blocks"] == 16
     assert world.put((90,) * 10, tenant=2)
     stats = world.writer.stats()
-    assert stats["ssd_queued_blocks"] == 16                      # bounded in all
-    assert stats["ssd_dropped_writes"] == 4 + 8 + 2
+    assert stats["queued_blocks"] == 16                      # bounded in all
+    assert stats["dropped_writes"] == 4 + 8 + 2
     assert not world.put((6,) * 4, tenant=1)
     assert sorted(world.write()) == [4, 4, 8]
     assert world.on_ssd((90,) * 10).tolist() == [True] * 8 + [False] * 2

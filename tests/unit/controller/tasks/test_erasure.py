@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.slots import SlotAllocator
-from flexkv.cache.admission.load_or_compute import LoadOrCompute
+from flexkv.cache.admission.cost_model import CostModel
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
-from flexkv.cache.tier import SsdTier
+from flexkv.cache.lower_tier import TierService
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.controller.tasks.table import TaskTable
-from flexkv.controller.tasks.task import KVTask
+from flexkv.controller.tasks.task import KVTask, direct_moves
 from flexkv.protocol.ring import OpKind
 from flexkv.transfer.graph import OpStatus, TransferGraph
 from tests.property.model_tree import keys_of
@@ -58,12 +58,14 @@ class World:
 
     def __init__(self) -> None:
         self.plane = Plane()
-        self.cache = GlobalCacheEngine(2, LRU, 1.0, 0.0, clock=itertools.count(1.0).__next__, num_ssd_slots=4)
+        self.cache = GlobalCacheEngine(2, LRU, 1.0, 0.0, clock=itertools.count(1.0).__next__, lower={"ssd": 4})
         self.cache.grow(2)
         self.slots = SlotAllocator(4)
-        load_or_compute = LoadOrCompute("always", 1, 1, 0.0, lambda: 0.0)
-        self.cache.attach_ssd(SsdTier(self.slots, load_or_compute, lambda: True, lambda slots: slots >= 0))
-        tiering: Any = type("Tiering", (), {"saves_directly": True, "put_ended": lambda self, plan: None})()
+        cost = CostModel(1, lambda: 0.0)
+        self.cache.attach(1, TierService(
+            self.slots, cost, lambda: True, lambda slots: slots >= 0, saves_directly=lambda: True
+        ))
+        tiering: Any = type("Tiering", (), {"put_ended": lambda self, plan: None})()
         transfer: Any = self.plane
         self.table = TaskTable(transfer, 0, 4, tiering)
         self.task = self.table.new_put(self.cache, keys_of((1, 2, 3)), 0, 3, 0)
@@ -73,8 +75,7 @@ class World:
 
     @property
     def direct(self) -> list[int]:
-        plan = self.task.plan
-        return plan.direct.ssd_slots.tolist()  # type: ignore[union-attr, no-any-return]
+        return [int(slot) for move in direct_moves(self.task.plan) for slot in move.dst]
 
     def stop(self, how: str) -> None:
         if how == "cancelled":
@@ -101,7 +102,7 @@ def test_slots_are_erased_before_they_are_free_and_before_there_is_a_result(how:
     assert world.table.take(world.task.task_id).status is not Status.SUCCESS
     assert world.slots.num_free == 4
     assert world.plane.graphs == []
-    assert not world.cache.on_ssd(keys_of((1, 2, 3))).any()
+    assert not world.cache.has_slot(1, keys_of((1, 2, 3))).any()
     world.cache.check_integrity()
 
 
@@ -110,7 +111,7 @@ def test_blocks_that_were_not_written_are_erased_and_the_others_stay() -> None:
     world.plane.end([True, False, True])
     assert world.plane.end([True]) == [1]
     assert world.table.take(world.task.task_id).status is Status.FAILED
-    assert world.cache.on_ssd(keys_of((1, 2, 3))).tolist() == [True, False, True]
+    assert world.cache.has_slot(1, keys_of((1, 2, 3))).tolist() == [True, False, True]
 
 
 def test_a_put_that_succeeds_erases_nothing() -> None:

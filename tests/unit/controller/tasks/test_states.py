@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.radix import RadixTree
-from flexkv.cache.plan import DirectPlan, PutPlan
+from flexkv.cache.plan import DEVICE, Move, PutPlan
+from flexkv.cache.tier import HOST
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.controller.tasks import reasons
 from flexkv.controller.tasks.task import EndedTask, KVTask, TaskStage
@@ -20,8 +21,7 @@ IDS = np.arange(3, dtype=np.int32)
 
 def running_put(direct: bool) -> KVTask:
     tree, keys = RadixTree(10), keys_of((1, 2, 3))
-    straight = DirectPlan(keys, IDS, tree, IDS) if direct else None
-    plan = PutPlan(keys, IDS[:0] if direct else IDS, tree, IDS[:0] if direct else IDS, direct=straight)
+    plan = PutPlan(keys, (Move(keys, IDS, tree, DEVICE, 1 if direct else HOST, dst=IDS),))
     task = KVTask(7, None, 0, plan, IDS, IDS, 4, 12, loading=False, stage=TaskStage.RUNNING)
     task.graph = TransferGraph(7, [TransferOp(OpKind.D2H, IDS, IDS)])
     return task

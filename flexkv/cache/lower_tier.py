@@ -1,0 +1,153 @@
+"""A tier below host memory, as the index sees it."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.index.radix import RadixTree
+from flexkv._core.index.slots import SlotAllocator
+from flexkv.cache.admission.cost_model import CostModel
+from flexkv.cache.plan import Move
+from flexkv.cache.quotas import Quotas
+from flexkv.cache.tier import HOST, MakePolicy, Tier
+from flexkv.errors import CapacityError
+from flexkv.storage.store import Slots
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TierService:
+    """What a lower tier needs to be in service.
+
+    Attributes
+    ----------
+    slots : Slots
+    cost : CostModel
+        Of reads from the tier.
+    usable : callable
+        ``usable()``: whether blocks can be read and written now.
+    usable_slots : callable
+        ``usable_slots(slots)``: (n,) bool, whether each of these slots ((n,) int32) can be read and written now. Called
+        only while ``usable()``.
+    loads_directly : callable
+        ``loads_directly()``: whether gets read blocks that are on this tier alone straight into the engine's pages.
+    saves_directly : callable
+        ``saves_directly()``: whether puts for which there are too few host slots write straight to this tier.
+    """
+
+    slots: Slots
+    cost: CostModel
+    usable: Callable[[], bool]
+    usable_slots: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
+    loads_directly: Callable[[], bool] = _never
+    saves_directly: Callable[[], bool] = _never
+
+
+class LowerTier(Tier):
+    """A tier below host memory. It has no slots until its service is attached. The caller must hold the engine's lock.
+
+    Parameters
+    ----------
+    number, capacity, make_policy, quotas, start_threshold, ratio
+        As in ``Tier``.
+    name : str
+        Prefix of its statistics.
+    """
+
+    def __init__(
+        self, number: int, name: str, capacity: int, make_policy: MakePolicy, quotas: Quotas, start_threshold: float,
+        ratio: float,
+    ) -> None:
+        super().__init__(number, SlotAllocator(0), capacity, make_policy, quotas, start_threshold, ratio)
+        self.name = name
+        self.service: TierService | None = None
+
+    def attach(self, service: TierService) -> None:
+        """Put the tier into service."""
+        self.service, self.slots = service, service.slots
+
+    def recover(
+        self, tree: RadixTree, keys: NDArray[np.uint64], slots: NDArray[np.int32], now: float
+    ) -> None:
+        """Enter a sequence that the tier holds ((n, 2) uint64, (n,) int32; -1: in an earlier sequence). It is skipped,
+        and its slots are freed, if blocks before it are absent or the index has no room for it."""
+        fits = not (slots[tree.absent(keys)] < 0).any()
+        if fits:
+            with suppress(CapacityError):
+                tree.insert(keys, slots, self.number, now)
+            fits = tree.set_ready(keys, slots, self.number) > 0 or not (slots >= 0).any()
+        if not fits:
+            self.slots.free(slots[slots >= 0])
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether blocks can be read and written now."""
+        return self.service is not None and self.service.usable()
+
+    @property
+    def loads_directly(self) -> bool:
+        """As in ``TierService``."""
+        return self.service is not None and self.service.loads_directly()
+
+    @property
+    def saves_directly(self) -> bool:
+        """As in ``TierService``."""
+        return self.service is not None and self.service.saves_directly()
+
+    def in_service(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(n,) bool: whether the block of each slot ((n,) int32; -1: no slot) can be read now."""
+        there = slots >= 0
+        if self.service is None or not there.any() or not self.service.usable():
+            return np.zeros(len(slots), dtype=np.bool_)
+        there[there] = self.service.usable_slots(slots[there])
+        return there
+
+    def begin_read(self, move: Move) -> None:
+        """Note that the reads of a move from this tier have begun."""
+        if self.service is not None:
+            move.is_reading = True
+            self.service.cost.read_began()
+
+    def end_read(self, move: Move, num_read: int, lost: NDArray[np.bool_]) -> None:
+        """End a move from this tier, of which ``num_read`` blocks were read: ``lost`` blocks ((m,) bool) become absent
+        on the tier, except blocks that another read dropped already."""
+        if self.service is not None and move.is_reading:
+            move.is_reading = False
+            self.service.cost.read_ended(num_read)
+        if move.read is None:                          # the move has ended
+            return
+        held = np.asarray(move.tree.slots(move.keys, self.number))[move.blocks] == move.src
+        freed, move.read = self.slots.changed(move.src, move.read), None
+        lost = lost & held if freed is None else lost & held & ~freed
+        if lost.any():
+            move.tree.drop(move.keys, move.by_position(move.src, lost), self.number, failed=True)
+            self.slots.free(move.src[lost])
+
+
+def can_be_read(
+    lower: list[LowerTier], slots: NDArray[np.int32], tiers: NDArray[np.int8]
+) -> NDArray[np.bool_]:
+    """(n,) bool: blocks on a lower tier, at these slots ((n,) int32) of these ``tiers`` ((n,) int8), that can be read
+    now."""
+    able = np.zeros(len(slots), dtype=np.bool_)
+    for tier in lower:
+        if (mine := tiers == tier.number).any():
+            able[mine] = tier.in_service(slots[mine])
+    return able
+
+
+def absent_blocks(tree: RadixTree, lower: list[LowerTier], keys: NDArray[np.uint64]) -> NDArray[np.int32]:
+    """Positions (int32, ascending) of the blocks of a sequence that a put must save to make them available. A block
+    that only a tier out of service has is absent: it may be put again."""
+    if all(tier.service is None for tier in lower):
+        return tree.absent(keys)
+    there = np.asarray(tree.slots(keys, HOST) >= 0)
+    for tier in lower:
+        there |= tier.in_service(tree.slots(keys, tier.number))
+    return np.flatnonzero(~there).astype(np.int32)

@@ -1,0 +1,47 @@
+"""Begins and ends write-backs: moves of blocks from host memory to a lower tier."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.index.radix import RadixTree
+from flexkv.cache.lower_tier import LowerTier
+from flexkv.cache.plan import Move
+from flexkv.cache.tier import HOST, Tier
+
+
+def plan_write_back(
+    tree: RadixTree, host: Tier, tier: LowerTier, keys: NDArray[np.uint64], limit: int, now: float
+) -> Move | None:
+    """Plan a write-back as ``GlobalCacheEngine.begin_write_back`` does. The caller must hold the engine's lock."""
+    match = tree.match(keys, now)
+    keys = keys[: match.num_ready]
+    blocks = np.flatnonzero((match.tiers == HOST) & (tree.slots(keys, tier.number) < 0))[:limit]
+    if len(blocks) == 0:
+        return None
+    tenant = tree.tenant_of(keys)
+    taken = tier.take(tree, len(blocks), tenant, now, keep=keys[: blocks[-1] + 1])
+    if len(taken) == 0:
+        return None
+    blocks = blocks[: len(taken)]
+    keys = keys[: blocks[-1] + 1]
+    move = Move(keys, blocks.astype(np.int32), tree, HOST, tier.number, match.slots[blocks], taken)
+    if not tier.place(move, now):
+        return None
+    try:
+        tree.acquire(keys, int(blocks[0]), len(keys))
+    except MemoryError:                      # CapacityError is one
+        tier.displace(move)
+        return None
+    move.read = host.slots.generations(move.src)
+    return move
+
+
+def end_write_back(move: Move, host: Tier, tier: LowerTier, written: NDArray[np.bool_]) -> None:
+    """End a write-back: ``written`` blocks ((m,) bool) become ready on the lower tier, the others absent there. A block
+    whose host slot was freed meanwhile counts as not written. A second result is refused."""
+    if host.stale.has_ended(move.read, move.src, "write-back"):
+        return
+    stale = host.stale.find(host.slots, move.src, move.read, "write-back")
+    move.read = None
+    tier.end_writing(move, written if stale is None else written & ~stale)
+    move.tree.release(move.keys, int(move.blocks[0]), len(move.keys))

@@ -1,0 +1,285 @@
+"""One lower tier of a space: its store, from start to shutdown, and the write-back behind puts."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.cache.admission.write_back import WriteBack
+from flexkv.cache.early_traffic import EarlyTraffic
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.plan import Move, PutPlan
+from flexkv.config import CacheConfig
+from flexkv.controller.tier_startup import index_blocks, open_store, write_back_to
+from flexkv.errors import FlexKVError
+from flexkv.protocol.ring import OpKind
+from flexkv.storage.host_pool import HostPool
+from flexkv.storage.recovered import Recovered
+from flexkv.storage.ssd.gds_queue import GdsEnd, GdsQueue
+from flexkv.storage.store import Store, TierKind
+from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.graph import TransferGraph, TransferOp
+
+logger = logging.getLogger("flexkv.controller")
+
+IDLE_S = 1.0
+"""Seconds between two looks at the queue when nothing happens."""
+
+DRAIN_S = 30.0
+"""Seconds that a shutdown waits for the store to open and for the queue to be written."""
+
+
+def drain_deadline() -> float:
+    """End of a shutdown that begins now (``time.monotonic``)."""
+    return time.monotonic() + DRAIN_S
+
+
+class LowerTier:
+    """The store of a lower tier and the write-back to it. Thread safe.
+
+    Until the store is open, which takes a while, and if it cannot be opened, everything works as without the tier.
+
+    Parameters
+    ----------
+    number : int
+        Number of the tier in the index.
+    kind : TierKind
+    config : CacheConfig
+    domain : bytes
+        Everything that makes KV comparable; blocks of other domains in the same place are not seen.
+    on_opened : callable
+        Called once, when the store is open or cannot be opened.
+
+    Attributes
+    ----------
+    description : str
+        The tier in the words of the log, when ``on_opened`` is called.
+    """
+
+    def __init__(
+        self, number: int, kind: TierKind, config: CacheConfig, domain: bytes, on_opened: Callable[[], None]
+    ) -> None:
+        self.description = f"{kind.label} not in service"
+        self._number = number
+        self._kind = kind
+        self._config = config
+        self._domain = domain
+        self._on_opened = on_opened
+        self._write_lock = threading.RLock()   # from a plan to write until it is submitted; taken before any other
+        self._lock = threading.Lock()          # taken before the index's and the data plane's
+        self._writes: set[int] = set()
+        self._usable_slots = 0
+        self._flush = self._is_over = False    # a shutdown writes without the rate limit; then nothing more is written
+        self._uncleared = False                # there was a reset, and the store was not cleared, or could not be
+        self._transfer: TransferEngine | None = None
+        self._store: Store | None = None
+        self._gds: GdsEnd | None = None     # of a rank, until the store is open
+        self._writer: WriteBack | None = None
+        self._early: EarlyTraffic | None = EarlyTraffic()     # None: the store cannot be opened
+        self._thread: threading.Thread | None = None
+
+    # ---- start and end ----------------------------------------------------------------------------------------
+
+    def grow(self, cache: GlobalCacheEngine, transfer: TransferEngine, pool: HostPool, num_slots: int) -> None:
+        """Record that the pool has ``num_slots`` usable slots. The first call opens the store in the background."""
+        with self._lock:
+            if self._thread is None:
+                self._transfer = transfer
+                self._thread = threading.Thread(
+                    target=self._open, args=(cache, transfer, pool), name=f"flexkv-{self._kind.name}", daemon=True
+                )
+                self._thread.start()
+            self._usable_slots = num_slots
+            store = self._store
+        if store is not None:
+            store.register(num_slots * store.slot_bytes)
+
+    def _open(self, cache: GlobalCacheEngine, transfer: TransferEngine, pool: HostPool) -> None:
+        try:
+            with memoryview(pool.memory):                    # stays mapped, also if the manager does not wait for this
+                self._bring_up(cache, transfer, pool)
+        except Exception as error:
+            expected = isinstance(error, (FlexKVError, OSError))
+            logger.error("the %s tier is not in service: %s", self._kind.label, error, exc_info=not expected)
+            with self._lock:
+                self._early = None
+        self._on_opened()
+
+    def _bring_up(self, cache: GlobalCacheEngine, transfer: TransferEngine, pool: HostPool) -> None:
+        start, kind, config = time.monotonic(), self._kind, self._config
+        opened = open_store(kind, self._number, config, self._domain, pool, transfer)
+        if opened is None:
+            return
+        store, found = opened
+        count = self._index(cache, store, found)
+        logger.info(
+            "%s tier: %d slots, %d blocks found, %.2f s", kind.label, store.num_slots, count, time.monotonic() - start
+        )
+        gib = round(kind.num_bytes(config) / (1 << 30), 3)
+        self.description = f"{kind.label} {gib:g} GiB ({store.num_slots} blocks, {count} found)"
+        writer = write_back_to(kind, self._number, cache, config, pool)
+        with self._lock:
+            self._writer = writer
+        self._wake()
+
+    def _index(self, cache: GlobalCacheEngine, store: Store, found: Recovered) -> int:
+        with self._write_lock:
+            with self._lock:
+                self._store, usable_slots, is_stale = store, self._usable_slots, self._uncleared
+            if is_stale:
+                self._clear(store)
+        store.register(usable_slots * store.slot_bytes)
+        self._connect_gds()
+        # A tier that selects its blocks takes no direct puts: nothing is known yet about the reuse of their blocks.
+        saves_directly = self._kind.writes_all(self._config)
+        return index_blocks(cache, self._number, store, found, self._usable, saves_directly, is_stale)
+
+    def attach_gds(self, end: GdsEnd) -> None:
+        """A rank can move blocks between the tier and its GPU on request, over this socket, which is owned by this
+        now."""
+        with self._lock:
+            if self._gds is not None:
+                self._gds.close()
+            self._gds = end
+        self._connect_gds()
+
+    def _connect_gds(self) -> None:
+        with self._lock:
+            if self._store is None or self._gds is None:
+                return
+            end, self._gds = self._gds, None
+            self._store.attach_device(partial(GdsQueue, end))
+
+    def _usable(self) -> bool:
+        store = self._store
+        return store is not None and not self._uncleared and store.usable()
+
+    def reset(self) -> None:
+        """Forget the blocks of the tier, and those on their way to it; the index was reset already."""
+        with self._write_lock:
+            with self._lock:
+                self._uncleared = True
+                store, writes = self._store, list(self._writes)
+                if self._early is not None:
+                    self._early.clear()
+            if self._writer is not None:
+                self._writer.clear()
+            if store is not None and self._transfer is not None:
+                for task_id in writes:
+                    self._transfer.cancel(task_id)
+                self._clear(store)
+        self._wake()
+
+    def _clear(self, store: Store) -> None:
+        """Clear the store; the tier is out of service until that is done."""
+        try:
+            store.clear()
+            self._uncleared = False
+        except (FlexKVError, OSError) as error:
+            logger.error("the %s tier is out of service until a reset succeeds: %s", self._kind.label, error)
+
+    def shutdown(self, deadline: float) -> None:
+        """Write the queued blocks until ``deadline`` (``time.monotonic``). The data plane closes the store."""
+        with self._lock:
+            gds, self._gds = self._gds, None
+        if gds is not None:
+            gds.close()
+        if self._thread is None or self._transfer is None or self._is_over:
+            return
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            logger.warning("the %s tier has not opened within %g s; it closes when it has", self._kind.label, DRAIN_S)
+        writer = self._writer
+        if writer is not None and self._may_write:
+            self._flush = True
+            self._transfer.wake()
+            left_s = max(0.0, deadline - time.monotonic())
+            if not self._transfer.wait(lambda: writer.idle and self._num_early() == 0, left_s):
+                logger.warning(
+                    "not all was written to %s within %g s: %d blocks are not there after a restart",
+                    self._kind.label, DRAIN_S, writer.num_unwritten() + self._num_early(),
+                )
+        self._is_over = True
+
+    # ---- traffic ----------------------------------------------------------------------------------------------
+
+    def lost(self, move: Move, ok: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """(m,) bool: blocks of a read from the tier that are not ``ok`` ((m,) bool) and that the store has no more; a
+        block whose read was cancelled is still there."""
+        lost = ~ok
+        if self._store is not None and lost.any():
+            lost &= self._store.suspect(move.src, move.keys[move.blocks])
+        return lost
+
+    def notify(self, event: PutPlan | NDArray[np.uint64]) -> None:
+        """A put has ended, or a sequence ((n, 2) uint64) is loaded: blocks of it may be written."""
+        writer = self._writer
+        if writer is None:
+            with self._lock:
+                writer = self._writer
+                if writer is None:
+                    if self._early is not None:
+                        self._early.add(event)
+                    return
+        if writer.put(event) if isinstance(event, PutPlan) else writer.hit(event):
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._transfer is not None:
+            self._transfer.wake()
+
+    def write(self) -> float:
+        """Write blocks that may be written now; returns in how many seconds to call again. On the background
+        thread."""
+        writer = self._writer
+        if writer is None or self._transfer is None:
+            return IDLE_S
+        if not self._write_lock.acquire(blocking=False):     # a reset waits for the disks, and wakes this thread then
+            return IDLE_S
+        try:
+            if self._early is not None:
+                self._early.replay(writer)
+            while self._may_write and (move := writer.next(self._flush)) is not None:
+                op = TransferOp(
+                    OpKind.H2STORE, move.src, move.dst, keys=move.keys[move.blocks], parents=move.parents,
+                    tier=self._number,
+                )
+                graph = TransferGraph(next(self._transfer.task_ids), [op])
+                with self._lock:
+                    self._writes.add(graph.task_id)
+                self._transfer.submit(graph, partial(self._written, move), background=True)
+        finally:
+            self._write_lock.release()
+        if self._flush and writer.idle:        # the queue was emptied meanwhile: no write ends that would notify
+            self._transfer.notify()
+        return min(IDLE_S, writer.pause())
+
+    @property
+    def _may_write(self) -> bool:
+        """Not when a write would fail at once: it would be planned again, without end."""
+        return not self._is_over and self._transfer is not None and self._transfer.in_service
+
+    def _written(self, move: Move, graph: TransferGraph) -> None:
+        with self._lock:
+            self._writes.discard(graph.task_id)
+        if self._writer is not None:
+            self._writer.ended(move, graph.ops[0].ok)
+            if self._flush or self._writer.pause() == 0.0:
+                self._wake()
+
+    def stats(self) -> dict[str, int]:
+        """Counts of the write-back and of the store."""
+        name = self._kind.name
+        if self._writer is None or self._store is None:
+            return {f"{name}_store_{key}": n for key, n in self._kind.closed_stats(self._config).items()}
+        stats = self._writer.stats()
+        stats["queued_blocks"] += self._num_early()
+        stats |= {f"store_{key}": n for key, n in self._store.stats().items()}
+        return {f"{name}_{key}": n for key, n in stats.items()}
+
+    def _num_early(self) -> int:
+        return self._early.num_blocks if self._early is not None else 0

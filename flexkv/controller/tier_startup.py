@@ -1,0 +1,102 @@
+"""Brings a lower tier into service: opens its store, finds the blocks that it holds, and puts them into the index."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv.cache.admission.cost_model import CostModel
+from flexkv.cache.admission.write_back import WriteBack
+from flexkv.cache.engine import GlobalCacheEngine
+from flexkv.cache.lower_tier import TierService
+from flexkv.config import CacheConfig
+from flexkv.storage.host_pool import HostPool
+from flexkv.storage.recovered import Recovered
+from flexkv.storage.store import Store, TierKind
+from flexkv.transfer.engine import TransferEngine
+from flexkv.transfer.executors.store import StoreExecutor
+
+_BATCH_BYTES = 32 << 20
+"""Written as one op: enough for large writes, and little for a read to wait behind."""
+
+_IN_FLIGHT_BYTES = 128 << 20
+"""Written at a time: the host slots of these blocks cannot be evicted meanwhile."""
+
+_QUEUE_SHARE = 2
+"""At most 1/2 of the host slots may wait for write-back; a block evicted before its turn is lost. Not less, because a
+long prompt is queued as a whole."""
+
+_WRITE_SHARE = 4
+"""At most 1/4 of the host slots are written at a time: a slow disk must leave room for loads and saves."""
+
+
+def open_store(
+    kind: TierKind, tier: int, config: CacheConfig, domain: bytes, pool: HostPool, transfer: TransferEngine
+) -> tuple[Store, Recovered] | None:
+    """Open the store of a tier, find its blocks, and give it to the data plane. None: that is shutting down.
+
+    Raises
+    ------
+    FlexKVError, OSError
+        The store cannot be opened.
+    """
+    identity = b"\0".join([domain, config.secret, pool.content])
+    store = kind.make_store(config, pool.slot_bytes, hashlib.sha256(identity).digest(), pool.memory)
+    try:
+        found = store.recover()
+        is_wanted = transfer.add_executor(StoreExecutor(store, tier))
+    except BaseException:
+        store.close()
+        raise
+    if not is_wanted:
+        store.close()
+        return None
+    return store, found
+
+
+def index_blocks(
+    cache: GlobalCacheEngine, tier: int, store: Store, found: Recovered, usable: Callable[[], bool],
+    saves_directly: bool, is_stale: bool = False,
+) -> int:
+    """Put a tier into service with the blocks found in its store, parents before children; frees the rest of their
+    slots. Returns the number of blocks in the index.
+
+    ``usable``: as in ``TierService``. ``saves_directly``: whether puts may write straight to the tier, once its store
+    can. ``is_stale``: the blocks are of before a reset, and are not put into the index.
+    """
+    indexed = np.zeros(len(found), dtype=np.bool_)
+
+    def sequences() -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int32]]]:
+        for path in found.paths():
+            yield found.keys[path], np.where(indexed[path], np.int32(-1), found.slots[path])
+            indexed[path] = True
+
+    service = TierService(
+        store.slots, CostModel(store.slot_bytes, time.monotonic), usable, store.usable_slots,
+        loads_directly=lambda: store.device_is_ready,
+        saves_directly=lambda: saves_directly and store.device_is_ready,
+    )
+    try:
+        cache.attach(tier, service, () if is_stale else sequences())
+    finally:
+        cache.free(tier, found.slots[~indexed])
+    return int(indexed.sum())
+
+
+def write_back_to(
+    kind: TierKind, tier: int, cache: GlobalCacheEngine, config: CacheConfig, pool: HostPool
+) -> WriteBack:
+    """The write-back to a tier, by its settings and the size of the host pool."""
+    batch = max(1, _BATCH_BYTES // pool.slot_bytes)
+    in_flight = min(max(batch, _IN_FLIGHT_BYTES // pool.slot_bytes), pool.num_slots // _WRITE_SHARE)
+    return WriteBack(
+        cache, tier,
+        write_all=kind.writes_all(config),
+        batch_blocks=batch,
+        max_in_flight_blocks=max(1, in_flight),
+        max_queued_blocks=max(batch, pool.num_slots // _QUEUE_SHARE),
+        blocks_per_s=kind.write_bytes_per_s(config) / pool.slot_bytes,
+        clock=time.monotonic,
+    )

@@ -1,0 +1,137 @@
+"""Two tiers below host memory: an SSD, here a dict, and a folder of files. Adding the second took its store alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexkv.config import CacheConfig
+from flexkv.storage.ssd.tier import SSD
+from flexkv.storage.store import Store, TierKind
+from tests.support.folder_store import FolderStore
+from tests.support.harness import until
+from tests.support.memory_store import Disk, MemoryStore
+from tests.support.ssd_stage import HOST_SLOTS, SLOT_BYTES, Stage, stage
+
+
+def folder_tier(folder: Path, num_slots: int) -> TierKind:
+    def make(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> Store:
+        return FolderStore(folder, num_slots, slot_bytes, memory)
+
+    return TierKind(
+        name="remote", label="remote folder", num_bytes=lambda config: num_slots * SLOT_BYTES, make_store=make,
+        writes_all=lambda config: True, write_bytes_per_s=lambda config: 0.0,
+    )
+
+
+@contextmanager
+def two_tiers(tmp_path: Path, ssd_slots: int = 64, disk: Disk | None = None, **settings: Any) -> Iterator[Stage]:
+    folder = tmp_path / "remote"
+    folder.mkdir(exist_ok=True)
+    stores: list[MemoryStore] = []
+
+    def make_memory_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> MemoryStore:
+        stores.append(MemoryStore(ssd_slots, slot_bytes, memory, disk))
+        return stores[-1]
+
+    ssd = replace(SSD, make_store=make_memory_store, num_bytes=lambda config: ssd_slots * SLOT_BYTES)
+    with stage(tmp_path, tiers=[ssd, folder_tier(folder, 256)], **settings) as made:
+        until(lambda: {"ssd_written_blocks", "remote_written_blocks"} <= made.manager.stats().keys())
+        made.stores = stores
+        yield made
+        settle(made)
+        made.manager.check_integrity()
+
+
+def settle(made: Stage) -> None:
+    made.settle()
+    names = "remote_blocks_being_written", "remote_queued_blocks"
+    until(lambda: all(made.manager.stats()[name] == 0 for name in names))
+
+
+def flood(made: Stage, count: int = 2) -> None:
+    for _ in range(count):
+        settle(made)
+        made.fresh += 1
+        made.put(HOST_SLOTS - 2, made.fresh)
+    settle(made)
+
+
+def test_blocks_are_written_to_both_and_come_back_from_the_first(tmp_path: Path) -> None:
+    with two_tiers(tmp_path) as made:
+        made.put(5, 1)
+        flood(made)
+        stats = made.manager.stats()
+        assert stats["ssd_written_blocks"] == stats["remote_written_blocks"] == 5 + 2 * (HOST_SLOTS - 2)
+        reads = made.store.num_reads
+        made.get(5, 1)
+        assert made.store.num_reads == reads + 5
+
+
+def test_blocks_that_left_the_first_lower_tier_come_from_the_second(tmp_path: Path) -> None:
+    with two_tiers(tmp_path, ssd_slots=16) as made:
+        made.put(5, 1)
+        flood(made, 3)                                      # 42 more blocks: the SSD tier has none of the first left
+        reads = made.store.num_reads
+        made.get(5, 1)
+        assert made.store.num_reads == reads
+
+
+def test_one_load_reads_from_both(tmp_path: Path) -> None:
+    """The end of a sequence is evicted from the first lower tier before its beginning."""
+    with two_tiers(tmp_path, ssd_slots=16, eviction_policy="lru") as made:
+        made.put(12, 1)
+        flood(made, 1)
+        reads = made.store.num_reads
+        made.get(12, 1)
+        assert 0 < made.store.num_reads - reads < 12
+
+
+def test_what_is_on_the_second_alone_is_there_after_a_restart(tmp_path: Path) -> None:
+    with two_tiers(tmp_path, ssd_slots=16) as made:
+        made.put(5, 1)
+        flood(made, 3)
+        contents = made.contents
+    with two_tiers(tmp_path, ssd_slots=16) as made:
+        made.contents = contents
+        assert made.ready(5, 1) == 5
+        made.get(5, 1)
+
+
+def test_the_second_serves_while_the_first_cannot_be_opened(tmp_path: Path) -> None:
+    def no_store(*args: Any) -> MemoryStore:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "remote").mkdir()
+    with stage(tmp_path, tiers=[replace(SSD, make_store=no_store), folder_tier(tmp_path / "remote", 256)]) as made:
+        until(lambda: "remote_written_blocks" in made.manager.stats())
+        made.put(5, 1)
+        for _ in range(3):
+            until(lambda: made.manager.stats()["remote_queued_blocks"] == 0)
+            until(lambda: made.manager.stats()["remote_blocks_being_written"] == 0)
+            made.fresh += 1
+            made.put(HOST_SLOTS - 2, made.fresh)
+        made.get(5, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_puts_and_gets_return_the_bytes_that_were_put(tmp_path: Path, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    with two_tiers(tmp_path, ssd_slots=24, eviction_policy=["lru", "adaptive"][seed % 2]) as made:
+        lengths: dict[int, int] = {}
+        for _ in range(60):
+            number = int(random.integers(0, 12))
+            if number not in lengths:
+                lengths[number] = int(random.integers(1, HOST_SLOTS - 2))
+                made.put(lengths[number], number)
+            elif made.ready(lengths[number], number) == lengths[number]:
+                made.get(lengths[number], number)
+            else:
+                made.put(lengths[number], number)
+            if random.random() < 0.05:
+                made.manager.reset()
+                lengths.clear()
