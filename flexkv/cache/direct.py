@@ -24,7 +24,7 @@ def direct_gets(
             move = Move(
                 keys[: blocks[-1] + 1], blocks.astype(np.int32), tree, tier.number, DEVICE, match.slots[blocks]
             )
-            move.read = tier.slots.generations(move.src)
+            tier.plan_read(move)
             moves.append(move)
     return tuple(moves)
 

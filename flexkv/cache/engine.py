@@ -82,7 +82,7 @@ class GlobalCacheEngine:
         self._lower = [LowerTier(i, name, n, *common) for i, (name, n) in enumerate(capacities.items(), HOST + 1)]
         self._tiers = [self._host, *self._lower]
         self._max_slots = num_slots + sum(capacities.values())
-        self._promotions = Promotions(num_slots if self._lower else 0)
+        self._promotions = Promotions(num_slots if self._lower else 0, self._host, self._lower)
         self._pins = Pins(self._quotas, max_pinned_share)
         self._tree = self._new_tree()
         self._retired: list[RadixTree] = []
@@ -155,7 +155,7 @@ class GlobalCacheEngine:
                 moves = direct_gets(self._tree, self._lower, keys, match, found)
             if len(found.slow):
                 short, promotions = self._promotions.begin(
-                    self._tree, self._host, self._lower, keys, match, found.slots, found.slow, tenant, now
+                    self._tree, keys, match, found.slots, found.slow, tenant, now
                 )
                 moves = (*promotions, *moves)
                 if short < found.stop:
@@ -163,10 +163,13 @@ class GlobalCacheEngine:
                     found.end(short, MissReason.NO_ROOM)
             keys, slots = keys[: found.stop], found.slots[start : found.stop]
             self._use(keys, now, tenant)
-            return GetPlan(
+            plan = GetPlan(
                 keys, start, found.stop, slots, found.reason, self._tree, moves,
                 self._promotions.joins(slots) if joins else (), found.evicted_at, self._host_slots.generations(slots),
             )
+            if plan.joins:
+                self._promotions.join(plan)
+            return plan
 
     def end_get(self, plan: GetPlan, loaded: NDArray[np.bool_] | None = None) -> NDArray[np.bool_] | None:
         """Release the blocks of ``plan``. Its slots must not be read any more. Its moves to the host continue.
@@ -179,6 +182,8 @@ class GlobalCacheEngine:
                 return None
             stale = self._host.stale.end_read(self._host_slots, plan, loaded)
             plan.tree.release(plan.keys, plan.start, plan.stop)
+            if plan.joins:
+                self._promotions.leave(plan)
             self._sweep_retired()
             return stale
 
@@ -204,12 +209,7 @@ class GlobalCacheEngine:
             if move.target == DEVICE:
                 self._lower[move.source - 1].end_read(move, int(ok.sum()), ~ok if lost is None else lost)
             elif move.target == HOST:
-                if self._host.stale.has_ended(move.filled, move.dst, "promotion"):
-                    return
-                self._promotions.remove(move)
-                self._host.end_writing(move, ok)
-                self._lower[move.source - 1].end_read(move, int(ok.sum()), ~ok if lost is None else lost)
-                move.tree.release(move.keys, int(move.blocks[0]), len(move.keys))
+                self._promotions.end(move, ok, lost, self._clock())
             else:
                 end_write_back(move, self._host, self._lower[move.target - 1], ok)
             self._sweep_retired()
@@ -347,6 +347,11 @@ class GlobalCacheEngine:
                     freed += tier.evict_ahead(self._tree, now)
             return freed
 
+    def abandon_reads_that_hang(self) -> None:
+        """Evict blocks that a lower tier does not deliver in time (``TierService.read_deadline_s``)."""
+        with self._lock:
+            self._promotions.abandon_overdue(self._tick())
+
     def reset(self) -> None:
         """Drop every block. Plans in flight remain valid, but their blocks are not offered any more."""
         with self._lock:
@@ -385,12 +390,7 @@ class GlobalCacheEngine:
             return stats
 
     def check_integrity(self) -> None:
-        """Check that every slot of each tier is free or belongs to exactly one block: free + indexed = total.
-
-        Raises
-        ------
-        InvariantError
-        """
+        """Raise InvariantError unless every slot of each tier is free, belongs to exactly one block, or is in limbo."""
         with self._lock:
             held = [tree.check_integrity() for tree in [self._tree, *self._retired]]
             for tier in self._tiers:

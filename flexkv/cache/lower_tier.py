@@ -1,5 +1,6 @@
 """A tier below host memory, as the index sees it."""
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class TierService:
     usable_slots : callable
         ``usable_slots(slots)``: (n,) bool, whether each of these slots ((n,) int32) can be read and written now. Called
         only while ``usable()``.
+    read_deadline_s : float
+        A read that takes longer is abandoned, if no other read from the tier has ended in that time. Infinite: none is.
     loads_directly : callable
         ``loads_directly()``: whether gets read blocks that are on this tier alone straight into the engine's pages.
     saves_directly : callable
@@ -45,6 +48,7 @@ class TierService:
     cost: CostModel
     usable: Callable[[], bool]
     usable_slots: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
+    read_deadline_s: float = math.inf
     loads_directly: Callable[[], bool] = _never
     saves_directly: Callable[[], bool] = _never
 
@@ -67,6 +71,7 @@ class LowerTier(Tier):
         super().__init__(number, SlotAllocator(0), capacity, make_policy, quotas, start_threshold, ratio)
         self.name = name
         self.service: TierService | None = None
+        self._reads: set[Move] = set()
 
     def attach(self, service: TierService) -> None:
         """Put the tier into service."""
@@ -108,26 +113,48 @@ class LowerTier(Tier):
         there[there] = self.service.usable_slots(slots[there])
         return there
 
+    def plan_read(self, move: Move) -> None:
+        """Note that a move from this tier was planned. The slots of its blocks are not reused before ``end_read``, even
+        if the blocks are dropped meanwhile."""
+        move.read = self.slots.generations(move.src)
+        self._reads.add(move)
+
     def begin_read(self, move: Move) -> None:
-        """Note that the reads of a move from this tier have begun."""
+        """Note that the reads of a move have begun."""
         if self.service is not None:
             move.is_reading = True
             self.service.cost.read_began()
 
     def end_read(self, move: Move, num_read: int, lost: NDArray[np.bool_]) -> None:
-        """End a move from this tier, of which ``num_read`` blocks were read: ``lost`` blocks ((m,) bool) become absent
-        on the tier, except blocks that another read dropped already."""
+        """End a move, of which ``num_read`` blocks were read: ``lost`` blocks ((m,) bool) become absent on the tier,
+        except blocks that another read dropped already."""
         if self.service is not None and move.is_reading:
             move.is_reading = False
             self.service.cost.read_ended(num_read)
-        if move.read is None:                          # the move has ended
+        self._reads.discard(move)
+        if move.read is not None:                      # else the move has ended
+            self.drop(move, lost)
+            move.read = None
+        self.release(move)
+
+    def drop(self, move: Move, lost: NDArray[np.bool_]) -> None:
+        """Make ``lost`` blocks ((m,) bool) of a move from this tier absent on it. Their slots are freed once no planned
+        read concerns them."""
+        if move.read is None:
             return
         held = np.asarray(move.tree.slots(move.keys, self.number))[move.blocks] == move.src
-        freed, move.read = self.slots.changed(move.src, move.read), None
+        freed = self.slots.changed(move.src, move.read)
         lost = lost & held if freed is None else lost & held & ~freed
-        if lost.any():
-            move.tree.drop(move.keys, move.by_position(move.src, lost), self.number, failed=True)
-            self.slots.free(move.src[lost])
+        if not lost.any():
+            return
+        move.tree.drop(move.keys, move.by_position(move.src, lost), self.number, failed=True)
+        slots = move.src[lost]
+        is_read = np.zeros(len(slots), dtype=np.bool_)
+        for other in self._reads:
+            if (shared := np.isin(slots, other.src)).any():
+                self.limbo.hold(slots[shared], [other])
+                is_read |= shared
+        self.slots.free(slots[~is_read])
 
 
 def can_be_read(

@@ -71,6 +71,8 @@ class Move:
         Slots on the source and on the target; empty for DEVICE, whose pages the engine gives later.
     move_id : int
         Number of a move between two tiers; 0 for others.
+    is_abandoned : bool
+        Its blocks were evicted because it took too long; its slots are in limbo until it has ended.
     is_reading : bool
         The cost model of the source was informed that this read has begun.
     filled : (m,) uint32 or None
@@ -88,6 +90,7 @@ class Move:
     dst: NDArray[np.int32] = field(default_factory=lambda: NO_SLOTS)
     move_id: int = 0
     is_reading: bool = False
+    is_abandoned: bool = False
     filled: Generations = field(default=None, init=False)
     read: Generations = field(default=None, init=False)
 

@@ -1,15 +1,26 @@
 """Promotions: moves of blocks from lower tiers to host slots, for gets."""
 
 import itertools
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.radix import Match, RadixTree
 from flexkv.cache.lower_tier import LowerTier
-from flexkv.cache.plan import Join, Move
+from flexkv.cache.plan import GetPlan, Join, Move
 from flexkv.cache.tier import HOST, Tier
+
+
+@dataclass(slots=True, eq=False)
+class _UnderWay:
+    """A promotion under way, the time when it began, and the gets that wait for it."""
+
+    move: Move
+    began: float
+    readers: dict[GetPlan, None] = field(default_factory=dict)
 
 
 class Promotions:
@@ -19,18 +30,23 @@ class Promotions:
     ----------
     num_slots : int
         Slots of the host tier.
+    host : Tier
+    lower : sequence of LowerTier
     """
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, host: Tier, lower: Sequence[LowerTier]) -> None:
+        self._host, self._lower = host, lower
         # 0: no promotion. The last place is always 0, for the index -1 (no slot).
         self._move_of = np.zeros(num_slots + 1, dtype=np.int64)
         self._index_of = np.zeros(num_slots, dtype=np.int32)
         self._ids = itertools.count(1)
         self._num_from: dict[int, int] = {}             # blocks under way from each tier
+        self._last_end: dict[int, float] = {}           # time when the last promotion from each tier ended
+        self._under_way: dict[int, _UnderWay] = {}
 
     def begin(
-        self, tree: RadixTree, host: Tier, lower: Sequence[LowerTier], keys: NDArray[np.uint64], match: Match,
-        slots: NDArray[np.int32], slow: NDArray[np.intp], tenant: int, now: float,
+        self, tree: RadixTree, keys: NDArray[np.uint64], match: Match, slots: NDArray[np.int32],
+        slow: NDArray[np.intp], tenant: int, now: float,
     ) -> tuple[int, tuple[Move, ...]]:
         """Allocate host slots, entered in ``slots``, for the blocks at positions ``slow`` that have none.
 
@@ -38,11 +54,11 @@ class Promotions:
         each lower tier that has blocks to read.
         """
         wanted = slow[slots[slow] < 0]
-        taken = host.take(tree, len(wanted), tenant, now)
+        taken = self._host.take(tree, len(wanted), tenant, now)
         stop = int(wanted[len(taken)]) if len(taken) < len(wanted) else match.num_ready
         wanted = wanted[: len(taken)]
         moves: list[Move] = []
-        for tier in lower:
+        for tier in self._lower:
             mine = match.tiers[wanted] == tier.number
             if not mine.any():
                 continue
@@ -51,25 +67,73 @@ class Promotions:
                 keys[:last], wanted[mine].astype(np.int32), tree, tier.number, HOST, match.slots[wanted[mine]],
                 taken[mine], next(self._ids),
             )
-            if _place(move, host, tier, now):
+            if _place(move, self._host, tier, now):
                 slots[move.blocks] = move.dst
-                self.add(move)
+                self.add(move, now)
                 tier.begin_read(move)
                 moves.append(move)
             else:                                  # its blocks, and what follows them, cannot be loaded
                 stop = min(stop, int(move.blocks[0]))
         return stop, tuple(moves)
 
-    def add(self, move: Move) -> None:
+    def add(self, move: Move, now: float) -> None:
         """Enter a promotion that begins."""
+        self._under_way[move.move_id] = _UnderWay(move, now)
         self._move_of[move.dst] = move.move_id
         self._index_of[move.dst] = np.arange(len(move))
         self._num_from[move.source] = self.num_blocks_from(move.source) + len(move)
 
-    def remove(self, move: Move) -> None:
-        """Remove a promotion that has ended."""
+    def end(self, move: Move, ok: NDArray[np.bool_], lost: NDArray[np.bool_] | None, now: float) -> None:
+        """End a promotion; see ``GlobalCacheEngine.end_move``. A second result is refused."""
+        if self._host.stale.has_ended(move.filled, move.dst, "promotion"):
+            return
+        if move.is_abandoned:
+            move.filled = None
+            self._host.release(move)
+        else:
+            self._remove(move, now)
+            self._host.end_writing(move, ok)
+        self._lower[move.source - 1].end_read(move, int(ok.sum()), ~ok if lost is None else lost)
+        move.tree.release(move.keys, int(move.blocks[0]), len(move.keys))
+
+    def abandon_overdue(self, now: float) -> None:
+        """Evict the blocks of promotions that hang (``TierService.read_deadline_s``) from both tiers, so that they can
+        be saved again. The slots stay in limbo until the promotion has ended, and on the host until the gets that have
+        joined it have ended too."""
+        for move in self._overdue(now):
+            move.is_abandoned = True
+            readers = self._remove(move, now)
+            move.tree.drop(move.keys, move.by_position(move.dst), HOST, failed=True)
+            self._host.limbo.hold(move.dst, [move, *readers])
+            self._lower[move.source - 1].drop(move, np.ones(len(move), dtype=np.bool_))
+
+    def _remove(self, move: Move, now: float) -> list[GetPlan]:
+        """Remove a promotion; returns the gets that have joined it and not ended."""
+        self._last_end[move.source] = now
         self._move_of[move.dst] = 0
         self._num_from[move.source] -= len(move)
+        return list(self._under_way.pop(move.move_id).readers)
+
+    def _overdue(self, now: float) -> list[Move]:
+        late = []
+        for each in self._under_way.values():
+            service = self._lower[each.move.source - 1].service
+            began = max(each.began, self._last_end.get(each.move.source, -math.inf))
+            if service is not None and now - began > service.read_deadline_s:
+                late.append(each.move)
+        return late
+
+    def join(self, plan: GetPlan) -> None:
+        """Note that a get reads the slots of the promotions that it joins, until ``leave``."""
+        for join in plan.joins:
+            self._under_way[join.move_id].readers[plan] = None
+
+    def leave(self, plan: GetPlan) -> None:
+        """A get has ended, and reads no slot any more."""
+        for join in plan.joins:
+            if join.move_id in self._under_way:
+                self._under_way[join.move_id].readers.pop(plan, None)
+        self._host.release(plan)
 
     def num_blocks_from(self, tier: int) -> int:
         """Number of blocks that promotions are reading from a tier."""
@@ -103,5 +167,5 @@ def _place(move: Move, host: Tier, tier: LowerTier, now: float) -> bool:
     except MemoryError:                            # CapacityError is one
         host.displace(move)
         return False
-    move.read = tier.slots.generations(move.src)
+    tier.plan_read(move)
     return True

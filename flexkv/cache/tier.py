@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from flexkv.cache.quotas import Quotas
 from flexkv.cache.reasons import MissReason
 from flexkv.cache.stale import StaleResults
 from flexkv.errors import InvariantError
+from flexkv.storage.limbo import Limbo
 from flexkv.storage.store import Slots
 
 HOST = 0
@@ -69,6 +70,7 @@ class Tier:
         self.removal_reason = MissReason.EVICTED
         """Reason recorded for blocks that are evicted for want of room and are on no other tier."""
         self.stale = StaleResults(number)
+        self.limbo = Limbo()
         self._evicted = self._expired = 0
         self._capacity = max(1, capacity)
         self._make_policy = make_policy
@@ -148,6 +150,10 @@ class Tier:
             move.tree.drop(move.keys, move.by_position(move.dst, failed), self.number, failed=True)
             self.slots.free(move.dst[failed])
 
+    def release(self, holder: Hashable) -> None:
+        """Free the slots of evicted blocks that only this transfer or plan has held."""
+        self.slots.free(self.limbo.release(holder))
+
     def limit(self, tenant: int) -> int:
         """Maximum number of slots of a tenant."""
         return self._quotas.limit(tenant, self.slots.capacity)
@@ -184,6 +190,7 @@ class Tier:
     def evict_ahead(self, tree: RadixTree, now: float) -> int:
         """Evict a bounded number of expired blocks and of blocks beyond a quota, and a batch of blocks if the share of
         slots in use exceeds the threshold; returns the number of slots freed."""
+        self.slots.free(self.limbo.expire(now))
         freed, capacity = self._sweep_expired(tree, now), self.slots.capacity
         for tenant in range(len(self._quotas)):       # recovered blocks count for tenant 0 until they are used
             if (limit := self.limit(tenant)) < capacity:
@@ -291,7 +298,7 @@ class Tier:
         """Free slots, blocks evicted since the start, and, if there are quotas, blocks by namespace."""
         stats = {
             "free_slots": self.slots.num_free, "evicted_blocks": self._evicted, "expired_blocks": self._expired,
-            "stale_results": self.stale.num_blocks,
+            "stale_results": self.stale.num_blocks, "limbo_slots": len(self.limbo),
         }
         if len(self._quotas) > 1:
             used = tree.ranking(self.number).blocks().sum(axis=1).tolist()
@@ -300,14 +307,15 @@ class Tier:
         return {f"{prefix}{name}": count for name, count in stats.items()}
 
     def check_integrity(self, held: NDArray[np.int32]) -> None:
-        """Raise InvariantError unless every slot is either free or used by exactly one block (``held`` lists the slots
-        of all blocks)."""
+        """Raise InvariantError unless every slot is free, or used by exactly one block (``held`` lists the slots of all
+        blocks), or in limbo."""
         self.slots.check_integrity()
+        held = np.concatenate([held, self.limbo.slots])
         if len(np.unique(held)) != len(held):
             raise InvariantError(f"tier {self.number}: two blocks hold one slot")
         if len(held) + self.slots.num_free != self.slots.capacity:
             raise InvariantError(
-                f"tier {self.number}: {len(held)} slots indexed + {self.slots.num_free} free != "
+                f"tier {self.number}: {len(held)} slots indexed or in limbo + {self.slots.num_free} free != "
                 f"{self.slots.capacity} in all"
             )
         if any(self.slots.is_free(int(slot)) for slot in held):

@@ -134,9 +134,9 @@ class LowerTier:
                 self._clear(store)
         store.register(usable_slots * store.slot_bytes)
         self._connect_gds()
-        # A tier that selects its blocks takes no direct puts: nothing is known yet about the reuse of their blocks.
-        saves_directly = self._kind.writes_all(self._config)
-        return index_blocks(cache, self._number, store, found, self._usable, saves_directly, is_stale)
+        return index_blocks(
+            cache, self._number, self._kind, self._config, store, found, self._usable, is_stale
+        )
 
     def attach_gds(self, end: GdsEnd) -> None:
         """A rank can move blocks between the tier and its GPU on request, over this socket, which is owned by this

@@ -57,14 +57,13 @@ def open_store(
 
 
 def index_blocks(
-    cache: GlobalCacheEngine, tier: int, store: Store, found: Recovered, usable: Callable[[], bool],
-    saves_directly: bool, is_stale: bool = False,
+    cache: GlobalCacheEngine, tier: int, kind: TierKind, config: CacheConfig, store: Store, found: Recovered,
+    usable: Callable[[], bool], is_stale: bool = False,
 ) -> int:
     """Put a tier into service with the blocks found in its store, parents before children; frees the rest of their
     slots. Returns the number of blocks in the index.
 
-    ``usable``: as in ``TierService``. ``saves_directly``: whether puts may write straight to the tier, once its store
-    can. ``is_stale``: the blocks are of before a reset, and are not put into the index.
+    ``usable``: as in ``TierService``. ``is_stale``: the blocks are of before a reset, and are not put into the index.
     """
     indexed = np.zeros(len(found), dtype=np.bool_)
 
@@ -75,8 +74,10 @@ def index_blocks(
 
     service = TierService(
         store.slots, CostModel(store.slot_bytes, time.monotonic), usable, store.usable_slots,
+        read_deadline_s=kind.read_deadline_s(config),
         loads_directly=lambda: store.device_is_ready,
-        saves_directly=lambda: saves_directly and store.device_is_ready,
+        # Not to a tier that selects its blocks: nothing is known yet about the reuse of these.
+        saves_directly=lambda: kind.writes_all(config) and store.device_is_ready,
     )
     try:
         cache.attach(tier, service, () if is_stale else sequences())

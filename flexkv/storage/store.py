@@ -1,5 +1,6 @@
 """The contract of a lower tier: a store of blocks outside of host memory."""
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -196,6 +197,8 @@ class TierKind:
         ``writes_all(config)``: whether every block is written; else blocks with evidence of reuse (``WriteBack``).
     write_bytes_per_s : callable
         ``write_bytes_per_s(config)``: maximum rate of writes; 0: no limit.
+    read_deadline_s : callable
+        ``read_deadline_s(config)``: as in ``TierService``.
     closed_stats : callable
         ``closed_stats(config)``: counts of the store while it is not open.
     """
@@ -206,6 +209,7 @@ class TierKind:
     make_store: MakeStore
     writes_all: Callable[[CacheConfig], bool]
     write_bytes_per_s: Callable[[CacheConfig], float]
+    read_deadline_s: Callable[[CacheConfig], float] = lambda config: math.inf
     closed_stats: Callable[[CacheConfig], dict[str, int]] = lambda config: {}
 
 

@@ -30,8 +30,8 @@ OPERATIONS = st.lists(
         st.sampled_from([
             "put", "sink", "sink", "sink", "begin_put", "end_put", "begin_get", "begin_get", "direct_get", "direct_get",
             "direct_put", "end_get", "end_get", "arrive",
-            "arrive", "end_fetch", "end_fetch", "write", "write", "begin_write", "end_write", "evict", "evict", "reset",
-            "break", "restart", "late", "late",
+            "arrive", "end_fetch", "end_fetch", "hang", "write", "write", "begin_write", "end_write", "evict", "evict",
+            "reset", "break", "restart", "late", "late",
         ]),
         SEQUENCES,
         st.integers(0, 63),
@@ -50,7 +50,6 @@ class Fetch:
     plan: Move
     arrived: NDArray[np.bool_]
     failed: NDArray[np.bool_]
-    losses: list[int]
 
 
 @dataclass(eq=False)
@@ -61,7 +60,6 @@ class Get:
     sequence: Prefix
     epoch: int
     waits: list[tuple[Fetch, NDArray[np.intp], NDArray[np.intp]]]
-    losses: list[int]
 
     def whole(self) -> NDArray[np.bool_]:
         """Blocks that may be read."""
@@ -79,7 +77,6 @@ class Checked:
     epoch: int = 0
     host: dict[int, Content] = field(default_factory=dict)
     ssd: dict[int, Content] = field(default_factory=dict)
-    losses: dict[int, int] = field(default_factory=dict)     # how often the block of an SSD slot was found bad
     usable: bool = True
     loads_directly: bool = False
     half_out: int = -1                      # which of two disks is out of service
@@ -101,7 +98,7 @@ class Checked:
     def attach(self, found: list[tuple[NDArray[np.uint64], NDArray[np.int32]]]) -> None:
         tier = TierService(
             self.slots, self.cost, lambda: self.usable, lambda slots: slots % 2 != self.half_out,
-            loads_directly=lambda: self.loads_directly, saves_directly=lambda: True,
+            loads_directly=lambda: self.loads_directly, saves_directly=lambda: True, read_deadline_s=30.0,
         )
         assert self.engine.attach(1, tier, found)
 
@@ -120,24 +117,13 @@ class Checked:
         return set(used) - {-1}
 
     def ssd_in_use(self) -> set[int]:
-        """But for slots whose block was found bad: the store refuses who still reads there."""
+        """Slots that a move reads or writes, also of blocks that another move has found bad."""
         used = [slot for plan in self.writes for slot in plan.dst.tolist()]
         used += [slot for plan, _ in self.puts for slot in plan.slots_on(SSD).tolist()]
-        readers = [(fetch.plan, fetch.losses) for fetch in self.fetches.values()]
-        for plan, losses in readers + [(move, get.losses) for get in self.gets for move in get.plan.to(DEVICE)]:
-            used += plan.src[self.still(plan, losses)].tolist()
+        reads = [fetch.plan for fetch in self.fetches.values()]
+        for move in reads + [move for get in self.gets for move in get.plan.to(DEVICE)]:
+            used += move.src.tolist()
         return set(used) - {-1}
-
-    def losses_of(self, *moves: Move) -> list[int]:
-        return [self.losses.get(slot, 0) for move in moves for slot in move.src.tolist()]
-
-    def still(self, plan: Move, losses: list[int]) -> NDArray[np.bool_]:
-        """Blocks whose slot was not found bad since."""
-        return np.array(self.losses_of(plan), dtype=np.int64) == np.array(losses, dtype=np.int64)
-
-    def lose(self, slots: NDArray[np.int32]) -> None:
-        for slot in slots.tolist():
-            self.losses[slot] = self.losses.get(slot, 0) + 1
 
     def on(self, tier: int) -> dict[int, Content]:
         return self.host if tier == HOST else self.ssd
@@ -199,10 +185,10 @@ class Checked:
             assert not {f.plan.dst[i] for f in self.fetches.values() for i in range(len(f.plan))} & set(
                 move.dst.tolist())
             none = np.zeros(len(move), dtype=np.bool_)
-            self.fetches[move.move_id] = Fetch(move, none, none.copy(), self.losses_of(move))
+            self.fetches[move.move_id] = Fetch(move, none, none.copy())
             self.host.update(dict.fromkeys(move.dst.tolist(), GARBAGE))
         waits = [(self.fetches[join.move_id], join.mine, join.theirs) for join in plan.joins]
-        self.gets.append(Get(plan, sequence, self.epoch, waits, self.losses_of(*plan.to(DEVICE))))
+        self.gets.append(Get(plan, sequence, self.epoch, waits))
         self.check_bytes(self.gets[-1])
 
     def end_get(self, sequence: Prefix, seed: int) -> None:
@@ -211,10 +197,8 @@ class Checked:
             self.check_bytes(get)                           # nobody wrote there meanwhile
             for direct in get.plan.to(DEVICE):
                 lost = np.array([seed >> (i % 6) & 1 == 1 for i in range(len(direct))], dtype=np.bool_)
-                gone = lost & self.still(direct, get.losses)    # else the slot was freed, and holds another copy
-                self.lose(direct.src[gone])
                 self.engine.end_move(direct, ~lost, lost)
-                for position in direct.blocks[gone].tolist() if direct.tree is self.engine._tree else ():
+                for position in direct.blocks[lost].tolist() if direct.tree is self.engine._tree else ():
                     assert self.engine._tree.slots(direct.keys[: position + 1], SSD)[position] not in direct.src[
                         direct.blocks == position]
             self.engine.end_get(get.plan)
@@ -227,8 +211,7 @@ class Checked:
                 assert self.host[slot] == (get.epoch, get.sequence[: block + 1])
         for direct in get.plan.to(DEVICE):
             assert (get.plan.slots[direct.blocks - get.plan.start] == -1).all()
-            still = self.still(direct, get.losses)
-            for block, slot in zip(direct.blocks[still].tolist(), direct.src[still].tolist(), strict=True):
+            for block, slot in zip(direct.blocks.tolist(), direct.src.tolist(), strict=True):
                 assert self.ssd[slot] == (get.epoch, get.sequence[: block + 1])
 
     def a_fetch(self, seed: int) -> Fetch | None:
@@ -239,7 +222,7 @@ class Checked:
         fetch = self.a_fetch(seed)
         if fetch is not None:
             for i in np.flatnonzero(~fetch.arrived & ~fetch.failed)[: 1 + seed % 3].tolist():
-                if seed % 5 == 4 or not self.still(fetch.plan, fetch.losses)[i]:
+                if seed % 5 == 4:
                     fetch.failed[i] = True
                 else:
                     fetch.arrived[i] = True
@@ -250,16 +233,25 @@ class Checked:
         if fetch is not None:
             while not (fetch.arrived | fetch.failed).all():
                 for i in np.flatnonzero(~fetch.arrived & ~fetch.failed).tolist():
-                    fetch.arrived[i] = seed % 4 > 0 and self.still(fetch.plan, fetch.losses)[i]
+                    fetch.arrived[i] = seed % 4 > 0
                     fetch.failed[i] = not fetch.arrived[i]
                     if fetch.arrived[i]:
                         self.host[int(fetch.plan.dst[i])] = self.ssd[int(fetch.plan.src[i])]
             del self.fetches[fetch.plan.move_id]
-            self.lose(fetch.plan.src[fetch.failed & self.still(fetch.plan, fetch.losses)])
             self.engine.end_move(fetch.plan, fetch.arrived)
             self.over.append(fetch.plan)
-            for position in fetch.plan.blocks[fetch.failed].tolist() if fetch.plan.tree is self.engine._tree else ():
+            is_known = fetch.plan.tree is self.engine._tree and not fetch.plan.is_abandoned    # else: put again
+            for position in fetch.plan.blocks[fetch.failed].tolist() if is_known else ():
                 assert self.engine.match(fetch.plan.keys[: position + 1]).num_ready <= position
+
+    def hang(self, sequence: Prefix, seed: int) -> None:
+        """Fetches take too long: their blocks are absent, and their slots stay in limbo."""
+        self.now += 40.0
+        self.engine.abandon_reads_that_hang()
+        for fetch in self.fetches.values():
+            assert fetch.plan.is_abandoned
+            if fetch.plan.tree is self.engine._tree:
+                assert not set(self.engine._tree.slots(fetch.plan.keys, HOST)) & set(fetch.plan.dst.tolist())
 
     # ---- write-back -------------------------------------------------------------------------------------------
 

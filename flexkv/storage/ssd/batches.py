@@ -165,6 +165,10 @@ class Batches:
         """Batches with late blocks."""
         return [batch for batch in self._batches.values() if batch.late.any()]
 
+    def any_late(self, directory: SsdDirectory) -> bool:
+        """Whether a directory has a batch with late blocks."""
+        return any(batch.directory is directory for batch in self.late())
+
     def of_job(self, job: int) -> list[Batch]:
         """Batches of a job that are under way."""
         return list(self._jobs.get(job, ()))

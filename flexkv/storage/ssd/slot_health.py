@@ -6,6 +6,7 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkv.storage.limbo import Limbo
 from flexkv.storage.ssd.directory import SsdDirectory
 from flexkv.storage.ssd.fault_log import FaultLog
 from flexkv.storage.ssd.striped_slots import StripedSlots
@@ -21,7 +22,8 @@ class SlotHealth:
     """Counts errors: too many errors of a slot retire it, too many in a row take its directory offline. The caller must
     hold the store's lock.
 
-    A slot that may still be written after its write failed is held: it is not allocated until that write has ended.
+    A slot that may still be written after its write failed is in quarantine: it is not allocated until that write has
+    ended.
 
     Parameters
     ----------
@@ -35,7 +37,8 @@ class SlotHealth:
         ))
         self._slots = slots
         self._errors = np.zeros(num_slots, dtype=np.uint8)
-        self._held: dict[int, tuple[SsdDirectory | None, int]] = {}        # tag of the write -> directory and slot
+        self._quarantine = Limbo()                                         # held by the tags of writes
+        self._owners: dict[int, SsdDirectory | None] = {}                  # the directory of each such write
 
     def had_errors(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
         """(n,) bool: whether each slot had an error."""
@@ -81,19 +84,21 @@ class SlotHealth:
 
     # ---- writes that failed and may still happen --------------------------------------------------------------
 
-    def hold(self, directory: SsdDirectory | None, slots: NDArray[np.int32], tags: NDArray[np.uint64]) -> None:
-        """Hold slots whose writes failed and may still happen: by the kernel in ``directory``, or (None) by a rank."""
-        self._held.update((tag, (directory, slot)) for tag, slot in zip(tags.tolist(), slots.tolist(), strict=True))
+    def quarantine(self, directory: SsdDirectory | None, slots: NDArray[np.int32], tags: NDArray[np.uint64]) -> None:
+        """Keep slots from use whose writes failed and may still happen: by the kernel in ``directory``, or (None) by a
+        rank."""
+        for i, tag in enumerate(tags.tolist()):
+            self._quarantine.hold(slots[i : i + 1], [tag])
+            self._owners[tag] = directory
         self._slots.retire(slots)
 
-    def holds(self, directory: SsdDirectory) -> bool:
-        """Whether slots of a directory are held because of the kernel."""
-        return any(owner is directory for owner, _ in self._held.values())
+    def has_quarantine(self, directory: SsdDirectory) -> bool:
+        """Whether slots of a directory are in quarantine because of the kernel."""
+        return any(owner is directory for owner in self._owners.values())
 
     def release(self, busy: NDArray[np.uint64]) -> None:
-        """Release the held slots whose writes are not among the tags ``busy``."""
-        if not self._held:
-            return
-        over = self._held.keys() - set(busy.tolist())
-        slots = np.array([self._held.pop(tag)[1] for tag in over], dtype=np.int32)
-        self._slots.restore(slots[self._errors[slots] < _ERRORS_OF_SLOT])
+        """Release the slots in quarantine whose writes are not among the tags ``busy``."""
+        for tag in self._owners.keys() - set(busy.tolist()):
+            del self._owners[tag]
+            slots = self._quarantine.release(tag)
+            self._slots.restore(slots[self._errors[slots] < _ERRORS_OF_SLOT])

@@ -289,7 +289,7 @@ class SsdStore(Store):
 
     def _is_stuck(self, directory: SsdDirectory) -> bool:
         with self._lock:
-            return self._health.holds(directory) or any(batch.directory is directory for batch in self._batches.late())
+            return self._health.has_quarantine(directory) or self._batches.any_late(directory)
 
     def _fail(self, batch: Batch, positions: NDArray[np.intp]) -> None:
         self._end(batch, positions, np.zeros(len(positions), dtype=np.bool_))
@@ -385,7 +385,7 @@ class SsdStore(Store):
                 directory.post(partial(self._record, directory))
         if batch.late.any():
             kept = batch.late & np.isin(batch.tags(), self._queues.busy())
-            self._health.hold(directory if batch.fence is None else None, batch.slots[kept], batch.tags()[kept])
+            self._health.quarantine(directory if batch.fence is None else None, batch.slots[kept], batch.tags()[kept])
         out = self._health.judge(directory, batch.slots[positions], results, "write_errors")
         self._fail(batch, positions[~done])
         if out:

@@ -21,5 +21,6 @@ SSD = TierKind(
     make_store=_make_store,
     writes_all=lambda config: config.ssd_admission == "all",
     write_bytes_per_s=lambda config: config.ssd_write_mb_per_s * (1 << 20),
+    read_deadline_s=lambda config: 2 * config.ssd_deadline_s,      # longer than the wait for one hanging access
     closed_stats=lambda config: {"directories": len(config.ssd_directories), "directories_usable": 0},
 )

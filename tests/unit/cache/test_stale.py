@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.eviction import LRU
 from flexkv.cache.lower_tier import TierService
 from flexkv.cache.plan import PutPlan
+from flexkv.cache.reasons import MissReason
 from flexkv.cache.tier import HOST
 
 from ...property.model_tree import keys_of
@@ -126,28 +128,68 @@ def test_what_a_write_back_read_from_anothers_slot_is_not_on_ssd() -> None:
     assert cache.stats()["ssd_free_slots"] == 1
 
 
-def test_a_read_error_of_a_slot_that_was_filled_anew_loses_nothing() -> None:
-    """Two gets read a bad block; the first finds it, the block is written again to the same slot, then the second."""
+def test_a_slot_whose_block_was_found_bad_is_not_filled_anew_while_another_get_reads_it() -> None:
+    """Two gets read a bad block; the first finds it. Its only slot is released when the second has ended."""
     cache = engine(2, num_ssd=1, direct=True)
     keys = keys_of((1,))
 
-    def store() -> None:
+    def store() -> bool:
         cache.end_put(cache.begin_put(keys, 0, 1), ones(1))
         write = cache.begin_write_back(1, keys, 1)
-        assert write is not None
-        cache.end_move(write, ones(1))
-        cache._host.evict(cache._tree, 2, 1e6)
+        if write is not None:
+            cache.end_move(write, ones(1))
+            cache._host.evict(cache._tree, 2, 1e6)
+        return write is not None
 
-    store()
+    assert store()
     first, second = (cache.begin_get(keys, 0, 1) for _ in range(2))
     cache.end_move(first.moves[0], ~ones(1))
     cache.end_get(first)
-    store()
-    assert cache.has_slot(1, keys).all()
+    assert cache.stats()["ssd_limbo_slots"] == 1
+    assert not store()
+    cache.check_integrity()
     cache.end_move(second.moves[0], ~ones(1))
     cache.end_get(second)
-    assert cache.has_slot(1, keys).all()
+    assert cache.stats()["ssd_limbo_slots"] == 0
+    assert store()
     cache.check_integrity()
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+@pytest.mark.parametrize("get_ends_first", [True, False])
+def test_blocks_of_a_read_that_hangs_can_be_saved_again(arrives: bool, get_ends_first: bool) -> None:
+    """The slots of the read stay where they are until it has ended, and until the get that waits for it has."""
+    cache = engine(4, num_ssd=4)
+    keys = keys_of((1, 2))
+    cache.end_put(cache.begin_put(keys, 0, 2), ones(2))
+    write = cache.begin_write_back(1, keys, 2)
+    assert write is not None
+    cache.end_move(write, ones(2))
+    cache._host.evict(cache._tree, 4, 1e6)
+    get = cache.begin_get(keys, 0, 2)
+    assert cache.match(keys).num_ready == 2
+    cache._lower[0].service = replace(cache._lower[0].service, read_deadline_s=5.0)  # type: ignore[type-var]
+    cache.abandon_reads_that_hang()
+    assert cache.match(keys).num_ready == 2
+    cache._clock.now += 10.0  # type: ignore[attr-defined]
+    cache.abandon_reads_that_hang()
+    assert cache.match(keys).reason is MissReason.FAILED
+    stats = cache.stats()
+    assert (stats["limbo_slots"], stats["ssd_limbo_slots"], stats["blocks_being_fetched"]) == (2, 2, 0)
+    again = cache.begin_put(keys, 0, 2)
+    assert not set(again.slots_on(HOST)) & set(get.slots)
+    cache.end_put(again, ones(2))
+    assert cache.match(keys).num_to_fetch == 0
+    steps = [lambda: cache.end_move(get.moves[0], np.full(2, arrives)), lambda: cache.end_get(get)]
+    for step in reversed(steps) if get_ends_first else steps:
+        assert cache.stats()["limbo_slots"] == 2
+        cache.check_integrity()
+        step()
+    assert (cache.stats()["limbo_slots"], cache.stats()["ssd_limbo_slots"]) == (0, 0)
+    cache.end_move(get.moves[0], ones(2))                       # once more changes nothing
+    cache.check_integrity()
+    assert cache.match(keys).num_ready == 2
+    assert cache.stats()["free_slots"] == 2
 
 
 @pytest.mark.parametrize("end", [

@@ -125,6 +125,7 @@ def test_random_puts_and_gets_return_the_bytes_that_were_put(tmp_path: Path, see
         lengths: dict[int, int] = {}
         for _ in range(60):
             number = int(random.integers(0, 12))
+            settle(made)                                    # a write-back holds host slots that a load may need
             if number not in lengths:
                 lengths[number] = int(random.integers(1, HOST_SLOTS - 2))
                 made.put(lengths[number], number)
