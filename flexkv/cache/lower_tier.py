@@ -22,6 +22,10 @@ def _never() -> bool:
     return False
 
 
+def _unknown(slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+    return np.zeros(len(slots), dtype=np.uint64)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TierService:
     """What a lower tier needs to be in service.
@@ -40,6 +44,8 @@ class TierService:
         A read that takes longer is abandoned, if no other read from the tier has ended in that time. Infinite: none is.
     loads_directly : callable
         ``loads_directly()``: whether gets read blocks that are on this tier alone straight into the engine's pages.
+    checksums : callable
+        ``checksums(slots)``: as ``Store.checksums``. Must not wait.
     saves_directly : callable
         ``saves_directly()``: whether puts for which there are too few host slots write straight to this tier.
     """
@@ -51,6 +57,7 @@ class TierService:
     read_deadline_s: float = math.inf
     loads_directly: Callable[[], bool] = _never
     saves_directly: Callable[[], bool] = _never
+    checksums: Callable[[NDArray[np.int32]], NDArray[np.uint64]] = _unknown
 
 
 class LowerTier(Tier):
@@ -87,8 +94,11 @@ class LowerTier(Tier):
             with suppress(CapacityError):
                 tree.insert(keys, slots, self.number, now)
             fits = tree.set_ready(keys, slots, self.number) > 0 or not (slots >= 0).any()
+        there = slots[slots >= 0]
         if not fits:
-            self.slots.free(slots[slots >= 0])
+            self.slots.free(there)
+        elif self.service is not None:
+            self.set_checksums(there, self.service.checksums(there))
 
     @property
     def is_usable(self) -> bool:
@@ -113,10 +123,26 @@ class LowerTier(Tier):
         there[there] = self.service.usable_slots(slots[there])
         return there
 
+    def _checksums_of(self, move: Move) -> NDArray[np.uint64]:
+        return self.service.checksums(move.dst) if self.service is not None else super()._checksums_of(move)
+
+    def differing(self, move: Move) -> NDArray[np.bool_]:
+        """(m,) bool: blocks of a write-back whose bytes, as this tier has computed their checksum, are not those that
+        the source had."""
+        found = self._checksums_of(move)
+        return np.asarray((found != move.checksums) & (found != 0) & (move.checksums != 0))
+
+    def altered(self, move: Move) -> NDArray[np.bool_]:
+        """(m,) bool: blocks of a move from this tier of which the store has another checksum than the index."""
+        if self.service is None:
+            return np.zeros(len(move), dtype=np.bool_)
+        return np.asarray(self.service.checksums(move.src) != move.checksums)
+
     def plan_read(self, move: Move) -> None:
         """Note that a move from this tier was planned. The slots of its blocks are not reused before ``end_read``, even
         if the blocks are dropped meanwhile."""
         move.read = self.slots.generations(move.src)
+        move.checksums = self.checksums[move.src]
         self._reads.add(move)
 
     def begin_read(self, move: Move) -> None:

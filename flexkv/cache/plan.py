@@ -18,6 +18,7 @@ DEVICE = -1
 """Place of a move: the pages of the engine. Places from 0 on are tiers; 0 is host memory."""
 
 NO_SLOTS = np.zeros(0, dtype=np.int32)
+NO_CHECKSUMS = np.zeros(0, dtype=np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,8 @@ class Move:
         Places.
     src, dst : (m,) int32
         Slots on the source and on the target; empty for DEVICE, whose pages the engine gives later.
+    checksums : (m,) uint64
+        XXH3-64 of each block's bytes on the source, 0 where it is unknown; empty if the source is DEVICE.
     move_id : int
         Number of a move between two tiers; 0 for others.
     is_abandoned : bool
@@ -91,6 +94,7 @@ class Move:
     move_id: int = 0
     is_reading: bool = False
     is_abandoned: bool = False
+    checksums: NDArray[np.uint64] = field(default_factory=lambda: NO_CHECKSUMS)
     filled: Generations = field(default=None, init=False)
     read: Generations = field(default=None, init=False)
 
@@ -169,6 +173,8 @@ class Join:
 
     Attributes
     ----------
+    checksums : (m,) uint64
+        XXH3-64 of each block's bytes on the source, 0 where it is unknown; empty if the source is DEVICE.
     move_id : int
     mine : (k,) intp
         Indices of these blocks in the get, counted from its ``start``.

@@ -71,6 +71,9 @@ class Tier:
         """Reason recorded for blocks that are evicted for want of room and are on no other tier."""
         self.stale = StaleResults(number)
         self.limbo = Limbo()
+        self.checksums = np.zeros(capacity, dtype=np.uint64)
+        """XXH3-64 of the block in each slot, from the first write to a lower tier on; 0: not computed yet."""
+        self.num_mismatches = 0
         self._evicted = self._expired = 0
         self._capacity = max(1, capacity)
         self._make_policy = make_policy
@@ -145,10 +148,21 @@ class Tier:
         move.filled = None                           # a second result of this move is refused
         ok, failed = (ok, ~ok) if stale is None else (ok & ~stale, ~ok & ~stale)
         if ok.any():
+            self.set_checksums(move.dst[ok], self._checksums_of(move)[ok])
             move.tree.set_ready(move.keys, move.by_position(move.dst, ok), self.number)
         if failed.any():
             move.tree.drop(move.keys, move.by_position(move.dst, failed), self.number, failed=True)
             self.slots.free(move.dst[failed])
+
+    def set_checksums(self, slots: NDArray[np.int32], checksums: NDArray[np.uint64]) -> None:
+        """Note the checksums ((n,) uint64) of the blocks in slots ((n,) int32)."""
+        if len(slots) and (last := int(slots.max())) >= len(self.checksums):      # more slots than were announced
+            self.checksums = np.concatenate([self.checksums, np.zeros(last + 1 - len(self.checksums), np.uint64)])
+        self.checksums[slots] = checksums
+
+    def _checksums_of(self, move: Move) -> NDArray[np.uint64]:
+        """(m,) uint64: checksums of the blocks of a move to this tier that has ended."""
+        return move.checksums if len(move.checksums) else np.zeros(len(move), dtype=np.uint64)
 
     def release(self, holder: Hashable) -> None:
         """Free the slots of evicted blocks that only this transfer or plan has held."""
@@ -299,6 +313,7 @@ class Tier:
         stats = {
             "free_slots": self.slots.num_free, "evicted_blocks": self._evicted, "expired_blocks": self._expired,
             "stale_results": self.stale.num_blocks, "limbo_slots": len(self.limbo),
+            "checksum_mismatches": self.num_mismatches,
         }
         if len(self._quotas) > 1:
             used = tree.ranking(self.number).blocks().sum(axis=1).tolist()

@@ -1,5 +1,7 @@
 """Begins and ends write-backs: moves of blocks from host memory to a lower tier."""
 
+import logging
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -7,6 +9,8 @@ from flexkv._core.index.radix import RadixTree
 from flexkv.cache.lower_tier import LowerTier
 from flexkv.cache.plan import Move
 from flexkv.cache.tier import HOST, Tier
+
+logger = logging.getLogger("flexkv.cache")
 
 
 def plan_write_back(
@@ -33,6 +37,7 @@ def plan_write_back(
         tier.displace(move)
         return None
     move.read = host.slots.generations(move.src)
+    move.checksums = host.checksums[move.src]
     return move
 
 
@@ -43,5 +48,21 @@ def end_write_back(move: Move, host: Tier, tier: LowerTier, written: NDArray[np.
         return
     stale = host.stale.find(host.slots, move.src, move.read, "write-back")
     move.read = None
-    tier.end_writing(move, written if stale is None else written & ~stale)
+    written = written if stale is None else written & ~stale
+    differs = written & tier.differing(move)
+    tier.end_writing(move, written & ~differs)
+    if differs.any():
+        _drop_altered(move, host, differs)
+    elif written.any():
+        host.checksums[move.src[written]] = tier.checksums[move.dst[written]]
     move.tree.release(move.keys, int(move.blocks[0]), len(move.keys))
+
+
+def _drop_altered(move: Move, host: Tier, altered: NDArray[np.bool_]) -> None:
+    """Blocks whose bytes changed in host memory become absent there. Their slots are not used again: the memory is at
+    fault, or something writes to it that should not."""
+    slots = move.src[altered]
+    host.num_mismatches += len(slots)
+    logger.error("host slots %s: their bytes have changed; the slots are not used again", slots[:4].tolist())
+    move.tree.drop(move.keys, move.by_position(move.src, altered), HOST, failed=True)
+    host.limbo.hold(slots, ["altered bytes"])

@@ -75,6 +75,7 @@ def index_blocks(
     service = TierService(
         store.slots, CostModel(store.slot_bytes, time.monotonic), usable, store.usable_slots,
         read_deadline_s=kind.read_deadline_s(config),
+        checksums=store.checksums,
         loads_directly=lambda: store.device_is_ready,
         # Not to a tier that selects its blocks: nothing is known yet about the reuse of these.
         saves_directly=lambda: kind.writes_all(config) and store.device_is_ready,

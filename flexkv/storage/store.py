@@ -124,6 +124,11 @@ class Store(ABC):
         """Read blocks into host memory, and verify them. Parameters as in ``write``."""
 
     @abstractmethod
+    def checksums(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """(n,) uint64: XXH3-64 of the bytes of the block in each slot, as they were written and reported; 0: there is
+        none, or it is unknown. A read that is good has verified its bytes against it."""
+
+    @abstractmethod
     def erase(self, job: int, slots: NDArray[np.int32]) -> None:
         """Empty slots ((n,) int32): ``recover`` must not find their blocks after a restart either."""
 
@@ -238,6 +243,9 @@ class NullStore(Store):
         fence: int | None = None,
     ) -> None:
         self._refuse(job, len(slots))
+
+    def checksums(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+        return np.zeros(len(slots), dtype=np.uint64)
 
     def erase(self, job: int, slots: NDArray[np.int32]) -> None:
         self._refuse(job, len(slots))

@@ -43,6 +43,7 @@ class FolderStore(Store):
         self._lock = threading.Lock()
         self._key_in: dict[int, bytes] = {}             # each slot that holds a block; the worker's
         self._slot_of: dict[bytes, int] = {}            # and the slot that holds it last
+        self._sum_of: dict[int, int] = {}               # checksum of the block in each slot
         self._cancelled: set[int] = set()
         self._results: Results = []
         self._work: queue.SimpleQueue[tuple[int, int, Callable[[], bool]] | None] = queue.SimpleQueue()
@@ -58,6 +59,10 @@ class FolderStore(Store):
         names = [bytes.fromhex(path.stem) for path in paths]
         self._key_in = dict(zip(slots.tolist(), names, strict=True))
         self._slot_of = dict(zip(names, slots.tolist(), strict=True))
+        self._sum_of = {
+            slot: int.from_bytes(path.read_bytes()[:8], "little")
+            for slot, path in zip(slots.tolist(), paths, strict=True)
+        }
         keys = b"".join(names)
         parents = b"".join(path.read_bytes()[8:24] for path in paths)
         return Recovered(
@@ -79,6 +84,9 @@ class FolderStore(Store):
         for i in range(len(slots)):
             host, key = int(host_slots[i]), keys[i].tobytes()
             self._work.put((job, i, lambda s=int(slots[i]), h=host, k=key: self._read(s, h, k)))
+
+    def checksums(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+        return np.array([self._sum_of.get(slot, 0) for slot in slots.tolist()], dtype=np.uint64)
 
     def erase(self, job: int, slots: NDArray[np.int32]) -> None:
         for i, slot in enumerate(slots.tolist()):
@@ -144,7 +152,7 @@ class FolderStore(Store):
         draft = self._folder / f"{key.hex()}.draft"
         draft.write_bytes(xxh3_64(block).to_bytes(8, "little") + parent + block)
         draft.rename(self._path(key))
-        self._key_in[slot], self._slot_of[key] = key, slot
+        self._key_in[slot], self._slot_of[key], self._sum_of[slot] = key, slot, xxh3_64(block)
         return True
 
     def _read(self, slot: int, host_slot: int, key: bytes) -> bool:
@@ -159,6 +167,7 @@ class FolderStore(Store):
 
     def _erase(self, slot: int) -> bool:
         key = self._key_in.pop(slot, None)
+        self._sum_of.pop(slot, None)
         if key is not None and self._slot_of.get(key) == slot:         # no other slot holds this block
             del self._slot_of[key]
             self._path(key).unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.slots import SlotAllocator
+from flexkv._core.io.checksum import xxh3_64
 from flexkv.errors import StorageError
 from flexkv.storage.recovered import Recovered
 from flexkv.storage.store import Store
@@ -110,6 +111,10 @@ class MemoryStore(Store):
         for i, slot in enumerate(slots.tolist()):
             host, key = int(host_slots[i]), keys[i].tobytes()
             self._give(Piece(job, i, lambda s=slot, h=host, k=key: self._read(s, h, k), True))
+
+    def checksums(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+        records = [self.disk.records.get(slot) for slot in slots.tolist()]
+        return np.array([0 if record is None else xxh3_64(record.content) for record in records], dtype=np.uint64)
 
     def erase(self, job: int, slots: NDArray[np.int32]) -> None:
         for i, slot in enumerate(slots.tolist()):

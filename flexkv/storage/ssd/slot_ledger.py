@@ -29,6 +29,11 @@ class SlotLedger:
         same: NDArray[np.bool_] = (held == keys).all(axis=1) & held.any(axis=1)
         return same
 
+    def checksums_of(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """(n,) uint64: checksums of slots, which the caller's moves keep from changing; 0 for an empty slot. Needs no
+        lock."""
+        return np.where(self._keys[slots].any(axis=1), self.checksums[slots], np.uint64(0))
+
     def learn(self, slots: NDArray[np.int32], keys: NDArray[np.uint64], checksums: NDArray[np.uint64]) -> None:
         """Enter the blocks that these slots hold."""
         self._keys[slots] = keys

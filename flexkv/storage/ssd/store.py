@@ -235,8 +235,6 @@ class SsdStore(Store):
                 self._stop(batch)
 
     def results(self) -> list[Result]:
-        """(job, indices, ok) of blocks that have ended, each reported once. Their host slots are not accessed any more.
-        """
         with self._lock:
             if not self._closed:
                 self._take()
@@ -246,12 +244,14 @@ class SsdStore(Store):
             return self._batches.take_results()
 
     def usable(self) -> bool:
-        """Whether a directory is online."""
         return not self._closed and any(directory.usable for directory in self._directories)
 
     def usable_slots(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
         """(n,) bool: whether the directory of each slot is online."""
         return self.slots.on_usable(slots) & (not self._closed)
+
+    def checksums(self, slots: NDArray[np.int32]) -> NDArray[np.uint64]:
+        return self._ledger.checksums_of(slots)
 
     def stats(self) -> dict[str, int]:
         return {

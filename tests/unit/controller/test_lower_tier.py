@@ -1,5 +1,6 @@
 """Two tiers below host memory: an SSD, here a dict, and a folder of files. Adding the second took its store alone."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from flexkv.config import CacheConfig
+from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.storage.ssd.tier import SSD
 from flexkv.storage.store import Store, TierKind
 from tests.support.folder_store import FolderStore
-from tests.support.harness import until
+from tests.support.harness import TOKENS, controller_of, space_of, until
 from tests.support.memory_store import Disk, MemoryStore
 from tests.support.ssd_stage import HOST_SLOTS, SLOT_BYTES, Stage, stage
 
@@ -116,6 +118,8 @@ def test_the_second_serves_while_the_first_cannot_be_opened(tmp_path: Path) -> N
             until(lambda: made.manager.stats()["remote_blocks_being_written"] == 0)
             made.fresh += 1
             made.put(HOST_SLOTS - 2, made.fresh)
+        until(lambda: made.manager.stats()["remote_queued_blocks"] == 0)
+        until(lambda: made.manager.stats()["remote_blocks_being_written"] == 0)
         made.get(5, 1)
 
 
@@ -137,3 +141,83 @@ def test_random_puts_and_gets_return_the_bytes_that_were_put(tmp_path: Path, see
             if random.random() < 0.05:
                 made.manager.reset()
                 lengths.clear()
+
+
+# ---- checksums ------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_that_changed_in_host_memory_do_not_reach_another_tier(tmp_path: Path) -> None:
+    """The first lower tier computed the checksum; the second, which opens later, finds other bytes."""
+    go_on = threading.Event()
+    folder = folder_tier(tmp_path, 256)
+
+    def make_late(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> Store:
+        assert go_on.wait(20.0)
+        return folder.make_store(config, slot_bytes, domain, memory)
+
+    stores: list[MemoryStore] = []
+
+    def make_memory_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> MemoryStore:
+        stores.append(MemoryStore(64, slot_bytes, memory))
+        return stores[-1]
+
+    tiers = [
+        replace(SSD, make_store=make_memory_store, num_bytes=lambda config: 64 * SLOT_BYTES),
+        replace(folder, make_store=make_late),
+    ]
+    try:
+        with stage(tmp_path, tiers=tiers) as made:
+            until(lambda: "ssd_written_blocks" in made.manager.stats())
+            made.put(3, 1)
+            until(lambda: made.manager.stats()["ssd_written_blocks"] == 3)
+            index, keys = space_of(made.manager).index, made.keys(3, 1)
+            assert index is not None
+            slot = int(index._tree.slots(keys, 0)[1])
+            pool = controller_of(made.manager)._listener.host_pool
+            assert pool is not None
+            memoryview(pool.memory).cast("B")[slot * SLOT_BYTES + 100] ^= 1        # type: ignore[arg-type]
+            go_on.set()
+            until(lambda: made.manager.stats().get("checksum_mismatches") == 1)
+            assert made.manager.stats()["limbo_slots"] == 1          # the slot is not used again
+            assert index._tree.slots(keys, 0)[1] == -1
+            settle(made)
+            made.get(3, 1)                                            # from the SSD, with the right bytes
+            stores[0].disk.records.clear()
+            made.manager.check_integrity()
+            made.stores = []                                          # a slot is lost on purpose
+    finally:
+        go_on.set()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_block_that_is_not_the_one_that_was_written_is_a_miss(tmp_path: Path, restart: bool) -> None:
+    """The store holds other bytes under the same key, and believes them."""
+    disk, copy = Disk(), Disk()
+    with stage(tmp_path, disk) as made:
+        made.put(3, 1)
+        made.flood()
+        copy.records.update(disk.records)
+        if not restart:
+            replace_one(made, disk)
+            check_miss(made)
+    if restart:                                 # the index takes the checksums from the store when it finds the blocks
+        with stage(tmp_path, copy) as made:
+            replace_one(made, copy)
+            check_miss(made)
+
+
+def replace_one(made: Stage, disk: Disk) -> None:
+    key = made.keys(3, 1)[1].tobytes()
+    slot = next(slot for slot, record in disk.records.items() if record.key == key)
+    record = disk.records[slot]
+    disk.records[slot] = replace(record, content=bytes([record.content[0] ^ 1]) + record.content[1:])
+
+
+def check_miss(made: Stage) -> None:
+    task = made.start_get(3, 1)
+    response = made.manager.wait(task)[task]
+    assert response.status is Status.FAILED
+    assert response.return_mask is None or not response.return_mask[TOKENS : 2 * TOKENS].any()
+    made.settle()
+    assert made.ready(3, 1) == 1
+    assert made.manager.stats()["ssd_checksum_mismatches"] == 1
