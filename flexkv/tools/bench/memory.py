@@ -36,4 +36,6 @@ def run(num_blocks: int) -> Iterator[Line]:
     blocks = filled.tree.num_blocks
     size = f"{blocks / 1e6:.3g} M blocks, three tiers"
     yield Line("memory", f"index; {size}", round(filled.tree.memory_bytes / blocks, 2), "bytes/block")
+    with_checksums = filled.tree.memory_bytes + sum(checksums.nbytes for _, checksums in tiers)
+    yield Line("memory", f"index with checksums; {size}", round(with_checksums / blocks, 2), "bytes/block")
     yield Line("memory", f"process, with slots and checksums; {size}", round(grown / blocks, 2), "bytes/block")
