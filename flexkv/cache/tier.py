@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.index.eviction import Pieces
-from flexkv._core.index.eviction_queues import Ranking
+from flexkv._core.index.eviction_queues import EvictionQueues
 from flexkv._core.index.radix import RadixTree
 from flexkv.cache.eviction import Choice, EvictionPolicy
 from flexkv.cache.plan import Move
@@ -188,7 +188,7 @@ class Tier:
         return max(0, room if limit == capacity else min(room, limit - self._used(tree, tenant)))
 
     def _used(self, tree: RadixTree, tenant: int) -> int:
-        return int(tree.ranking(self.number).blocks()[tenant].sum())
+        return int(tree.eviction_queues(self.number).blocks()[tenant].sum())
 
     def _trim(self, tree: RadixTree, tenant: int, most: int, now: float, limit: int = sys.maxsize) -> int:
         """Evict blocks of a tenant until it has ``most`` blocks; ``limit`` blocks at most."""
@@ -198,7 +198,7 @@ class Tier:
         freed = self.reclaim(tree, excess, tenant)
         if freed == excess:
             return freed
-        self._rank_used_nodes(tree)
+        self._update_priorities(tree)
         return freed + self._evict_from(tree, tenant, excess - freed, now, MissReason.OVER_QUOTA)
 
     def evict_ahead(self, tree: RadixTree, now: float) -> int:
@@ -228,30 +228,30 @@ class Tier:
 
     def used(self, tree: RadixTree) -> None:
         """Note that blocks were used; reports them to the policy once there are ``max_waiting`` nodes to report."""
-        if tree.ranking(self.number).num_waiting >= self._policies[0].max_waiting:
-            self._rank_used_nodes(tree)
+        if tree.eviction_queues(self.number).num_waiting >= self._policies[0].max_waiting:
+            self._update_priorities(tree)
 
-    def _rank_used_nodes(self, tree: RadixTree) -> None:
-        ranking = tree.ranking(self.number)
-        if ranking.num_waiting == 0:
+    def _update_priorities(self, tree: RadixTree) -> None:
+        queues = tree.eviction_queues(self.number)
+        if queues.num_waiting == 0:
             return
-        events = ranking.drain()
+        events = queues.drain()
         try:
             if len(self._policies) == 1:
-                self._place(ranking, self._policies[0], events)
+                self._place(queues, self._policies[0], events)
                 return
             for tenant in np.unique(events["tenant"]):
                 mine = events["tenant"] == tenant
                 part = events[mine]
-                self._place(ranking, self._policies[tenant], part)
+                self._place(queues, self._policies[tenant], part)
                 events[mine] = part
         finally:
-            ranking.place(events)
+            queues.place(events)
 
     @staticmethod
-    def _place(ranking: Ranking, policy: EvictionPolicy, events: NDArray[np.void]) -> None:
+    def _place(queues: EvictionQueues, policy: EvictionPolicy, events: NDArray[np.void]) -> None:
         if policy.ghosts is not None:
-            policy.returned(events, ranking.returned(events, policy.ghosts))
+            policy.returned(events, queues.returned(events, policy.ghosts))
         policy.place(events)
 
     def evict(self, tree: RadixTree, want: int, now: float, tenant: int | None = None) -> int:
@@ -260,10 +260,10 @@ class Tier:
         freed = self.reclaim(tree, want)
         if freed >= want:
             return freed
-        self._rank_used_nodes(tree)
+        self._update_priorities(tree)
         if len(self._policies) == 1:
             return freed + self._evict_from(tree, 0, want - freed, now, self.removal_reason)
-        used = tree.ranking(self.number).blocks().sum(axis=1)
+        used = tree.eviction_queues(self.number).blocks().sum(axis=1)
         for victim, most in self._quotas.victims(used, self.slots.capacity, tenant):
             freed += self._evict_from(tree, victim, min(want - freed, most), now, self.removal_reason)
             if freed >= want:
@@ -281,11 +281,11 @@ class Tier:
         return len(slots)
 
     def _evict_from(self, tree: RadixTree, tenant: int, want: int, now: float, why: MissReason) -> int:
-        policy, ranking, freed = self._policies[tenant], tree.ranking(self.number), 0
+        policy, queues, freed = self._policies[tenant], tree.eviction_queues(self.number), 0
         gone, choice = Pieces() if policy.wants_pieces else None, _THE_ONLY_QUEUE
-        while freed < want and ranking.any_may_go(tenant):
+        while freed < want and queues.has_evictable(tenant):
             if policy.num_queues > 1:
-                blocks, heads = ranking.queues(tenant)
+                blocks, heads = queues.of_tenant(tenant)
                 choice = policy.choose(blocks, heads)
             slots = tree.evict(
                 self.number, tenant, choice.queue, want - freed, now, choice.leave, choice.spare_to, why,
@@ -297,7 +297,7 @@ class Tier:
                 continue
             if policy.num_queues == 1:
                 break
-            if all(map(np.array_equal, ranking.queues(tenant), (blocks, heads))):
+            if all(map(np.array_equal, queues.of_tenant(tenant), (blocks, heads))):
                 raise InvariantError(f"{type(policy).__name__} chooses {choice}, which has no evictable block")
         self._evicted += freed
         if gone is not None and freed:
@@ -316,7 +316,7 @@ class Tier:
             "checksum_mismatches": self.num_mismatches,
         }
         if len(self._quotas) > 1:
-            used = tree.ranking(self.number).blocks().sum(axis=1).tolist()
+            used = tree.eviction_queues(self.number).blocks().sum(axis=1).tolist()
             names = [name or "default" for name in self._quotas.names()]
             stats |= {f"namespace_{name}_blocks": count for name, count in zip(names, used, strict=True)}
         return {f"{prefix}{name}": count for name, count in stats.items()}

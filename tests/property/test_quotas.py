@@ -82,7 +82,7 @@ class Checked:
     def used(self) -> dict[int, list[int]]:
         """Blocks of each tenant on each tier."""
         tree = self.engine._tree
-        return {tier: tree.ranking(tier).blocks().sum(axis=1).tolist() for tier in CAPACITY}
+        return {tier: tree.eviction_queues(tier).blocks().sum(axis=1).tolist() for tier in CAPACITY}
 
     def use(self, sequence: Prefix, count: int) -> None:
         for length in range(1, count + 1):

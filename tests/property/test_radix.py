@@ -74,11 +74,11 @@ class Pair:
                 self.model.blocks[prefix].references -= 1
 
     def evict(self, sequence: Prefix, seed: int) -> None:
-        """In an order that the seed says, also of nodes that are ranked already."""
-        ranking = self.tree.ranking(0)
-        events = ranking.drain()
-        events["rank"] = events["last_access"] * (1 if seed % 2 else -1)
-        ranking.place(events)
+        """In an order that the seed says, also of nodes that have priorities already."""
+        queues = self.tree.eviction_queues(0)
+        events = queues.drain()
+        events["priority"] = events["last_access"] * (1 if seed % 2 else -1)
+        queues.place(events)
         self.now += 1
         gone = Pieces()
         slots = self.tree.evict(0, 0, 0, seed, self.now, pieces=gone)

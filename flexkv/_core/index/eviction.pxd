@@ -2,12 +2,12 @@ from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 
 from flexkv._core.index.node cimport MAX_TIERS, Node
 from flexkv._core.index.nodes cimport NodeStore
-from flexkv._core.index.eviction_queues cimport Ranking
+from flexkv._core.index.eviction_queues cimport EvictionQueues
 
 # Mirrored field by field by PIECE_DTYPE in eviction.pyx.
 cdef struct Piece:
     uint64_t first_key
-    double rank
+    double priority
     uint32_t mark
     uint32_t blocks
     int32_t node
@@ -41,7 +41,7 @@ cdef class EvictableNodes(NodeStore):
     cdef void free_blocks(self, int32_t node, uint32_t start, int tier, Py_ssize_t want, int tenant, int32_t *out,
                           Py_ssize_t *count) noexcept nogil
     cdef bint is_in_use(self, Node *p, int tier) noexcept nogil
-    cdef bint spare(self, int32_t node, Ranking ranking, int spare_to, double now) noexcept nogil
+    cdef bint spare(self, int32_t node, EvictionQueues queues, int spare_to, double now) noexcept nogil
     cdef bint evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
                          Piece *piece, uint32_t why) noexcept nogil
     cdef int check_tier(self, int tier) except -1

@@ -1,4 +1,4 @@
-"""Eviction of blocks from the tree: by rank, by age, or of all blocks."""
+"""Eviction of blocks from the tree: by priority, by age, or of all blocks."""
 import numpy as np
 
 from libc.math cimport INFINITY, nextafter
@@ -10,7 +10,7 @@ from flexkv._core.buffers cimport data_of
 from flexkv._core.index.checks cimport FLEXKV_CHECKS
 from flexkv._core.index.node cimport Node
 from flexkv._core.index.nodes cimport HAS_HOLE, MISS_EVICTED, MISS_EXPIRED, NodeStore
-from flexkv._core.index.eviction_queues cimport Heap, Ranking
+from flexkv._core.index.eviction_queues cimport Heap, EvictionQueues
 
 cdef enum:
     ROOT = 0
@@ -19,7 +19,7 @@ cdef enum:
     MAX_LOOKED = 1 << 14               # nodes that one search for blocks out of reach looks at
 
 PIECE_DTYPE = np.dtype(
-    [("first_key", "u8"), ("rank", "f8"), ("mark", "u4"), ("blocks", "u4"), ("node", "i4"), ("queue", "u1")],
+    [("first_key", "u8"), ("priority", "f8"), ("mark", "u4"), ("blocks", "u4"), ("node", "i4"), ("queue", "u1")],
     align=True,
 )
 
@@ -77,13 +77,13 @@ cdef class EvictableNodes(NodeStore):
         """Queues of the policy of each tier, and seconds after its last use that a block of each tenant may be
         offered. Tenants can be added at any time; queues while the tier is empty."""
         cdef Py_ssize_t i
-        cdef Ranking ranking
+        cdef EvictionQueues queues
         if len(num_queues) != self.num_tiers or len(ttl_s) < self.num_tenants:
             raise ValueError(f"{len(num_queues)} tiers, {len(ttl_s)} tenants: there are {self.num_tiers}, "
                              f"{self.num_tenants}")
         for i in range(self.num_tiers):
-            ranking = self.ranking(i)
-            ranking.configure(<int>len(ttl_s), num_queues[i])
+            queues = self.eviction_queues(i)
+            queues.configure(<int>len(ttl_s), num_queues[i])
         cdef double *ttl = <double *>realloc(self.ttl, sizeof(double) * len(ttl_s))
         if ttl == NULL:
             raise MemoryError("no memory for the index")
@@ -178,7 +178,7 @@ cdef class EvictableNodes(NodeStore):
 
     def evict(self, int tier, int tenant, int queue, Py_ssize_t want, double now, int64_t leave=0,
               int spare_to=-1, uint32_t why=MISS_EVICTED, double below=INFINITY, Pieces pieces=None):
-        """Free up to ``want`` slots of a queue of ``tier``, in the order of rank, each node from its end on.
+        """Free up to ``want`` slots of a queue of ``tier``, lowest priority first, each node from its end on.
 
         Blocks that are in use or being written stay, and so do the blocks before them.
 
@@ -189,12 +189,12 @@ cdef class EvictableNodes(NodeStore):
         leave : int
             Number of blocks that stay in the queue, whether they can be evicted or not.
         spare_to : int
-            A queue: nodes that have lives left move to its end instead, with ``now`` as their rank. They lose a life
-            if it is the same queue, and all if it is another.
+            A queue: nodes that have lives left move to its end instead, with ``now`` as their priority. They lose a
+            life if it is the same queue, and all if it is another.
         why : int
             The recorded reason for a later miss of the block: evicted or over quota.
         below : float
-            Only nodes of a lower rank are evicted.
+            Only nodes of a lower priority are evicted.
         pieces : Pieces, optional
             The evicted pieces are added to it.
 
@@ -204,10 +204,10 @@ cdef class EvictableNodes(NodeStore):
             The slots that are free now. Fewer than wanted also when another queue, which had no evictable node,
             now has one: the policy must choose again.
         """
-        cdef Ranking ranking = self.ranking(tier)
-        if not 0 <= tenant < self.num_tenants or not 0 <= queue < ranking.num_queues or spare_to >= ranking.num_queues:
+        cdef EvictionQueues queues = self.eviction_queues(tier)
+        if not 0 <= tenant < self.num_tenants or not 0 <= queue < queues.num_queues or spare_to >= queues.num_queues:
             raise ValueError(f"tenant {tenant}, queue {queue}, spare to {spare_to}: {self.num_tenants} tenants "
-                             f"of {ranking.num_queues} queues")
+                             f"of {queues.num_queues} queues")
         want = max(min(want, self.num_blocks), 0)
         out_array = np.empty(want, INT32)
         if want == 0:
@@ -218,13 +218,13 @@ cdef class EvictableNodes(NodeStore):
         cdef int32_t *out = <int32_t *>data_of(out_array, True)
         cdef Piece piece
         cdef Py_ssize_t count = 0, spared = 0
-        cdef int num_active = ranking.num_active[tenant]
-        cdef Heap *heap = &ranking.heaps[tenant * ranking.num_queues + queue]
+        cdef int num_active = queues.num_active[tenant]
+        cdef Heap *heap = &queues.heaps[tenant * queues.num_queues + queue]
         with nogil:
             self.tick(now)
-            while count < want and heap.size and heap.entries[0].rank < below and heap.blocks > leave and (
-                    spared < MAX_SPARED) and ranking.num_active[tenant] <= num_active:
-                if self.spare(heap.entries[0].node, ranking, spare_to, now):
+            while count < want and heap.size and heap.entries[0].priority < below and heap.blocks > leave and (
+                    spared < MAX_SPARED) and queues.num_active[tenant] <= num_active:
+                if self.spare(heap.entries[0].node, queues, spare_to, now):
                     spared += 1
                     continue
                 if self.evict_node(heap.entries[0].node, tier, min(want, count + heap.blocks - leave), out,
@@ -241,16 +241,16 @@ cdef class EvictableNodes(NodeStore):
             i -= 1
         return self.references_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1
 
-    cdef bint spare(self, int32_t node, Ranking ranking, int spare_to, double now) noexcept nogil:
+    cdef bint spare(self, int32_t node, EvictionQueues queues, int spare_to, double now) noexcept nogil:
         cdef Node *p = &self.nodes[node]
-        cdef int t = ranking.tier
+        cdef int t = queues.tier
         if spare_to < 0 or p.lives[t] == 0 or self.is_in_use(p, t):
             return False
         p.lives[t] = p.lives[t] - 1 if p.queue[t] == spare_to else 0
-        ranking.latest = max(now, nextafter(ranking.latest, INFINITY))     # behind others of this time
-        p.rank[t] = ranking.latest
-        ranking.move(node, <uint8_t>spare_to)
-        ranking.settle(node)
+        queues.latest = max(now, nextafter(queues.latest, INFINITY))     # behind others of this time
+        p.priority[t] = queues.latest
+        queues.move(node, <uint8_t>spare_to)
+        queues.settle(node)
         return True
 
     cdef bint evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
@@ -258,7 +258,7 @@ cdef class EvictableNodes(NodeStore):
         """Evict blocks of a node; returns whether any block was evicted."""
         cdef Node *p = &self.nodes[node]
         cdef int64_t first = 0
-        piece.node, piece.rank, piece.mark, piece.queue = node, p.rank[tier], p.mark[tier], p.queue[tier]
+        piece.node, piece.priority, piece.mark, piece.queue = node, p.priority[tier], p.mark[tier], p.queue[tier]
         piece.blocks = <uint32_t>self.take_from_end(node, tier, want - count[0], out + count[0], why, &first)
         piece.first_key = p.keys[2 * first]
         count[0] += piece.blocks

@@ -7,7 +7,7 @@ from flexkv._core.index.node cimport MAX_TIERS, Node
 cdef struct Event:
     uint64_t first_key
     double last_access
-    double rank
+    double priority
     int32_t node
     uint32_t hits
     uint32_t new_hits
@@ -29,8 +29,8 @@ cdef struct Return:
     uint32_t blocks
 
 cdef struct Entry:
-    double rank
-    uint32_t order                    # among equal ranks, the node that came first is evicted first
+    double priority
+    uint32_t order                    # of equal priorities, the node that came first is evicted first
     int32_t node
 
 cdef struct Heap:
@@ -40,7 +40,7 @@ cdef struct Heap:
     int64_t blocks                    # of all nodes of this queue, also of those that cannot be evicted
 
 
-cdef class Ranking:
+cdef class EvictionQueues:
     cdef Node *nodes
     cdef int tier
     cdef uint8_t bit
@@ -53,7 +53,7 @@ cdef class Ranking:
     cdef int32_t num_changed
     cdef object few_events            # array that ``drain`` gives out again and again
     cdef uint32_t order
-    cdef double latest                # rank of the node that was spared last
+    cdef double latest                # priority of the node that was spared last
 
     cdef void bind(self, Node *nodes, int tier, int32_t max_nodes)
     cdef int configure(self, int num_tenants, int num_queues) except -1

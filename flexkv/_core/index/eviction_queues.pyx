@@ -1,9 +1,9 @@
 """The order in which the nodes of one tier are evicted: a heap for each queue of each tenant.
 
 A node is in the heap of its queue while it is evictable: it has ready blocks, and no node below it has blocks on
-the tier. It keeps its rank while it is not evictable, so that no policy is needed when the last node below it is
-evicted. Nodes that were used, or came to the tier, are listed until the policy reads the list and ranks them. So the
-cost of a put or an eviction does not depend on how much is cached.
+the tier. It keeps its priority while it is not evictable, so that no policy is needed when the last node below it is
+evicted. Nodes that were used, or came to the tier, are listed until the policy reads the list and sets their
+priorities. So the cost of a put or an eviction does not depend on how much is cached.
 """
 import numpy as np
 
@@ -19,7 +19,7 @@ from flexkv.errors import InvariantError
 
 EVENT_DTYPE = np.dtype(
     [
-        ("first_key", "u8"), ("last_access", "f8"), ("rank", "f8"), ("node", "i4"), ("hits", "u4"),
+        ("first_key", "u8"), ("last_access", "f8"), ("priority", "f8"), ("node", "i4"), ("hits", "u4"),
         ("new_hits", "u4"), ("depth", "u4"), ("length", "u4"), ("children", "u4"), ("mark", "u4"),
         ("tenant", "u2"), ("queue", "u1"), ("lives", "u1"), ("is_new", "?"),
         ("has_copy", "?"),
@@ -39,7 +39,7 @@ cdef enum:
 INT64, FLOAT64 = np.dtype(np.int64), np.dtype(np.float64)
 
 
-cdef class Ranking:
+cdef class EvictionQueues:
     """Heaps of one tier. The tree calls the ``cdef`` methods; the caller locks.
 
     A heap that cannot grow for want of memory leaves a node out: it is not evicted until it is used again.
@@ -91,7 +91,7 @@ cdef class Ranking:
         self.heap_of(p).blocks += blocks
 
     cdef void change(self, int32_t node, bint is_new) noexcept nogil:
-        """List a node for the policy, which ranks it."""
+        """List a node for the policy, which sets its priority."""
         cdef Node *p = &self.nodes[node]
         if is_new:
             p.is_new |= self.bit
@@ -121,9 +121,9 @@ cdef class Ranking:
         at = p.heap_at[t] - 1
         if at >= 0:
             entry = heap.entries[at]
-            if entry.rank == p.rank[t]:
+            if entry.priority == p.priority[t]:
                 return
-            entry.rank = p.rank[t]
+            entry.priority = p.priority[t]
         else:
             if heap.size == heap.capacity:
                 grown = <Entry *>realloc(heap.entries, sizeof(Entry) * <size_t>(2 * heap.capacity + 64))
@@ -135,7 +135,7 @@ cdef class Ranking:
             at = heap.size
             heap.size += 1
             self.num_active[p.tenant] += heap.size == 1
-            entry.rank = p.rank[t]
+            entry.priority = p.priority[t]
             entry.node = node
         entry.order = self.order
         self.order += 1
@@ -165,11 +165,11 @@ cdef class Ranking:
             self.count(p, p.resident[self.tier])
 
     cdef void split(self, int32_t head, int32_t tail) noexcept nogil:
-        """``head`` was cut off the front of ``tail``: it is ranked as that is."""
+        """``head`` was cut off the front of ``tail``: it gets the same queue and priority."""
         cdef Node *h = &self.nodes[head]
         cdef Node *p = &self.nodes[tail]
         cdef int t = self.tier
-        h.rank[t], h.mark[t], h.queue[t], h.lives[t] = p.rank[t], p.mark[t], p.queue[t], p.lives[t]
+        h.priority[t], h.mark[t], h.queue[t], h.lives[t] = p.priority[t], p.mark[t], p.queue[t], p.lives[t]
         h.hits_told[t] = p.hits_told[t]
         h.placed |= p.placed & self.bit
         if p.changed & self.bit:
@@ -221,8 +221,8 @@ cdef class Ranking:
         return self.num_changed
 
     def drain(self):
-        """Nodes that were used, or came to the tier, since the last call; (n,) of ``EVENT_DTYPE``. The policy ranks
-        them, and gives them back to ``place``. The rank of new ones is when they came, in seconds, and
+        """Nodes that were used, or came to the tier, since the last call; (n,) of ``EVENT_DTYPE``. The policy
+        sets their priorities, and passes them to ``place``. The priority of new ones is when they came, in seconds, and
         their key that of the first block that came with them, though they may have been split since. ``has_copy``: the
         blocks that the tier holds of it are ready on the tier below as well. The array is good until the next call."""
         if self.few_events is None:
@@ -241,7 +241,7 @@ cdef class Ranking:
                     continue
                 e = &events[n]
                 n += 1
-                e.first_key, e.last_access, e.rank = p.came_as, p.last_access, p.rank[t]
+                e.first_key, e.last_access, e.priority = p.came_as, p.last_access, p.priority[t]
                 e.node, e.hits, e.new_hits = self.changed[i], p.hits, p.hits - p.hits_told[t]
                 e.depth, e.length, e.children, e.mark = p.depth, p.length, p.live_children[t], p.mark[t]
                 e.tenant, e.queue, e.lives, e.is_new = p.tenant, p.queue[t], p.lives[t], (p.is_new & self.bit) != 0
@@ -285,7 +285,7 @@ cdef class Ranking:
         return returns_array[:count]
 
     def place(self, events):
-        """Take over ``rank``, ``queue``, ``mark`` and ``lives`` from events that ``drain`` returned."""
+        """Take over ``priority``, ``queue``, ``mark`` and ``lives`` from events that ``drain`` returned."""
         cdef const Event *placed = <const Event *>data_of(events)
         cdef Py_ssize_t i, n = len(events)
         cdef int t = self.tier
@@ -299,7 +299,7 @@ cdef class Ranking:
                 e = &placed[i]
                 p = &self.nodes[e.node]
                 self.move(e.node, e.queue)
-                p.rank[t], p.mark[t], p.lives[t] = e.rank, e.mark, e.lives
+                p.priority[t], p.mark[t], p.lives[t] = e.priority, e.mark, e.lives
                 p.placed |= self.bit
                 self.settle(e.node)
 
@@ -312,21 +312,21 @@ cdef class Ranking:
             counts[i] = self.heaps[i].blocks
         return out
 
-    def any_may_go(self, int tenant):
+    def has_evictable(self, int tenant):
         """Whether any node of a tenant can be evicted."""
         return self.num_active[tenant] > 0
 
-    def queues(self, int tenant):
-        """Return for each queue of a tenant its blocks ((queues,) int64), as ``blocks`` does, and the lowest rank
+    def of_tenant(self, int tenant):
+        """Return for each queue of a tenant its blocks ((queues,) int64), as ``blocks`` does, and the lowest priority
         ((queues,) float64), infinite where no node can be evicted."""
         cdef const Heap *heaps = &self.heaps[tenant * self.num_queues]
         blocks, heads = np.empty(self.num_queues, INT64), np.empty(self.num_queues, FLOAT64)
         cdef int64_t *counts = <int64_t *>data_of(blocks, True)
-        cdef double *ranks = <double *>data_of(heads, True)
+        cdef double *lowest = <double *>data_of(heads, True)
         cdef int i
         for i in range(self.num_queues):
             counts[i] = heaps[i].blocks
-            ranks[i] = heaps[i].entries[0].rank if heaps[i].size else INFINITY
+            lowest[i] = heaps[i].entries[0].priority if heaps[i].size else INFINITY
         return blocks, heads
 
     def check_integrity(self, Py_ssize_t num_nodes):
@@ -349,7 +349,7 @@ cdef class Ranking:
                 raise InvariantError(f"node {node} is wrongly in a heap, or not in one")
             in_heaps += p.heap_at[t] > 0
             if p.resident[t] and not p.placed & self.bit and not p.changed & self.bit:
-                raise InvariantError(f"node {node} has no rank, and will get none")
+                raise InvariantError(f"node {node} has no priority, and will get none")
         for i in range(self.num_heaps):
             heap = &self.heaps[i]
             if heap.blocks != counted[i]:
@@ -357,7 +357,7 @@ cdef class Ranking:
             in_heaps -= heap.size
             for at in range(heap.size):
                 p = &self.nodes[heap.entries[at].node]
-                if p.heap_at[t] != at + 1 or p.rank[t] != heap.entries[at].rank or (
+                if p.heap_at[t] != at + 1 or p.priority[t] != heap.entries[at].priority or (
                         at and goes_first(&heap.entries[at], &heap.entries[(at - 1) >> 2])):
                     raise InvariantError(f"queue {i}: place {at} is wrong")
         if in_heaps:
@@ -369,4 +369,4 @@ cdef class Ranking:
 
 
 cdef inline bint goes_first(const Entry *a, const Entry *b) noexcept nogil:
-    return a.rank < b.rank or (a.rank == b.rank and <int32_t>(a.order - b.order) < 0)
+    return a.priority < b.priority or (a.priority == b.priority and <int32_t>(a.order - b.order) < 0)

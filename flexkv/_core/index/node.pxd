@@ -8,7 +8,7 @@ cdef struct Node:
     uint64_t *keys                    # one allocation: keys, slots of each tier, reference counts, state
     uint64_t came_as                  # its first key when it came to a tier last
     double last_access
-    double rank[MAX_TIERS]            # among evictable nodes, the lowest is evicted first; set by the policy
+    double priority[MAX_TIERS]            # among evictable nodes, the lowest is evicted first; set by the policy
     int32_t parent
     int32_t first_child
     int32_t next_sibling              # of a free node: the next free node
@@ -28,7 +28,7 @@ cdef struct Node:
     uint16_t tenant                   # tenant of its namespace
     uint8_t queue[MAX_TIERS]
     uint8_t lives[MAX_TIERS]          # how often it is spared
-    uint8_t changed                   # bit t: is in the list of nodes that the policy of tier t has yet to rank
+    uint8_t changed                   # bit t: is in the list of nodes that the policy of tier t has yet to place
     uint8_t is_new                    # bit t: has come to tier t since
-    uint8_t placed                    # bit t: has a rank
+    uint8_t placed                    # bit t: has a priority
     uint8_t parked                    # bit t: cannot be evicted for now, though nothing is below it

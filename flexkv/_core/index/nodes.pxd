@@ -2,7 +2,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, 
 
 from flexkv._core.arena cimport Arena
 from flexkv._core.index.node cimport MAX_TIERS, Node
-from flexkv._core.index.eviction_queues cimport Ranking
+from flexkv._core.index.eviction_queues cimport EvictionQueues
 
 # Why a match stops. From MISS_EVICTED on the reason is recorded when the block is removed.
 cdef enum:
@@ -50,9 +50,9 @@ cdef class NodeStore:
     cdef readonly Py_ssize_t num_holes
     cdef Py_ssize_t hole_hand         # where the next search among them starts
     cdef uintptr_t present_end        # memory of the heap up to here was used before
-    cdef Ranking ranking0             # of each tier: selected without the GIL
-    cdef Ranking ranking1
-    cdef Ranking ranking2
+    cdef EvictionQueues queues0             # of each tier: selected without the GIL
+    cdef EvictionQueues queues1
+    cdef EvictionQueues queues2
 
     cdef int32_t *slots_of(self, Node *node, int tier) noexcept nogil
     cdef uint32_t *references_of(self, Node *node) noexcept nogil

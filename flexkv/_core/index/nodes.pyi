@@ -1,7 +1,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.index.eviction_queues import Ranking
+from flexkv._core.index.eviction_queues import EvictionQueues
 
 class NodeStore:
     num_tiers: int
@@ -10,5 +10,5 @@ class NodeStore:
     num_nodes: int
     num_holes: int
     def __init__(self, max_blocks: int, num_tiers: int = 1) -> None: ...
-    def ranking(self, tier: int) -> Ranking: ...
+    def eviction_queues(self, tier: int) -> EvictionQueues: ...
     def check_integrity(self) -> list[NDArray[np.int32]]: ...

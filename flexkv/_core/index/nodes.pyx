@@ -9,7 +9,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from flexkv._core.arena cimport Arena
-from flexkv._core.index.eviction_queues cimport Ranking
+from flexkv._core.index.eviction_queues cimport EvictionQueues
 from flexkv.errors import CapacityError, InvariantError
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -59,10 +59,10 @@ cdef class NodeStore:
         self.nodes[ROOT].first_child = NONE
         self.nodes[ROOT].next_sibling = NONE
         self.nodes[ROOT].prev_sibling = NONE
-        self.ranking0, self.ranking1, self.ranking2 = Ranking(), Ranking(), Ranking()
-        for tier, ranking in enumerate((self.ranking0, self.ranking1, self.ranking2)):
-            (<Ranking>ranking).bind(self.nodes, tier, self.max_nodes if tier < num_tiers else 1)
-            (<Ranking>ranking).configure(1, 1)
+        self.queues0, self.queues1, self.queues2 = EvictionQueues(), EvictionQueues(), EvictionQueues()
+        for tier, queues in enumerate((self.queues0, self.queues1, self.queues2)):
+            (<EvictionQueues>queues).bind(self.nodes, tier, self.max_nodes if tier < num_tiers else 1)
+            (<EvictionQueues>queues).configure(1, 1)
 
     def __dealloc__(self):
         cdef int32_t i
@@ -243,45 +243,45 @@ cdef class NodeStore:
             mid = (low + high + 1) // 2
         return low
 
-    # ---- the ranking of each tier ------------------------------------------------------------------------------
+    # ---- the eviction queues of each tier -------------------------------------------------------------------------
 
     cdef void settle(self, int32_t node, int tier) noexcept nogil:
         if tier == 0:
-            self.ranking0.settle(node)
+            self.queues0.settle(node)
         elif tier == 1:
-            self.ranking1.settle(node)
+            self.queues1.settle(node)
         else:
-            self.ranking2.settle(node)
+            self.queues2.settle(node)
 
     cdef void unsettle(self, int32_t node, int tier) noexcept nogil:
         if tier == 0:
-            self.ranking0.remove(node)
+            self.queues0.remove(node)
         elif tier == 1:
-            self.ranking1.remove(node)
+            self.queues1.remove(node)
         else:
-            self.ranking2.remove(node)
+            self.queues2.remove(node)
 
     cdef void change(self, int32_t node, int tier, bint is_new) noexcept nogil:
         if is_new:
-            self.nodes[node].rank[tier] = self.latest
+            self.nodes[node].priority[tier] = self.latest
         if tier == 0:
-            self.ranking0.change(node, is_new)
+            self.queues0.change(node, is_new)
         elif tier == 1:
-            self.ranking1.change(node, is_new)
+            self.queues1.change(node, is_new)
         else:
-            self.ranking2.change(node, is_new)
+            self.queues2.change(node, is_new)
 
     cdef void count(self, Node *p, int tier, int64_t blocks) noexcept nogil:
         if tier == 0:
-            self.ranking0.count(p, blocks)
+            self.queues0.count(p, blocks)
         elif tier == 1:
-            self.ranking1.count(p, blocks)
+            self.queues1.count(p, blocks)
         else:
-            self.ranking2.count(p, blocks)
+            self.queues2.count(p, blocks)
 
-    def ranking(self, int tier):
+    def eviction_queues(self, int tier):
         """The order in which blocks of ``tier`` are evicted."""
-        return (self.ranking0, self.ranking1, self.ranking2)[tier]
+        return (self.queues0, self.queues1, self.queues2)[tier]
 
     # ---- blocks of a tier --------------------------------------------------------------------------------------
 
@@ -378,9 +378,9 @@ cdef class NodeStore:
         self.link(node, head)
         self.table_put(head)
         self.table_put(node)
-        self.ranking0.split(head, node)
-        self.ranking1.split(head, node)
-        self.ranking2.split(head, node)
+        self.queues0.split(head, node)
+        self.queues1.split(head, node)
+        self.queues2.split(head, node)
         return 0
 
     cdef int32_t grow_leaf(self, int32_t node, uint32_t extra) except -1 nogil:
@@ -538,7 +538,7 @@ cdef class NodeStore:
             if (np.diff(slots) == 0).any():
                 raise InvariantError(f"tier {t}: two blocks hold one slot")
             result.append(slots)
-            self.ranking(t).check_integrity(self.used_nodes)
+            self.eviction_queues(t).check_integrity(self.used_nodes)
         return result
 
     cdef int check_node(self, int32_t node, list held) except -1:

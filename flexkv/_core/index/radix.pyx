@@ -482,7 +482,7 @@ cdef class RadixTree(EvictableNodes):
     def resident(self, int tier):
         """Blocks that hold a slot on ``tier``."""
         self.check_tier(tier)
-        return int(self.ranking(tier).blocks().sum())
+        return int(self.eviction_queues(tier).blocks().sum())
 
     @property
     def memory_bytes(self):

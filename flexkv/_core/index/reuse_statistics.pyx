@@ -9,7 +9,7 @@ time to come instead. That classes of requests differ in when they come back is 
 wild (ATC 2025).
 
 A class whose density falls with age is evicted from its oldest on. One whose density rises, as that of a loop over more
-than fits, is evicted from its newest on; the rank of such nodes is the negative time of their last use.
+than fits, is evicted from its newest on; the priority of such nodes is the negative time of their last use.
 
 Times are on a clock of its own: the engine's, moved on a little with each operation, so that ages differ where that
 stands still.
@@ -115,7 +115,7 @@ def remember(pieces, Ghosts ghosts not None):
     cdef Py_ssize_t i, n = len(pieces)
     with nogil:
         for i in range(n):
-            ghosts.add_one(gone[i].first_key, gone[i].blocks, fabs(gone[i].rank), gone[i].mark)
+            ghosts.add_one(gone[i].first_key, gone[i].blocks, fabs(gone[i].priority), gone[i].mark)
 
 
 cdef class ReuseStatistics:
@@ -143,7 +143,7 @@ cdef class ReuseStatistics:
             self.starts[i] = FIRST_AGE_S * 2 ** (0.5 * i)
 
     def place(self, events, returns):
-        """Count uses, and give each event its class (in ``mark``), ``queue`` and ``rank``.
+        """Count uses, and give each event its class (in ``mark``), ``queue`` and ``priority``.
 
         Parameters
         ----------
@@ -202,13 +202,13 @@ cdef class ReuseStatistics:
                     came_back = True
             elif not came_back and <int64_t>e.depth > deepest:
                 deepest = e.depth
-                gap = self.gap_of(self.now - fabs(e.rank)) if e.new_hits else value_of(marked_class(e.mark), 2)
+                gap = self.gap_of(self.now - fabs(e.priority)) if e.new_hits else value_of(marked_class(e.mark), 2)
         share = 0 if unseen <= SMALL_SHARE * total else 1 if unseen <= LARGE_SHARE * total else 2
         for i in range(n):
             self.classify(&events[order[i]], share, gap, is_use)
 
     cdef void classify(self, Event *e, int share, int gap, bint is_use) noexcept nogil:
-        cdef double last = fabs(e.rank)
+        cdef double last = fabs(e.priority)
         cdef uint32_t cls, was = marked_class(e.mark)
         if e.is_new:
             cls = class_of(share, NEW, gap, False)
@@ -222,10 +222,10 @@ cdef class ReuseStatistics:
                 cls = LEFT
         if is_use or e.is_new:
             last = self.now
-            e.rank = -self.now if self.newest_first(cls) else self.now
+            e.priority = -self.now if self.newest_first(cls) else self.now
         self.count_use(cls, last, e.length)
         e.mark = mark_of(cls, e.length)
-        e.queue = <uint8_t>(cls + (CLASSES if e.rank < 0 else 0))
+        e.queue = <uint8_t>(cls + (CLASSES if e.priority < 0 else 0))
 
     cdef inline int gap_of(self, double seconds) noexcept nogil:
         cdef int i = 0
@@ -245,8 +245,8 @@ cdef class ReuseStatistics:
             at_first * RISE < self.density[cls][age_of(self.oldest[cls])])
 
     def choose(self, const double[::1] heads not None):
-        """Choose the queue to evict from, given the lowest rank of each (``heads``), and a rank: the nodes of that
-        queue below this rank are worth no more than its first."""
+        """Choose the queue to evict from, given the lowest priority of each (``heads``), and a priority: the nodes of
+        that queue below this priority are worth no more than its first."""
         cdef int q, best = 0
         cdef double age, density, lowest = INFINITY, second = INFINITY, below
         with nogil:

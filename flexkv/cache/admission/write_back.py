@@ -15,7 +15,7 @@ from flexkv.cache.tier import HOST
 
 _EVIDENCE_SHARE = 0.25
 """Minimum cached share of a sequence before its new blocks count as a continued conversation. A shorter prefix may be a
-system prompt that all requests share, and is no evidence of reuse (docs/design/0009-eviction-by-rank.md)."""
+system prompt that all requests share, and is no evidence of reuse (docs/design/0009-eviction-by-priority.md)."""
 
 
 class WriteBack:

@@ -32,7 +32,7 @@ class ARC(EvictionPolicy):
                     self._came_back(queue, int(events["length"][back].sum()))
                     events["queue"][back] = FREQUENT
         events["queue"][events["new_hits"] > 0] = FREQUENT
-        events["rank"] = events["last_access"] + self.hit_reward_seconds * events["hits"]
+        events["priority"] = events["last_access"] + self.hit_reward_seconds * events["hits"]
 
     def _came_back(self, queue: int, blocks: int) -> None:
         """Enlarge a queue to which ``blocks`` evicted blocks returned; by more if the other queue has more ghosts."""
@@ -49,5 +49,5 @@ class ARC(EvictionPolicy):
     def evicted(self, pieces: NDArray[np.void]) -> None:
         for queue in (RECENT, FREQUENT):
             gone = pieces[pieces["queue"] == queue]
-            self._ghosts[queue].add(gone["first_key"], gone["blocks"], gone["rank"])
+            self._ghosts[queue].add(gone["first_key"], gone["blocks"], gone["priority"])
             self._ghosts[queue].trim(self.capacity if queue == FREQUENT else self.capacity - int(self._share))

@@ -10,4 +10,4 @@ class FIFO(EvictionPolicy):
     """Evicts the nodes that came to the tier first. Hits count only through ``hit_reward_seconds``."""
 
     def place(self, events: NDArray[np.void]) -> None:
-        events["rank"] += self.hit_reward_seconds * events["new_hits"]
+        events["priority"] += self.hit_reward_seconds * events["new_hits"]

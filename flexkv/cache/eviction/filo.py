@@ -10,5 +10,5 @@ class FILO(EvictionPolicy):
     """Evicts the nodes that came to the tier last, so that the nodes that filled it first stay."""
 
     def place(self, events: NDArray[np.void]) -> None:
-        rank = np.where(events["is_new"], -events["rank"], events["rank"])
-        events["rank"] = rank + self.hit_reward_seconds * events["new_hits"]
+        priority = np.where(events["is_new"], -events["priority"], events["priority"])
+        events["priority"] = priority + self.hit_reward_seconds * events["new_hits"]

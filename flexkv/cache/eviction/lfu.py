@@ -14,4 +14,4 @@ class LFU(EvictionPolicy):
 
     def place(self, events: NDArray[np.void]) -> None:
         events["queue"] = np.minimum(events["hits"], self.num_queues - 1)
-        events["rank"] = events["last_access"] + self.hit_reward_seconds * events["hits"]
+        events["priority"] = events["last_access"] + self.hit_reward_seconds * events["hits"]

@@ -10,4 +10,4 @@ class LRU(EvictionPolicy):
     """Evicts the nodes that were used longest ago."""
 
     def place(self, events: NDArray[np.void]) -> None:
-        events["rank"] = events["last_access"] + self.hit_reward_seconds * events["hits"]
+        events["priority"] = events["last_access"] + self.hit_reward_seconds * events["hits"]

@@ -10,4 +10,4 @@ class MRU(EvictionPolicy):
     """Evicts the nodes that were used last. Suits repeated scans over more blocks than the tier holds."""
 
     def place(self, events: NDArray[np.void]) -> None:
-        events["rank"] = self.hit_reward_seconds * events["hits"] - events["last_access"]
+        events["priority"] = self.hit_reward_seconds * events["hits"] - events["last_access"]

@@ -17,14 +17,14 @@ class Choice:
     Attributes
     ----------
     queue : int
-        Queue to evict from, in the order of rank.
+        Queue to evict from, lowest priority first.
     leave : int
         Number of blocks that must stay in the queue.
     spare_to : int
         Nodes with lives left are not evicted, but move to the end of this queue. They lose one life if it is their own
         queue, and all lives if it is another. -1: no node is spared.
     below : float
-        Only nodes of a lower rank are evicted.
+        Only nodes of a lower priority are evicted.
     """
 
     queue: int = 0
@@ -37,8 +37,8 @@ class EvictionPolicy(ABC):
     """Orders the blocks of one tier for eviction. There is one instance for each tier and tenant.
 
     The unit is a *node*: consecutive blocks of one sequence with one history. Of the nodes without a node below them on
-    the tier, the node with the lowest *rank* (eviction priority) is evicted first, from its last block on. Acquired or
-    pinned blocks and blocks being written stay.
+    the tier, the node with the lowest *priority* is evicted first, from its last block on. Acquired or pinned blocks
+    and blocks being written stay.
 
     All methods are called under the engine's lock. Their cost must depend on the events since the last call, not on the
     number of cached blocks. A policy must not keep more than a few bytes for each block. If a method raises, index and
@@ -75,14 +75,14 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def place(self, events: NDArray[np.void]) -> None:
-        """Rank the nodes that were used, or came to the tier, since the last call.
+        """Set the priorities of the nodes that were used, or came to the tier, since the last call.
 
         Parameters
         ----------
         events : (n,) of ``flexkv._core.index.eviction_queues.EVENT_DTYPE``
             Times are in seconds on the engine's clock. The policy must not keep the array. It changes in place:
-            ``rank`` (on input, for a new node, the time at which it came to the tier), ``queue``, ``lives`` (number of
-            times that the node is spared) and ``mark`` (for the policy's own use, 0 at first).
+            ``priority`` (on input, for a new node, the time at which it came to the tier), ``queue``, ``lives`` (number
+            of times that the node is spared) and ``mark`` (for the policy's own use, 0 at first).
         """
 
     def returned(self, events: NDArray[np.void], returns: NDArray[np.void]) -> None:  # noqa: B027
@@ -98,7 +98,7 @@ class EvictionPolicy(ABC):
         blocks : (num_queues,) int64
             Blocks of each queue on the tier.
         heads : (num_queues,) float64
-            Lowest rank of each queue; infinite if the queue has no evictable node. At least one is finite.
+            Lowest priority of each queue; infinite if the queue has no evictable node. At least one is finite.
         """
         return Choice(int(np.isfinite(heads).argmax()))
 

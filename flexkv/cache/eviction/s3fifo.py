@@ -36,7 +36,7 @@ class S3FIFO(EvictionPolicy):
         known = np.isfinite(self._ghosts.take(events["first_key"][new]))
         events["queue"][new] = np.where(known, MAIN, SMALL)
         events["lives"] = np.minimum(events["lives"] + events["new_hits"], _MAX_LIVES)
-        events["rank"] += self.hit_reward_seconds * events["new_hits"]
+        events["priority"] += self.hit_reward_seconds * events["new_hits"]
 
     def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
         can_go = np.isfinite(heads)
@@ -46,5 +46,5 @@ class S3FIFO(EvictionPolicy):
 
     def evicted(self, pieces: NDArray[np.void]) -> None:
         gone = pieces[pieces["queue"] == SMALL]
-        self._ghosts.add(gone["first_key"], gone["blocks"], gone["rank"])
+        self._ghosts.add(gone["first_key"], gone["blocks"], gone["priority"])
         self._ghosts.trim(self.capacity - self._small)

@@ -20,7 +20,7 @@ class SLRU(EvictionPolicy):
         hit = events["new_hits"] > 0
         events["queue"][hit] = PROTECTED
         events["lives"][hit] = 1
-        events["rank"] = events["last_access"] + self.hit_reward_seconds * events["hits"]
+        events["priority"] = events["last_access"] + self.hit_reward_seconds * events["hits"]
 
     def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
         most = int(_PROTECTED_SHARE * self.capacity)

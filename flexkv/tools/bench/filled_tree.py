@@ -61,10 +61,10 @@ class FilledTree:
 
     def evict_oldest(self, count: int) -> None:
         """Evict ``count`` blocks of the least recently used sequences."""
-        ranking = self.tree.ranking(0)
-        events = ranking.drain()
+        queues = self.tree.eviction_queues(0)
+        events = queues.drain()
         self._policy.place(events)
-        ranking.place(events)
+        queues.place(events)
         freed = self.tree.evict(0, 0, 0, count, self.now)
         if len(freed) != count:
             raise AssertionError(f"{len(freed)} slots were freed, not {count}")

@@ -144,10 +144,11 @@ def test_what_came_back_is_found_piece_by_piece() -> None:
     tree, ghosts, keys = RadixTree(100), Ghosts(64), keys_of(talk(1, 10))
     tree.insert(keys, np.arange(10, dtype=np.int32), 0, 1.0)
     gone = np.zeros(3, dtype=PIECE_DTYPE)
-    gone["first_key"], gone["blocks"], gone["rank"], gone["mark"] = keys[[0, 3, 8], 0], [3, 4, 5], [1, -2, 3], [7, 8, 9]
+    gone["first_key"], gone["blocks"] = keys[[0, 3, 8], 0], [3, 4, 5]
+    gone["priority"], gone["mark"] = [1, -2, 3], [7, 8, 9]
     remember(gone, ghosts)
-    ranking = tree.ranking(0)
-    returns = ranking.returned(ranking.drain(), ghosts)
+    queues = tree.eviction_queues(0)
+    returns = queues.returned(queues.drain(), ghosts)
     assert returns[["mark", "blocks", "value"]].tolist() == [(7, 3, 1.0), (8, 4, 2.0)]     # from 7 on it is new
     assert ghosts.num_blocks == 5
 
@@ -156,10 +157,10 @@ def test_the_part_that_is_left_aside_is_told_of() -> None:
     tree, keys = RadixTree(100), keys_of(talk(1, 10))
     tree.insert(keys, np.arange(10, dtype=np.int32), 0, 1.0)
     tree.set_ready(keys, np.arange(10, dtype=np.int32), 0)
-    ranking = tree.ranking(0)
-    ranking.place(ranking.drain())
+    queues = tree.eviction_queues(0)
+    queues.place(queues.drain())
     tree.touch(keys[:4], 2.0)
-    events = np.sort(ranking.drain(), order="depth")
+    events = np.sort(queues.drain(), order="depth")
     assert events[["depth", "length", "new_hits", "last_access"]].tolist() == [(0, 4, 1, 2.0), (4, 6, 0, 1.0)]
 
 
@@ -169,12 +170,12 @@ def test_only_what_ranks_below_goes() -> None:
         keys, slots = keys_of(talk(name, 5)), np.arange(5 * name, 5 * name + 5, dtype=np.int32)
         tree.insert(keys, slots, 0, float(name))
         tree.set_ready(keys, slots, 0)
-    ranking = tree.ranking(0)
-    ranking.place(ranking.drain())
+    queues = tree.eviction_queues(0)
+    queues.place(queues.drain())
     pieces = Pieces()
     slots = tree.evict(0, 0, 0, 100, 9.0, below=2.0, pieces=pieces)
     assert sorted(slots.tolist()) == list(range(10))
-    assert pieces.array()["rank"].tolist() == [0.0, 1.0]
+    assert pieces.array()["priority"].tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("parts", [[20], [2, 20], [2, 9, 20]])
@@ -209,7 +210,7 @@ def test_what_could_be_loaded_from_below_goes_before_what_could_not(copied: int)
         statistics.place(event, no_returns)
         event["is_new"] = False
     heads = np.full(NUM_QUEUES, np.inf)
-    heads[nodes["queue"]] = nodes["rank"]
+    heads[nodes["queue"]] = nodes["priority"]
     assert statistics.choose(heads)[0] == nodes["queue"][copied]
 
 
@@ -230,7 +231,7 @@ def test_whatever_happens_ranks_are_finite_and_choices_valid(rounds: list[list[t
         events = np.zeros(len(told), dtype=EVENT_DTYPE)
         for event, (time, hits, depth, length, children, is_new, again) in zip(events, told, strict=True):
             if again and len(known):                    # as it was placed
-                event["rank"], event["mark"] = known[hits % len(known)][["rank", "mark"]].item()
+                event["priority"], event["mark"] = known[hits % len(known)][["priority", "mark"]].item()
             event["is_new"] = is_new or not (again and len(known))
             event["last_access"], event["hits"], event["new_hits"] = time, hits, hits
             event["depth"], event["length"], event["children"] = depth, length, children
@@ -238,9 +239,9 @@ def test_whatever_happens_ranks_are_finite_and_choices_valid(rounds: list[list[t
         returns["blocks"] = 1
         statistics.place(events, returns)
         known = events
-        assert np.isfinite(events["rank"]).all()
+        assert np.isfinite(events["priority"]).all()
         assert (events["queue"] < NUM_QUEUES).all()
         heads = np.full(NUM_QUEUES, np.inf)
-        np.minimum.at(heads, events["queue"], events["rank"])
+        np.minimum.at(heads, events["queue"], events["priority"])
         queue, below = statistics.choose(heads)
         assert heads[queue] < below                     # what is chosen can go

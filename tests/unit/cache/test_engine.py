@@ -130,16 +130,16 @@ def test_what_is_being_written_is_not_ranked() -> None:
     for i in range(2000):
         slots = np.array([-1 if i >= 250 else 2 * i, 2 * i + 1], dtype=np.int32)
         tree.insert(keys_of((i % 250, i // 250)), slots, 0, i)
-    ranking = tree.ranking(0)
-    events = ranking.drain()
+    queues = tree.eviction_queues(0)
+    events = queues.drain()
     assert events["length"].sum() == tree.num_blocks == tree.resident(0) == 2250
     assert tree.resident(1) == 0
-    ranking.place(events)
-    assert not ranking.any_may_go(0)
+    queues.place(events)
+    assert not queues.has_evictable(0)
     tree.set_ready(keys_of((3, 0)), np.array([6, 7], dtype=np.int32), 0)
-    assert ranking.queues(0)[1] == 3
+    assert queues.of_tenant(0)[1] == 3
     del tree
-    assert ranking.num_waiting == 0
+    assert queues.num_waiting == 0
 
 
 def test_the_index_has_a_limit_and_says_so() -> None:
