@@ -140,9 +140,14 @@ class Pair:
 FILLED_HOLE = [("put", (1, 0, 1, 0, 0), 1), ("put", (1, 0, 0), 0), ("fail", (1,), 0), ("reclaim", (0,), 2),
                ("put", (1,), 0), ("reclaim", (0,), 1)]
 
+# Two sequences have a hole each; reclaiming the second leaves holes of its own, which must not hide the first.
+TWO_HOLES = [("put", (0, 0, 0), 1), ("put", (1, 0), 1), ("fail", (0,), 0), ("reclaim", (0,), 1), ("put", (1, 1), 0),
+             ("fail", (1,), 0), ("reclaim", (0,), 3)]
+
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @example(FILLED_HOLE)
+@example(TWO_HOLES)
 @given(OPERATIONS)
 def test_tree_agrees_with_model(operations: list[tuple[str, Prefix, int]]) -> None:
     pair = Pair()

@@ -289,7 +289,7 @@ cdef class EvictableNodes(NodeStore):
         if want == 0 or self.num_holes == 0:
             return out_array[:0]
         cdef int32_t *out = <int32_t *>data_of(out_array, True)
-        cdef Py_ssize_t count = 0, looked = 0, tries = self.num_holes
+        cdef Py_ssize_t count = 0, looked = 0, tries = self.num_holes, before
         cdef int32_t node
         cdef uint32_t at
         with nogil:
@@ -299,7 +299,9 @@ cdef class EvictableNodes(NodeStore):
                 node = self.holes[self.hole_hand]
                 at = self.first_hole(&self.nodes[node])
                 if at < self.nodes[node].length:
+                    before = self.num_holes
                     self.free_behind(node, at, tier, want, tenant, out, &count, &looked)
+                    tries += self.num_holes - before        # each freed block is a hole: they may take this place
                 if self.first_hole(&self.nodes[node]) == self.nodes[node].length:       # free, or filled again
                     self.nodes[node].changed &= ~HAS_HOLE
                     self.num_holes -= 1
