@@ -2,7 +2,7 @@ from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 
 from flexkv._core.index.node cimport MAX_TIERS, Node
 from flexkv._core.index.nodes cimport NodeStore
-from flexkv._core.index.eviction_queues cimport EvictionQueues
+from flexkv._core.index.eviction_queues cimport TierQueues
 
 # Mirrored field by field by PIECE_DTYPE in eviction.pyx.
 cdef struct Piece:
@@ -29,7 +29,6 @@ cdef class EvictableNodes(NodeStore):
     cdef int32_t hand[MAX_TIERS]      # the node that ``expire`` looked at last
 
     cdef double expires_at(self, Node *p, int tenant) noexcept nogil
-    cdef void unpark(self, int32_t node, int tier) noexcept nogil
     cdef void set_tenant(self, int32_t node, uint16_t tenant) noexcept nogil
     cdef Py_ssize_t take_from_end(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, uint32_t why,
                                   int64_t *first) noexcept nogil
@@ -41,7 +40,6 @@ cdef class EvictableNodes(NodeStore):
     cdef void free_blocks(self, int32_t node, uint32_t start, int tier, Py_ssize_t want, int tenant, int32_t *out,
                           Py_ssize_t *count) noexcept nogil
     cdef bint is_in_use(self, Node *p, int tier) noexcept nogil
-    cdef bint spare(self, int32_t node, EvictionQueues queues, int spare_to, double now) noexcept nogil
+    cdef bint spare(self, int32_t node, TierQueues *queues, int spare_to, double now) noexcept nogil
     cdef bint evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
                          Piece *piece, uint32_t why) noexcept nogil
-    cdef int check_tier(self, int tier) except -1

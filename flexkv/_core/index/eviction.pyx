@@ -10,7 +10,9 @@ from flexkv._core.buffers cimport data_of
 from flexkv._core.index.checks cimport FLEXKV_CHECKS
 from flexkv._core.index.node cimport Node
 from flexkv._core.index.nodes cimport HAS_HOLE, MISS_EVICTED, MISS_EXPIRED, NodeStore
-from flexkv._core.index.eviction_queues cimport Heap, EvictionQueues
+from flexkv._core.index.eviction_queues cimport (
+    Heap, TierQueues, configure_queues, count_blocks, move_to_queue, remove_from_heap, settle,
+)
 
 cdef enum:
     ROOT = 0
@@ -77,13 +79,11 @@ cdef class EvictableNodes(NodeStore):
         """Queues of the policy of each tier, and seconds after its last use that a block of each tenant may be
         offered. Tenants can be added at any time; queues while the tier is empty."""
         cdef Py_ssize_t i
-        cdef EvictionQueues queues
         if len(num_queues) != self.num_tiers or len(ttl_s) < self.num_tenants:
             raise ValueError(f"{len(num_queues)} tiers, {len(ttl_s)} tenants: there are {self.num_tiers}, "
                              f"{self.num_tenants}")
         for i in range(self.num_tiers):
-            queues = self.eviction_queues(i)
-            queues.configure(<int>len(ttl_s), num_queues[i])
+            configure_queues(&self.queues[i], <int>len(ttl_s), num_queues[i])
         cdef double *ttl = <double *>realloc(self.ttl, sizeof(double) * len(ttl_s))
         if ttl == NULL:
             raise MemoryError("no memory for the index")
@@ -100,22 +100,17 @@ cdef class EvictableNodes(NodeStore):
             ttl_s = min(ttl_s, self.ttl[tenant])
         return p.last_access + ttl_s
 
-    cdef void unpark(self, int32_t node, int tier) noexcept nogil:
-        """Consider a node for eviction again: the use or write of its last blocks may have ended."""
-        self.nodes[node].parked &= ~(1 << tier)
-        self.settle(node, tier)
-
     cdef void set_tenant(self, int32_t node, uint16_t tenant) noexcept nogil:
         """Move a node to another tenant."""
         cdef Node *p = &self.nodes[node]
         cdef int t
         for t in range(self.num_tiers):
-            self.unsettle(node, t)
-            self.count(p, t, -<int64_t>p.resident[t])
+            remove_from_heap(&self.queues[t], node)
+            count_blocks(&self.queues[t], p, -<int64_t>p.resident[t])
         p.tenant = tenant
         for t in range(self.num_tiers):
-            self.count(p, t, p.resident[t])
-            self.settle(node, t)
+            count_blocks(&self.queues[t], p, p.resident[t])
+            settle(&self.queues[t], node)
 
     def discard(self, int tier):
         """Free all slots of ``tier`` but those of blocks that are in use or being written, and of blocks before them.
@@ -204,7 +199,8 @@ cdef class EvictableNodes(NodeStore):
             The slots that are free now. Fewer than wanted also when another queue, which had no evictable node,
             now has one: the policy must choose again.
         """
-        cdef EvictionQueues queues = self.eviction_queues(tier)
+        self.check_tier(tier)
+        cdef TierQueues *queues = &self.queues[tier]
         if not 0 <= tenant < self.num_tenants or not 0 <= queue < queues.num_queues or spare_to >= queues.num_queues:
             raise ValueError(f"tenant {tenant}, queue {queue}, spare to {spare_to}: {self.num_tenants} tenants "
                              f"of {queues.num_queues} queues")
@@ -241,7 +237,7 @@ cdef class EvictableNodes(NodeStore):
             i -= 1
         return self.references_of(p)[i] > 0 or not self.state_of(p)[i] >> tier & 1
 
-    cdef bint spare(self, int32_t node, EvictionQueues queues, int spare_to, double now) noexcept nogil:
+    cdef bint spare(self, int32_t node, TierQueues *queues, int spare_to, double now) noexcept nogil:
         cdef Node *p = &self.nodes[node]
         cdef int t = queues.tier
         if spare_to < 0 or p.lives[t] == 0 or self.is_in_use(p, t):
@@ -249,8 +245,8 @@ cdef class EvictableNodes(NodeStore):
         p.lives[t] = p.lives[t] - 1 if p.queue[t] == spare_to else 0
         queues.latest = max(now, nextafter(queues.latest, INFINITY))     # behind others of this time
         p.priority[t] = queues.latest
-        queues.move(node, <uint8_t>spare_to)
-        queues.settle(node)
+        move_to_queue(queues, node, <uint8_t>spare_to)
+        settle(queues, node)
         return True
 
     cdef bint evict_node(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, Py_ssize_t *count,
@@ -264,7 +260,7 @@ cdef class EvictableNodes(NodeStore):
         count[0] += piece.blocks
         if p.ready[tier] and count[0] < want:           # its last block is in use
             p.parked |= 1 << tier
-            self.settle(node, tier)
+            settle(&self.queues[tier], node)
         cdef bint went = piece.blocks > 0
         self.prune(node)
         return went
@@ -386,8 +382,3 @@ cdef class EvictableNodes(NodeStore):
         if FLEXKV_CHECKS:
             self.check_integrity()
         return out_array[:count]
-
-    cdef int check_tier(self, int tier) except -1:
-        if not 0 <= tier < self.num_tiers:
-            raise ValueError(f"tier {tier}; this tree has tiers 0 to {self.num_tiers - 1}")
-        return 0

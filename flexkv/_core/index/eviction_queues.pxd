@@ -1,6 +1,5 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from flexkv._core.arena cimport Arena
 from flexkv._core.index.node cimport MAX_TIERS, Node
 
 # Mirrored field by field by EVENT_DTYPE in eviction_queues.pyx.
@@ -40,29 +39,38 @@ cdef struct Heap:
     int64_t blocks                    # of all nodes of this queue, also of those that cannot be evicted
 
 
-cdef class EvictionQueues:
-    cdef Node *nodes
-    cdef int tier
-    cdef uint8_t bit
-    cdef int num_queues
-    cdef int num_heaps
-    cdef Heap *heaps
-    cdef int *num_active              # of each tenant: queues that have an evictable node
-    cdef Arena changed_arena
-    cdef int32_t *changed
-    cdef int32_t num_changed
-    cdef object few_events            # array that ``drain`` gives out again and again
-    cdef uint32_t order
-    cdef double latest                # priority of the node that was spared last
+cdef struct TierQueues:               # the eviction queues of one tier
+    Node *nodes
+    int tier
+    uint8_t bit                       # 1 << tier
+    int num_queues
+    int num_heaps                     # one for each queue of each tenant
+    Heap *heaps
+    int *num_active                   # of each tenant: queues that have an evictable node
+    int32_t *changed                  # nodes that are listed for the policy
+    int32_t num_changed
+    uint32_t order
+    double latest                     # priority of the node that was spared last
 
-    cdef void bind(self, Node *nodes, int tier, int32_t max_nodes)
-    cdef int configure(self, int num_tenants, int num_queues) except -1
-    cdef Heap *heap_of(self, Node *p) noexcept nogil
-    cdef void count(self, Node *p, int64_t blocks) noexcept nogil
-    cdef void change(self, int32_t node, bint is_new) noexcept nogil
-    cdef void settle(self, int32_t node) noexcept nogil
-    cdef void remove(self, int32_t node) noexcept nogil
-    cdef void move(self, int32_t node, uint8_t queue) noexcept nogil
-    cdef void split(self, int32_t head, int32_t tail) noexcept nogil
-    cdef void up(self, Heap *heap, int32_t at, Entry entry) noexcept nogil
-    cdef void down(self, Heap *heap, int32_t at, Entry entry) noexcept nogil
+cdef int configure_queues(TierQueues *q, int num_tenants, int num_queues) except -1
+cdef void free_queues(TierQueues *q) noexcept nogil
+cdef void list_change(TierQueues *q, int32_t node, bint is_new) noexcept nogil
+cdef void settle(TierQueues *q, int32_t node) noexcept nogil
+cdef void remove_from_heap(TierQueues *q, int32_t node) noexcept nogil
+cdef void unpark(TierQueues *q, int32_t node) noexcept nogil
+cdef void move_to_queue(TierQueues *q, int32_t node, uint8_t queue) noexcept nogil
+cdef void split_entry(TierQueues *q, int32_t head, int32_t tail) noexcept nogil
+
+
+cdef inline Heap *heap_of(TierQueues *q, Node *p) noexcept nogil:
+    return &q.heaps[p.tenant * q.num_queues + p.queue[q.tier]]
+
+
+cdef inline void count_blocks(TierQueues *q, Node *p, int64_t blocks) noexcept nogil:
+    """Add ``blocks`` to the count of the node's queue; a negative number for blocks that leave the tier."""
+    heap_of(q, p).blocks += blocks
+
+
+cdef class EvictionQueues:
+    cdef TierQueues *q
+    cdef object few_events            # array that ``drain`` gives out again and again

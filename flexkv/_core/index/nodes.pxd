@@ -2,7 +2,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, 
 
 from flexkv._core.arena cimport Arena
 from flexkv._core.index.node cimport MAX_TIERS, Node
-from flexkv._core.index.eviction_queues cimport EvictionQueues
+from flexkv._core.index.eviction_queues cimport TierQueues
 
 # Why a match stops. From MISS_EVICTED on the reason is recorded when the block is removed.
 cdef enum:
@@ -50,10 +50,11 @@ cdef class NodeStore:
     cdef readonly Py_ssize_t num_holes
     cdef Py_ssize_t hole_hand         # where the next search among them starts
     cdef uintptr_t present_end        # memory of the heap up to here was used before
-    cdef EvictionQueues queues0             # of each tier: selected without the GIL
-    cdef EvictionQueues queues1
-    cdef EvictionQueues queues2
+    cdef Arena changed_arena
+    cdef TierQueues[MAX_TIERS] queues
+    cdef list views                   # EvictionQueues of each tier
 
+    cdef int add_queues(self, int tier) except -1
     cdef int32_t *slots_of(self, Node *node, int tier) noexcept nogil
     cdef uint32_t *references_of(self, Node *node) noexcept nogil
     cdef uint8_t *state_of(self, Node *node) noexcept nogil
@@ -71,10 +72,8 @@ cdef class NodeStore:
     cdef void unlink(self, int32_t node) noexcept nogil
 
     cdef Py_ssize_t advance(self, const uint64_t *keys, Py_ssize_t n, Py_ssize_t pos, int32_t *node) noexcept nogil
-    cdef void settle(self, int32_t node, int tier) noexcept nogil
-    cdef void unsettle(self, int32_t node, int tier) noexcept nogil
     cdef void change(self, int32_t node, int tier, bint is_new) noexcept nogil
-    cdef void count(self, Node *p, int tier, int64_t blocks) noexcept nogil
+    cdef int check_tier(self, int tier) except -1
     cdef void went_live(self, int32_t node, int tier) noexcept nogil
     cdef void went_dead(self, int32_t node, int tier) noexcept nogil
     cdef void set_slot(self, int32_t node, uint32_t i, int tier, int32_t slot) noexcept nogil

@@ -9,7 +9,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from flexkv._core.arena cimport Arena
-from flexkv._core.index.eviction_queues cimport EvictionQueues
+from flexkv._core.index.eviction_queues cimport (
+    EvictionQueues, TierQueues, configure_queues, count_blocks, free_queues, list_change, settle, split_entry,
+)
 from flexkv.errors import CapacityError, InvariantError
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -59,16 +61,28 @@ cdef class NodeStore:
         self.nodes[ROOT].first_child = NONE
         self.nodes[ROOT].next_sibling = NONE
         self.nodes[ROOT].prev_sibling = NONE
-        self.queues0, self.queues1, self.queues2 = EvictionQueues(), EvictionQueues(), EvictionQueues()
-        for tier, queues in enumerate((self.queues0, self.queues1, self.queues2)):
-            (<EvictionQueues>queues).bind(self.nodes, tier, self.max_nodes if tier < num_tiers else 1)
-            (<EvictionQueues>queues).configure(1, 1)
+        self.changed_arena = Arena(sizeof(int32_t) * <size_t>self.max_nodes * num_tiers)
+        self.views = []
+        for tier in range(num_tiers):
+            self.add_queues(tier)
+
+    cdef int add_queues(self, int tier) except -1:
+        cdef TierQueues *q = &self.queues[tier]
+        cdef EvictionQueues view = EvictionQueues()
+        q.nodes, q.tier, q.bit = self.nodes, tier, <uint8_t>(1 << tier)
+        q.changed = <int32_t *>self.changed_arena.data + <size_t>tier * self.max_nodes
+        configure_queues(q, 1, 1)
+        view.q = q
+        self.views.append(view)
+        return 0
 
     def __dealloc__(self):
         cdef int32_t i
         if self.nodes != NULL:
             for i in range(self.used_nodes):
                 free(self.nodes[i].keys)
+        for i in range(MAX_TIERS):
+            free_queues(&self.queues[i])
         free(self.table)
 
     # ---- block storage of a node ------------------------------------------------------------------------------
@@ -245,43 +259,21 @@ cdef class NodeStore:
 
     # ---- the eviction queues of each tier -------------------------------------------------------------------------
 
-    cdef void settle(self, int32_t node, int tier) noexcept nogil:
-        if tier == 0:
-            self.queues0.settle(node)
-        elif tier == 1:
-            self.queues1.settle(node)
-        else:
-            self.queues2.settle(node)
-
-    cdef void unsettle(self, int32_t node, int tier) noexcept nogil:
-        if tier == 0:
-            self.queues0.remove(node)
-        elif tier == 1:
-            self.queues1.remove(node)
-        else:
-            self.queues2.remove(node)
-
     cdef void change(self, int32_t node, int tier, bint is_new) noexcept nogil:
+        """List a node for the policy of ``tier``; the time is the priority of a new node until the policy sets it."""
         if is_new:
             self.nodes[node].priority[tier] = self.latest
-        if tier == 0:
-            self.queues0.change(node, is_new)
-        elif tier == 1:
-            self.queues1.change(node, is_new)
-        else:
-            self.queues2.change(node, is_new)
+        list_change(&self.queues[tier], node, is_new)
 
-    cdef void count(self, Node *p, int tier, int64_t blocks) noexcept nogil:
-        if tier == 0:
-            self.queues0.count(p, blocks)
-        elif tier == 1:
-            self.queues1.count(p, blocks)
-        else:
-            self.queues2.count(p, blocks)
+    cdef int check_tier(self, int tier) except -1:
+        if not 0 <= tier < self.num_tiers:
+            raise ValueError(f"tier {tier}; this tree has tiers 0 to {self.num_tiers - 1}")
+        return 0
 
     def eviction_queues(self, int tier):
         """The order in which blocks of ``tier`` are evicted."""
-        return (self.queues0, self.queues1, self.queues2)[tier]
+        self.check_tier(tier)
+        return self.views[tier]
 
     # ---- blocks of a tier --------------------------------------------------------------------------------------
 
@@ -292,7 +284,7 @@ cdef class NodeStore:
         while parent != NONE:
             was = self.nodes[parent].resident[tier] > 0 or self.nodes[parent].live_children[tier] > 0
             self.nodes[parent].live_children[tier] += 1
-            self.settle(parent, tier)
+            settle(&self.queues[tier], parent)
             if was:
                 return
             parent = self.nodes[parent].parent
@@ -301,7 +293,7 @@ cdef class NodeStore:
         cdef int32_t parent = self.nodes[node].parent
         while parent != NONE:
             self.nodes[parent].live_children[tier] -= 1
-            self.settle(parent, tier)
+            settle(&self.queues[tier], parent)
             if self.nodes[parent].resident[tier] > 0 or self.nodes[parent].live_children[tier] > 0:
                 return
             parent = self.nodes[parent].parent
@@ -310,7 +302,7 @@ cdef class NodeStore:
         cdef Node *p = &self.nodes[node]
         self.slots_of(p, tier)[i] = slot
         p.resident[tier] += 1
-        self.count(p, tier, 1)
+        count_blocks(&self.queues[tier], p, 1)
         if p.resident[tier] == 1:
             self.change(node, tier, True)
             if p.live_children[tier] == 0:
@@ -323,9 +315,9 @@ cdef class NodeStore:
             self.state_of(p)[i] &= ~(1 << tier)
             p.ready[tier] -= 1
             if p.ready[tier] == 0:
-                self.settle(node, tier)
+                settle(&self.queues[tier], node)
         p.resident[tier] -= 1
-        self.count(p, tier, -1)
+        count_blocks(&self.queues[tier], p, -1)
         if p.resident[tier] == 0 and p.live_children[tier] == 0:
             self.went_dead(node, tier)
 
@@ -378,9 +370,8 @@ cdef class NodeStore:
         self.link(node, head)
         self.table_put(head)
         self.table_put(node)
-        self.queues0.split(head, node)
-        self.queues1.split(head, node)
-        self.queues2.split(head, node)
+        for t in range(self.num_tiers):
+            split_entry(&self.queues[t], head, node)
         return 0
 
     cdef int32_t grow_leaf(self, int32_t node, uint32_t extra) except -1 nogil:
@@ -438,7 +429,7 @@ cdef class NodeStore:
             self.went_live(node, tier)
         self.change(node, tier, p.resident[tier] == 0)
         p.resident[tier] += <uint32_t>count
-        self.count(p, tier, count)
+        count_blocks(&self.queues[tier], p, count)
         return 0
 
     cdef void note_hole(self, int32_t node) noexcept nogil:

@@ -18,6 +18,7 @@ from libc.string cimport memcpy, memset
 from flexkv._core.buffers cimport data_of
 from flexkv._core.index.checks cimport FLEXKV_CHECKS
 from flexkv._core.index.eviction cimport EvictableNodes
+from flexkv._core.index.eviction_queues cimport unpark
 from flexkv._core.index.node cimport Node
 from flexkv._core.index.nodes cimport FULL_HIT, MISS_EXPIRED, MISS_FAILED, MISS_NEVER_SEEN, MISS_NOT_READY, Forgotten
 from flexkv.errors import CapacityError, InvariantError
@@ -335,7 +336,7 @@ cdef class RadixTree(EvictableNodes):
             state[i] |= changed * bit
             count += changed
         p.ready[tier] += <uint32_t>count
-        self.unpark(node, tier)
+        unpark(&self.queues[tier], node)
         return count
 
     cdef Py_ssize_t mark_absent(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier,
@@ -349,7 +350,7 @@ cdef class RadixTree(EvictableNodes):
                     self.forget(p.keys + 2 * i, why)
                 count += 1
         if count:
-            self.unpark(node, tier)
+            unpark(&self.queues[tier], node)
             self.note_hole(node)
         return count
 
@@ -390,7 +391,7 @@ cdef class RadixTree(EvictableNodes):
                             p.referenced += references[i] > 0
                     if apply and p.parked:
                         for t in range(self.num_tiers):
-                            self.unpark(node, t)
+                            unpark(&self.queues[t], node)
                     pos += m
                 if bad:
                     break
