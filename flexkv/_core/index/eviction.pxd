@@ -1,3 +1,4 @@
+cimport cython
 from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 
 from flexkv._core.index.node cimport MAX_TIERS, Node
@@ -23,13 +24,20 @@ cdef class Pieces:
     cdef void add(self, const Piece *piece) noexcept nogil
 
 
-cdef class EvictableNodes(NodeStore):
+@cython.final
+cdef class Evictor:
+    cdef NodeStore store
     cdef double *ttl                  # seconds, of each tenant; NULL: none expires
-    cdef readonly int num_tenants
+    cdef int num_tenants
     cdef int32_t hand[MAX_TIERS]      # the node that ``expire`` looked at last
 
+    cdef int configure(self, num_queues, ttl_s) except -1
+    cdef object evict(self, int tier, int tenant, int queue, Py_ssize_t want, double now, int64_t leave, int spare_to,
+                      uint32_t why, double below, Pieces pieces)
+    cdef object reclaim(self, int tier, Py_ssize_t want, int tenant)
+    cdef object expire(self, int tier, double now, Py_ssize_t num_nodes, Py_ssize_t want)
+    cdef object discard(self, int tier)
     cdef double expires_at(self, Node *p, int tenant) noexcept nogil
-    cdef void set_tenant(self, int32_t node, uint16_t tenant) noexcept nogil
     cdef Py_ssize_t take_from_end(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, uint32_t why,
                                   int64_t *first) noexcept nogil
     cdef bint is_elsewhere(self, Node *p, int tier) noexcept nogil

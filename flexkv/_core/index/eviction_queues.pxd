@@ -60,6 +60,7 @@ cdef void remove_from_heap(TierQueues *q, int32_t node) noexcept nogil
 cdef void unpark(TierQueues *q, int32_t node) noexcept nogil
 cdef void move_to_queue(TierQueues *q, int32_t node, uint8_t queue) noexcept nogil
 cdef void split_entry(TierQueues *q, int32_t head, int32_t tail) noexcept nogil
+cdef int check_queues(TierQueues *q, Py_ssize_t num_nodes) except -1
 
 
 cdef inline Heap *heap_of(TierQueues *q, Node *p) noexcept nogil:
@@ -73,4 +74,8 @@ cdef inline void count_blocks(TierQueues *q, Node *p, int64_t blocks) noexcept n
 
 cdef class EvictionQueues:
     cdef TierQueues *q
+    cdef object owner                 # of the memory of ``q``
     cdef object few_events            # array that ``drain`` gives out again and again
+
+    @staticmethod
+    cdef EvictionQueues of(TierQueues *q, object owner)

@@ -7,6 +7,7 @@ priorities. So the cost of a put or an eviction does not depend on how much is c
 """
 import numpy as np
 
+cimport cython
 from libc.math cimport INFINITY
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, realloc
@@ -203,13 +204,61 @@ cdef inline void sift_down(TierQueues *q, Heap *heap, int32_t at, Entry entry) n
     q.nodes[entry.node].heap_at[q.tier] = at + 1
 
 
+cdef int check_queues(TierQueues *q, Py_ssize_t num_nodes) except -1:
+    """Raise InvariantError unless the heaps hold exactly the evictable nodes, in order."""
+    cdef int32_t node, at
+    cdef Py_ssize_t i, in_heaps = 0
+    cdef int t = q.tier, active
+    cdef Heap *heap
+    cdef Node *p
+    counted = np.zeros(q.num_heaps, dtype=np.int64)
+    for node in range(1, <int32_t>num_nodes):
+        p = &q.nodes[node]
+        if p.length == 0:
+            if p.heap_at[t]:
+                raise InvariantError(f"node {node} is free, and in a heap")
+            continue
+        counted[p.tenant * q.num_queues + p.queue[t]] += p.resident[t]
+        able = p.ready[t] > 0 and p.live_children[t] == 0 and p.placed & q.bit and not p.parked & q.bit
+        if bool(able) != (p.heap_at[t] > 0):
+            raise InvariantError(f"node {node} is wrongly in a heap, or not in one")
+        in_heaps += p.heap_at[t] > 0
+        if p.resident[t] and not p.placed & q.bit and not p.changed & q.bit:
+            raise InvariantError(f"node {node} has no priority, and will get none")
+    for i in range(q.num_heaps):
+        heap = &q.heaps[i]
+        if heap.blocks != counted[i]:
+            raise InvariantError(f"queue {i}: {counted[i]} blocks, and {heap.blocks} counted")
+        in_heaps -= heap.size
+        for at in range(heap.size):
+            p = &q.nodes[heap.entries[at].node]
+            if p.heap_at[t] != at + 1 or p.priority[t] != heap.entries[at].priority or (
+                    at and goes_first(&heap.entries[at], &heap.entries[(at - 1) >> 2])):
+                raise InvariantError(f"queue {i}: place {at} is wrong")
+    if in_heaps:
+        raise InvariantError("a heap holds a node that cannot be evicted")
+    for i in range(q.num_heaps // q.num_queues):
+        active = sum(q.heaps[i * q.num_queues + queue].size > 0 for queue in range(q.num_queues))
+        if active != q.num_active[i]:
+            raise InvariantError(f"tenant {i}: {active} queues may go, {q.num_active[i]} counted")
+    return 0
+
+
+@cython.no_gc                          # it refers to nothing that could refer to it
 cdef class EvictionQueues:
-    """The eviction queues of one tier, as policies and tiers see them. The caller locks."""
+    """The eviction queues of one tier of a ``RadixTree``, as policies and tiers see them. The caller locks."""
 
     @property
     def num_waiting(self):
         """Number of nodes that are listed for the policy."""
         return self.q.num_changed
+
+    @staticmethod
+    cdef EvictionQueues of(TierQueues *q, object owner):
+        """A view of ``q``, which is part of ``owner``."""
+        cdef EvictionQueues self = EvictionQueues()
+        self.q, self.owner = q, owner
+        return self
 
     def drain(self):
         """Nodes that were used, or came to the tier, since the last call; (n,) of ``EVENT_DTYPE``. The policy
@@ -320,44 +369,6 @@ cdef class EvictionQueues:
             counts[i] = heaps[i].blocks
             lowest[i] = heaps[i].entries[0].priority if heaps[i].size else INFINITY
         return blocks, heads
-
-    def check_integrity(self, Py_ssize_t num_nodes):
-        """Raise InvariantError unless the heaps hold exactly the evictable nodes, in order."""
-        cdef int32_t node, at
-        cdef Py_ssize_t i, in_heaps = 0
-        cdef int t = self.q.tier, active
-        cdef Heap *heap
-        cdef Node *p
-        counted = np.zeros(self.q.num_heaps, dtype=np.int64)
-        for node in range(1, <int32_t>num_nodes):
-            p = &self.q.nodes[node]
-            if p.length == 0:
-                if p.heap_at[t]:
-                    raise InvariantError(f"node {node} is free, and in a heap")
-                continue
-            counted[p.tenant * self.q.num_queues + p.queue[t]] += p.resident[t]
-            able = p.ready[t] > 0 and p.live_children[t] == 0 and p.placed & self.q.bit and not p.parked & self.q.bit
-            if bool(able) != (p.heap_at[t] > 0):
-                raise InvariantError(f"node {node} is wrongly in a heap, or not in one")
-            in_heaps += p.heap_at[t] > 0
-            if p.resident[t] and not p.placed & self.q.bit and not p.changed & self.q.bit:
-                raise InvariantError(f"node {node} has no priority, and will get none")
-        for i in range(self.q.num_heaps):
-            heap = &self.q.heaps[i]
-            if heap.blocks != counted[i]:
-                raise InvariantError(f"queue {i}: {counted[i]} blocks, and {heap.blocks} counted")
-            in_heaps -= heap.size
-            for at in range(heap.size):
-                p = &self.q.nodes[heap.entries[at].node]
-                if p.heap_at[t] != at + 1 or p.priority[t] != heap.entries[at].priority or (
-                        at and goes_first(&heap.entries[at], &heap.entries[(at - 1) >> 2])):
-                    raise InvariantError(f"queue {i}: place {at} is wrong")
-        if in_heaps:
-            raise InvariantError("a heap holds a node that cannot be evicted")
-        for i in range(self.q.num_heaps // self.q.num_queues):
-            active = sum(self.q.heaps[i * self.q.num_queues + queue].size > 0 for queue in range(self.q.num_queues))
-            if active != self.q.num_active[i]:
-                raise InvariantError(f"tenant {i}: {active} queues may go, {self.q.num_active[i]} counted")
 
 
 cdef inline bint goes_first(const Entry *a, const Entry *b) noexcept nogil:

@@ -2,7 +2,7 @@
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef enum:
-    MAX_TIERS = 3
+    MAX_TIERS = 3                     # at most 7: one byte has a bit for each, and HAS_HOLE
 
 cdef struct Node:
     uint64_t *keys                    # one allocation: keys, slots of each tier, reference counts, state

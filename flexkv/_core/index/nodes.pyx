@@ -10,7 +10,8 @@ from libc.string cimport memcpy, memset
 
 from flexkv._core.arena cimport Arena
 from flexkv._core.index.eviction_queues cimport (
-    EvictionQueues, TierQueues, configure_queues, count_blocks, free_queues, list_change, settle, split_entry,
+    check_queues, configure_queues, count_blocks, free_queues, list_change, remove_from_heap, settle, split_entry,
+    unpark,
 )
 from flexkv.errors import CapacityError, InvariantError
 
@@ -25,11 +26,12 @@ cdef enum:
     MADV_POPULATE_WRITE = 23           # of <linux/mman.h> 5.14; newer than Debian 12's libc headers need to be
 
 
-@cython.no_gc_clear                    # __dealloc__ reads the arena, also when a cycle with the tree in it is collected
+@cython.no_gc                          # nothing it refers to could refer to it; __dealloc__ reads the arena
 cdef class NodeStore:
-    """The storage under ``RadixTree``; every method leaves links and counts consistent, none of them locks."""
+    """Nodes of at most ``max_blocks`` blocks on ``num_tiers`` tiers. The caller locks; every method leaves links,
+    counts and eviction queues consistent."""
 
-    def __cinit__(self, Py_ssize_t max_blocks, int num_tiers=1):
+    def __cinit__(self, Py_ssize_t max_blocks, int num_tiers):
         if not 1 <= num_tiers <= MAX_TIERS:
             raise ValueError(f"num_tiers is {num_tiers}; allowed: 1 to {MAX_TIERS}")
         if not 1 <= max_blocks < 1 << 30:
@@ -62,19 +64,11 @@ cdef class NodeStore:
         self.nodes[ROOT].next_sibling = NONE
         self.nodes[ROOT].prev_sibling = NONE
         self.changed_arena = Arena(sizeof(int32_t) * <size_t>self.max_nodes * num_tiers)
-        self.views = []
-        for tier in range(num_tiers):
-            self.add_queues(tier)
-
-    cdef int add_queues(self, int tier) except -1:
-        cdef TierQueues *q = &self.queues[tier]
-        cdef EvictionQueues view = EvictionQueues()
-        q.nodes, q.tier, q.bit = self.nodes, tier, <uint8_t>(1 << tier)
-        q.changed = <int32_t *>self.changed_arena.data + <size_t>tier * self.max_nodes
-        configure_queues(q, 1, 1)
-        view.q = q
-        self.views.append(view)
-        return 0
+        cdef int t
+        for t in range(num_tiers):
+            self.queues[t].nodes, self.queues[t].tier, self.queues[t].bit = self.nodes, t, <uint8_t>(1 << t)
+            self.queues[t].changed = <int32_t *>self.changed_arena.data + <size_t>t * self.max_nodes
+            configure_queues(&self.queues[t], 1, 1)
 
     def __dealloc__(self):
         cdef int32_t i
@@ -86,16 +80,6 @@ cdef class NodeStore:
         free(self.table)
 
     # ---- block storage of a node ------------------------------------------------------------------------------
-
-    cdef inline int32_t *slots_of(self, Node *node, int tier) noexcept nogil:
-        return <int32_t *>(node.keys + 2 * <size_t>node.capacity) + <size_t>tier * node.capacity
-
-    cdef inline uint32_t *references_of(self, Node *node) noexcept nogil:
-        return <uint32_t *>self.slots_of(node, self.num_tiers)
-
-    cdef inline uint8_t *state_of(self, Node *node) noexcept nogil:
-        """Bit t: ready on tier t."""
-        return <uint8_t *>(self.references_of(node) + node.capacity)
 
     cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil:
         """Blocks of memory that was never used are made present in one call, not by a fault for every page."""
@@ -265,15 +249,22 @@ cdef class NodeStore:
             self.nodes[node].priority[tier] = self.latest
         list_change(&self.queues[tier], node, is_new)
 
+    cdef void set_tenant(self, int32_t node, uint16_t tenant) noexcept nogil:
+        """Move a node to another tenant."""
+        cdef Node *p = &self.nodes[node]
+        cdef int t
+        for t in range(self.num_tiers):
+            remove_from_heap(&self.queues[t], node)
+            count_blocks(&self.queues[t], p, -<int64_t>p.resident[t])
+        p.tenant = tenant
+        for t in range(self.num_tiers):
+            count_blocks(&self.queues[t], p, p.resident[t])
+            settle(&self.queues[t], node)
+
     cdef int check_tier(self, int tier) except -1:
         if not 0 <= tier < self.num_tiers:
             raise ValueError(f"tier {tier}; this tree has tiers 0 to {self.num_tiers - 1}")
         return 0
-
-    def eviction_queues(self, int tier):
-        """The order in which blocks of ``tier`` are evicted."""
-        self.check_tier(tier)
-        return self.views[tier]
 
     # ---- blocks of a tier --------------------------------------------------------------------------------------
 
@@ -320,6 +311,35 @@ cdef class NodeStore:
         count_blocks(&self.queues[tier], p, -1)
         if p.resident[tier] == 0 and p.live_children[tier] == 0:
             self.went_dead(node, tier)
+
+    cdef Py_ssize_t mark_ready(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier) noexcept nogil:
+        cdef Node *p = &self.nodes[node]
+        cdef const int32_t *mine = self.slots_of(p, tier)
+        cdef uint8_t *state = self.state_of(p)
+        cdef uint8_t changed, bit = 1 << tier
+        cdef Py_ssize_t i, count = 0
+        for i in range(m):                             # without branches, so that it runs as vectors
+            changed = (slots[i] >= 0) & (mine[i] == slots[i]) & ~(state[i] >> tier) & 1
+            state[i] |= changed * bit
+            count += changed
+        p.ready[tier] += <uint32_t>count
+        unpark(&self.queues[tier], node)
+        return count
+
+    cdef Py_ssize_t mark_absent(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier,
+                                uint32_t why) noexcept nogil:
+        cdef Node *p = &self.nodes[node]
+        cdef Py_ssize_t i, count = 0
+        for i in range(m):
+            if slots[i] >= 0 and self.slots_of(p, tier)[i] == slots[i]:
+                self.clear_slot(node, <uint32_t>i, tier)
+                if why:
+                    self.forget(p.keys + 2 * i, why)
+                count += 1
+        if count:
+            unpark(&self.queues[tier], node)
+            self.note_hole(node)
+        return count
 
     cdef int split(self, int32_t node, uint32_t at) except -1 nogil:
         """Put the first ``at`` blocks of ``node`` into a new parent; ``node`` keeps the rest and its children."""
@@ -497,7 +517,7 @@ cdef class NodeStore:
         cdef Forgotten *entry = &self.forgotten[key[0] & self.forgotten_mask]
         return entry.reason if entry.reason and entry.fingerprint == <uint32_t>(key[1] >> 32) else MISS_NEVER_SEEN
 
-    def check_integrity(self):
+    cdef list check_integrity(self):
         """Recount everything. Returns, for each tier, the sorted slots (int32) that blocks hold.
 
         Raises
@@ -507,6 +527,7 @@ cdef class NodeStore:
         """
         held = [[] for _ in range(self.num_tiers)]
         cdef Py_ssize_t blocks = 0, seen = 0
+        cdef int t
         cdef int32_t node, child
         stack = [ROOT]
         while stack:
@@ -529,7 +550,7 @@ cdef class NodeStore:
             if (np.diff(slots) == 0).any():
                 raise InvariantError(f"tier {t}: two blocks hold one slot")
             result.append(slots)
-            self.eviction_queues(t).check_integrity(self.used_nodes)
+            check_queues(&self.queues[t], self.used_nodes)
         return result
 
     cdef int check_node(self, int32_t node, list held) except -1:

@@ -12,15 +12,18 @@ No method locks: the caller holds one lock around all of them.
 """
 import numpy as np
 
+cimport cython
 from libc.math cimport INFINITY, NAN
 from libc.string cimport memcpy, memset
 
 from flexkv._core.buffers cimport data_of
 from flexkv._core.index.checks cimport FLEXKV_CHECKS
-from flexkv._core.index.eviction cimport EvictableNodes
-from flexkv._core.index.eviction_queues cimport unpark
+from flexkv._core.index.eviction cimport Evictor, Pieces
+from flexkv._core.index.eviction_queues cimport EvictionQueues, unpark
 from flexkv._core.index.node cimport Node
-from flexkv._core.index.nodes cimport FULL_HIT, MISS_EXPIRED, MISS_FAILED, MISS_NEVER_SEEN, MISS_NOT_READY, Forgotten
+from flexkv._core.index.nodes cimport (
+    FULL_HIT, MISS_EVICTED, MISS_EXPIRED, MISS_FAILED, MISS_NEVER_SEEN, MISS_NOT_READY, Forgotten, NodeStore,
+)
 from flexkv.errors import CapacityError, InvariantError
 
 INT8, INT32 = np.dtype(np.int8), np.dtype(np.int32)      # an array is made sooner of a dtype than of its name
@@ -82,7 +85,8 @@ def by_position(Py_ssize_t n, const int32_t[::1] blocks not None, const int32_t[
     return placed_array
 
 
-cdef class RadixTree(EvictableNodes):
+@cython.no_gc                          # it refers to nothing that could refer to it
+cdef class RadixTree:
     """Radix tree of at most ``max_blocks`` blocks on ``num_tiers`` tiers (tier 0 is the fastest).
 
     ``keys`` arguments are C-contiguous ``uint64`` arrays of shape (n, 2), as the hashing module makes them.
@@ -95,14 +99,51 @@ cdef class RadixTree(EvictableNodes):
         A caller broke the contract of a method; nothing has changed then.
     """
 
+    def __cinit__(self, Py_ssize_t max_blocks, int num_tiers=1):
+        cdef int t
+        self.store = NodeStore(max_blocks, num_tiers)
+        self.evictor = Evictor(self.store)
+        self.queues = [EvictionQueues.of(&self.store.queues[t], self.store) for t in range(num_tiers)]
+
+    @property
+    def num_tiers(self):
+        return self.store.num_tiers
+
+    @property
+    def max_blocks(self):
+        return self.store.max_blocks
+
+    @property
+    def num_blocks(self):
+        return self.store.num_blocks
+
+    @property
+    def num_nodes(self):
+        return self.store.num_nodes
+
+    @property
+    def num_holes(self):
+        """Number of nodes listed for ``reclaim``: a block of them may have left all tiers, with blocks behind it."""
+        return self.store.num_holes
+
+    def configure(self, num_queues, ttl_s=(INFINITY,)):
+        """Queues of the policy of each tier, and seconds after its last use that a block of each tenant may be
+        offered. Tenants can be added at any time; queues while the tier is empty."""
+        self.evictor.configure(num_queues, ttl_s)
+
+    def eviction_queues(self, int tier):
+        """The ``EvictionQueues`` of a tier: the order in which its blocks are evicted."""
+        self.store.check_tier(tier)
+        return self.queues[tier]
+
     def match(self, const uint64_t[:, ::1] keys not None, double now=-INFINITY, int tenant=-1):
         """Leading blocks of ``keys`` that are ready, the best source of each, and why the match stops there.
 
         ``now``: seconds; a block is not offered after the TTL of its own tenant or of ``tenant``, the tenant that asks
         (a block found on disk is another tenant's until it is used). Reads only: it changes, counts and evicts nothing.
         """
-        if tenant >= self.num_tenants:
-            raise ValueError(f"tenant {tenant}: there are {self.num_tenants}")
+        if tenant >= self.evictor.num_tenants:
+            raise ValueError(f"tenant {tenant}: there are {self.evictor.num_tenants}")
         cdef Py_ssize_t n = keys.shape[0], ready = 0
         cdef uint32_t reason
         slots_array, tiers_array = np.empty(n, INT32), np.empty(n, INT8)
@@ -112,7 +153,7 @@ cdef class RadixTree(EvictableNodes):
             return Match(0, 0, FULL_HIT, slots_array, tiers_array)
         with nogil:
             reason = self.match_ready(&keys[0, 0], n, now, tenant, slots, tiers, &ready)
-        evicted_at = self.began + (reason >> 4) if reason & 15 > MISS_NEVER_SEEN else NAN
+        evicted_at = self.store.began + (reason >> 4) if reason & 15 > MISS_NEVER_SEEN else NAN
         return Match(n, ready, reason & 15, slots_array[:ready], tiers_array[:ready], evicted_at)
 
     cdef uint32_t match_ready(self, const uint64_t *keys, Py_ssize_t n, double now, int tenant, int32_t *slots,
@@ -124,35 +165,35 @@ cdef class RadixTree(EvictableNodes):
         cdef uint8_t *state
         cdef int t
         while pos < n:
-            m = self.advance(keys, n, pos, &node)
+            m = self.store.advance(keys, n, pos, &node)
             if m == 0:
                 break
-            p = &self.nodes[node]
-            if self.expires_at(p, tenant) < now:
+            p = &self.store.nodes[node]
+            if self.evictor.expires_at(p, tenant) < now:
                 num_ready[0] = pos
-                return MISS_EXPIRED | <uint32_t>max(0.0, self.expires_at(p, tenant) - self.began) << 4
+                return MISS_EXPIRED | <uint32_t>max(0.0, self.evictor.expires_at(p, tenant) - self.store.began) << 4
             if p.ready[0] == p.length:
-                memcpy(slots + pos, self.slots_of(p, 0), 4 * m)
+                memcpy(slots + pos, self.store.slots_of(p, 0), 4 * m)
                 memset(tiers + pos, 0, m)
             else:
-                state = self.state_of(p)
+                state = self.store.state_of(p)
                 for i in range(m):
                     if state[i] == 0:
                         num_ready[0] = pos + i
-                        for t in range(self.num_tiers):
-                            if self.slots_of(p, t)[i] >= 0:
+                        for t in range(self.store.num_tiers):
+                            if self.store.slots_of(p, t)[i] >= 0:
                                 return MISS_NOT_READY
-                        return self.recall(keys + 2 * (pos + i))
+                        return self.store.recall(keys + 2 * (pos + i))
                     t = 0
                     while not state[i] >> t & 1:
                         t += 1
                     tiers[pos + i] = <int8_t>t
-                    slots[pos + i] = self.slots_of(p, t)[i]
+                    slots[pos + i] = self.store.slots_of(p, t)[i]
             pos += m
             if m < p.length:
                 break
         num_ready[0] = pos
-        return FULL_HIT if pos == n else self.recall(keys + 2 * pos)
+        return FULL_HIT if pos == n else self.store.recall(keys + 2 * pos)
 
     def absent(self, const uint64_t[:, ::1] keys not None):
         """Positions (int32, ascending) of the blocks that have a slot on no tier, neither ready nor being written."""
@@ -164,14 +205,14 @@ cdef class RadixTree(EvictableNodes):
         cdef int32_t *out = <int32_t *>data_of(out_array, True)
         with nogil:
             while pos < n:
-                m = self.advance(&keys[0, 0], n, pos, &node)
+                m = self.store.advance(&keys[0, 0], n, pos, &node)
                 if m == 0:
                     break
-                p = &self.nodes[node]
+                p = &self.store.nodes[node]
                 if p.resident[0] < p.length:
                     for i in range(m):
-                        for t in range(self.num_tiers):
-                            if self.slots_of(p, t)[i] >= 0:
+                        for t in range(self.store.num_tiers):
+                            if self.store.slots_of(p, t)[i] >= 0:
                                 break
                         else:
                             out[count] = <int32_t>(pos + i)
@@ -190,27 +231,27 @@ cdef class RadixTree(EvictableNodes):
         cdef int32_t node = ROOT
         with nogil:
             while pos < n:
-                m = self.advance(&keys[0, 0], n, pos, &node)
+                m = self.store.advance(&keys[0, 0], n, pos, &node)
                 pos += m
-                if m == 0 or m < self.nodes[node].length:
+                if m == 0 or m < self.store.nodes[node].length:
                     break
-        return min(n, pos + max(self.max_blocks - self.num_blocks, 0))
+        return min(n, pos + max(self.store.max_blocks - self.store.num_blocks, 0))
 
     def slots(self, const uint64_t[:, ::1] keys not None, int tier):
         """(n,) int32: the slot of each block of ``keys`` on ``tier``, ready or being written; -1 where it has none."""
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m
         cdef int32_t node = ROOT
-        self.check_tier(tier)
+        self.store.check_tier(tier)
         out_array = np.full(n, -1, dtype=np.int32)
         cdef int32_t[::1] out = out_array
         with nogil:
             while pos < n:
-                m = self.advance(&keys[0, 0], n, pos, &node)
+                m = self.store.advance(&keys[0, 0], n, pos, &node)
                 if m == 0:
                     break
-                memcpy(&out[pos], self.slots_of(&self.nodes[node], tier), 4 * m)
+                memcpy(&out[pos], self.store.slots_of(&self.store.nodes[node], tier), 4 * m)
                 pos += m
-                if m < self.nodes[node].length:
+                if m < self.store.nodes[node].length:
                     break
         return out_array
 
@@ -231,52 +272,52 @@ cdef class RadixTree(EvictableNodes):
         """
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m = 0, i
         cdef int32_t node = ROOT
-        self.check_tier(tier)
+        self.store.check_tier(tier)
         if slots.shape[0] != n:
             raise ValueError(f"{slots.shape[0]} slots for {n} keys")
-        if not 0 <= tenant < self.num_tenants:
-            raise ValueError(f"tenant {tenant}: there are {self.num_tenants}")
+        if not 0 <= tenant < self.evictor.num_tenants:
+            raise ValueError(f"tenant {tenant}: there are {self.evictor.num_tenants}")
         cdef const int32_t *mine
         cdef int clash = 0
         if n == 0:
             return
         cdef const int32_t *wanted = &slots[0]
         with nogil:
-            self.tick(now)
+            self.store.tick(now)
             while pos < n:
-                m = self.advance(&keys[0, 0], n, pos, &node)
+                m = self.store.advance(&keys[0, 0], n, pos, &node)
                 if m == 0:
                     break
-                mine = self.slots_of(&self.nodes[node], tier)
+                mine = self.store.slots_of(&self.store.nodes[node], tier)
                 for i in range(m):
                     clash |= (wanted[pos + i] >= 0) & (mine[i] >= 0)
                 pos += m
-                if m < self.nodes[node].length:
+                if m < self.store.nodes[node].length:
                     break
             for i in range(pos, n):
                 clash |= wanted[i] < 0
         if clash:
             raise InvariantError("insert: a block has a slot on the tier already, or a new block got none")
-        if self.num_blocks + n - pos > self.max_blocks:
-            raise CapacityError(f"the index is full: {self.max_blocks} blocks")
+        if self.store.num_blocks + n - pos > self.store.max_blocks:
+            raise CapacityError(f"the index is full: {self.store.max_blocks} blocks")
         with nogil:
             if pos < n:
-                if node != ROOT and m > 0 and m < self.nodes[node].length:
-                    self.split(node, <uint32_t>m)
-                    node = self.nodes[node].parent
-                self.append(node, &keys[pos, 0], wanted + pos, n - pos, tier, now, <uint16_t>tenant)
+                if node != ROOT and m > 0 and m < self.store.nodes[node].length:
+                    self.store.split(node, <uint32_t>m)
+                    node = self.store.nodes[node].parent
+                self.store.append(node, &keys[pos, 0], wanted + pos, n - pos, tier, now, <uint16_t>tenant)
             self.fill(&keys[0, 0], pos, wanted, tier)
         if FLEXKV_CHECKS:
-            self.check_integrity()
+            self.store.check_integrity()
 
     cdef void fill(self, const uint64_t *keys, Py_ssize_t n, const int32_t *slots, int tier) noexcept nogil:
         cdef Py_ssize_t pos = 0, m, i
         cdef int32_t node = ROOT
         while pos < n:
-            m = self.advance(keys, n, pos, &node)
+            m = self.store.advance(keys, n, pos, &node)
             for i in range(m):
                 if slots[pos + i] >= 0:
-                    self.set_slot(node, <uint32_t>i, tier, slots[pos + i])
+                    self.store.set_slot(node, <uint32_t>i, tier, slots[pos + i])
             pos += m
 
     def set_ready(self, const uint64_t[:, ::1] keys not None, const int32_t[::1] slots not None, int tier):
@@ -301,57 +342,26 @@ cdef class RadixTree(EvictableNodes):
                            uint32_t why) except -1:
         cdef Py_ssize_t n = keys.shape[0], pos = 0, m, count = 0
         cdef int32_t node = ROOT, last = ROOT
-        cdef Node *p
-        self.check_tier(tier)
+        self.store.check_tier(tier)
         if slots.shape[0] != n:
             raise ValueError(f"{slots.shape[0]} slots for {n} keys")
         with nogil:
             while pos < n:
-                m = self.advance(&keys[0, 0], n, pos, &node)
+                m = self.store.advance(&keys[0, 0], n, pos, &node)
                 if m == 0:
                     break
                 last = node
                 if ready:
-                    count += self.mark_ready(node, m, &slots[pos], tier)
+                    count += self.store.mark_ready(node, m, &slots[pos], tier)
                 else:
-                    count += self.mark_absent(node, m, &slots[pos], tier, why)
-                p = &self.nodes[node]
+                    count += self.store.mark_absent(node, m, &slots[pos], tier, why)
                 pos += m
-                if m < p.length:
+                if m < self.store.nodes[node].length:
                     break
             if not ready:
-                self.prune(last)
+                self.store.prune(last)
         if FLEXKV_CHECKS:
-            self.check_integrity()
-        return count
-
-    cdef Py_ssize_t mark_ready(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier) noexcept nogil:
-        cdef Node *p = &self.nodes[node]
-        cdef const int32_t *mine = self.slots_of(p, tier)
-        cdef uint8_t *state = self.state_of(p)
-        cdef uint8_t changed, bit = 1 << tier
-        cdef Py_ssize_t i, count = 0
-        for i in range(m):                             # without branches, so that it runs as vectors
-            changed = (slots[i] >= 0) & (mine[i] == slots[i]) & ~(state[i] >> tier) & 1
-            state[i] |= changed * bit
-            count += changed
-        p.ready[tier] += <uint32_t>count
-        unpark(&self.queues[tier], node)
-        return count
-
-    cdef Py_ssize_t mark_absent(self, int32_t node, Py_ssize_t m, const int32_t *slots, int tier,
-                                uint32_t why) noexcept nogil:
-        cdef Node *p = &self.nodes[node]
-        cdef Py_ssize_t i, count = 0
-        for i in range(m):
-            if slots[i] >= 0 and self.slots_of(p, tier)[i] == slots[i]:
-                self.clear_slot(node, <uint32_t>i, tier)
-                if why:
-                    self.forget(p.keys + 2 * i, why)
-                count += 1
-        if count:
-            unpark(&self.queues[tier], node)
-            self.note_hole(node)
+            self.store.check_integrity()
         return count
 
     def acquire(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, Py_ssize_t stop):
@@ -376,12 +386,12 @@ cdef class RadixTree(EvictableNodes):
             for apply in range(2):                     # check all, then change all
                 pos = 0
                 while pos < stop:
-                    m = self.advance(&keys[0, 0], stop, pos, &node)
+                    m = self.store.advance(&keys[0, 0], stop, pos, &node)
                     if m == 0:
                         bad = True
                         break
-                    p = &self.nodes[node]
-                    references = self.references_of(p)
+                    p = &self.store.nodes[node]
+                    references = self.store.references_of(p)
                     for i in range(max(start - pos, 0), m):
                         if not apply:
                             bad |= references[i] == (<uint32_t>MAX_REFERENCES if delta > 0 else 0)
@@ -390,17 +400,17 @@ cdef class RadixTree(EvictableNodes):
                             references[i] += <uint32_t>delta
                             p.referenced += references[i] > 0
                     if apply and p.parked:
-                        for t in range(self.num_tiers):
-                            unpark(&self.queues[t], node)
+                        for t in range(self.store.num_tiers):
+                            unpark(&self.store.queues[t], node)
                     pos += m
                 if bad:
                     break
             if not bad and delta < 0:
-                self.prune(node)
+                self.store.prune(node)
         if bad:
             raise InvariantError("acquire or release of a block that is absent, not acquired, or acquired too often")
         if FLEXKV_CHECKS:
-            self.check_integrity()
+            self.store.check_integrity()
         return 0
 
     def pin(self, const uint64_t[:, ::1] keys not None):
@@ -412,9 +422,9 @@ cdef class RadixTree(EvictableNodes):
         try:
             with nogil:
                 while pos < n:
-                    m = self.advance(&keys[0, 0], n, pos, &node)
-                    if m < self.nodes[node].length:
-                        self.split(node, <uint32_t>m)
+                    m = self.store.advance(&keys[0, 0], n, pos, &node)
+                    if m < self.store.nodes[node].length:
+                        self.store.split(node, <uint32_t>m)
                     pos += m
         except BaseException:
             self.add_references(keys, 0, n, -1)
@@ -437,10 +447,10 @@ cdef class RadixTree(EvictableNodes):
         cdef int32_t node = ROOT
         cdef Node *p
         while pos < keys.shape[0]:
-            m = self.advance(&keys[0, 0], keys.shape[0], pos, &node)
+            m = self.store.advance(&keys[0, 0], keys.shape[0], pos, &node)
             if m == 0:
                 break
-            p = &self.nodes[node]
+            p = &self.store.nodes[node]
             count += m if p.pins == (1 if delta < 0 else 0) else 0
             p.pins += delta
             pos += m
@@ -455,55 +465,134 @@ cdef class RadixTree(EvictableNodes):
         cdef int32_t node = ROOT
         cdef Node *p
         cdef int t
-        if tenant >= self.num_tenants:
-            raise ValueError(f"tenant {tenant}: there are {self.num_tenants}")
+        if tenant >= self.evictor.num_tenants:
+            raise ValueError(f"tenant {tenant}: there are {self.evictor.num_tenants}")
         with nogil:
-            self.tick(now)
+            self.store.tick(now)
             while pos < n:
-                m = self.advance(&keys[0, 0], n, pos, &node)
+                m = self.store.advance(&keys[0, 0], n, pos, &node)
                 if m == 0:
                     break
-                if m < self.nodes[node].length:
-                    self.split(node, <uint32_t>m)
-                    for t in range(self.num_tiers):
-                        if self.nodes[node].resident[t]:
-                            self.change(node, t, False)    # the policy may count the unused part
-                    node = self.nodes[node].parent
-                p = &self.nodes[node]
+                if m < self.store.nodes[node].length:
+                    self.store.split(node, <uint32_t>m)
+                    for t in range(self.store.num_tiers):
+                        if self.store.nodes[node].resident[t]:
+                            self.store.change(node, t, False)    # the policy may count the unused part
+                    node = self.store.nodes[node].parent
+                p = &self.store.nodes[node]
                 if hit:
                     p.hits += 1
                 p.last_access = max(p.last_access, now)
                 if tenant >= 0 and p.tenant != tenant:
-                    self.set_tenant(node, <uint16_t>tenant)
-                for t in range(self.num_tiers):
+                    self.store.set_tenant(node, <uint16_t>tenant)
+                for t in range(self.store.num_tiers):
                     if p.resident[t]:
-                        self.change(node, t, False)
+                        self.store.change(node, t, False)
                 pos += m
+
+    # ---- eviction ----------------------------------------------------------------------------------------------
+
+    def evict(self, int tier, int tenant, int queue, Py_ssize_t want, double now, int64_t leave=0, int spare_to=-1,
+              uint32_t why=MISS_EVICTED, double below=INFINITY, Pieces pieces=None):
+        """Free up to ``want`` slots of a queue of ``tier``, lowest priority first, each node from its end on.
+
+        Blocks that are in use or being written stay, and so do the blocks before them.
+
+        Parameters
+        ----------
+        now : float
+            Seconds.
+        leave : int
+            Number of blocks that stay in the queue, whether they can be evicted or not.
+        spare_to : int
+            A queue: nodes that have lives left move to its end instead, with ``now`` as their priority. They lose a
+            life if it is the same queue, and all if it is another.
+        why : int
+            The recorded reason for a later miss of the block: evicted or over quota.
+        below : float
+            Only nodes of a lower priority are evicted.
+        pieces : Pieces, optional
+            The evicted pieces are added to it.
+
+        Returns
+        -------
+        ndarray of int32
+            The slots that are free now. Fewer than wanted also when another queue, which had no evictable node,
+            now has one: the policy must choose again.
+        """
+        return self.evictor.evict(tier, tenant, queue, want, now, leave, spare_to, why, below, pieces)
+
+    def reclaim(self, int tier, Py_ssize_t want, int tenant=-1):
+        """Free up to ``want`` slots of ``tier`` whose blocks lie behind a block that is on no tier, so that no match
+        reaches them; of ``tenant`` only, if it is not -1. Blocks that are in use or being written stay.
+
+        Blocks that nothing needs any more leave the tree. One call looks at a bounded number of nodes; the next call
+        continues from there.
+
+        Returns
+        -------
+        ndarray of int32
+            The slots that are free now.
+        """
+        return self.evictor.reclaim(tier, want, tenant)
+
+    def expire(self, int tier, double now, Py_ssize_t num_nodes, Py_ssize_t want=1 << 16):
+        """Free slots of blocks that their tenant keeps no longer, looking at the next ``num_nodes`` nodes.
+
+        Returns
+        -------
+        ndarray of int32
+            The slots that are free now, ``want`` at most.
+        """
+        return self.evictor.expire(tier, now, num_nodes, want)
+
+    def discard(self, int tier):
+        """Free all slots of ``tier`` but those of blocks that are in use or being written, and of blocks before them.
+        For a tree that is out of use.
+
+        Returns
+        -------
+        ndarray of int32
+            The slots that are free now.
+        """
+        return self.evictor.discard(tier)
+
+    # ---- counts ------------------------------------------------------------------------------------------------
+
+    def check_integrity(self):
+        """Recount everything. Returns, for each tier, the sorted slots (int32) that blocks hold.
+
+        Raises
+        ------
+        InvariantError
+            Naming the first node that is wrong.
+        """
+        return self.store.check_integrity()
 
     def resident(self, int tier):
         """Blocks that hold a slot on ``tier``."""
-        self.check_tier(tier)
+        self.store.check_tier(tier)
         return int(self.eviction_queues(tier).blocks().sum())
 
     @property
     def memory_bytes(self):
         """Bytes in use: node places, block arrays, key table, and the record of evicted blocks."""
         return (
-            self.used_nodes * sizeof(Node) + self.block_storage * (16 + 4 * self.num_tiers + 5)
-            + (self.table_mask + 1) * 4 + (self.forgotten_mask + 1) * sizeof(Forgotten)
+            self.store.used_nodes * sizeof(Node) + self.store.block_storage * (16 + 4 * self.store.num_tiers + 5)
+            + (self.store.table_mask + 1) * 4 + (self.store.forgotten_mask + 1) * sizeof(Forgotten)
         )
 
     def tenant_of(self, const uint64_t[:, ::1] keys not None):
         """The tenant of a sequence; 0 where none of it is in the tree."""
-        cdef int32_t node = self.find(&keys[0, 0]) if keys.shape[0] else ROOT
-        return self.nodes[node].tenant if node > ROOT else 0
+        cdef int32_t node = self.store.find(&keys[0, 0]) if keys.shape[0] else ROOT
+        return self.store.nodes[node].tenant if node > ROOT else 0
 
     def miss_reason(self, const uint64_t[:, ::1] keys not None, Py_ssize_t position):
         """The recorded reason (``REASON_*``) of a block that is not in the tree; REASON_NEVER_SEEN without a record."""
-        return self.recall(&keys[position, 0]) & 15 if 0 <= position < keys.shape[0] else REASON_NEVER_SEEN
+        return self.store.recall(&keys[position, 0]) & 15 if 0 <= position < keys.shape[0] else REASON_NEVER_SEEN
 
     def remember(self, const uint64_t[:, ::1] keys not None, Py_ssize_t start, int why):
         """Blocks from ``start`` on, which are not in the tree, were not stored: record the reason for a later miss."""
         cdef Py_ssize_t i
         for i in range(start, keys.shape[0]):
-            self.forget(&keys[i, 0], why)
+            self.store.forget(&keys[i, 0], why)
