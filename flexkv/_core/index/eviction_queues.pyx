@@ -313,9 +313,9 @@ cdef class EvictionQueues:
                 block = 0
                 while block < p.length:
                     at = ghosts.find(p.keys[2 * block])
-                    if not ghosts.table[at]:
+                    ghost = ghosts.at_place(at)
+                    if ghost == NULL:
                         break
-                    ghost = &ghosts.ring[ghosts.table[at] - 1]
                     step = min(ghost.blocks, p.length - block)
                     returns[count].value, returns[count].mark = ghost.value, ghost.mark
                     returns[count].event, returns[count].blocks = <uint32_t>i, step

@@ -1,6 +1,7 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
+from flexkv._core.index.key_table cimport KeyTable
 
 cdef struct Ghost:
     uint64_t key
@@ -15,14 +16,12 @@ cdef class Ghosts:
     cdef Arena ring_arena
     cdef Arena table_arena
     cdef Ghost *ring
-    cdef int32_t *table                # place in the ring + 1
-    cdef uint64_t table_factor         # random and odd: see NodeStore.home
-    cdef int table_shift               # 64 - log2 of the size of the table
+    cdef KeyTable table                # from a key to its place in the ring + 1
     cdef int64_t first
     cdef int64_t last
 
-    cdef uint64_t home(self, uint64_t key) noexcept nogil
     cdef uint64_t find(self, uint64_t key) noexcept nogil
-    cdef void remove(self, uint64_t hole) noexcept nogil
+    cdef Ghost *at_place(self, uint64_t place) noexcept nogil
+    cdef void remove(self, uint64_t place) noexcept nogil
     cdef void drop_first(self) noexcept nogil
     cdef void add_one(self, uint64_t key, uint32_t blocks, double value, uint32_t mark) noexcept nogil

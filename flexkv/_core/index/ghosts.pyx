@@ -6,6 +6,11 @@ import numpy as np
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
+from flexkv._core.index.key_table cimport find_place, free_place, set_places
+
+
+cdef inline const uint64_t *key_of(const void *ring, int32_t number) noexcept nogil:
+    return &(<const Ghost *>ring)[number - 1].key
 
 
 cdef class Ghosts:
@@ -18,41 +23,27 @@ cdef class Ghosts:
         if not 1 <= max_pieces < 1 << 30:
             raise ValueError(f"max_pieces is {max_pieces}; allowed: 1 to 2**30 - 1")
         self.size = 64
-        self.table_shift = 64 - 7
-        self.table_factor = secrets.randbits(64) | 1
         while self.size < max_pieces:
             self.size *= 2
-            self.table_shift -= 1
         self.ring_arena = Arena(self.size * sizeof(Ghost))
         self.table_arena = Arena(2 * self.size * sizeof(int32_t))
         self.ring = <Ghost *>self.ring_arena.data
-        self.table = <int32_t *>self.table_arena.data
-
-    cdef inline uint64_t home(self, uint64_t key) noexcept nogil:
-        return key * self.table_factor >> self.table_shift
+        self.table.factor = secrets.randbits(64) | 1
+        set_places(&self.table, <int32_t *>self.table_arena.data, 2 * self.size)
 
     cdef uint64_t find(self, uint64_t key) noexcept nogil:
         """The place of a key in the table, or the free one where it would be."""
-        cdef uint64_t at = self.home(key)
-        while self.table[at] and self.ring[self.table[at] - 1].key != key:
-            at = (at + 1) & <uint64_t>(2 * self.size - 1)
-        return at
+        return find_place(&self.table, self.ring, key_of, &key, 1)
 
-    cdef void remove(self, uint64_t hole) noexcept nogil:
-        cdef uint64_t mask = <uint64_t>(2 * self.size - 1)
-        cdef uint64_t at = hole, origin
-        cdef Ghost *ghost = &self.ring[self.table[hole] - 1]
+    cdef Ghost *at_place(self, uint64_t place) noexcept nogil:
+        """The ghost at a place of the table; NULL if the place is free."""
+        return &self.ring[self.table.numbers[place] - 1] if self.table.numbers[place] else NULL
+
+    cdef void remove(self, uint64_t place) noexcept nogil:
+        cdef Ghost *ghost = self.at_place(place)
         self.num_blocks -= ghost.blocks
         ghost.blocks = 0
-        while True:                                    # shift back entries that probed past the hole
-            at = (at + 1) & mask
-            if not self.table[at]:
-                break
-            origin = self.home(self.ring[self.table[at] - 1].key)
-            if ((at - origin) & mask) >= ((at - hole) & mask):
-                self.table[hole] = self.table[at]
-                hole = at
-        self.table[hole] = 0
+        free_place(&self.table, self.ring, key_of, place)
 
     cdef void drop_first(self) noexcept nogil:
         cdef Ghost *ghost = &self.ring[self.first & (self.size - 1)]
@@ -72,7 +63,7 @@ cdef class Ghosts:
     cdef void add_one(self, uint64_t key, uint32_t blocks, double value, uint32_t mark) noexcept nogil:
         cdef uint64_t at = self.find(key)
         cdef Ghost *ghost
-        if self.table[at]:
+        if self.at_place(at) != NULL:
             self.remove(at)
             at = self.find(key)
         if self.last - self.first == self.size:
@@ -80,7 +71,7 @@ cdef class Ghosts:
             at = self.find(key)
         ghost = &self.ring[self.last & (self.size - 1)]
         ghost.key, ghost.value, ghost.blocks, ghost.mark = key, value, max(1, blocks), mark
-        self.table[at] = <int32_t>((self.last & (self.size - 1)) + 1)
+        self.table.numbers[at] = <int32_t>((self.last & (self.size - 1)) + 1)
         self.last += 1
         self.num_blocks += ghost.blocks
 
@@ -93,11 +84,11 @@ cdef class Ghosts:
         with nogil:
             for i in range(n):
                 at = self.find(keys[i])
-                if self.table[at]:
-                    values[i] = self.ring[self.table[at] - 1].value
+                if self.at_place(at) != NULL:
+                    values[i] = self.at_place(at).value
             for i in range(n):                         # after all: a key may be asked for twice
                 at = self.find(keys[i])
-                if self.table[at]:
+                if self.at_place(at) != NULL:
                     self.remove(at)
         return out
 

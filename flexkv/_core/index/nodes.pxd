@@ -4,6 +4,7 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, 
 from flexkv._core.arena cimport Arena
 from flexkv._core.index.node cimport MAX_TIERS, Node
 from flexkv._core.index.eviction_queues cimport TierQueues
+from flexkv._core.index.key_table cimport KeyTable
 
 # Why a match stops. From MISS_EVICTED on the reason is recorded when the block is removed.
 cdef enum:
@@ -42,10 +43,7 @@ cdef class NodeStore:
     cdef int32_t max_nodes
     cdef int32_t used_nodes
     cdef int32_t free_node
-    cdef int32_t *table
-    cdef uint64_t table_mask
-    cdef uint64_t table_factor        # random and odd
-    cdef int table_shift              # 64 - log2 of its size
+    cdef KeyTable table               # from the first key of a node to its number; the root is not in it
     cdef Py_ssize_t block_storage     # blocks allocated in all nodes
     cdef Arena holes_arena
     cdef int32_t *holes               # nodes of which a block may have left all tiers, with blocks behind it
@@ -68,7 +66,6 @@ cdef class NodeStore:
     cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil
     cdef void copy_blocks(self, Node *dst, uint32_t dst_at, Node *src, uint32_t src_at, uint32_t count) noexcept nogil
 
-    cdef uint64_t home(self, const uint64_t *key) noexcept nogil
     cdef int32_t find(self, const uint64_t *key) noexcept nogil
     cdef int table_add(self, int32_t extra) except -1 nogil
     cdef void table_put(self, int32_t node) noexcept nogil

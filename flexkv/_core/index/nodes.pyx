@@ -5,7 +5,7 @@ import numpy as np
 
 cimport cython
 from libc.stdint cimport uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from flexkv._core.arena cimport Arena
@@ -13,6 +13,7 @@ from flexkv._core.index.eviction_queues cimport (
     check_queues, configure_queues, count_blocks, free_queues, list_change, remove_from_heap, settle, split_entry,
     unpark,
 )
+from flexkv._core.index.key_table cimport find_place, free_place, put_number, set_places
 from flexkv.errors import CapacityError, InvariantError
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -21,9 +22,14 @@ cdef extern from "<sys/mman.h>" nogil:
 cdef enum:
     ROOT = 0
     NONE = -1
+    TABLE_PLACES = 1024                # of a new tree
     PAGE = 4096
     POPULATE_BYTES = 32768
     MADV_POPULATE_WRITE = 23           # of <linux/mman.h> 5.14; newer than Debian 12's libc headers need to be
+
+
+cdef inline const uint64_t *first_key(const void *nodes, int32_t node) noexcept nogil:
+    return (<const Node *>nodes)[node].keys
 
 
 @cython.no_gc                          # nothing it refers to could refer to it; __dealloc__ reads the arena
@@ -50,13 +56,11 @@ cdef class NodeStore:
         self.forgotten_mask = size - 1
         self.holes_arena = Arena(sizeof(int32_t) * <size_t>self.max_nodes)
         self.holes = <int32_t *>self.holes_arena.data
-        self.table_mask = 1023
-        self.table_shift = 64 - 10
-        self.table_factor = secrets.randbits(64) | 1
-        self.table = <int32_t *>malloc(1024 * sizeof(int32_t))
-        if self.table == NULL:
+        self.table.factor = secrets.randbits(64) | 1
+        cdef int32_t *numbers = <int32_t *>calloc(TABLE_PLACES, sizeof(int32_t))
+        if numbers == NULL:
             raise MemoryError("no memory for the index")
-        memset(self.table, 0xff, 1024 * sizeof(int32_t))
+        set_places(&self.table, numbers, TABLE_PLACES)
         self.used_nodes = 1
         self.free_node = NONE
         self.nodes[ROOT].parent = NONE
@@ -77,7 +81,7 @@ cdef class NodeStore:
                 free(self.nodes[i].keys)
         for i in range(MAX_TIERS):
             free_queues(&self.queues[i])
-        free(self.table)
+        free(self.table.numbers)
 
     # ---- block storage of a node ------------------------------------------------------------------------------
 
@@ -104,67 +108,36 @@ cdef class NodeStore:
 
     # ---- the table from first key to node ---------------------------------------------------------------------
 
-    cdef inline uint64_t home(self, const uint64_t *key) noexcept nogil:
-        """Where the search for a key begins. Keys can be made whose bits agree (2^20 hashes for 20 bits), and would
-        all meet in one place; where they lie depends on a random factor (multiply-shift, Dietzfelbinger 1997)."""
-        return key[0] * self.table_factor >> self.table_shift
-
     cdef int32_t find(self, const uint64_t *key) noexcept nogil:
-        cdef uint64_t at = self.home(key)
-        cdef int32_t node
-        cdef uint64_t *first
-        while True:
-            node = self.table[at]
-            if node < 0:
-                return NONE
-            first = self.nodes[node].keys
-            if first[0] == key[0] and first[1] == key[1]:
-                return node
-            at = (at + 1) & self.table_mask
-
-    cdef void table_put(self, int32_t node) noexcept nogil:
-        cdef uint64_t at = self.home(self.nodes[node].keys)
-        while self.table[at] >= 0:
-            at = (at + 1) & self.table_mask
-        self.table[at] = node
+        """The node that starts with the block of this key; NONE if there is none."""
+        cdef int32_t node = self.table.numbers[find_place(&self.table, self.nodes, first_key, key, 2)]
+        return node if node else NONE
 
     cdef int table_add(self, int32_t extra) except -1 nogil:
         """Make room for ``extra`` more nodes, so that ``table_put`` cannot fail; the load stays at most a half."""
-        cdef uint64_t size = self.table_mask + 1
-        cdef int32_t *old = self.table
+        cdef uint64_t size = self.table.mask + 1
+        cdef int32_t *old = self.table.numbers
         cdef int32_t *new
         cdef uint64_t i
         if <uint64_t>(self.num_nodes + extra) * 2 <= size:
             return 0
-        new = <int32_t *>malloc(2 * size * sizeof(int32_t))
+        new = <int32_t *>calloc(2 * size, sizeof(int32_t))
         if new == NULL:
             with gil:
                 raise MemoryError("no memory for the index")
-        memset(new, 0xff, 2 * size * sizeof(int32_t))
-        self.table = new
-        self.table_mask = 2 * size - 1
-        self.table_shift -= 1
+        set_places(&self.table, new, 2 * size)
         for i in range(size):
-            if old[i] >= 0:
+            if old[i]:
                 self.table_put(old[i])
         free(old)
         return 0
 
+    cdef void table_put(self, int32_t node) noexcept nogil:
+        put_number(&self.table, self.nodes[node].keys, node)
+
     cdef void table_remove(self, int32_t node) noexcept nogil:
-        cdef uint64_t hole = self.home(self.nodes[node].keys)
-        cdef uint64_t at, home
-        while self.table[hole] != node:
-            hole = (hole + 1) & self.table_mask
-        at = hole
-        while True:                                    # shift back entries that probed past the hole
-            at = (at + 1) & self.table_mask
-            if self.table[at] < 0:
-                break
-            home = self.home(self.nodes[self.table[at]].keys)
-            if ((at - home) & self.table_mask) >= ((at - hole) & self.table_mask):
-                self.table[hole] = self.table[at]
-                hole = at
-        self.table[hole] = NONE
+        free_place(&self.table, self.nodes, first_key,
+                   find_place(&self.table, self.nodes, first_key, self.nodes[node].keys, 2))
 
     # ---- nodes ------------------------------------------------------------------------------------------------
 

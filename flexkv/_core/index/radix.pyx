@@ -579,7 +579,7 @@ cdef class RadixTree:
         """Bytes in use: node places, block arrays, key table, and the record of evicted blocks."""
         return (
             self.store.used_nodes * sizeof(Node) + self.store.block_storage * (16 + 4 * self.store.num_tiers + 5)
-            + (self.store.table_mask + 1) * 4 + (self.store.forgotten_mask + 1) * sizeof(Forgotten)
+            + (self.store.table.mask + 1) * 4 + (self.store.forgotten_mask + 1) * sizeof(Forgotten)
         )
 
     def tenant_of(self, const uint64_t[:, ::1] keys not None):
