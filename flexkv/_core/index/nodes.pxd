@@ -1,5 +1,5 @@
 cimport cython
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from flexkv._core.arena cimport Arena
 from flexkv._core.index.node cimport MAX_TIERS, Node
@@ -45,11 +45,11 @@ cdef class NodeStore:
     cdef int32_t free_node
     cdef KeyTable table               # from the first key of a node to its number; the root is not in it
     cdef Py_ssize_t block_storage     # blocks allocated in all nodes
+    cdef Py_ssize_t most_storage      # the most blocks that were allocated at any time
     cdef Arena holes_arena
     cdef int32_t *holes               # nodes of which a block may have left all tiers, with blocks behind it
     cdef Py_ssize_t num_holes
     cdef Py_ssize_t hole_hand         # where the next search among them starts
-    cdef uintptr_t present_end        # memory of the heap up to here was used before
     cdef Arena changed_arena
     cdef TierQueues[MAX_TIERS] queues
 

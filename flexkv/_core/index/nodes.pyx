@@ -86,16 +86,17 @@ cdef class NodeStore:
     # ---- block storage of a node ------------------------------------------------------------------------------
 
     cdef uint64_t *new_storage(self, uint32_t capacity) noexcept nogil:
-        """Blocks of memory that was never used are made present in one call, not by a fault for every page."""
-        cdef size_t size = <size_t>capacity * (16 + 4 * self.num_tiers + 4 + 1)
+        """Memory for ``capacity`` blocks; NULL if there is none. A tree with more storage than ever before takes memory
+        that was never used: its pages are made present in one call, not by a fault for every page."""
+        cdef size_t block_bytes = 16 + 4 * self.num_tiers + 4 + 1
+        cdef size_t size = capacity * block_bytes
         cdef uint64_t *storage = <uint64_t *>malloc(size)
-        cdef uintptr_t start = <uintptr_t>storage
-        cdef uintptr_t end = start + size
-        if size >= POPULATE_BYTES and start != 0 and end > self.present_end:
-            start = (max(start, self.present_end) + PAGE - 1) // PAGE * PAGE
-            if start < end:
-                madvise(<void *>start, end - start, MADV_POPULATE_WRITE)   # a kernel before 5.14 refuses: no harm
-            self.present_end = end
+        cdef size_t unaligned = -<uintptr_t>storage % PAGE          # bytes before the first whole page
+        cdef Py_ssize_t new_blocks = self.block_storage + capacity - self.most_storage
+        if storage != NULL and new_blocks > 0:
+            self.most_storage += new_blocks
+            if new_blocks * block_bytes >= POPULATE_BYTES:          # a kernel before 5.14 refuses: no harm
+                madvise(<char *>storage + unaligned, size - unaligned, MADV_POPULATE_WRITE)
         return storage
 
     cdef void copy_blocks(self, Node *dst, uint32_t dst_at, Node *src, uint32_t src_at, uint32_t count) noexcept nogil:
