@@ -105,7 +105,7 @@ class Promotions:
         tier = self._lower[move.source - 1]
         altered = ok & tier.altered(move)
         if altered.any():
-            tier.num_mismatches += int(altered.sum())
+            tier.num_altered += int(altered.sum())
             logger.error("%d blocks of tier %d are not those that were written there", altered.sum(), move.source)
         return altered
 

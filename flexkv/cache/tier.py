@@ -73,7 +73,7 @@ class Tier:
         self.limbo = Limbo()
         self.checksums = np.zeros(capacity, dtype=np.uint64)
         """XXH3-64 of the block in each slot, from the first write to a lower tier on; 0: not computed yet."""
-        self.num_mismatches = 0
+        self.num_altered = 0
         self._evicted = self._expired = 0
         self._capacity = max(1, capacity)
         self._make_policy = make_policy
@@ -313,7 +313,7 @@ class Tier:
         stats = {
             "free_slots": self.slots.num_free, "evicted_blocks": self._evicted, "expired_blocks": self._expired,
             "stale_results": self.stale.num_blocks, "limbo_slots": len(self.limbo),
-            "checksum_mismatches": self.num_mismatches,
+            "altered_blocks": self.num_altered,
         }
         if len(self._quotas) > 1:
             used = tree.eviction_queues(self.number).blocks().sum(axis=1).tolist()

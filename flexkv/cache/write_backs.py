@@ -62,7 +62,7 @@ def _drop_altered(move: Move, host: Tier, altered: NDArray[np.bool_]) -> None:
     """Blocks whose bytes changed in host memory become absent there. Their slots are not used again: the memory is at
     fault, or something writes to it that should not."""
     slots = move.src[altered]
-    host.num_mismatches += len(slots)
+    host.num_altered += len(slots)
     logger.error("host slots %s: their bytes have changed; the slots are not used again", slots[:4].tolist())
     move.tree.drop(move.keys, move.by_position(move.src, altered), HOST, failed=True)
     host.limbo.hold(slots, ["altered bytes"])

@@ -37,6 +37,7 @@ _OF_TIERS = {
     "free_slots": Metric("free_slots", "Slots that are free, by tier"),
     "evicted_blocks": Metric("evicted_blocks", "Blocks evicted to make room for others, by tier", True),
     "expired_blocks": Metric("expired_blocks", "Blocks not used for longer than their ttl_s, by tier", True),
+    "altered_blocks": Metric("altered_blocks", "Blocks whose bytes differ from their known checksum, by tier", True),
     "limbo_slots": Metric("limbo_slots", "Slots of evicted blocks that a transfer may still read or write, by tier"),
     "stale_results": Metric("stale_results", "Results refused because their slots were freed earlier, by tier", True),
 }

@@ -177,7 +177,7 @@ def test_bytes_that_changed_in_host_memory_do_not_reach_another_tier(tmp_path: P
             assert pool is not None
             memoryview(pool.memory).cast("B")[slot * SLOT_BYTES + 100] ^= 1        # type: ignore[arg-type]
             go_on.set()
-            until(lambda: made.manager.stats().get("checksum_mismatches") == 1)
+            until(lambda: made.manager.stats().get("altered_blocks") == 1)
             assert made.manager.stats()["limbo_slots"] == 1          # the slot is not used again
             assert index._tree.slots(keys, 0)[1] == -1
             settle(made)
@@ -220,4 +220,4 @@ def check_miss(made: Stage) -> None:
     assert response.return_mask is None or not response.return_mask[TOKENS : 2 * TOKENS].any()
     made.settle()
     assert made.ready(3, 1) == 1
-    assert made.manager.stats()["ssd_checksum_mismatches"] == 1
+    assert made.manager.stats()["ssd_altered_blocks"] == 1
