@@ -123,6 +123,11 @@ class LowerTier(Tier):
         there[there] = self.service.usable_slots(slots[there])
         return there
 
+    def has_whole(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """(n,) bool: whether the block in each slot ((n,) int32; -1: no slot) can be read, and is whole, as its known
+        checksum shows."""
+        return np.asarray(self.in_service(slots) & (self.checksums[np.maximum(slots, 0)] != 0))
+
     def _checksums_of(self, move: Move) -> NDArray[np.uint64]:
         return self.service.checksums(move.dst) if self.service is not None else super()._checksums_of(move)
 

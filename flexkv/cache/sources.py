@@ -50,6 +50,20 @@ class Sources:
         self.stop, self.reason, self.evicted_at = stop, reason, math.nan
 
 
+def _use_other_tiers(
+    tree: RadixTree, lower: list[LowerTier], keys: NDArray[np.uint64], match: Match, start: int, out: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """(n,) bool: blocks that are ``out`` of service on the tier where the match found them, and can be read from a tier
+    below it. They are entered in ``match``."""
+    found = np.zeros_like(out)
+    for tier in lower:
+        slots = tree.slots(keys, tier.number)[start:]
+        here = out & ~found & (match.tiers[start : len(keys)] < tier.number) & tier.has_whole(slots)
+        match.slots[start : len(keys)][here], match.tiers[start : len(keys)][here] = slots[here], tier.number
+        found |= here
+    return found
+
+
 def find_sources(
     tree: RadixTree, lower: list[LowerTier], promotions: Promotions, decision: LoadOrCompute, keys: NDArray[np.uint64],
     match: Match, start: int, choose: bool, host_only: bool = False,
@@ -65,6 +79,8 @@ def find_sources(
         found.end(start + int(taken.argmax()), MissReason.NOT_READY)
     is_slow, stop = is_slow[: found.stop - start], found.stop
     out = is_slow & ~can_be_read(lower, match.slots[start:stop], match.tiers[start:stop])
+    if out.any() and len(lower) > 1:
+        out &= ~_use_other_tiers(tree, lower, keys[:stop], match, start, out)
     if out.any():
         found.end(start + int(out.argmax()), MissReason.OUT_OF_SERVICE)
     is_slow = is_slow[: found.stop - start]

@@ -133,6 +133,7 @@ class Tier:
             self.slots.free(move.dst)
             return False
         move.filled = self.slots.generations(move.dst)
+        self.set_checksums(move.dst, np.zeros(len(move), dtype=np.uint64))
         return True
 
     def displace(self, move: Move) -> None:

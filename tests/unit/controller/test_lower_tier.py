@@ -123,6 +123,30 @@ def test_the_second_serves_while_the_first_cannot_be_opened(tmp_path: Path) -> N
         made.get(5, 1)
 
 
+def test_the_second_serves_blocks_of_a_first_that_goes_offline(tmp_path: Path) -> None:
+    with two_tiers(tmp_path) as made:
+        made.put(5, 1)
+        flood(made)
+        made.store.usable = lambda: False                   # type: ignore[method-assign]
+        reads = made.store.num_reads
+        assert made.ready(5, 1) == 5
+        made.get(5, 1)
+        assert made.store.num_reads == reads
+
+
+def test_a_block_that_is_being_written_to_the_second_is_not_read_from_there(tmp_path: Path) -> None:
+    with two_tiers(tmp_path) as made:
+        index = space_of(made.manager).index
+        assert index is not None
+        made.put(5, 1)
+        flood(made)
+        keys = made.keys(5, 1)
+        slots = index._tree.slots(keys, 2)
+        index._lower[1].checksums[slots[3]] = 0             # as while a write is under way
+        made.store.usable = lambda: False                   # type: ignore[method-assign]
+        assert made.ready(5, 1) == 3
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_puts_and_gets_return_the_bytes_that_were_put(tmp_path: Path, seed: int) -> None:
     random = np.random.default_rng(seed)
