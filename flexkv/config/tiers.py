@@ -1,4 +1,5 @@
 """The kinds of tiers below host memory, the fastest first."""
 
-LOWER_TIERS = ("flexkv.storage.ssd.tier:SSD",)
-"""``module:name`` of each ``TierKind``. A tier is in use if its settings give it a size."""
+LOWER_TIERS = {"ssd": "flexkv.storage.ssd.tier:SSD"}
+"""Name of each tier, which is the prefix of its statistics, and ``module:name`` of its ``TierKind``. A tier is in use
+if its settings give it a size."""

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from flexkv.config.tiers import LOWER_TIERS
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
@@ -57,10 +59,6 @@ _PLAIN = {
     "provisional_puts": Metric("provisional_puts", "Saves that wait until the engine accepts their step"),
     "in_service": Metric("in_service", "Whether KV can be moved: 0 once the data plane has failed repeatedly"),
     "blocks_being_fetched": Metric("blocks_being_fetched", "Blocks on their way from SSD to host memory"),
-    "ssd_written_blocks": Metric("ssd_written_blocks", "Blocks copied from host memory to SSD", True),
-    "ssd_dropped_writes": Metric("ssd_dropped_writes", "Blocks not copied to SSD because the queue was full", True),
-    "ssd_queued_blocks": Metric("ssd_queued_blocks", "Blocks that wait to be copied to SSD"),
-    "ssd_blocks_being_written": Metric("ssd_blocks_being_written", "Blocks on their way to SSD"),
     "ssd_store_blocks_read": Metric("ssd_read_blocks", "Blocks read from SSD and verified", True),
     "ssd_store_blocks_written": Metric("ssd_stored_blocks", "Blocks written to SSD, also directly from a GPU", True),
     "ssd_store_slots_retired": Metric("ssd_retired_slots", "Slots retired after errors", True),
@@ -71,13 +69,31 @@ _PLAIN = {
     "ssd_store_device_is_ready": Metric("gds_is_ready", "Whether blocks are moved directly between SSD and GPU"),
 }
 
+_TIERS = {"host": "", **{name: f"{name}_" for name in LOWER_TIERS}}
+"""Prefix of the statistics of each tier."""
+
+
+def _write_back(tier: str) -> dict[str, Metric]:
+    """Metrics of the write-back to a lower tier."""
+    name = tier.upper() if tier == "ssd" else f"tier {tier}"
+    return {
+        f"{tier}_written_blocks": Metric(f"{tier}_written_blocks", f"Blocks copied from host memory to {name}", True),
+        f"{tier}_dropped_writes": Metric(
+            f"{tier}_dropped_writes", f"Blocks not copied to {name} because the queue was full", True
+        ),
+        f"{tier}_queued_blocks": Metric(f"{tier}_queued_blocks", f"Blocks that wait to be copied to {name}"),
+        f"{tier}_blocks_being_written": Metric(f"{tier}_blocks_being_written", f"Blocks on their way to {name}"),
+    }
+
+
 _ENTRIES: dict[str, Entry] = {
     **{name: (metric, {}) for name, metric in _PLAIN.items()},
     **{
         f"{prefix}{name}": (metric, {"tier": tier})
         for name, metric in _OF_TIERS.items()
-        for tier, prefix in (("host", "num_" if name == "slots" else ""), ("ssd", "ssd_"))
+        for tier, prefix in {**_TIERS, "host": "num_" if name == "slots" else ""}.items()
     },
+    **{name: (metric, {}) for tier in LOWER_TIERS for name, metric in _write_back(tier).items()},
     **{f"ssd_store_{name}": (SSD_FAULTS, {"fault": name}) for name in _SSD_FAULTS},
     "full_hits": (REQUESTS, {"outcome": "full", "reason": "full_hit"}),
 }
@@ -91,6 +107,9 @@ def entry_of(stat: str) -> Entry | None:
         return found
     if match := re.fullmatch(r"(miss|partial)_(\w+)", stat):
         return REQUESTS, {"outcome": match[1], "reason": match[2]}
-    if match := re.fullmatch(r"(ssd_)?namespace_(.*)_blocks", stat, re.DOTALL):
-        return NAMESPACE_BLOCKS, {"tier": "ssd" if match[1] else "host", "namespace": match[2]}
+    for tier, prefix in _TIERS.items():
+        if match := re.fullmatch(rf"{prefix}namespace_(.*)_blocks", stat, re.DOTALL):
+            return NAMESPACE_BLOCKS, {"tier": tier, "namespace": match[1]}
+        if prefix and stat not in NOT_EXPORTED and (match := re.fullmatch(rf"{prefix}(store_\w+)", stat)):
+            return Metric(stat, f"Count of the store of tier {tier}: {match[1]}"), {}
     return None

@@ -135,7 +135,7 @@ def test_only_the_config_reads_the_environment() -> None:
 
 def test_no_module_is_unused() -> None:
     used = set().union(*(imports(path) for path in SOURCES + NATIVE))
-    used |= {path.partition(":")[0] for path in LOWER_TIERS}
+    used |= {path.partition(":")[0] for path in LOWER_TIERS.values()}
     modules = {module_name(path) for path in SOURCES + NATIVE if path.name != "__init__.py"}
     run_by_path = {name for name in modules if name.endswith(".session")}
     assert modules - used - ENTRY_POINTS - run_by_path == set()

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from flexkv.controller.response import KVResponseStatus as Status
-from flexkv.metrics.catalog import NOT_EXPORTED, entry_of
+from flexkv.metrics.catalog import NOT_EXPORTED, Metric, entry_of
 from flexkv.metrics.exporter import Metrics
 from flexkv.storage.ssd.directory import DATA_NAME
 from flexkv.storage.ssd.tier import SSD
@@ -218,3 +218,10 @@ def test_a_start_after_the_close_serves_nothing() -> None:
     metrics.close()
     metrics.start()
     assert metrics.port is None
+
+
+def test_a_count_of_a_store_needs_no_entry_of_its_own() -> None:
+    metric = Metric("ssd_store_retries", "Count of the store of tier ssd: store_retries")
+    assert entry_of("ssd_store_retries") == (metric, {})
+    assert entry_of("ssd_store_num_slots") is None
+    assert entry_of("tape_store_retries") is None
