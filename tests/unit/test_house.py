@@ -122,6 +122,25 @@ def test_every_folder_says_what_belongs_there() -> None:
         assert (ast.get_docstring(ast.parse(path.read_text())) or "").endswith("."), path
 
 
+def test_the_architecture_page_has_the_layers() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    known = {name for names in LAYERS for name in names}
+    assert [set(re.findall(r"`(\w+)`", text)) & known for _, text in rows] == LAYERS
+    assert [int(number) for number, _ in rows] == list(range(1, len(LAYERS) + 1))
+
+
+def test_parts_on_the_architecture_page_and_its_picture_exist() -> None:
+    page, picture = ((ROOT / "docs" / name).read_text() for name in ("architecture.md", "architecture.svg"))
+    classes = {name for path in SOURCES for name in re.findall(r"^class (\w+)", path.read_text(), re.MULTILINE)}
+    parts = re.findall(r"^\| `([\w/.]+)` ([\w, ]*?) ?\|", page, re.MULTILINE)
+    assert len(parts) > 15
+    for path, names in parts:
+        assert any((folder / path).exists() for folder in (PACKAGE, ROOT)), path
+        assert {name for name in re.split(r"[, ]+", names) if name[:1].isupper()} <= classes, (path, names)
+    assert set(re.findall(r">([A-Z][a-z]+[A-Z]\w*)<", picture)) <= classes
+
+
 def test_every_folder_of_the_package_has_a_layer() -> None:
     names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert names - {"__init__"} <= set(LEVEL)
