@@ -103,12 +103,15 @@ class Membership:
                 len(link.ops), "; slots that it may still write stay reserved until the process is gone"
                 if link.busy else "",
             )
-        if link.said_farewell or not link.busy or link.process.is_gone:
+        if link.said_farewell or not link.busy:
             self._bury(link)
             return
-        for op in link.ops:
+        for op in link.ops:                          # at once, also where other ranks have not moved their blocks yet
             op.is_lost = True
             self._scheduler.stop(op.task_id, OpStatus.FAILED)
+        if link.process.is_gone:
+            self._bury(link)
+            return
         self._dying.append(link)
         if link.process.fd < 0:
             self._watch.after(_UNKNOWN_PROCESS_S, lambda: self._locked(partial(self._bury, link)))
