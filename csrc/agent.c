@@ -20,6 +20,7 @@
 #define FENCE_NS 100000000        /* between two looks at fences of compute that runs: deadlines are seconds */
 #define JOIN_MS 2000              /* for the thread to end, beyond the time for its windows */
 #define FULL_RING_WAIT_MS 1       /* the controller reads its ring without being asked; it is only late */
+#define NO_SLOT -1                /* in place of a slot: the block cannot be moved */
 
 struct op {
     struct op *next;
@@ -30,7 +31,7 @@ struct op {
     int cancelled;                /* or failed: no more of it starts */
     int failed;                   /* a window was not moved: blocks that end after it fail too */
     int32_t *slots;
-    int32_t *pages;
+    int32_t *pages;               /* [groups][count] */
     uint8_t *ok;
 };
 
@@ -82,15 +83,15 @@ static int copy_with_cpu(void *context, const struct flexkv_pages *at, enum flex
     (void)fence;
     count = count < batch ? count : batch;
     for (uint32_t i = 0; i < count; i++) {
-        uint8_t *segment = at->pool + (uint64_t)slots[i] * at->slot_bytes + at->segment_offset;
+        uint8_t *slot = at->pool + (uint64_t)slots[i] * at->slot_bytes;
 
         for (const struct flexkv_region *region = first; region < end; region++) {
             uint8_t *page = (uint8_t *)(region->base + (uint64_t)(pages[i] * region->page_stride));
 
             if (kind == FLEXKV_D2H)
-                memcpy(segment + region->slot_offset, page, region->chunk_bytes);
+                memcpy(slot + region->slot_offset, page, region->chunk_bytes);
             else
-                memcpy(page, segment + region->slot_offset, region->chunk_bytes);
+                memcpy(page, slot + region->slot_offset, region->chunk_bytes);
         }
     }
     return (int)count;
@@ -113,29 +114,41 @@ static uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-static int in_range(const struct flexkv_pages *at, int32_t slot, int32_t page)
+/* Whether a block of the op can be moved: its slot and its pages exist, and it has a page in one group or more. */
+static int in_range(const struct flexkv_pages *at, const struct op *op, uint32_t block)
 {
-    return slot >= 0 && (uint64_t)slot < at->num_slots && page >= 0 && (uint64_t)page < at->num_pages;
+    int any = 0;
+
+    for (uint32_t group = 0; group < at->num_groups; group++) {
+        int32_t page = op->pages[(uint64_t)group * op->msg.count + block];
+
+        if (page < -1 || (page >= 0 && (uint64_t)page >= at->num_pages[group]))
+            return 0;
+        any |= page >= 0;
+    }
+    return any && op->slots[block] >= 0 && (uint64_t)op->slots[block] < at->num_slots;
 }
 
 /* Keep the op's outcome for the process itself. */
 static void keep_outcome(struct flexkv_agent *agent, const struct op *op)
 {
     uint32_t count = op->msg.count;
+    size_t pages_bytes = (size_t)op->msg.groups * count * sizeof(int32_t);
     struct flexkv_outcome *outcome;
     int32_t *pages;
     uint8_t *ok;
 
     if (!agent->options.keep_outcomes)
         return;
-    outcome = malloc(sizeof(*outcome) + count * (sizeof(int32_t) + 1));
+    outcome = malloc(sizeof(*outcome) + pages_bytes + count);
     if (!outcome)
         return;                   /* a few bytes: the process is lost anyway */
     pages = (int32_t *)(outcome + 1);
-    ok = (uint8_t *)(pages + count);
-    memcpy(pages, op->pages, count * sizeof(int32_t));
+    ok = (uint8_t *)pages + pages_bytes;
+    memcpy(pages, op->pages, pages_bytes);
     memcpy(ok, op->ok, count);
-    *outcome = (struct flexkv_outcome){ NULL, op->msg.task_id, op->msg.kind, count, op->msg.op_blocks, pages, ok };
+    *outcome = (struct flexkv_outcome){ NULL, op->msg.task_id, op->msg.kind, count, op->msg.op_blocks, op->msg.groups,
+                                        pages, ok };
     pthread_mutex_lock(&agent->lock);
     *agent->last = outcome;
     agent->last = &outcome->next;
@@ -178,9 +191,14 @@ static void unlink_op(struct flexkv_agent *agent, struct op *op)
     *at = op->next;
 }
 
+static const struct flexkv_spans *spans_of(const struct flexkv_agent *agent, const struct op *op)
+{
+    return op->msg.flags & FLEXKV_OP_LAYERWISE ? &agent->options.at.layers : &agent->options.at.moves[op->msg.kind];
+}
+
 static uint32_t last_span(const struct flexkv_agent *agent, const struct op *op)
 {
-    return op->msg.flags & FLEXKV_OP_LAYERWISE ? agent->options.at.num_spans - 1 : 0;
+    return spans_of(agent, op)->first + spans_of(agent, op)->count - 1;
 }
 
 /* A block of the op will not be moved. */
@@ -213,9 +231,9 @@ static void end_span(struct flexkv_agent *agent, struct op *op)
 {
     const struct flexkv_backend *backend = &agent->options.backend;
 
-    if (!(op->msg.flags & FLEXKV_OP_LAYERWISE) || op->started < op->msg.count)
+    if (op->started < op->msg.count)
         return;
-    if (backend->mark && backend->mark(backend->context, op->span)) {
+    if (op->msg.flags & FLEXKV_OP_LAYERWISE && backend->mark && backend->mark(backend->context, op->span)) {
         op->failed = op->cancelled = 1;
         lose_layers(agent, op);
     }
@@ -251,6 +269,8 @@ static int finish(struct flexkv_agent *agent, struct op *op, uint32_t first)
     int rc;
 
     note_span(agent, op, last_span(agent, op));
+    for (uint32_t i = first; op->failed && i < op->msg.count; i++)
+        op->ok[i] = op->ok[i] && op->slots[i] == FLEXKV_IN_PLACE;
     op->done = op->msg.count;
     unlink_op(agent, op);
     keep_outcome(agent, op);      /* before the controller's answer, so that the outcome is there when the answer is */
@@ -261,26 +281,35 @@ static int finish(struct flexkv_agent *agent, struct op *op, uint32_t first)
 
 static int accept_op(struct flexkv_agent *agent, uint64_t size)
 {
+    const struct flexkv_pages *pages = &agent->options.at;
     struct flexkv_msg_op msg;
+    uint64_t numbers_bytes;
     struct op *op, **at;
 
     if (size < sizeof(msg))
         return -EBADMSG;
     memcpy(&msg, agent->buffer, sizeof(msg));
-    if (size != sizeof(msg) + 2ull * msg.count * sizeof(int32_t) || !msg.count ||
-        (msg.kind != FLEXKV_D2H && msg.kind != FLEXKV_H2D))
+    if (msg.groups != agent->options.at.num_groups || !msg.count || (msg.kind != FLEXKV_D2H && msg.kind != FLEXKV_H2D))
         return -EBADMSG;
-    op = calloc(1, sizeof(*op) + msg.count * (2 * sizeof(int32_t) + 1));
+    if (msg.kind == FLEXKV_D2H)
+        msg.flags &= ~(uint32_t)FLEXKV_OP_LAYERWISE;
+    numbers_bytes = (1ull + msg.groups) * msg.count * sizeof(int32_t);
+    if (size != sizeof(msg) + numbers_bytes)
+        return -EBADMSG;
+    op = calloc(1, sizeof(*op) + numbers_bytes + msg.count);
     if (!op)
         return -ENOMEM;
     op->msg = msg;
-    if ((op->cancelled = (msg.flags & FLEXKV_OP_CANCELLED) != 0))
+    if ((op->cancelled = (msg.flags & FLEXKV_OP_CANCELLED) != 0 || !spans_of(agent, op)->count))
         lose_layers(agent, op);
-    op->span = msg.flags & FLEXKV_OP_LAYERWISE && agent->options.at.num_spans > 1;
+    op->span = spans_of(agent, op)->first;
     op->slots = (int32_t *)(op + 1);
     op->pages = op->slots + msg.count;
-    op->ok = (uint8_t *)(op->pages + msg.count);
-    memcpy(op->slots, agent->buffer + sizeof(msg), 2ull * msg.count * sizeof(int32_t));
+    op->ok = (uint8_t *)(op + 1) + numbers_bytes;
+    memcpy(op->slots, agent->buffer + sizeof(msg), numbers_bytes);
+    for (uint32_t i = 0; i < msg.count; i++)
+        if (op->slots[i] != FLEXKV_IN_PLACE && !in_range(pages, op, i))
+            op->slots[i] = NO_SLOT;
     for (at = &agent->ops; *at; at = &(*at)->next)
         ;
     *at = op;
@@ -361,27 +390,30 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
     const struct flexkv_pages *at = &agent->options.at;
     struct op *op = next_op(agent, kind);
     struct window *window, **end;
+    const int32_t *pages;
     uint32_t run;
     int taken;
 
     if (!op)
         return 0;
+    pages = op->pages + at->spans[op->span].group * op->msg.count;
     run = op->started;
-    while (run < op->msg.count && in_range(at, op->slots[run], op->pages[run]))
+    while (run < op->msg.count && op->slots[run] >= 0 && pages[run] >= 0)
         run++;
-    if (run == op->started) {     /* a block in place, or out of range: over with the next window or the op */
-        if (op->slots[run] == FLEXKV_IN_PLACE)
-            op->ok[run] = op->span == last_span(agent, op);
-        else
-            lose_layers(agent, op);
-        op->started++;
+    if (run == op->started) {     /* nothing to move in this span: over with the next window or the op */
+        for (; run < op->msg.count && (op->slots[run] < 0 || pages[run] < 0); run++)
+            if (op->slots[run] == NO_SLOT)
+                lose_layers(agent, op);
+            else
+                op->ok[run] = op->span == last_span(agent, op);
+        op->started = run;
         end_span(agent, op);
         return 1;
     }
     window = malloc(sizeof(*window));
     taken = !window ? -ENOMEM
                     : backend->start(backend->context, at, kind, op->msg.fence, op->span, op->slots + op->started,
-                                     op->pages + op->started, run - op->started);
+                                     pages + op->started, run - op->started);
     if (taken <= 0) {
         free(window);
         if (taken < 0) {
@@ -478,7 +510,7 @@ static int urgent(const struct flexkv_agent *agent)
 {
     for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
         for (const struct window *window = agent->windows[kind]; window; window = window->next)
-            if (window->op->msg.counter || window->op->msg.op_blocks * agent->options.at.spans[0].bytes <= SMALL_BYTES)
+            if (window->op->msg.counter || window->op->msg.op_blocks * agent->options.at.block_bytes <= SMALL_BYTES)
                 return 1;
     return 0;
 }

@@ -20,14 +20,14 @@ enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE };
 
 enum flexkv_op_flag {
     FLEXKV_OP_CANCELLED = 1,      /* do not copy, only report */
-    FLEXKV_OP_LAYERWISE = 2,      /* a load, span after span */
+    FLEXKV_OP_LAYERWISE = 2,      /* a load, layer after layer; a save ignores it */
     FLEXKV_OP_MORE = 4,           /* not the last part of the op */
 };
 
 enum { FLEXKV_FAREWELL = 'F' };   /* the only byte sent on the socket: the agent ends and accesses no slot any more */
 enum { FLEXKV_IN_PLACE = -2 };    /* instead of a slot: the block was moved by another op, and is only reported */
 
-struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count] */
+struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[groups][count]; page -1: none in this group */
     uint64_t op_id;
     uint64_t task_id;
     uint64_t fence;
@@ -36,7 +36,7 @@ struct flexkv_msg_op {            /* then int32 slots[count], int32 pages[count]
     uint32_t op_blocks;           /* blocks of the whole op, of which this may be a part */
     uint32_t flags;               /* enum flexkv_op_flag */
     uint32_t counter;             /* of a layerwise load: the row of eventfds that signal its layers, from 1; 0: none */
-    uint32_t pad;
+    uint32_t groups;              /* layer groups; as many as the rank has */
 };
 
 struct flexkv_msg_cancel {
@@ -55,29 +55,37 @@ struct flexkv_region {            /* as REGION_DTYPE */
     uint64_t base;
     int64_t page_stride;
     uint64_t chunk_bytes;
-    uint64_t slot_offset;
+    uint64_t slot_offset;         /* from the start of the slot */
 };
 
-/* Regions that are adjacent in a slot. Span 0 contains all regions. The other spans, if any, are groups of layers, in
- * order, and together contain all regions. */
+/* Regions of one layer group that are adjacent in a slot. */
 struct flexkv_span {              /* as SPAN_DTYPE */
     uint32_t first;
     uint32_t num_regions;
-    uint64_t slot_offset;
+    uint64_t slot_offset;         /* from the start of the slot */
     uint64_t bytes;
     uint64_t max_chunk;
+    uint64_t group;
+};
+
+struct flexkv_spans {             /* consecutive spans; an op moves them in their order */
+    uint32_t first;
+    uint32_t count;
 };
 
 struct flexkv_pages {             /* the memory that a backend copies between */
     uint8_t *pool;
     uint64_t slot_bytes;
     uint64_t num_slots;
-    uint64_t segment_offset;      /* of this rank's part of a slot */
     const struct flexkv_region *regions;
     uint32_t num_regions;
     const struct flexkv_span *spans;
     uint32_t num_spans;
-    uint64_t num_pages;
+    struct flexkv_spans moves[FLEXKV_H2D + 1]; /* by kind: those that a save writes (perhaps none), a load reads */
+    struct flexkv_spans layers;   /* of a layerwise load; those of a load if it cannot be divided */
+    const uint64_t *num_pages;    /* by layer group */
+    uint32_t num_groups;
+    uint64_t block_bytes;         /* that a load of a block moves */
 };
 
 /* Moves blocks. Calls come from the agent's thread alone, except where said otherwise. Windows of one kind end in the
@@ -85,8 +93,8 @@ struct flexkv_pages {             /* the memory that a backend copies between */
 struct flexkv_backend {
     int (*attach)(void *context); /* first call on the thread: 0, or negative errno; may be NULL */
     /* Start to move a span of the first blocks of an op with this fence, at most `count`. Slots and pages must be in
-     * range. Returns the number of blocks; 0: no room now, call again when a window has ended; or negative errno: none
-     * of these blocks is under way. */
+     * range; the pages are those of the span's layer group. Returns the number of blocks; 0: no room now, call again when
+     * a window has ended; or negative errno: none of these blocks is under way. */
     int (*start)(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence, uint32_t span,
                  const int32_t *slots, const int32_t *pages, uint32_t count);
     /* Mark the loads of the span that were started until now: flexkv_agent_wait_span returns for them. May be NULL. */
@@ -121,7 +129,8 @@ struct flexkv_outcome {           /* of an op, for the process that owns the pag
     uint32_t kind;
     uint32_t count;
     uint32_t op_blocks;
-    const int32_t *pages;         /* of `count` blocks, as `ok` */
+    uint32_t groups;
+    const int32_t *pages;         /* [groups][count]: of the blocks of `ok` */
     const uint8_t *ok;
 };
 

@@ -85,7 +85,7 @@ static uint64_t stride_of(const struct flexkv_span *span)
 
 static uint64_t pool_address(const struct flexkv_cuda_copy *copy, int32_t slot)
 {
-    return (uint64_t)copy->at->pool + (uint64_t)slot * copy->at->slot_bytes + copy->at->segment_offset;
+    return (uint64_t)copy->at->pool + (uint64_t)slot * copy->at->slot_bytes;
 }
 
 /* Move the span between the pages and the slots that begin at `far`. */
@@ -212,6 +212,12 @@ static int move_staged(struct flexkv_cuda_copy *copy, const struct job *job)
     return 0;
 }
 
+/* Whether the span is of layerwise loads alone. */
+static int is_layer(const struct flexkv_pages *at, uint32_t span)
+{
+    return at->layers.first != at->moves[FLEXKV_H2D].first && span - at->layers.first < at->layers.count;
+}
+
 static int attach(void *context)
 {
     struct flexkv_cuda_copy *copy = context;
@@ -277,7 +283,7 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
 
     if (atomic_load(&copy->error))
         return -EIO;
-    if (lane->num_started - lane->num_ended >= (span ? MAX_AHEAD : MAX_WINDOWS))
+    if (lane->num_started - lane->num_ended >= (is_layer(at, span) ? MAX_AHEAD : MAX_WINDOWS))
         return 0;
     job.count = usable(copy, slots, count < FLEXKV_MOVE_BLOCKS ? count : FLEXKV_MOVE_BLOCKS, &job.pinned);
     if (!job.count)
@@ -288,7 +294,7 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
     if (strategy == FLEXKV_STAGED && lane->num_staged >= NUM_BUFFERS) {
         int64_t user = lane->user[lane->num_staged % NUM_BUFFERS];
 
-        if (user >= (int64_t)lane->num_ended && !span)
+        if (user >= (int64_t)lane->num_ended && !is_layer(at, span))
             return 0;             /* all buffers are in use */
         if (user >= (int64_t)lane->num_ended && TRY(cuStreamWaitEvent, lane->copy, lane->ended[user % MAX_AHEAD], 0))
             return -EIO;
@@ -299,7 +305,7 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
     else
         failed = wait_fence(copy, lane, fence, last) ||
                  (strategy == FLEXKV_DIRECT
-                      ? launch(copy, &job, (uint64_t)at->pool + at->segment_offset, at->slot_bytes, 1)
+                      ? launch(copy, &job, (uint64_t)at->pool, at->slot_bytes, 1)
                       : copy_chunks(copy, &job, lane->copy));
     if (failed || TRY(cuEventRecord, lane->ended[lane->num_started % MAX_AHEAD], last)) {
         copy->api->cuStreamSynchronize(lane->copy);           /* no started copy may outlive its slots */
@@ -416,8 +422,9 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
     copy->api = api;
     copy->options = *options;
     copy->at = at;
-    if (copy->options.window_bytes < stride_of(at->spans) && stride_of(at->spans) <= MOST_FOR_A_BLOCK)
-        copy->options.window_bytes = stride_of(at->spans);
+    for (const struct flexkv_span *span = at->spans; span < at->spans + at->num_spans; span++)
+        if (copy->options.window_bytes < stride_of(span) && stride_of(span) <= MOST_FOR_A_BLOCK)
+            copy->options.window_bytes = stride_of(span);
     for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
         if (!(copy->lanes[kind].marks = calloc(at->num_spans + 1, sizeof(cu_event)))) {
             free(copy->lanes[FLEXKV_D2H].marks);

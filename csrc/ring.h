@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FLEXKV_RING_MAGIC 0x676e6972564b5846ull /* "FXKVring" */
+#define FLEXKV_RING_MAGIC 0x34676e72564b5846ull /* "FXKVrng4": the last digit is the version of the records */
 #define FLEXKV_RING_HEADER 256                  /* bytes before the data */
 #define FLEXKV_RING_NOTES 8
 

@@ -17,7 +17,7 @@ from flexkv.protocol.registration import MAX_MESSAGE_BYTES, Hello, Welcome, pack
 from flexkv.protocol.requests import is_request
 from flexkv.protocol.sockets import ListeningSocket, socket_path
 from flexkv.storage.host_pool import HostPool
-from flexkv.storage.layout import SlotLayout
+from flexkv.storage.layout import SlotLayout, check_agreement
 from flexkv.storage.ssd.gds_queue import GdsEnd
 from flexkv.transfer.executors.agent_link import AgentLink
 from flexkv.transfer.repeated_log import RepeatedLog
@@ -99,6 +99,7 @@ class Registry:
         self._connected: set[RankId] = set()
         self._index: dict[RankId, int] = {}                             # fixed with the layout
         self._layout: SlotLayout | None = None
+        self._num_groups = 0
         self._pool: HostPool | None = None
         self._last_refusal = ""
         self._log = RepeatedLog(logger)
@@ -219,15 +220,20 @@ class Registry:
             raise RegistrationError(f"rank {rank_id} is registered already: give each its own intra_client_id")
         if self._layout is not None:
             index = self._index.get(rank_id)
-            if index is None or self._layout.segment_bytes[index] != hello.segment_bytes:
+            sizes = [claim.segment_bytes for claim in hello.segments]
+            known = () if index is None else self._layout.claims(index)
+            if [claim.segment_bytes for claim in known] != sizes or len(hello.num_pages) != self._num_groups:
                 raise RegistrationError(
-                    f"rank {rank_id} with {hello.segment_bytes} bytes a block does not fit the pool"
+                    f"rank {rank_id} with segments of {sizes} bytes a block in {len(hello.num_pages)} layer groups "
+                    "does not fit the pool"
                 )
-            if self._layout.contents[index] != hello.content:
+            if known != hello.segments:
                 raise RegistrationError(
                     f"rank {rank_id} registered tensors of different shapes; the cached KV does not match: "
                     "start a new KVManager"
                 )
+        others = (other for _, other in self._waiting.values() if other.dp_client_id == hello.dp_client_id)
+        check_agreement([*others, hello])
         self._silent.pop(connection.fileno(), None)
         self._waiting[rank_id] = (connection, hello)
         mine = [rank for rank in self._waiting if rank[0] == hello.dp_client_id]
@@ -258,9 +264,9 @@ class Registry:
             parts.setdefault(rank_id[0], []).append(self._waiting[rank_id][1])
         complete = [client for client, hellos in parts.items() if len(hellos) == self._ranks]
         first = parts[complete[0]]
-        layout = SlotLayout.of([hello.segment_bytes for hello in first], [hello.content for hello in first])
+        layout = SlotLayout.of(first)
         self._pool = self._make_pool(layout)
-        self._layout = layout
+        self._layout, self._num_groups = layout, len(first[0].num_pages)
         for client in complete:
             for index, rank_id in enumerate(rank for rank in waiting if rank[0] == client):
                 self._index[rank_id] = index
@@ -279,7 +285,10 @@ class Registry:
         else:
             del self._waiting[rank_id]
             self._watch.remove(connection.fileno())
-            logger.info("rank %s registered: %d pages, %d bytes a block", rank_id, hello.num_pages, hello.segment_bytes)
+            logger.info(
+                "rank %s registered: %s pages, %s bytes a block", rank_id, " and ".join(map(str, hello.num_pages)),
+                " and ".join(str(claim.segment_bytes) for claim in hello.segments),
+            )
             try:
                 self._on_link(link)
             except BaseException:
@@ -302,19 +311,16 @@ class Registry:
         connection, hello = self._waiting[rank_id]
         assert self._layout is not None  # narrowing; _admit has made sure
         assert self._pool is not None
-        index = self._index[rank_id]
-        rings = ControllerRings(self._ring_bytes)
+        places = self._layout.placements(self._index[rank_id])
+        rings = ControllerRings(self._ring_bytes, len(hello.num_pages))
         gds: tuple[socket.socket, ...] = ()
         link = None
         try:
-            welcome = Welcome(
-                self._pool.num_bytes, self._pool.slot_bytes, self._layout.segment_offsets[index],
-                self._layout.segment_bytes[index], rings.ring_bytes,
-            )
-            if self._on_gds is not None:
+            welcome = Welcome(self._pool.num_bytes, self._pool.slot_bytes, rings.ring_bytes, places)
+            if self._on_gds is not None and self._has_plain_slots(hello):
                 gds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 close_in_children(gds[0])
-            link = AgentLink(connection, hello, rings)
+            link = AgentLink(connection, hello, rings, any(place.write_stop > place.write_start for place in places))
             fds = [self._pool.fd, rings.fd, rings.submission_event_fd, rings.completion_event_fd]
             socket.send_fds(connection, [welcome.pack()], fds + [end.fileno() for end in gds[1:]])
         except BaseException:
@@ -327,6 +333,14 @@ class Registry:
         for end in gds[1:]:
             end.close()
         return link, GdsEnd(gds[0], PeerProcess(connection)) if gds else None
+
+    def _has_plain_slots(self, hello: Hello) -> bool:
+        """Whether a slot is one segment of the rank in one layer group, as GPUDirect Storage needs it."""
+        if self._layout is not None and len(self._layout.segments) == len(hello.num_pages) == 1:
+            return True
+        logger.warning("GPUDirect Storage is off: it supports one segment and one layer group; blocks go through host "
+                       "memory")
+        return False
 
     def lost(self, hello: Hello) -> None:
         """The rank's process is gone; it may register again."""

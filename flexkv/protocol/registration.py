@@ -8,17 +8,27 @@ Either side ends the session by closing its end of the socket. If a rank's end c
 treats the process as dead.
 """
 
+import enum
 import struct
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 
 from flexkv._core.device.ring import FAREWELL, RING_HEADER_BYTES
 from flexkv.errors import RegistrationError
 
-__all__ = ["FAREWELL", "MAX_MESSAGE_BYTES", "NUM_FDS", "Hello", "Welcome", "pack_refusal"]
+__all__ = [
+    "DIGEST_BYTES", "FAREWELL", "MAX_LAYER_GROUPS", "MAX_MESSAGE_BYTES", "MAX_SEGMENTS", "NUM_FDS", "Hello",
+    "Placement", "SegmentClaim", "SegmentKind", "Welcome", "pack_refusal",
+]
 
-_MAGIC = b"FLEXKV03"
-_HELLO = struct.Struct("<8siiiiQQ16s")
-_WELCOME = struct.Struct("<8sQQQQQ")
+_MAGIC = b"FLEXKV04"
+_HELLO = struct.Struct("<8siiiiII")
+"""Then the number of pages of each layer group (uint64), and the segments."""
+
+_SEGMENT = struct.Struct("<IIQ16s16s")
+_WELCOME = struct.Struct("<8sQQQII")
+"""Then the placements."""
+
+_PLACEMENT = struct.Struct("<QQQQ")
 _REFUSAL = struct.Struct("<8s1024s")
 _REFUSED = b"FLEXKVNO"
 MAX_MESSAGE_BYTES = 2048
@@ -26,61 +36,155 @@ NUM_FDS = 4
 """Number of descriptors that come with a WELCOME. With GPUDirect Storage there is one more, its socket
 (``flexkv.storage.ssd.gds_queue``)."""
 
+DIGEST_BYTES = 16
+MAX_SEGMENTS = 8
+"""Maximum number of segments of one rank."""
+
+MAX_LAYER_GROUPS = 8
 _MAX_SEGMENT_BYTES = 1 << 40
 _MAX_POOL_BYTES = 1 << 47
 """Maximum size of the host pool: the address space of a process on x86-64."""
 
+_OTHER_VERSION = "the {} of this version: use the same version of FlexKV in all processes"
 _MAX_PAGES = 1 << 31
 _MAX_RANK = (1 << 16) - 1
 _MIN_RING_BYTES, _MAX_RING_BYTES = 4096, 1 << 30
 
 
+class SegmentKind(enum.IntEnum):
+    """Which ranks write and read a segment."""
+
+    SHARD = 1
+    """The rank that declares it, alone."""
+    REPLICA = 2
+    """All ranks of the pipeline stage that declare a segment with the same ``copy``. Their bytes are equal, and are
+    stored once."""
+
+
+@dataclass(frozen=True)
+class SegmentClaim:
+    """A segment of a slot, as a rank declares it.
+
+    Attributes
+    ----------
+    kind : SegmentKind
+    segment_bytes : int
+    content : bytes
+        Digest of the layout of the bytes, 16 bytes.
+    copy : bytes
+        Identity of the copy of a REPLICA, 16 bytes that are not all zero; of a SHARD, zeros.
+    """
+
+    kind: SegmentKind
+    segment_bytes: int
+    content: bytes = field(repr=False)
+    copy: bytes = field(default=bytes(DIGEST_BYTES), repr=False)
+
+    def pack(self) -> bytes:
+        return _SEGMENT.pack(self.kind, 0, self.segment_bytes, self.content, self.copy)
+
+    @classmethod
+    def parse(cls, kind: int, segment_bytes: int, content: bytes, copy: bytes) -> "SegmentClaim":
+        """Check the fields; RegistrationError if the kind is unknown or a field does not fit it."""
+        if kind not in SegmentKind.__members__.values():
+            raise RegistrationError(f"a segment of kind {kind}: it must be SHARD (1) or REPLICA (2)")
+        _check("segment_bytes", segment_bytes, 1, _MAX_SEGMENT_BYTES)
+        if any(copy) != (kind == SegmentKind.REPLICA):
+            raise RegistrationError("copy of a segment: a REPLICA must name one, and a SHARD must not")
+        return cls(SegmentKind(kind), segment_bytes, content, copy)
+
+
 @dataclass(frozen=True)
 class Hello:
-    """Description of a rank, its first message; sizes in bytes. ``content``: digest of the layout of a block's bytes,
-    16 bytes."""
+    """Description of a rank, its first message.
+
+    Attributes
+    ----------
+    num_pages : tuple of int
+        Number of pages in each layer group.
+    segments : tuple of SegmentClaim
+        The rank reads all of them; which parts it writes, the Welcome says.
+    """
 
     dp_client_id: int
     pp_rank: int
     rank: int
     pid: int
-    num_pages: int
-    segment_bytes: int
-    content: bytes = field(repr=False)
+    num_pages: tuple[int, ...]
+    segments: tuple[SegmentClaim, ...]
 
     def pack(self) -> bytes:
-        return _HELLO.pack(_MAGIC, *astuple(self))
+        head = _HELLO.pack(
+            _MAGIC, self.dp_client_id, self.pp_rank, self.rank, self.pid, len(self.num_pages), len(self.segments)
+        )
+        pages = struct.pack(f"<{len(self.num_pages)}Q", *self.num_pages)
+        return head + pages + b"".join(segment.pack() for segment in self.segments)
 
     @classmethod
     def unpack(cls, message: bytes) -> "Hello":
         """Parse a HELLO; RegistrationError if the message is not a HELLO or a number in it is out of range."""
-        if len(message) != _HELLO.size or message[:8] != _MAGIC:
-            raise RegistrationError("the message is no HELLO of this version: use the same version of FlexKV in all "
-                                    "processes")
-        hello = cls(*_HELLO.unpack(message)[1:])
-        _check("dp_client_id", hello.dp_client_id, 0, _MAX_RANK)
-        _check("pp_rank", hello.pp_rank, 0, _MAX_RANK)
-        _check("rank", hello.rank, 0, _MAX_RANK)
-        _check("num_pages", hello.num_pages, 1, _MAX_PAGES)
-        _check("segment_bytes", hello.segment_bytes, 1, _MAX_SEGMENT_BYTES)
-        return hello
+        if len(message) < _HELLO.size or message[:8] != _MAGIC:
+            raise RegistrationError(_OTHER_VERSION.format("message is no HELLO"))
+        _, dp_client_id, pp_rank, rank, pid, num_groups, num_segments = _HELLO.unpack_from(message)
+        _check("dp_client_id", dp_client_id, 0, _MAX_RANK)
+        _check("pp_rank", pp_rank, 0, _MAX_RANK)
+        _check("rank", rank, 0, _MAX_RANK)
+        _check("number of layer groups", num_groups, 1, MAX_LAYER_GROUPS)
+        _check("number of segments", num_segments, 1, MAX_SEGMENTS)
+        first = _HELLO.size + 8 * num_groups
+        if len(message) != first + _SEGMENT.size * num_segments:
+            raise RegistrationError(_OTHER_VERSION.format("message is no HELLO"))
+        num_pages = struct.unpack_from(f"<{num_groups}Q", message, _HELLO.size)
+        for number in num_pages:
+            _check("num_pages", number, 1, _MAX_PAGES)
+        segments = tuple(
+            SegmentClaim.parse(kind, segment_bytes, content, copy)
+            for kind, _, segment_bytes, content, copy in _SEGMENT.iter_unpack(message[first:])
+        )
+        copies = [segment.copy for segment in segments if segment.kind is SegmentKind.REPLICA]
+        if len(set(copies)) < len(copies):
+            raise RegistrationError("two segments of a rank are the same copy: declare it once")
+        return cls(dp_client_id, pp_rank, rank, pid, num_pages, segments)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Place of a rank's segment in every slot, and the part of it that the rank writes.
+
+    Attributes
+    ----------
+    offset : int
+        Offset in the slot, in bytes.
+    segment_bytes : int
+    write_start, write_stop : int
+        The rank writes bytes ``[write_start, write_stop)`` of the segment; none if they are equal.
+    """
+
+    offset: int
+    segment_bytes: int
+    write_start: int
+    write_stop: int
 
 
 @dataclass(frozen=True)
 class Welcome:
     """Sizes and offsets that the agent needs to map the host pool and the rings, in bytes.
 
-    The message carries descriptors: host pool, rings, eventfd of ops, eventfd of results.
+    The message carries descriptors: host pool, rings, eventfd of ops, eventfd of results. ``placements``: one for each
+    segment of the Hello, in its order.
     """
 
     pool_bytes: int
     slot_bytes: int
-    segment_offset: int
-    segment_bytes: int
     ring_bytes: int
+    placements: tuple[Placement, ...]
 
     def pack(self) -> bytes:
-        return _WELCOME.pack(_MAGIC, *astuple(self))
+        head = _WELCOME.pack(_MAGIC, self.pool_bytes, self.slot_bytes, self.ring_bytes, len(self.placements), 0)
+        return head + b"".join(
+            _PLACEMENT.pack(place.offset, place.segment_bytes, place.write_start, place.write_stop)
+            for place in self.placements
+        )
 
     @classmethod
     def unpack(cls, message: bytes) -> "Welcome":
@@ -88,15 +192,24 @@ class Welcome:
         other."""
         if message[:8] == _REFUSED and len(message) == _REFUSAL.size:
             raise RegistrationError(_REFUSAL.unpack(message)[1].rstrip(b"\0").decode(errors="replace"))
-        if len(message) != _WELCOME.size or message[:8] != _MAGIC:
-            raise RegistrationError("the answer is no WELCOME of this version: use the same version of FlexKV in all "
-                                    "processes")
-        welcome = cls(*_WELCOME.unpack(message)[1:])
-        _check("pool_bytes", welcome.pool_bytes, 1, _MAX_POOL_BYTES)
-        _check("slot_bytes", welcome.slot_bytes, 1, welcome.pool_bytes)
-        _check("segment_bytes", welcome.segment_bytes, 1, welcome.slot_bytes)
-        _check("segment_offset", welcome.segment_offset, 0, welcome.slot_bytes - welcome.segment_bytes)
-        data_bytes = welcome.ring_bytes - RING_HEADER_BYTES
+        if len(message) < _WELCOME.size or message[:8] != _MAGIC:
+            raise RegistrationError(_OTHER_VERSION.format("answer is no WELCOME"))
+        _, pool_bytes, slot_bytes, ring_bytes, num_segments, _ = _WELCOME.unpack_from(message)
+        _check("number of segments", num_segments, 1, MAX_SEGMENTS)
+        if len(message) != _WELCOME.size + _PLACEMENT.size * num_segments:
+            raise RegistrationError(_OTHER_VERSION.format("answer is no WELCOME"))
+        places = tuple(Placement(*numbers) for numbers in _PLACEMENT.iter_unpack(message[_WELCOME.size :]))
+        welcome = cls(pool_bytes, slot_bytes, ring_bytes, places)
+        _check("pool_bytes", pool_bytes, 1, _MAX_POOL_BYTES)
+        _check("slot_bytes", slot_bytes, 1, pool_bytes)
+        end = 0
+        for place in sorted(places, key=lambda place: place.offset):
+            _check("segment_bytes", place.segment_bytes, 1, slot_bytes)
+            _check("offset of a segment", place.offset, end, slot_bytes - place.segment_bytes)
+            _check("write_stop", place.write_stop, 0, place.segment_bytes)
+            _check("write_start", place.write_start, 0, place.write_stop)
+            end = place.offset + place.segment_bytes
+        data_bytes = ring_bytes - RING_HEADER_BYTES
         _check("ring_bytes", data_bytes, _MIN_RING_BYTES, _MAX_RING_BYTES)
         if data_bytes & (data_bytes - 1):
             raise RegistrationError(f"ring_bytes of the controller is {data_bytes}: it must be a power of two")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import RegistrationError
-from flexkv.protocol.registration import FAREWELL, MAX_MESSAGE_BYTES, NUM_FDS, Hello, Welcome
+from flexkv.protocol.registration import FAREWELL, MAX_MESSAGE_BYTES, NUM_FDS, Hello, SegmentKind, Welcome
 from flexkv.protocol.sockets import connect
 
 
@@ -41,16 +41,26 @@ def join_controller(
                 f"{len(fds)} of {NUM_FDS} descriptors arrived from the controller: raise this process's limit of open "
                 "files (ulimit -n)"
             )
-        if welcome.segment_bytes != hello.segment_bytes:
-            raise RegistrationError(
-                f"the controller expects {welcome.segment_bytes} bytes a block; {hello.segment_bytes} were registered"
-            )
+        _check_placements(welcome, hello)
         check_sealed(fds[0], welcome.pool_bytes, "the host pool")
         check_sealed(fds[1], 2 * welcome.ring_bytes, "the memory of the rings")
     except BaseException:
         abandon(connection, fds)
         raise
     return connection, welcome, fds
+
+
+def _check_placements(welcome: Welcome, hello: Hello) -> None:
+    """Raise RegistrationError unless the placements are those of the segments of the HELLO."""
+    expected = [place.segment_bytes for place in welcome.placements]
+    declared = [claim.segment_bytes for claim in hello.segments]
+    if expected != declared:
+        raise RegistrationError(
+            f"the controller expects segments of {expected} bytes a block; {declared} were registered"
+        )
+    for place, claim in zip(welcome.placements, hello.segments, strict=True):
+        if claim.kind is SegmentKind.SHARD and (place.write_start, place.write_stop) != (0, claim.segment_bytes):
+            raise RegistrationError("the controller lets this rank write only a part of a segment that it has alone")
 
 
 def abandon(connection: socket.socket | None, fds: Sequence[int]) -> None:

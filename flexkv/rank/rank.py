@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flexkv._core.device.agent import DeviceAgent
 from flexkv._core.device.cuda_driver import Device, load_driver
@@ -25,10 +24,11 @@ from flexkv.protocol.sockets import socket_path
 from flexkv.rank.gds_worker import GdsWorker
 from flexkv.rank.handshake import abandon, join_controller
 from flexkv.rank.kernels import move_function
+from flexkv.rank.memory import CopyTable, RankMemory
 from flexkv.rank.pool_pinning import PoolPinner
-from flexkv.rank.regions import TensorSpec, layer_spans, regions_from_tensors
+from flexkv.rank.regions import TensorSpec
 from flexkv.rank.results import OpResult
-from flexkv.rank.tensors import KVTensor, content_digest, tensor_spec
+from flexkv.rank.tensors import KVTensor, tensor_spec
 
 logger = logging.getLogger("flexkv.rank")
 
@@ -40,9 +40,6 @@ _left_behind: list[tuple[object, ExitStack]] = []
 _CLOSE_S = 10.0
 """Maximum time that ``close`` waits for the thread that registers and pins, in seconds. A part is pinned in 10 to
 100 ms, so only a hanging driver takes this long."""
-
-_LAYER_GROUPS = 8
-"""Maximum number of groups of layers in a layerwise load: compute starts after an eighth; copies stay large."""
 
 
 class RankClient:
@@ -92,7 +89,7 @@ class RankClient:
         self._keep_outcomes = True
         self._suspended = False
         self._num_tensors = 0
-        self._span_of: list[int] = []                # span of each tensor
+        self._layers: list[int] = []                 # layer of each tensor
         self._span_of_layer: list[int] = []
         self._lock = threading.Lock()
         self.error: Exception | None = None
@@ -102,7 +99,8 @@ class RankClient:
 
     def register_tensors(
         self, tensors: "Sequence[TensorSpec | KVTensor]", connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        keep_alive: object = None, *, layers: Sequence[int] | None = None, opened: ExitStack | None = None,
+        keep_alive: object = None, *, layers: Sequence[int] | None = None, groups: Sequence[int] | None = None,
+        copies: Sequence[str | None] | None = None, opened: ExitStack | None = None,
         intra_client_id: int | None = None, keep_outcomes: bool = True,
     ) -> None:
         """Register the tensors that hold KV, and return at once. A thread connects as soon as the controller listens.
@@ -116,8 +114,9 @@ class RankClient:
             Time in seconds after which connecting fails.
         keep_alive : object
             Owner of the memory of TensorSpecs; a reference is kept until ``close``.
-        layers : sequence of int, optional
-            The layer of each tensor, from 0 and ascending; default: each tensor is a layer.
+        layers, groups, copies : sequence, optional
+            Layer and layer group of each tensor, and the name of the copy that it shares with other ranks; see
+            ``RankMemory``.
         opened : ExitStack, optional
             Owner of memory of the specs. The client takes it over; ``close`` and ``suspend`` close it.
         intra_client_id : int, optional
@@ -133,7 +132,7 @@ class RankClient:
             The tensors are on a GPU that cannot be used.
         """
         specs = [tensor if isinstance(tensor, TensorSpec) else tensor_spec(tensor) for tensor in tensors]
-        regions, num_pages, segment_bytes = regions_from_tensors(specs)
+        memory = RankMemory(specs, layers, groups, copies)
         if self._thread is not None:
             raise RegistrationError("this rank has registered its tensors already")
         devices = {spec.device for spec in specs}
@@ -149,20 +148,15 @@ class RankClient:
         if self._suspended:
             self._suspended, self.error = False, None
             self._connected, self._closing = threading.Event(), threading.Event()
-        layers = range(len(specs)) if layers is None else layers
-        sizes = [0] * (max(layers) + 1)
-        for layer, spec in zip(layers, specs, strict=True):
-            sizes[layer] += regions_from_tensors([spec])[2]
-        spans, self._span_of_layer = layer_spans(regions, sizes, _LAYER_GROUPS)
-        self._span_of = [self._span_of_layer[layer] for layer in layers]
+        self._layers = memory.layers
         if opened is not None:
             self._opened = opened.pop_all()
         hello = Hello(
-            self._dp_client_id, self._pp_rank, self._rank, os.getpid(), num_pages, segment_bytes, content_digest(specs)
+            self._dp_client_id, self._pp_rank, self._rank, os.getpid(), memory.num_pages, memory.segments
         )
         deadline = time.monotonic() + connect_timeout_s
         self._thread = threading.Thread(
-            target=self._connect, args=(hello, regions, spans, deadline), name="flexkv-register", daemon=True
+            target=self._connect, args=(hello, memory, deadline), name="flexkv-register", daemon=True
         )
         self._thread.start()
 
@@ -177,12 +171,10 @@ class RankClient:
         count, self._num_tensors = self._num_tensors, 0
         return count
 
-    def _connect(
-        self, hello: Hello, regions: NDArray[np.void], spans: NDArray[np.void], deadline: float
-    ) -> None:
+    def _connect(self, hello: Hello, memory: RankMemory, deadline: float) -> None:
         try:
             connection, welcome, fds = join_controller(self._path, hello, deadline, self._closing)
-            self._start_agent(connection, welcome, fds, hello, regions, spans)
+            self._start_agent(connection, welcome, fds, hello, memory.copy_table(welcome.placements))
         except Exception as error:
             self.error = error
             if not self._closing.is_set():
@@ -191,8 +183,7 @@ class RankClient:
             self._connected.set()
 
     def _start_agent(
-        self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, regions: NDArray[np.void],
-        spans: NDArray[np.void],
+        self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, table: CopyTable
     ) -> None:
         gds_end = socket.socket(fileno=fds.pop()) if len(fds) > NUM_FDS else None
         with ExitStack() as undo:                    # closes the resources owned here if a step fails
@@ -203,13 +194,15 @@ class RankClient:
                 move = 0 if self._device is None else move_function(self._device)
                 theirs.pop_all()                     # the agent owns them from here on
             agent = DeviceAgent(
-                regions=regions,
-                spans=spans,
+                regions=table.regions,
                 num_pages=hello.num_pages,
+                spans=table.spans,
+                saves=table.saves,
+                loads=table.loads,
+                layers=table.layers,
                 pool_fd=fds[0],
                 pool_bytes=welcome.pool_bytes,
                 slot_bytes=welcome.slot_bytes,
-                segment_offset=welcome.segment_offset,
                 ring_fd=fds[1],
                 ring_bytes=welcome.ring_bytes,
                 submission_event_fd=fds[2],
@@ -226,10 +219,12 @@ class RankClient:
             gds = None
             if gds_end is not None:
                 gds = GdsWorker(
-                    gds_end, self._device, regions, hello.num_pages, welcome.slot_bytes, self._config.gpu_num_ctas
+                    gds_end, self._device, table.regions[: table.num_load_regions], hello.num_pages[0],
+                    welcome.slot_bytes, self._config.gpu_num_ctas,
                 )
             undo.pop_all()
         with self._lock:
+            self._span_of_layer = table.span_of_layer
             self._agent, self._gds = agent, gds
             for load, stream in self._streams.items():
                 agent.fence(stream, load, self._fences[not load])
@@ -325,8 +320,10 @@ class RankClient:
         ------
         CudaError
         """
-        span = max(self._span_of) if tensor is None else self._span_of[tensor]
-        return self._agent is not None and self._agent.follow(task_id, span, timeout_s, stream or 0)
+        if self._agent is None:
+            return False
+        span = max(self._span_of_layer) if tensor is None else self._span_of_layer[self._layers[tensor]]
+        return self._agent.follow(task_id, span, timeout_s, stream or 0)
 
     def signal_layers(self, eventfds: list[list[int]]) -> None:
         """Let layerwise loads signal the eventfds of their counter, one for each layer. The caller owns them and must
@@ -349,10 +346,10 @@ class RankClient:
             task_id, kind, op_blocks, pages, ok = outcome
             parts = self._partial.pop(task_id, [])
             parts.append(OpResult(task_id, OpKind(kind), pages, ok))
-            if sum(len(part.pages) for part in parts) < op_blocks:
+            if sum(len(part.ok) for part in parts) < op_blocks:
                 self._partial[task_id] = parts
                 continue
-            whole = [np.concatenate([part.pages for part in parts]), np.concatenate([part.ok for part in parts])]
+            whole = np.concatenate([part.pages for part in parts], -1), np.concatenate([part.ok for part in parts])
             results.append(OpResult(task_id, OpKind(kind), whole[0], whole[1]))
             if not whole[1].all() and self._agent.device_error is not None:
                 logger.error("task %d: blocks were not moved: %s", task_id, self._agent.device_error)

@@ -110,6 +110,17 @@ def regions_from_tensors(specs: Sequence[TensorSpec]) -> tuple[NDArray[np.void],
     return table, num_pages, offset
 
 
+def clipped(regions: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
+    """The parts of regions whose offsets in the slot are in ``[start, stop)``, in bytes: REGION_DTYPE."""
+    first = np.maximum(regions["slot_offset"].astype(np.int64), start)
+    last = np.minimum((regions["slot_offset"] + regions["chunk_bytes"]).astype(np.int64), stop)
+    kept = first < last
+    parts: NDArray[np.void] = regions[kept].copy()
+    parts["base"] += (first[kept] - parts["slot_offset"].astype(np.int64)).astype(np.uint64)
+    parts["slot_offset"], parts["chunk_bytes"] = first[kept], (last - first)[kept]
+    return parts
+
+
 def layer_spans(
     regions: NDArray[np.void], tensor_bytes: Sequence[int], num_groups: int
 ) -> tuple[NDArray[np.void], list[int]]:
@@ -118,6 +129,7 @@ def layer_spans(
     Parameters
     ----------
     regions : ndarray of REGION_DTYPE
+        Of one segment; it may be at any offset in the slot.
     tensor_bytes : sequence of int
         Bytes of a page of each tensor, in the order of ``regions_from_tensors``: together the segment.
     num_groups : int
@@ -130,13 +142,14 @@ def layer_spans(
     span_of : list of int
         The span with the last byte of each tensor.
     """
-    ends = np.cumsum(tensor_bytes)
+    start = int(regions["slot_offset"][0])
+    ends = np.cumsum(tensor_bytes) + start
     region_ends = (regions["slot_offset"] + regions["chunk_bytes"]).astype(np.int64)
     groups: list[tuple[int, int]] = []
-    first, wanted = 0, int(ends[-1]) / num_groups
+    first, wanted = 0, (int(ends[-1]) - start) / num_groups
     for end in ends:
         upto = int(np.searchsorted(region_ends, end)) + 1
-        if upto > first and region_ends[upto - 1] == end and end >= wanted * (len(groups) + 1) - 0.5:
+        if upto > first and region_ends[upto - 1] == end and end - start >= wanted * (len(groups) + 1) - 0.5:
             groups.append((first, upto))
             first = upto
     if len(groups) < 2:

@@ -15,7 +15,8 @@ class OpResult:
     Attributes
     ----------
     pages : (n,) int32
-        Pages of the task, in the order in which their copies ended.
+        Pages of the task, in the order in which their copies ended. With several layer groups: (num_groups, n), -1 for
+        a block that has no page in a group.
     ok : (n,) bool
         Whether the block of each page was moved.
     """
@@ -28,4 +29,4 @@ class OpResult:
     @property
     def failed_pages(self) -> NDArray[np.int32]:
         """Pages of the blocks that were not moved. After a failed load the content of these pages is undefined."""
-        return self.pages[~self.ok]
+        return self.pages[..., ~self.ok]

@@ -151,8 +151,8 @@ class TransferEngine(GraphRunner):
 
     @property
     def num_pages(self) -> int | None:
-        """Pages of the rank that has the fewest; None: no rank is connected."""
-        return min((link.hello.num_pages for link in list(self._device.links)), default=None)
+        """Pages of the first layer group of the rank that has the fewest; None: no rank is connected."""
+        return min((link.hello.num_pages[0] for link in list(self._device.links)), default=None)
 
     def shutdown(self) -> None:
         """Cancel everything, hang up on the agents, give the memory back. Bounded.

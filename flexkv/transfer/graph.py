@@ -93,6 +93,14 @@ def _int32(name: str, values: NDArray[np.int32]) -> NDArray[np.int32]:
     return array
 
 
+def _further(pages: NDArray[np.int32], count: int) -> NDArray[np.int32]:
+    """Convert the pages of ``count`` blocks in further layer groups to contiguous int32; ValueError if they are not."""
+    table = np.asarray(pages)
+    if table.ndim != 2 or table.shape[1] != count or table.size == 0:
+        raise ValueError(f"further_pages is {table.shape}: it must have a row for each group and {count} columns")
+    return _int32("further_pages", table.ravel()).reshape(table.shape)
+
+
 class TransferOp:
     """Moves block i from ``src[i]`` to ``dst[i]``.
 
@@ -119,6 +127,9 @@ class TransferOp:
         Keys of the blocks and of their parents, which a persistent tier records.
     tier : int
         Number of the lower tier that the op reads or writes; 0: none.
+    further_pages : (num_groups - 1, n) int32, optional
+        Pages in the layer groups after the first, whose pages are in ``src`` or ``dst``. -1: the block has no page in
+        the group, and its bytes of the group are not moved. A block without a page in any group fails.
 
     Attributes
     ----------
@@ -152,6 +163,7 @@ class TransferOp:
         keys: NDArray[np.uint64] | None = None,
         parents: NDArray[np.uint64] | None = None,
         tier: int = 0,
+        further_pages: NDArray[np.int32] | None = None,
     ) -> None:
         if len(src) != len(dst) or len(src) == 0:
             raise ValueError(f"{len(src)} sources, {len(dst)} destinations: the numbers must be equal, and at least 1")
@@ -166,6 +178,7 @@ class TransferOp:
         self.after = tuple(after)
         self.keys = keys
         self.parents = parents
+        self.further_pages = None if further_pages is None else _further(further_pages, len(src))
         self.dependents: list[tuple[TransferOp, Dependency]] = []
         self.followers: list[TransferOp] = []
         self.unmet = 0

@@ -16,7 +16,6 @@ from flexkv.controller.registry import Registry
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError
 from flexkv.kvmanager import KVManager
-from flexkv.protocol.registration import Hello
 from flexkv.protocol.ring import OpKind
 from flexkv.rank.tp_client import KVTPClient
 from flexkv.storage.host_pool import HostPool
@@ -27,6 +26,7 @@ from tests.support.harness import (
     RankProcess,
     Tensors,
     controller_of,
+    hello_of,
     local,
     make_manager,
     mapping,
@@ -69,10 +69,9 @@ def test_a_hello_with_impossible_numbers_is_refused_and_others_go_on(tmp_path: P
     tensors = Tensors()
     try:
         clients[0].register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
-        values = {"dp_client_id": 0, "pp_rank": 0, "rank": 1, "pid": 1, "num_pages": 10, "segment_bytes": 1024}
         large = (1 << 63) if field in ("num_pages", "segment_bytes") else (1 << 31) - 1
         for wrong in (large, 0 if field in ("num_pages", "segment_bytes") else -1):
-            hello = Hello(**{**values, field: wrong}, content=bytes(16))
+            hello = hello_of(**{"rank": 1, field: (wrong,) if field == "num_pages" else wrong})
             assert field.encode() in talk(tmp_path / "s", hello.pack())
         assert is_alive(manager)
         clients[1].register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
@@ -89,7 +88,7 @@ def test_a_connection_that_cannot_be_handled_is_closed_and_others_go_on(
     with local(tmp_path) as (manager, _, tensors):
         monkeypatch.setattr(Registry, "_admit", lambda *args: 1 // 0)
         for _ in range(20):
-            assert talk(tmp_path / "s", Hello(0, 0, 1, 1, 10, 1024, bytes(16)).pack()) == b""
+            assert talk(tmp_path / "s", hello_of(1).pack()) == b""
         assert is_alive(manager)
         assert controller_of(manager)._transfer.in_service
         tensors.fill([0, 1], 1)

@@ -16,6 +16,7 @@ from flexkv.config import CacheConfig, ModelConfig, TransferConfig
 from flexkv.controller.controller import Controller
 from flexkv.controller.space import Space
 from flexkv.kvmanager import KVManager
+from flexkv.protocol.registration import Hello, SegmentClaim, SegmentKind
 from flexkv.rank.regions import TensorSpec
 from flexkv.rank.results import OpResult
 from flexkv.rank.tp_client import KVTPClient
@@ -57,6 +58,13 @@ class Tensors:
             array[:] = 0
 
 
+def hello_of(rank: int = 0, segment_bytes: int = 1024, num_pages: tuple[int, ...] = (10,), **other: Any) -> Hello:
+    """The HELLO of a rank that stores a segment of its own."""
+    claim = SegmentClaim(SegmentKind.SHARD, segment_bytes, bytes(16))
+    return Hello(**{"dp_client_id": 0, "pp_rank": 0, "rank": rank, "pid": 1, "num_pages": num_pages,
+                    "segments": (claim,), **other})
+
+
 class Failed:
     """Pages that were not moved, of each task that ended on a rank."""
 
@@ -67,10 +75,12 @@ class Failed:
         return [result.failed_pages.tolist() for result in self._client.poll_results()]
 
 
-def _serve(pipe: Connection, port: str, rank: int, shape: tuple[int, tuple[int, ...]]) -> None:
+def _serve(
+    pipe: Connection, port: str, rank: int, shape: tuple[int, tuple[int, ...]], copies: list[str | None] | None
+) -> None:
     tensors = Tensors(*shape)
     client = KVTPClient(port, intra_client_id=rank)
-    client.register_tensors(tensors.specs(), 20.0, keep_alive=tensors)
+    client.rank.register_tensors(tensors.specs(), 20.0, keep_alive=tensors, copies=copies)
     targets = {"tensors": tensors, "client": client, "failed": Failed(client)}
     while True:
         try:
@@ -86,10 +96,11 @@ class RankProcess:
     """A rank in a separate process, driven by commands."""
 
     def __init__(self, port: str, rank: int = 0, num_pages: int = PAGES,
-                 page_shape: tuple[int, ...] = PAGE_SHAPE) -> None:
+                 page_shape: tuple[int, ...] = PAGE_SHAPE, copies: list[str | None] | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, port, rank, (num_pages, page_shape)), daemon=True)
+        arguments = (theirs, port, rank, (num_pages, page_shape), copies)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 

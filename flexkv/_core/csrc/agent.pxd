@@ -26,7 +26,7 @@ cdef extern from "agent.h" nogil:
         uint32_t op_blocks
         uint32_t flags
         uint32_t counter
-        uint32_t pad
+        uint32_t groups
 
     struct flexkv_msg_cancel:
         uint64_t op_id
@@ -43,16 +43,23 @@ cdef extern from "agent.h" nogil:
     struct flexkv_span:
         uint32_t first
 
+    struct flexkv_spans:
+        uint32_t first
+        uint32_t count
+
     struct flexkv_pages:
         uint8_t *pool
         uint64_t slot_bytes
         uint64_t num_slots
-        uint64_t segment_offset
         const flexkv_region *regions
         uint32_t num_regions
         const flexkv_span *spans
         uint32_t num_spans
-        uint64_t num_pages
+        flexkv_spans moves[3]
+        flexkv_spans layers
+        const uint64_t *num_pages
+        uint32_t num_groups
+        uint64_t block_bytes
 
     struct flexkv_backend:
         void *context
@@ -76,6 +83,7 @@ cdef extern from "agent.h" nogil:
         uint32_t kind
         uint32_t count
         uint32_t op_blocks
+        uint32_t groups
         const int32_t *pages
         const uint8_t *ok
 

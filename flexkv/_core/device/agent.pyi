@@ -10,19 +10,23 @@ STRATEGIES: tuple[str, ...]
 REGION_DTYPE: np.dtype[np.void]
 SPAN_DTYPE: np.dtype[np.void]
 
-def spans_of(regions: NDArray[np.void], ranges: Sequence[tuple[int, int]]) -> NDArray[np.void]: ...
+def spans_of(
+    regions: NDArray[np.void], ranges: Sequence[tuple[int, int]], group: int = 0
+) -> NDArray[np.void]: ...
 
 class DeviceAgent:
     def __init__(
         self,
         *,
         regions: NDArray[np.void],
+        num_pages: Sequence[int],
         spans: NDArray[np.void] | None = None,
-        num_pages: int,
+        saves: tuple[int, int] | None = None,
+        loads: tuple[int, int] | None = None,
+        layers: tuple[int, int] | None = None,
         pool_fd: int,
         pool_bytes: int,
         slot_bytes: int,
-        segment_offset: int,
         ring_fd: int,
         ring_bytes: int,
         submission_event_fd: int,

@@ -55,13 +55,13 @@ from flexkv.errors import CudaError, TransferError
 logger = logging.getLogger("flexkv.client")
 
 REGION_DTYPE = np.dtype([("base", "u8"), ("page_stride", "i8"), ("chunk_bytes", "u8"), ("slot_offset", "u8")])
-"""For page p: ``chunk_bytes`` bytes at ``base + p * page_stride`` <-> ``slot_offset`` within the rank's segment."""
+"""For page p: ``chunk_bytes`` bytes at ``base + p * page_stride`` <-> ``slot_offset`` within the slot."""
 
 SPAN_DTYPE = np.dtype(
     [("first", np.uint32), ("num_regions", np.uint32), ("slot_offset", np.uint64), ("bytes", np.uint64),
-     ("max_chunk", np.uint64)]
+     ("max_chunk", np.uint64), ("group", np.uint64)]
 )
-"""Regions whose bytes follow one another in a slot: ``struct flexkv_span``."""
+"""Regions of one layer group whose bytes follow one another in a slot: ``struct flexkv_span``."""
 
 assert REGION_DTYPE.itemsize == sizeof(flexkv_region) and SPAN_DTYPE.itemsize == sizeof(flexkv_span)
 
@@ -69,14 +69,14 @@ _left_behind = []
 """Memory and descriptors that a GPU which hangs may still touch; kept until the process ends."""
 
 
-def spans_of(regions, ranges):
-    """(n,) SPAN_DTYPE: a span for each ``(first, end)`` of ``ranges``."""
+def spans_of(regions, ranges, group=0):
+    """(n,) SPAN_DTYPE: a span of the layer group for each ``(first, end)`` of ``ranges``."""
     spans = np.zeros(len(ranges), dtype=SPAN_DTYPE)
     for span, (first, end) in zip(spans, ranges, strict=True):
         head, last = regions[first], regions[end - 1]
         span["first"], span["num_regions"], span["slot_offset"] = first, end - first, head["slot_offset"]
         span["bytes"] = last["slot_offset"] + last["chunk_bytes"] - head["slot_offset"]
-        span["max_chunk"] = regions["chunk_bytes"][first:end].max()
+        span["max_chunk"], span["group"] = regions["chunk_bytes"][first:end].max(), group
     return spans
 
 
@@ -95,13 +95,15 @@ cdef class DeviceAgent:
     Parameters
     ----------
     regions : ndarray of REGION_DTYPE
+    num_pages : sequence of int
+        Number of pages in each layer group.
     spans : ndarray of SPAN_DTYPE, optional
-        From ``layer_spans``, for layerwise loads.
-    num_pages : int
+        Default: one span of all regions.
+    saves, loads, layers : (int, int), optional
+        First span and number of spans that a save, a load and a layerwise load move; default: all spans.
     pool_fd, pool_bytes : int
         The host pool: a memfd, mapped whole.
-    slot_bytes, segment_offset : int
-        Where this rank's part of slot i is: ``i * slot_bytes + segment_offset``.
+    slot_bytes : int
     ring_fd, ring_bytes : int
         A memfd with the two rings, of ``ring_bytes`` each.
     submission_event_fd, completion_event_fd, socket_fd : int
@@ -125,17 +127,16 @@ cdef class DeviceAgent:
     cdef flexkv_pages at
     cdef Driver driver
     cdef int ended, socket_fd
-    cdef object regions, spans, signals
+    cdef object regions, spans, num_pages, signals
     cdef SharedMapping pool, rings
     cdef list fds
 
-    def __cinit__(self, *, regions, spans=None, uint64_t num_pages, int pool_fd, uint64_t pool_bytes,
-                  uint64_t slot_bytes, uint64_t segment_offset, int ring_fd, uint64_t ring_bytes,
-                  int submission_event_fd, int completion_event_fd, int socket_fd, bint keep_outcomes=True,
-                  Device device=None, uint64_t move_function=0, str strategy="auto", uint64_t window_bytes=0,
-                  uint32_t num_ctas=0, double rest_timeout_s=10.0):
+    def __cinit__(self, *, regions, num_pages, spans=None, saves=None, loads=None, layers=None, int pool_fd,
+                  uint64_t pool_bytes, uint64_t slot_bytes, int ring_fd, uint64_t ring_bytes, int submission_event_fd,
+                  int completion_event_fd, int socket_fd, bint keep_outcomes=True, Device device=None,
+                  uint64_t move_function=0, str strategy="auto", uint64_t window_bytes=0, uint32_t num_ctas=0,
+                  double rest_timeout_s=10.0):
         cdef flexkv_agent_options options
-        cdef uint8_t[::1] region_view, span_view
         cdef int rc
         self.agent = NULL
         self.cuda = NULL
@@ -151,20 +152,10 @@ cdef class DeviceAgent:
         finally:
             os.close(pool_fd)
             os.close(ring_fd)
-        self.regions = np.ascontiguousarray(regions, dtype=REGION_DTYPE).copy()
-        region_view = self.regions.view(np.uint8)
-        spans = spans_of(self.regions, [(0, len(self.regions))]) if spans is None else spans
-        self.spans = np.ascontiguousarray(spans, dtype=SPAN_DTYPE).copy()
-        span_view = self.spans.view(np.uint8)
         self.at.pool = self.pool.data
         self.at.slot_bytes = slot_bytes
         self.at.num_slots = pool_bytes // slot_bytes
-        self.at.segment_offset = segment_offset
-        self.at.regions = <const flexkv_region *>&region_view[0]
-        self.at.num_regions = len(self.regions)
-        self.at.spans = <const flexkv_span *>&span_view[0]
-        self.at.num_spans = len(self.spans)
-        self.at.num_pages = num_pages
+        self.set_tables(regions, spans, num_pages, saves, loads, layers)
         options.at = self.at
         options.backend = flexkv_host_backend
         if device is not None:
@@ -189,6 +180,27 @@ cdef class DeviceAgent:
             raise TransferError(f"the device agent did not start: {os.strerror(-rc)}")
         if self.cuda == NULL:
             flexkv_agent_report_usable(self.agent, self.at.num_slots)
+
+    cdef set_tables(self, regions, spans, num_pages, saves, loads, layers):
+        cdef uint8_t[::1] region_view, span_view
+        cdef uint64_t[::1] page_view
+        self.regions = np.ascontiguousarray(regions, dtype=REGION_DTYPE).copy()
+        spans = spans_of(self.regions, [(0, len(self.regions))]) if spans is None else spans
+        self.spans = np.ascontiguousarray(spans, dtype=SPAN_DTYPE).copy()
+        self.num_pages = np.array(num_pages, dtype=np.uint64)
+        region_view, span_view = self.regions.view(np.uint8), self.spans.view(np.uint8)
+        page_view = self.num_pages
+        self.at.regions, self.at.num_regions = <const flexkv_region *>&region_view[0], len(self.regions)
+        self.at.spans, self.at.num_spans = <const flexkv_span *>&span_view[0], len(self.spans)
+        self.at.num_pages, self.at.num_groups = &page_view[0], len(self.num_pages)
+        every = (0, len(self.spans))
+        first, count = loads or every
+        self.at.block_bytes = int(self.spans["bytes"][first : first + count].sum())
+        self.at.moves[<int>FLEXKV_H2D].first, self.at.moves[<int>FLEXKV_H2D].count = first, count
+        first, count = saves or every
+        self.at.moves[<int>FLEXKV_D2H].first, self.at.moves[<int>FLEXKV_D2H].count = first, count
+        first, count = layers or every
+        self.at.layers.first, self.at.layers.count = first, count
 
     cdef open_device(self, Device device, uint64_t move_function, str strategy, uint64_t window_bytes,
                      uint32_t num_ctas):
@@ -322,14 +334,16 @@ cdef class DeviceAgent:
             flexkv_agent_advance(self.agent, load_fence, save_fence)
 
     def take(self):
-        """The oldest outcome not taken yet: ``(task_id, kind, op_blocks, pages, ok)``, or None."""
+        """The oldest outcome not taken yet: ``(task_id, kind, op_blocks, pages, ok)``, or None. ``pages``: (n,) int32;
+        with several layer groups, (num_groups, n)."""
         cdef flexkv_outcome *outcome = flexkv_agent_take(self.agent) if self.agent != NULL else NULL
         if outcome == NULL:
             return None
-        pages = np.empty(outcome.count, dtype=np.int32)
+        pages = np.empty((outcome.groups, outcome.count), dtype=np.int32)
         ok = np.empty(outcome.count, dtype=np.bool_)
-        memcpy(<char *><size_t>pages.ctypes.data, outcome.pages, 4 * <size_t>outcome.count)
+        memcpy(<char *><size_t>pages.ctypes.data, outcome.pages, 4 * <size_t>outcome.count * outcome.groups)
         memcpy(<char *><size_t>ok.ctypes.data, outcome.ok, outcome.count)
+        pages = pages if outcome.groups > 1 else pages[0]
         result = (outcome.task_id, outcome.kind, outcome.op_blocks, pages, ok)
         free(outcome)
         return result
@@ -371,7 +385,8 @@ cdef class DeviceAgent:
         if rc:
             logger.error("the GPU does not finish its copies: memory that it may still touch stays allocated until "
                          "this process ends, on purpose")
-            _left_behind.append((self.pool, self.rings, self.regions, self.spans, self.signals, self.driver, self.fds))
+            _left_behind.append((self.pool, self.rings, self.regions, self.spans, self.num_pages, self.signals,
+                                 self.driver, self.fds))
             self.cuda = NULL
             self.fds = []
         if self.cuda != NULL:

@@ -65,6 +65,8 @@ cdef class ControllerRings:
     ----------
     data_bytes : int
         Data bytes of each ring; a power of two, at least 4096.
+    num_groups : int
+        Layer groups of the agent's rank.
 
     Attributes
     ----------
@@ -77,13 +79,15 @@ cdef class ControllerRings:
     """
     cdef readonly int fd, submission_event_fd, completion_event_fd
     cdef readonly Py_ssize_t ring_bytes, max_blocks
+    cdef uint32_t num_groups
     cdef SharedMapping memory
     cdef uint8_t *buffer
     cdef flexkv_ring submissions, completions
 
-    def __cinit__(self, Py_ssize_t data_bytes):
+    def __cinit__(self, Py_ssize_t data_bytes, uint32_t num_groups=1):
         self.fd = self.submission_event_fd = self.completion_event_fd = -1
         self.buffer = NULL
+        self.num_groups = num_groups
         if data_bytes < 4096 or data_bytes & (data_bytes - 1):
             raise ValueError(f"a ring of {data_bytes} bytes; give a power of two, at least 4096")
         self.ring_bytes = FLEXKV_RING_HEADER + data_bytes
@@ -107,7 +111,8 @@ cdef class ControllerRings:
         flexkv_ring_create(second, self.ring_bytes)
         flexkv_ring_attach(&self.submissions, first, self.ring_bytes, self.submission_event_fd)
         flexkv_ring_attach(&self.completions, second, self.ring_bytes, self.completion_event_fd)
-        self.max_blocks = (flexkv_ring_max_record(&self.submissions) // 4 - sizeof(flexkv_msg_op)) // 8
+        cdef Py_ssize_t data_bytes = flexkv_ring_max_record(&self.submissions) // 4 - sizeof(flexkv_msg_op)
+        self.max_blocks = data_bytes // (4 * (1 + self.num_groups))
 
     def __dealloc__(self):
         free(self.buffer)
@@ -122,9 +127,10 @@ cdef class ControllerRings:
     def push_op(self, uint64_t op_id, uint64_t task_id, int kind, uint64_t fence, const int32_t[::1] slots not None,
                 const int32_t[::1] pages not None, uint32_t op_blocks, uint32_t flags=0, uint32_t counter=0,
                 uint32_t outstanding=0):
-        """Give the agent an op on up to ``max_blocks`` blocks; False if the ring is full now. ``flags``: OpFlag;
-        ``counter``: whose eventfds signal the load's layers, from 1. ``outstanding``: ops that may be cancelled yet,
-        besides this one; the ring keeps room for their cancels.
+        """Give the agent an op on up to ``max_blocks`` blocks; False if the ring is full now. ``slots``: (n,);
+        ``pages``: (num_groups * n,), those of the first layer group first; -1: the block has no page in the group.
+        ``flags``: OpFlag; ``counter``: whose eventfds signal the load's layers, from 1. ``outstanding``: ops that may
+        be cancelled yet, besides this one; the ring keeps room for their cancels.
 
         Raises
         ------
@@ -133,15 +139,16 @@ cdef class ControllerRings:
         cdef flexkv_msg_op msg
         cdef flexkv_part parts[3]
         cdef uint32_t count = <uint32_t>slots.shape[0]
-        if pages.shape[0] != count or count == 0:
-            raise ValueError(f"{count} slots and {pages.shape[0]} pages")
+        if count == 0 or pages.shape[0] != <Py_ssize_t>count * self.num_groups:
+            raise ValueError(f"{count} slots and {pages.shape[0]} pages for {self.num_groups} layer groups")
         if count > self.max_blocks:
             raise ValueError(f"an op of {count} blocks, and at most {self.max_blocks} fit a record: split it")
         msg.op_id, msg.task_id, msg.fence, msg.kind = op_id, task_id, fence, kind
-        msg.count, msg.op_blocks, msg.flags, msg.counter, msg.pad = count, op_blocks, flags, counter, 0
+        msg.count, msg.op_blocks, msg.flags, msg.counter = count, op_blocks, flags, counter
+        msg.groups = self.num_groups
         parts[0].data, parts[0].size = &msg, sizeof(msg)
         parts[1].data, parts[1].size = &slots[0], 4 * count
-        parts[2].data, parts[2].size = &pages[0], 4 * count
+        parts[2].data, parts[2].size = &pages[0], 4 * count * self.num_groups
         return self.push(FLEXKV_MSG_OP, parts, 3, CANCEL_BYTES * (<uint64_t>outstanding + 2))
 
     def push_cancel(self, uint64_t op_id):

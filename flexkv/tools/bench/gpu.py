@@ -73,7 +73,7 @@ class Session:
             for _ in range(case.num_tensors)
         ]
         regions, num_pages, segment_bytes = regions_from_tensors([tensor_spec(layer) for layer in self.layers])
-        layout = SlotLayout.of([segment_bytes])
+        layout = SlotLayout.sharded([segment_bytes])
         num_slots = (2 if case.scattered_slots else 1) * case.num_blocks
         self.pool = HostPool(layout.slot_bytes, num_slots)
         populated = threading.Event()
@@ -84,8 +84,8 @@ class Session:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         device = load_driver().device(torch.cuda.current_device())
         self.agent = DeviceAgent(
-            regions=regions, num_pages=num_pages, pool_fd=os.dup(self.pool.fd), pool_bytes=self.pool.num_bytes,
-            slot_bytes=layout.slot_bytes, segment_offset=0, ring_fd=os.dup(self.rings.fd),
+            regions=regions, num_pages=[num_pages], pool_fd=os.dup(self.pool.fd), pool_bytes=self.pool.num_bytes,
+            slot_bytes=layout.slot_bytes, ring_fd=os.dup(self.rings.fd),
             ring_bytes=self.rings.ring_bytes, submission_event_fd=os.dup(self.rings.submission_event_fd),
             completion_event_fd=os.dup(self.rings.completion_event_fd), socket_fd=theirs.detach(), device=device,
             move_function=move_function(device), strategy=config.gpu_strategy,

@@ -25,7 +25,7 @@ logger = logging.getLogger("flexkv.transfer")
 
 @dataclass(eq=False, slots=True)
 class Flight:
-    """An op in progress on all ranks. A block is complete when every rank has reported it.
+    """An op in progress on the ranks that it concerns. A block is complete when each of them has reported it.
 
     Attributes
     ----------
@@ -90,6 +90,8 @@ class AgentLink:
     hello : Hello
     rings : ControllerRings
         Owned by the link.
+    writes : bool
+        Whether the rank writes a part of a slot; otherwise it only reads.
 
     Attributes
     ----------
@@ -101,10 +103,13 @@ class AgentLink:
         Called when the ring has no room for a message; ``flush`` must then be called until ``backlog`` is False.
     """
 
-    def __init__(self, connection: socket.socket, hello: Hello, rings: ControllerRings) -> None:
+    def __init__(
+        self, connection: socket.socket, hello: Hello, rings: ControllerRings, writes: bool = True
+    ) -> None:
         self.connection = connection
         self.hello = hello
         self.rings = rings
+        self.writes = writes
         self.process = PeerProcess(connection)
         self.said_farewell = False
         self.on_backlog: Callable[[], None] = lambda: None
@@ -159,6 +164,9 @@ class AgentLink:
         whole = len(part.indices) == len(op)
         src, dst = (op.src, op.dst) if whole else (op.src[part.indices], op.dst[part.indices])
         slots, pages = (src, dst) if loading else (dst, src)
+        if op.further_pages is not None:
+            further = op.further_pages if whole else op.further_pages[:, part.indices]
+            pages = np.concatenate([pages, further.ravel()])
         flags = part.flags | part.flight.cancelled * OpFlag.CANCELLED
         try:
             if not self.rings.push_op(

@@ -25,12 +25,15 @@ def _consecutive(indices: NDArray[np.intp]) -> bool:
 
 
 class DeviceExecutor(Executor):
-    """Moves blocks between host slots and the pages of all ranks of a data-parallel client.
+    """Moves blocks between host slots and the pages of the ranks of a data-parallel client.
+
+    A load concerns all ranks; a save concerns the ranks that write a part of a slot. If a rank that an op concerns is
+    missing, the op's blocks fail.
 
     Parameters
     ----------
     ranks_per_client : int
-        Number of agents that an op needs; if one is missing, its blocks fail.
+        Number of agents, connected or not.
     """
 
     kinds = frozenset({OpKind.D2H, OpKind.H2D})
@@ -40,10 +43,13 @@ class DeviceExecutor(Executor):
         self._links: dict[int, list[AgentLink]] = {}
         self._flights: dict[TransferOp, Flight] = {}
         self._part_ids = itertools.count(1)
+        self._readers: dict[int, set[tuple[int, int]]] = {}      # ranks that write nothing, by client
 
     def add(self, link: AgentLink) -> None:
         """Add an agent that has registered."""
         self._links.setdefault(link.hello.dp_client_id, []).append(link)
+        if not link.writes:                          # kept when the rank leaves: saves go on without it
+            self._readers.setdefault(link.hello.dp_client_id, set()).add((link.hello.pp_rank, link.hello.rank))
 
     def detach(self, link: AgentLink) -> None:
         """Send no more ops to an agent; parts that were not sent yet fail. Can be called again."""
@@ -58,19 +64,28 @@ class DeviceExecutor(Executor):
         return [link for links in list(self._links.values()) for link in links]     # also read without the lock
 
     def reached(self, op: TransferOp) -> bool:
-        """Whether every rank has finished the step of the op's fence, so that only the copies take time."""
+        """Whether every rank that the op concerns has finished the step of the op's fence, so that only the copies take
+        time."""
         if not op.fence or op.kind not in _LOADS | _SAVES:
             return True
-        links = self._links.get(op.dp_client_id, [])
+        links, _ = self._concerned(op)
         return all(link.rings.reached(op.kind in _LOADS) >= op.fence for link in links)
 
+    def _concerned(self, op: TransferOp) -> tuple[list[AgentLink], int]:
+        """Connected agents of the ranks that the op concerns, and the number of these ranks, connected or not."""
+        links, readers = self._links.get(op.dp_client_id, []), self._readers.get(op.dp_client_id)
+        if readers is None or op.kind in _LOADS:
+            return links, self._ranks
+        return [link for link in links if link.writes], self._ranks - len(readers)
+
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
-        links = [link for link in self._links.get(op.dp_client_id, ()) if link.healthy]
+        links, needed = self._concerned(op)
+        links = [link for link in links if link.healthy]
         flight = self._flights.get(op)
         if flight is None:
             flight = Flight(op, progress, np.zeros(len(op), np.int16), np.ones(len(op), np.bool_))
             self._flights[op] = flight
-        if sum(link.caught_up for link in links) < self._ranks:
+        if sum(link.caught_up for link in links) < needed:
             failed = op.is_lost = True
         first = int(indices[0]) if _consecutive(indices) else -1
         rows = slice(first, first + len(indices)) if first >= 0 else indices

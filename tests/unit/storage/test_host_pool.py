@@ -19,7 +19,6 @@ from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import CapacityError, RegistrationError
 from flexkv.rank.kv_layout import KVCacheLayout, KVCacheLayoutType
 from flexkv.storage.host_pool import HostPool
-from flexkv.storage.layout import SlotLayout
 from tests.support.harness import until
 
 
@@ -209,14 +208,7 @@ def test_memory_that_cannot_be_had_is_an_error() -> None:
             HostPool(4096, 16, hugepage_bytes=2 << 20)
 
 
-def test_slot_layout() -> None:
-    layout = SlotLayout.of([100, 5000, 64])
-    assert layout.segment_offsets == (0, 128, 5184)
-    assert layout.slot_bytes == 8192
-    with pytest.raises(RegistrationError):
-        SlotLayout.of([])
-    with pytest.raises(RegistrationError):
-        SlotLayout.of([4096, 0])
+def test_a_layout_of_upstream_is_checked() -> None:
     with pytest.raises(RegistrationError, match="num_head"):
         KVCacheLayout(KVCacheLayoutType.LAYERFIRST, 1, 1, 1, 0, 1)
 

@@ -156,6 +156,10 @@ def test_a_graph_must_be_in_order() -> None:
         TransferGraph(1, [])
     with pytest.raises(ValueError, match="must be equal"):
         TransferOp(OpKind.D2H, IDS, IDS[:2])
+    for wrong in (IDS, np.zeros((2, len(IDS) + 1), np.int32), np.zeros((0, len(IDS)), np.int32),
+                  np.full((1, len(IDS)), 1 << 31), np.zeros((1, len(IDS)))):
+        with pytest.raises(ValueError, match="further_pages"):
+            TransferOp(OpKind.D2H, IDS, IDS, further_pages=wrong)
     with pytest.raises(ValueError, match="must be equal"):
         Dependency(one, np.arange(2), np.arange(3))
     one.resolve(np.array([1]), True)

@@ -40,6 +40,19 @@ def test_what_never_fits_is_refused(rings: ControllerRings) -> None:
         rings.push_op(1, 1, 1, 0, IDS, IDS[1:], 8)
 
 
+def test_each_block_has_a_page_in_each_layer_group() -> None:
+    rings = ControllerRings(4096, 3)
+    assert rings.max_blocks == (2040 // 4 - 48) // 16
+    assert rings.push_op(1, 1, 1, 0, IDS, np.tile(IDS, 3), 8)
+    for groups in (1, 2, 4):
+        with pytest.raises(ValueError, match="pages for 3 layer groups"):
+            rings.push_op(1, 1, 1, 0, IDS, np.tile(IDS, groups), 8)
+    with open(f"/proc/self/fd/{rings.fd}", "rb", buffering=0) as memory:
+        memory.seek(RING_HEADER_BYTES + 8 + 44)
+        assert np.frombuffer(memory.read(4 + 4 * 32), dtype=np.int32).tolist() == [3, *[*range(8)] * 4]
+    rings.close()
+
+
 @pytest.mark.parametrize("size", [0, 100, 4097, 5000])
 def test_sizes_must_be_powers_of_two(size: int) -> None:
     with pytest.raises(ValueError, match="power of two"):

@@ -7,15 +7,20 @@ import pytest
 from numpy.typing import NDArray
 
 from flexkv.protocol.registration import Hello
-from flexkv.protocol.ring import OpKind
+from flexkv.protocol.ring import OpFlag, OpKind
 from flexkv.transfer.executors.agent_link import Part
 from flexkv.transfer.executors.device import DeviceExecutor, _consecutive
 from flexkv.transfer.graph import TransferOp
+from tests.support.harness import hello_of
 
 
 @dataclass
 class _Rings:
     max_blocks: int
+    fence: int = 0
+
+    def reached(self, load: bool) -> int:
+        return self.fence
 
 
 @dataclass(eq=False)
@@ -23,7 +28,8 @@ class _Link:
     """An agent that records the ops that it gets."""
 
     rings: _Rings
-    hello: Hello = field(default_factory=lambda: Hello(0, 0, 0, 1, 64, 64, bytes(16)))
+    hello: Hello = field(default_factory=hello_of)
+    writes: bool = True
     healthy: bool = True
     caught_up: bool = True
     parts: list[Part] = field(default_factory=list)
@@ -95,3 +101,43 @@ def test_no_results_are_no_progress() -> None:
 def test_consecutive(indices: list[int], expected: bool) -> None:
     """One more each time, and nothing else."""
     assert _consecutive(np.array(indices)) is expected
+
+
+def _executor(writes: list[bool]) -> tuple[DeviceExecutor, list[_Link]]:
+    executor = DeviceExecutor(len(writes))
+    links = [_Link(_Rings(7), hello_of(rank), writes=is_writer) for rank, is_writer in enumerate(writes)]
+    for link in links:
+        executor.add(link)              # type: ignore[arg-type]
+    return executor, links
+
+
+@pytest.mark.parametrize("kind", [OpKind.D2H, OpKind.H2D])
+@pytest.mark.parametrize("writes", [[True, True], [True, False], [False, True, False]])
+def test_a_save_concerns_the_ranks_that_write(kind: OpKind, writes: list[bool]) -> None:
+    """It completes without the others, connected or not; a load needs all."""
+    numbers = np.arange(3, dtype=np.int32)
+    for dead in [None, *range(len(writes))]:
+        executor, links = _executor(writes)
+        if dead is not None:
+            executor._links[0].remove(links[dead])      # type: ignore[arg-type]
+        op = TransferOp(kind, numbers, numbers)
+        executor.submit(op, np.arange(3), TransferOp.resolve)
+        concerned = [rank for rank, is_writer in enumerate(writes) if is_writer or kind is OpKind.H2D]
+        assert [rank for rank, link in enumerate(links) if link.parts] == [rank for rank in concerned if rank != dead]
+        for link in links:
+            for part in link.parts:
+                is_refused = bool(part.flags & OpFlag.CANCELLED)
+                assert is_refused == (dead in concerned)
+                part.flight.answer(part.rows(0, 3), np.full(3, not is_refused))
+        assert op.done
+        assert op.ok.all() == (dead not in concerned)
+        assert op.is_lost == (dead in concerned)
+
+
+def test_the_step_of_a_save_is_reached_when_the_ranks_that_write_have_done_it() -> None:
+    executor, links = _executor([True, False])
+    links[0].rings.fence, links[1].rings.fence = 5, 4
+    numbers = np.arange(1, dtype=np.int32)
+    for kind, fence, expected in ((OpKind.D2H, 5, True), (OpKind.H2D, 5, False), (OpKind.H2D, 4, True),
+                                  (OpKind.D2H, 6, False)):
+        assert executor.reached(TransferOp(kind, numbers, numbers, fence=fence)) is expected

@@ -1,0 +1,191 @@
+"""The KV memory of a rank: its tensors as segments of a slot, and the copies that its agent makes."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkv._core.device.agent import REGION_DTYPE, SPAN_DTYPE, spans_of
+from flexkv.errors import RegistrationError
+from flexkv.protocol.registration import (
+    DIGEST_BYTES,
+    MAX_LAYER_GROUPS,
+    MAX_SEGMENTS,
+    Placement,
+    SegmentClaim,
+    SegmentKind,
+)
+from flexkv.rank.regions import TensorSpec, clipped, layer_spans, regions_from_tensors
+from flexkv.rank.tensors import content_digest
+
+_LAYER_SPANS = 8
+"""Maximum number of parts of a layerwise load: compute starts after an eighth; copies stay large."""
+
+
+@dataclass(frozen=True)
+class CopyTable:
+    """The copies that an agent makes for a block, as parameters of ``DeviceAgent``.
+
+    Attributes
+    ----------
+    regions : (n,) REGION_DTYPE
+        The first ``num_load_regions`` are those of a load.
+    spans : (m,) SPAN_DTYPE
+    saves, loads, layers : (int, int)
+        First span and number of spans of a save, a load and a layerwise load.
+    span_of_layer : list of int
+        The span of layerwise loads with the last byte of each layer.
+    """
+
+    regions: NDArray[np.void]
+    num_load_regions: int
+    spans: NDArray[np.void]
+    saves: tuple[int, int]
+    loads: tuple[int, int]
+    layers: tuple[int, int]
+    span_of_layer: list[int]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tensors of one layer group in one segment; their bytes follow one another there."""
+
+    segment: int
+    group: int
+    tensors: list[int]
+    regions: NDArray[np.void]                        # offsets count from the start of the segment
+
+
+class RankMemory:
+    """The tensors of a rank, their layer groups, and the segments that hold their bytes.
+
+    Parameters
+    ----------
+    specs : sequence of TensorSpec
+    layers : sequence of int, optional
+        The layer of each tensor, from 0 and ascending; default: each tensor is a layer.
+    groups : sequence of int, optional
+        The layer group of each tensor, from 0; default: all are in one group.
+    copies : sequence of str or None, optional
+        For each tensor, the name of the copy that this rank shares with other ranks of its pipeline stage; None, the
+        default: the bytes of this rank alone. Tensors with the same name make one segment.
+
+    Attributes
+    ----------
+    num_pages : tuple of int
+        Number of pages in each layer group.
+    segments : tuple of SegmentClaim
+
+    Raises
+    ------
+    RegistrationError
+        The tensors cannot be divided into pages, or the parameters do not fit them.
+    """
+
+    def __init__(
+        self, specs: Sequence[TensorSpec], layers: Sequence[int] | None = None, groups: Sequence[int] | None = None,
+        copies: Sequence[str | None] | None = None,
+    ) -> None:
+        regions_from_tensors(specs[:1])              # refuses an empty list
+        self._specs = list(specs)
+        self.layers = list(range(len(specs)) if layers is None else layers)
+        self._groups = [0] * len(specs) if groups is None else list(groups)
+        names: list[str | None] = [None] * len(specs) if copies is None else list(copies)
+        for what, values in (("layers", self.layers), ("groups", self._groups), ("copies", names)):
+            if len(values) != len(specs):
+                raise RegistrationError(f"{len(values)} {what} for {len(specs)} tensors: give one for each tensor")
+        num_groups, segments = max(self._groups) + 1, list(dict.fromkeys(names))
+        is_numbered = set(self._groups) == set(range(num_groups))
+        if not is_numbered or num_groups > MAX_LAYER_GROUPS or len(segments) > MAX_SEGMENTS:
+            raise RegistrationError(
+                f"layer groups {sorted(set(self._groups))} in {len(segments)} segments: number the groups from 0 "
+                f"without gaps, at most {MAX_LAYER_GROUPS}, in at most {MAX_SEGMENTS} segments"
+            )
+        self._pieces: list[_Piece] = []
+        pages: dict[int, int] = {}
+        claims = []
+        for segment, name in enumerate(segments):
+            order: list[int] = []
+            size = 0
+            for group in range(num_groups):
+                tensors = [i for i in range(len(specs)) if names[i] == name and self._groups[i] == group]
+                if tensors:
+                    order, size = order + tensors, size + self._add_piece(segment, group, tensors, size, pages)
+            claims.append(self._claim(name, order, size))
+        self.num_pages = tuple(pages[group] for group in range(num_groups))
+        self.segments = tuple(claims)
+
+    def _add_piece(self, segment: int, group: int, tensors: list[int], offset: int, pages: dict[int, int]) -> int:
+        """Add the tensors of a layer group at ``offset`` of a segment; returns their bytes. ``pages``: the number of
+        pages of each group."""
+        regions, num_pages, num_bytes = regions_from_tensors([self._specs[i] for i in tensors])
+        if pages.setdefault(group, num_pages) != num_pages:
+            raise RegistrationError(
+                f"tensors of {pages[group]} and of {num_pages} pages in layer group {group}: all tensors of a group "
+                "must have as many pages"
+            )
+        self._pieces.append(_Piece(segment, group, tensors, _moved(regions, offset)))
+        return num_bytes
+
+    def _claim(self, name: str | None, tensors: Sequence[int], size: int) -> SegmentClaim:
+        """Declare the segment that holds ``tensors`` in this order."""
+        content, groups = content_digest([self._specs[i] for i in tensors]), [self._groups[i] for i in tensors]
+        if any(groups):
+            content = hashlib.sha256(content + bytes(groups)).digest()[:DIGEST_BYTES]
+        if name is None:
+            return SegmentClaim(SegmentKind.SHARD, size, content)
+        return SegmentClaim(
+            SegmentKind.REPLICA, size, content, hashlib.sha256(name.encode()).digest()[:DIGEST_BYTES]
+        )
+
+    def copy_table(self, placements: Sequence[Placement]) -> CopyTable:
+        """The copies for a slot in which segment i is at ``placements[i]``."""
+        regions = [_moved(piece.regions, placements[piece.segment].offset) for piece in self._pieces]
+        parts, saved_parts = list(regions), []
+        spans = _spans(regions, self._pieces, 0)
+        loads = layers = (0, len(spans))
+        span_of_layer = [0] * (max(self.layers) + 1)
+        if len(self._pieces) == 1:
+            spans, span_of_layer = layer_spans(regions[0], self._layer_bytes(), _LAYER_SPANS)
+            layers = (1, len(spans) - 1) if len(spans) > 1 else loads
+        else:
+            for span, piece in enumerate(self._pieces):
+                for tensor in piece.tensors:
+                    span_of_layer[self.layers[tensor]] = max(span, span_of_layer[self.layers[tensor]])
+        saves, num_load_regions = loads, sum(map(len, regions))
+        if any((place.write_start, place.write_stop) != (0, place.segment_bytes) for place in placements):
+            for piece, table in zip(self._pieces, regions, strict=True):
+                place = placements[piece.segment]
+                saved_parts.append(clipped(table, place.offset + place.write_start, place.offset + place.write_stop))
+            saved = _spans(saved_parts, self._pieces, num_load_regions)
+            saves, spans = (len(spans), len(saved)), np.concatenate([spans, saved])
+        return CopyTable(
+            np.concatenate(parts + saved_parts), num_load_regions, spans, saves, loads, layers, span_of_layer
+        )
+
+    def _layer_bytes(self) -> list[int]:
+        """Bytes of a block in each layer."""
+        sizes = [0] * (max(self.layers) + 1)
+        for layer, spec in zip(self.layers, self._specs, strict=True):
+            sizes[layer] += regions_from_tensors([spec])[2]
+        return sizes
+
+
+def _moved(regions: NDArray[np.void], offset: int) -> NDArray[np.void]:
+    moved = regions.copy()
+    moved["slot_offset"] += np.uint64(offset)
+    return moved
+
+
+def _spans(tables: Sequence[NDArray[np.void]], pieces: Sequence[_Piece], first: int) -> NDArray[np.void]:
+    """A span for each table of regions that is not empty. ``first``: the number of regions before them."""
+    spans = [np.empty(0, dtype=SPAN_DTYPE)]
+    for piece, table in zip(pieces, tables, strict=True):
+        if len(table):
+            span = spans_of(np.ascontiguousarray(table, dtype=REGION_DTYPE), [(0, len(table))], piece.group)
+            span["first"] += first
+            spans.append(span)
+        first += len(table)
+    return np.concatenate(spans)
