@@ -12,7 +12,8 @@ from flexkv._core.device.agent import DeviceAgent
 from flexkv._core.device.ring import FAREWELL, RING_HEADER_BYTES, ControllerRings
 from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import TransferError
-from flexkv.rank.regions import regions_from_tensors
+from flexkv.protocol.registration import Placement
+from flexkv.rank.memory import RankMemory
 from flexkv.rank.tp_client import KVTPClient
 from tests.fuzz.rounds import Leaks, mutated, rounds
 from tests.support.harness import (
@@ -26,7 +27,7 @@ from tests.support.harness import (
     wait_ready,
 )
 
-SLOT, SLOTS, DATA = 8192, 16, 4096
+SLOT, SLOTS, DATA, GROUPS = 8192, 16, 4096, 2
 TAIL_AT = 128
 """Offset of the producer's position in a ring."""
 
@@ -38,10 +39,12 @@ def records(rng: random.Random) -> bytes:
         count = rng.choice([0, 1, 1, 2, 5, 30, 1 << 31])
         length = min(count, 40)
         wild = [-(1 << 31), -2, -1, SLOTS, 1 << 20, (1 << 31) - 1]
-        numbers = [rng.choice(wild) if rng.random() < 0.2 else rng.randrange(SLOTS) for _ in range(2 * length)]
+        groups = rng.choice([GROUPS, GROUPS, GROUPS, 0, 1, 3, 1 << 31])
+        many = length * (1 + min(groups, 3))
+        numbers = [rng.choice(wild) if rng.random() < 0.2 else rng.randrange(SLOTS) for _ in range(many)]
         op = np.array([rng.randrange(8), rng.randrange(4), rng.choice([0, 0, 0, 1, 1 << 63])], np.uint64).tobytes()
         op += np.array([rng.choice([1, 2, 2, 0, 7]), count, rng.choice([count, 0, 1 << 31]), rng.randrange(16),
-                        rng.choice([0, 0, 1, 1 << 31]), 0], dtype=np.uint32).tobytes()
+                        rng.choice([0, 0, 1, 1 << 31]), groups], dtype=np.uint32).tobytes()
         op += np.array(numbers, dtype=np.int32).tobytes()
         kind, payload = rng.choice([(1, op), (1, op), (1, op), (2, op[:8]), (rng.getrandbits(32), op)])
         if rng.random() < 0.1:
@@ -61,10 +64,12 @@ def give(rings: ControllerRings, ring: int, data: bytes, tail: int) -> None:
 
 def play_agent(rng: random.Random, tensors: Tensors) -> None:
     rings, (ours, theirs) = ControllerRings(DATA), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    regions, num_pages, _ = regions_from_tensors(tensors.specs())
+    memory = RankMemory(tensors.specs(), groups=[0, 1, 0])
+    table = memory.copy_table([Placement(0, memory.segments[0].segment_bytes, 0, rng.choice([0, 64, 6144]))])
     agent = DeviceAgent(
-        regions=regions, num_pages=num_pages, pool_fd=sealed_memfd("pool", SLOT * SLOTS), pool_bytes=SLOT * SLOTS,
-        slot_bytes=SLOT, segment_offset=0, ring_fd=os.dup(rings.fd), ring_bytes=rings.ring_bytes,
+        regions=table.regions, num_pages=memory.num_pages, spans=table.spans, saves=table.saves, loads=table.loads,
+        layers=table.layers, pool_fd=sealed_memfd("pool", SLOT * SLOTS), pool_bytes=SLOT * SLOTS,
+        slot_bytes=SLOT, ring_fd=os.dup(rings.fd), ring_bytes=rings.ring_bytes,
         submission_event_fd=os.dup(rings.submission_event_fd), completion_event_fd=os.dup(rings.completion_event_fd),
         socket_fd=theirs.detach(),
     )

@@ -16,13 +16,16 @@ import pytest
 
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import FlexKVError, PinError
-from flexkv.protocol.registration import Hello, Welcome, pack_refusal
+from flexkv.protocol.registration import Placement, SegmentClaim, SegmentKind, Welcome, pack_refusal
 from flexkv.protocol.requests import ask
 from flexkv.rank.handshake import join_controller
 from tests.fuzz.rounds import Leaks, mutated, rounds
-from tests.support.harness import controller_of, local, make_manager, mapping, tokens_of, until
+from tests.support.harness import controller_of, hello_of, local, make_manager, mapping, tokens_of, until
 
-HELLO = Hello(0, 0, 1, 1, 10, 1024, bytes(16)).pack()
+HELLO = hello_of(1).pack()
+SHARED = hello_of(1, num_pages=(10, 20), segments=(
+    SegmentClaim(SegmentKind.SHARD, 1024, bytes(16)), SegmentClaim(SegmentKind.REPLICA, 64, bytes(16), b"x" * 16),
+)).pack()
 REQUESTS = [
     {"command": "pins"}, {"command": "unpin", "name": "p"}, {"command": "pins", "after": "p"},
     {"command": "pin", "name": "p", "namespace": ["salt", "x"], "num_tokens": 8},
@@ -74,7 +77,7 @@ def random_message(rng: random.Random) -> bytes:
         case 0:
             return rng.randbytes(rng.randrange(2100))
         case 1:
-            return mutated(rng, HELLO)
+            return mutated(rng, rng.choice([HELLO, SHARED]))
         case 2:
             request = dict(rng.choice(REQUESTS))
             wrong = [None, -1, 1 << 70, "x" * 500, [1], {}, "\ud800", [["a"]]]
@@ -122,8 +125,8 @@ class Controller:
 def test_the_ranks_end_of_the_handshake(tmp_path: Path) -> None:
     leaks = Leaks()
     controller = Controller(tmp_path / "s")
-    hello = Hello(0, 0, 0, os.getpid(), 10, 1024, bytes(16))
-    welcome = Welcome(1 << 20, 4096, 0, 1024, 256 + 4096).pack()
+    hello = hello_of(pid=os.getpid())
+    welcome = Welcome(1 << 20, 4096, 256 + 4096, (Placement(0, 1024, 0, 1024),)).pack()
     for rng in rounds():
         for _ in range(20):
             message = rng.choice([rng.randbytes(rng.randrange(2100)), mutated(rng, welcome), welcome,
@@ -163,7 +166,8 @@ def test_a_controller_without_ranks(tmp_path: Path) -> None:
         path = tmp_path / f"s{rng.getrandbits(32)}"
         manager = make_manager(path, 8, handshake_timeout_s=0.5)
         for _ in range(10):
-            say(path, rng, mutated(rng, HELLO) if rng.random() < 0.8 else HELLO)
+            hello = rng.choice([hello_of(), hello_of(1)]).pack() if rng.random() < 0.5 else SHARED
+            say(path, rng, mutated(rng, hello) if rng.random() < 0.8 else hello)
         assert controller_of(manager)._transfer.in_service
         manager.shutdown()
     leaks.check(until)
