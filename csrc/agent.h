@@ -93,8 +93,8 @@ struct flexkv_pages {             /* the memory that a backend copies between */
 struct flexkv_backend {
     int (*attach)(void *context); /* first call on the thread: 0, or negative errno; may be NULL */
     /* Start to move a span of the first blocks of an op with this fence, at most `count`. Slots and pages must be in
-     * range; the pages are those of the span's layer group. Returns the number of blocks; 0: no room now, call again when
-     * a window has ended; or negative errno: none of these blocks is under way. */
+     * range; the pages are those of the span's layer group. Returns the number of blocks; 0: no room now, call again
+     * when a window has ended; or negative errno: none of these blocks is under way. */
     int (*start)(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence, uint32_t span,
                  const int32_t *slots, const int32_t *pages, uint32_t count);
     /* Mark the loads of the span that were started until now: flexkv_agent_wait_span returns for them. May be NULL. */
