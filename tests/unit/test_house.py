@@ -146,6 +146,14 @@ def test_every_folder_of_the_package_has_a_layer() -> None:
     assert names - {"__init__"} <= set(LEVEL)
 
 
+def test_every_enumerator_of_native_code_is_an_int() -> None:
+    """Else GCC 13 gives its whole enumeration an unsigned type, as C23 says, and ``node > ROOT`` holds for node -1."""
+    for path in [*NATIVE, *(PACKAGE / "_core").rglob("*.pxd")]:
+        for body in re.findall(r"^(?:cdef|ctypedef) enum.*:\n((?:[ \t]+.*\n|\n)+)", path.read_text(), re.MULTILINE):
+            for value in re.findall(r"= *(-?(?:0x[0-9a-fA-F]+|[0-9]+))", body):
+                assert -(1 << 31) <= int(value, 0) < 1 << 31, (path, value)
+
+
 def test_only_the_config_reads_the_environment() -> None:
     for path in SOURCES + NATIVE:
         if re.search(r"\benviron\b|\bgetenv\b", path.read_text()):

@@ -30,7 +30,6 @@ INT8, INT32 = np.dtype(np.int8), np.dtype(np.int32)      # an array is made soon
 
 cdef enum:
     ROOT = 0
-    MAX_REFERENCES = 0xffffffff
 
 (REASON_FULL_HIT, REASON_NOT_READY, REASON_NEVER_SEEN, REASON_EVICTED, REASON_FAILED, REASON_EXPIRED,
  REASON_OVER_QUOTA, REASON_NOT_ADMITTED) = range(8)              # the numbers of nodes.pxd
@@ -394,7 +393,7 @@ cdef class RadixTree:
                     references = self.store.references_of(p)
                     for i in range(max(start - pos, 0), m):
                         if not apply:
-                            bad |= references[i] == (<uint32_t>MAX_REFERENCES if delta > 0 else 0)
+                            bad |= references[i] == (~<uint32_t>0 if delta > 0 else 0)
                         else:
                             p.referenced -= references[i] > 0
                             references[i] += <uint32_t>delta

@@ -39,3 +39,13 @@ def test_slots_by_position() -> None:
         by_position(5, blocks, slots[:1])
     with pytest.raises(ValueError, match="not as many to choose from"):
         by_position(5, blocks, slots, np.ones(3, dtype=np.bool_))
+
+
+def test_a_sequence_of_which_nothing_is_in_the_tree() -> None:
+    tree = RadixTree(64)
+    keys = np.arange(1, 41, dtype=np.uint64).reshape(20, 2)
+    assert tree.tenant_of(keys) == tree.tenant_of(keys[:0]) == 0
+    tree.insert(keys, np.arange(20, dtype=np.int32), 0, 1.0)
+    assert tree.tenant_of(keys[1:]) == 0                   # no node begins there
+    tree.drop(keys, np.arange(20, dtype=np.int32), 0)
+    assert tree.tenant_of(keys) == 0
