@@ -7,19 +7,29 @@ from flexkv._core.index.radix import Match, RadixTree
 from flexkv.cache.lower_tier import LowerTier, absent_blocks
 from flexkv.cache.plan import DEVICE, Move
 from flexkv.cache.sources import Sources
+from flexkv.cache.tier import HOST
+
+
+def direct_blocks(lower: list[LowerTier], match: Match, found: Sources) -> NDArray[np.int8]:
+    """(k,) int8: for each block of ``found.slow``, the number of the lower tier that reads it straight to DEVICE; HOST:
+    a promotion reads it. A block is read directly if no promotion reads it yet, and its tier loads directly."""
+    direct = np.full(len(found.slow), HOST, dtype=np.int8)
+    for tier in lower:
+        if tier.loads_directly:
+            direct[(found.slots[found.slow] < 0) & (match.tiers[found.slow] == tier.number)] = tier.number
+    return direct
 
 
 def direct_gets(
-    tree: RadixTree, lower: list[LowerTier], keys: NDArray[np.uint64], match: Match, found: Sources
+    tree: RadixTree, lower: list[LowerTier], keys: NDArray[np.uint64], match: Match, found: Sources,
+    direct: NDArray[np.int8],
 ) -> tuple[Move, ...]:
-    """Plan direct reads of the blocks of ``found`` that are on a lower tier alone, which loads directly, and that no
-    promotion reads. They are removed from ``found.slow``."""
+    """Plan the direct reads of the blocks before ``found.stop``; ``direct``: as ``direct_blocks`` returned it."""
     moves: list[Move] = []
+    if not direct.any():
+        return ()
     for tier in lower:
-        if len(found.slow) == 0 or not tier.loads_directly:
-            continue
-        mine = (found.slots[found.slow] < 0) & (match.tiers[found.slow] == tier.number)
-        blocks, found.slow = found.slow[mine], found.slow[~mine]
+        blocks = found.slow[(direct == tier.number) & (found.slow < found.stop)]
         if len(blocks):
             move = Move(
                 keys[: blocks[-1] + 1], blocks.astype(np.int32), tree, tier.number, DEVICE, match.slots[blocks]

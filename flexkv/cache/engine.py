@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flexkv._core.index.radix import Match, RadixTree
 from flexkv._core.index.slots import SlotAllocator
 from flexkv.cache.admission.load_or_compute import LoadOrCompute
-from flexkv.cache.direct import direct_gets
+from flexkv.cache.direct import direct_blocks, direct_gets
 from flexkv.cache.lower_tier import LowerTier, TierService
 from flexkv.cache.pins import Pins
 from flexkv.cache.plan import DEVICE, GetPlan, MatchResult, Move, PutPlan
@@ -150,17 +150,14 @@ class GlobalCacheEngine:
             except MemoryError:                  # CapacityError is one
                 found.abandon(start)
             moves: tuple[Move, ...] = ()
-            joins = len(found.slow) > 0
-            if joins:
-                moves = direct_gets(self._tree, self._lower, keys, match, found)
-            if len(found.slow):
-                short, promotions = self._promotions.begin(
-                    self._tree, keys, match, found.slots, found.slow, tenant, now
-                )
-                moves = (*promotions, *moves)
-                if short < found.stop:
-                    self._tree.release(keys, short, found.stop)
-                    found.end(short, MissReason.NO_ROOM)
+            if joins := len(found.slow) > 0:
+                direct = direct_blocks(self._lower, match, found)
+                if len(slow := found.slow[direct == HOST]):
+                    short, moves = self._promotions.begin(self._tree, keys, match, found.slots, slow, tenant, now)
+                    if short < found.stop:
+                        self._tree.release(keys, short, found.stop)
+                        found.end(short, MissReason.NO_ROOM)
+                moves = (*moves, *direct_gets(self._tree, self._lower, keys, match, found, direct))
             keys, slots = keys[: found.stop], found.slots[start : found.stop]
             self._use(keys, now, tenant)
             plan = GetPlan(
