@@ -1,5 +1,6 @@
 """A tier below host memory, as the index sees it."""
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,9 @@ from flexkv.cache.plan import Move
 from flexkv.cache.quotas import Quotas
 from flexkv.cache.tier import HOST, MakePolicy, Tier
 from flexkv.errors import CapacityError
-from flexkv.storage.store import Slots
+from flexkv.storage.store import Slots, differ
+
+logger = logging.getLogger("flexkv.cache")
 
 
 def _never() -> bool:
@@ -139,9 +142,9 @@ class LowerTier(Tier):
 
     def altered(self, move: Move) -> NDArray[np.bool_]:
         """(m,) bool: blocks of a move from this tier of which the store has another checksum than the index."""
-        if self.service is None:
+        if self.service is None or move.read is None:
             return np.zeros(len(move), dtype=np.bool_)
-        return np.asarray(self.service.checksums(move.src) != move.checksums)
+        return differ(self.service.checksums(move.src), move.checksums)
 
     def plan_read(self, move: Move) -> None:
         """Note that a move from this tier was planned. The slots of its blocks are not reused before ``end_read``, even
@@ -157,14 +160,17 @@ class LowerTier(Tier):
             self.service.cost.read_began()
 
     def end_read(self, move: Move, num_read: int, lost: NDArray[np.bool_]) -> None:
-        """End a move, of which ``num_read`` blocks were read: ``lost`` blocks ((m,) bool) become absent on the tier,
-        except blocks that another read dropped already."""
+        """End a move, of which ``num_read`` blocks were read: ``lost`` blocks ((m,) bool) and altered blocks become
+        absent on the tier, except blocks that another read dropped already."""
         if self.service is not None and move.is_reading:
             move.is_reading = False
             self.service.cost.read_ended(num_read)
         self._reads.discard(move)
         if move.read is not None:                      # else the move has ended
-            self.drop(move, lost)
+            if (altered := self.altered(move)).any():
+                self.num_altered += int(altered.sum())
+                logger.error("%d blocks of tier %d are not those that were written there", altered.sum(), self.number)
+            self.drop(move, lost | altered)
             move.read = None
         self.release(move)
 

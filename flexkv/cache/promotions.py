@@ -1,7 +1,6 @@
 """Promotions: moves of blocks from lower tiers to host slots, for gets."""
 
 import itertools
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,6 @@ from flexkv._core.index.radix import Match, RadixTree
 from flexkv.cache.lower_tier import LowerTier
 from flexkv.cache.plan import GetPlan, Join, Move
 from flexkv.cache.tier import HOST, Tier
-
-logger = logging.getLogger("flexkv.cache")
 
 
 @dataclass(slots=True, eq=False)
@@ -95,19 +92,10 @@ class Promotions:
             self._host.release(move)
         else:
             self._remove(move, now)
-            ok = ok & ~self._verify(move, ok)
+            ok = ok & ~self._lower[move.source - 1].altered(move)
             self._host.end_writing(move, ok)
         self._lower[move.source - 1].end_read(move, int(ok.sum()), ~ok if lost is None else lost)
         move.tree.release(move.keys, int(move.blocks[0]), len(move.keys))
-
-    def _verify(self, move: Move, ok: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """(m,) bool: blocks that were read but are not those of the index, by their checksums."""
-        tier = self._lower[move.source - 1]
-        altered = ok & tier.altered(move)
-        if altered.any():
-            tier.num_altered += int(altered.sum())
-            logger.error("%d blocks of tier %d are not those that were written there", altered.sum(), move.source)
-        return altered
 
     def abandon_overdue(self, now: float) -> None:
         """Evict the blocks of promotions that hang (``TierService.read_deadline_s``) from both tiers, so that they can

@@ -98,7 +98,8 @@ class Tiering:
             promotions = plan.to(HOST)
             for move in promotions:
                 self._promotions[move.move_id] = TransferOp(
-                    OpKind.STORE2H, move.src, move.dst, keys=move.keys[move.blocks], tier=move.source
+                    OpKind.STORE2H, move.src, move.dst, keys=move.keys[move.blocks], tier=move.source,
+                    checksums=move.checksums,
                 )
             needs = tuple(Dependency(self._promotions[join.move_id], join.mine, join.theirs) for join in plan.joins)
             ops = [self._promotions[move.move_id] for move in promotions]

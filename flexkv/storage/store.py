@@ -181,6 +181,12 @@ class Store(ABC):
         return np.ones(len(slots), dtype=np.bool_)
 
 
+def differ(found: NDArray[np.uint64], expected: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """(n,) bool: blocks with two different checksums ((n,) uint64 each). A checksum of 0 is unknown, and differs from
+    none."""
+    return np.asarray((found != expected) & (found != 0) & (expected != 0))
+
+
 MakeStore = Callable[[CacheConfig, int, bytes, object], Store]
 """``make_store(config, slot_bytes, domain, memory)``; ``memory`` is a writable buffer of the host slots."""
 

@@ -130,6 +130,8 @@ class TransferOp:
     further_pages : (num_groups - 1, n) int32, optional
         Pages in the layer groups after the first, whose pages are in ``src`` or ``dst``. -1: the block has no page in
         the group, and its bytes of the group are not moved. A block without a page in any group fails.
+    checksums : (n,) uint64, optional
+        Of a read from a lower tier: the expected checksums of the blocks. A block of another checksum fails.
 
     Attributes
     ----------
@@ -164,6 +166,7 @@ class TransferOp:
         parents: NDArray[np.uint64] | None = None,
         tier: int = 0,
         further_pages: NDArray[np.int32] | None = None,
+        checksums: NDArray[np.uint64] | None = None,
     ) -> None:
         if len(src) != len(dst) or len(src) == 0:
             raise ValueError(f"{len(src)} sources, {len(dst)} destinations: the numbers must be equal, and at least 1")
@@ -179,6 +182,7 @@ class TransferOp:
         self.keys = keys
         self.parents = parents
         self.further_pages = None if further_pages is None else _further(further_pages, len(src))
+        self.checksums = checksums
         self.dependents: list[tuple[TransferOp, Dependency]] = []
         self.followers: list[TransferOp] = []
         self.unmet = 0

@@ -49,7 +49,10 @@ def _direct_op(move: Move, pages: NDArray[np.int32], fence: int, after: Sequence
     """Moves blocks between a lower tier and ``pages`` ((m,) int32)."""
     keys = move.keys[move.blocks]
     if move.target == DEVICE:
-        return TransferOp(OpKind.STORE2D, move.src, pages, fence=fence, after=after, keys=keys, tier=move.source)
+        return TransferOp(
+            OpKind.STORE2D, move.src, pages, fence=fence, after=after, keys=keys, tier=move.source,
+            checksums=move.checksums,
+        )
     return TransferOp(
         OpKind.D2STORE, pages, move.dst, fence=fence, after=after, keys=keys, parents=move.parents, tier=move.target
     )

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.protocol.ring import OpKind
-from flexkv.storage.store import Store
+from flexkv.storage.store import Store, differ
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.graph import OpStatus, TransferOp
 
@@ -68,11 +68,18 @@ class StoreExecutor(Executor):
         results = self._store.results()
         for job, which, ok in results:
             op, indices, progress = self._jobs[job]
-            progress(op, indices[which], np.asarray(ok))
+            where = indices[which]
+            progress(op, where, np.asarray(ok) & ~self._altered(op, where))
             self._left[job] -= len(which)
             if self._left[job] == 0:
                 del self._jobs[job], self._left[job]
         return bool(results)
+
+    def _altered(self, op: TransferOp, where: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """(k,) bool: blocks of a read of which the store has another checksum than the op."""
+        if op.checksums is None:
+            return np.zeros(len(where), dtype=np.bool_)
+        return differ(self._store.checksums(op.src[where]), op.checksums[where])
 
     def abandon(self) -> None:
         self._abandoned = True

@@ -230,8 +230,8 @@ def test_a_block_that_is_not_the_one_that_was_written_is_a_miss(tmp_path: Path, 
             check_miss(made)
 
 
-def replace_one(made: Stage, disk: Disk) -> None:
-    key = made.keys(3, 1)[1].tobytes()
+def replace_one(made: Stage, disk: Disk, num_blocks: int = 3) -> None:
+    key = made.keys(num_blocks, 1)[1].tobytes()
     slot = next(slot for slot, record in disk.records.items() if record.key == key)
     record = disk.records[slot]
     disk.records[slot] = replace(record, content=bytes([record.content[0] ^ 1]) + record.content[1:])
@@ -245,3 +245,26 @@ def check_miss(made: Stage) -> None:
     made.settle()
     assert made.ready(3, 1) == 1
     assert made.manager.stats()["ssd_altered_blocks"] == 1
+
+
+def test_a_get_that_ends_before_the_promotion_does_not_deliver_another_block(tmp_path: Path) -> None:
+    disk = Disk()
+    with stage(tmp_path, disk) as made:
+        made.put(4, 1)
+        made.flood()
+        replace_one(made, disk, 4)
+        made.store.held = True
+        first = made.start_get(4, 1, 40)
+        until(lambda: made.store.num_waiting == 4)
+        made.store.release(3)                                         # the last block of the promotion is not read yet
+        keys, pages = made.keys(4, 1)[:3], np.arange(32, 35, dtype=np.int32)
+        second = made.manager.blocks.get_blocks(keys, 0, pages)
+        response = made.manager.wait(second)[second]
+        made.store.release()
+        assert response.status is Status.FAILED
+        assert response.return_mask is None or not response.return_mask[TOKENS : 2 * TOKENS].any()
+        assert made.manager.wait(first)[first].status is Status.FAILED
+        made.settle()
+        stats = made.manager.stats()
+        assert stats["ssd_altered_blocks"] == 1
+        assert stats["stale_results"] == 0
