@@ -268,6 +268,11 @@ class GlobalCacheEngine:
                 return None
             return plan_write_back(self._tree, self._host, below, keys, limit, self._tick())
 
+    def erased(self, move: Move) -> None:
+        """The slots ``move.to_erase`` of a write-back that has ended were erased; they can be used again."""
+        with self._lock:
+            self._tiers[move.target].release(move)
+
     def attach(
         self, tier: int, service: TierService, chains: Iterable[tuple[NDArray[np.uint64], NDArray[np.int32]]] = ()
     ) -> bool:

@@ -137,8 +137,11 @@ class LowerTier(Tier):
     def differing(self, move: Move) -> NDArray[np.bool_]:
         """(m,) bool: blocks of a write-back whose bytes, as this tier has computed their checksum, are not those that
         the source had."""
-        found = self._checksums_of(move)
-        return np.asarray((found != move.checksums) & (found != 0) & (move.checksums != 0))
+        differs = differ(self._checksums_of(move), move.checksums)
+        if move.filled is None:                        # the move has ended
+            return np.zeros_like(differs)
+        freed = self.slots.changed(move.dst, move.filled)
+        return differs if freed is None else differs & ~freed
 
     def altered(self, move: Move) -> NDArray[np.bool_]:
         """(m,) bool: blocks of a move from this tier of which the store has another checksum than the index."""

@@ -78,6 +78,8 @@ class Move:
         Its blocks were evicted because it took too long; its slots are in limbo until it has ended.
     is_reading : bool
         The cost model of the source was informed that this read has begun.
+    to_erase : (k,) int32
+        Slots on the target that must be erased and then reported to ``erased``: they hold altered bytes.
     filled : (m,) uint32 or None
         Generations of ``dst``; None: there are none, or the move has ended.
     read : (m,) uint32 or None
@@ -95,6 +97,7 @@ class Move:
     is_reading: bool = False
     is_abandoned: bool = False
     checksums: NDArray[np.uint64] = field(default_factory=lambda: NO_CHECKSUMS)
+    to_erase: NDArray[np.int32] = field(default_factory=lambda: NO_SLOTS)
     filled: Generations = field(default=None, init=False)
     read: Generations = field(default=None, init=False)
 

@@ -143,7 +143,7 @@ class Tier:
 
     def end_writing(self, move: Move, ok: NDArray[np.bool_]) -> None:
         """Make the blocks of a move to this tier that are ``ok`` ready, and the others absent. A result for slots that
-        were freed meanwhile is refused."""
+        were freed meanwhile is refused. Slots that must be erased are not freed."""
         # This holds after a reset too: the retired tree offers no block, and frees a slot once no plan reads it.
         stale = self.stale.find(self.slots, move.dst, move.filled, "write")
         move.filled = None                           # a second result of this move is refused
@@ -153,7 +153,7 @@ class Tier:
             move.tree.set_ready(move.keys, move.by_position(move.dst, ok), self.number)
         if failed.any():
             move.tree.drop(move.keys, move.by_position(move.dst, failed), self.number, failed=True)
-            self.slots.free(move.dst[failed])
+            self.slots.free(np.setdiff1d(move.dst[failed], move.to_erase, assume_unique=True))
 
     def set_checksums(self, slots: NDArray[np.int32], checksums: NDArray[np.uint64]) -> None:
         """Note the checksums ((n,) uint64) of the blocks in slots ((n,) int32)."""

@@ -43,18 +43,25 @@ def plan_write_back(
 
 def end_write_back(move: Move, host: Tier, tier: LowerTier, written: NDArray[np.bool_]) -> None:
     """End a write-back: ``written`` blocks ((m,) bool) become ready on the lower tier, the others absent there. A block
-    whose host slot was freed meanwhile counts as not written. A second result is refused."""
+    whose host slot was freed meanwhile counts as not written. A second result is refused.
+
+    Blocks whose bytes have changed become absent on both tiers. The store has recorded them: their slots there are
+    ``move.to_erase``, and stay in limbo until ``GlobalCacheEngine.erased``."""
     if host.stale.has_ended(move.read, move.src, "write-back"):
         return
     stale = host.stale.find(host.slots, move.src, move.read, "write-back")
     move.read = None
     written = written if stale is None else written & ~stale
+    move.checksums = host.checksums[move.src]          # a write-back to another tier may have computed them meanwhile
     differs = written & tier.differing(move)
-    tier.end_writing(move, written & ~differs)
     if differs.any():
+        move.to_erase = move.dst[differs]
+        tier.limbo.hold(move.to_erase, [move])
         _drop_altered(move, host, differs)
-    elif written.any():
-        host.checksums[move.src[written]] = tier.checksums[move.dst[written]]
+    tier.end_writing(move, written & ~differs)
+    found = tier.checksums[move.dst]
+    known = written & ~differs & (found != 0)
+    host.checksums[move.src[known]] = found[known]
     move.tree.release(move.keys, int(move.blocks[0]), len(move.keys))
 
 
@@ -62,7 +69,6 @@ def _drop_altered(move: Move, host: Tier, altered: NDArray[np.bool_]) -> None:
     """Blocks whose bytes changed in host memory become absent there. Their slots are not used again: the memory is at
     fault, or something writes to it that should not."""
     slots = move.src[altered]
-    host.num_altered += len(slots)
+    host.num_altered += move.tree.drop(move.keys, move.by_position(move.src, altered), HOST, failed=True)
     logger.error("host slots %s: their bytes have changed; the slots are not used again", slots[:4].tolist())
-    move.tree.drop(move.keys, move.by_position(move.src, altered), HOST, failed=True)
     host.limbo.hold(slots, ["altered bytes"])

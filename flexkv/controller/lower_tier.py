@@ -14,6 +14,7 @@ from flexkv.cache.early_traffic import EarlyTraffic
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import Move, PutPlan
 from flexkv.config import CacheConfig
+from flexkv.controller.tasks.erasure import erase
 from flexkv.controller.tier_startup import index_blocks, open_store, write_back_to
 from flexkv.errors import FlexKVError
 from flexkv.protocol.ring import OpKind
@@ -75,6 +76,7 @@ class LowerTier:
         self._usable_slots = 0
         self._flush = self._is_over = False    # a shutdown writes without the rate limit; then nothing more is written
         self._uncleared = False                # there was a reset, and the store was not cleared, or could not be
+        self._cache: GlobalCacheEngine | None = None
         self._transfer: TransferEngine | None = None
         self._store: Store | None = None
         self._gds: GdsEnd | None = None     # of a rank, until the store is open
@@ -88,7 +90,7 @@ class LowerTier:
         """Record that the pool has ``num_slots`` usable slots. The first call opens the store in the background."""
         with self._lock:
             if self._thread is None:
-                self._transfer = transfer
+                self._cache, self._transfer = cache, transfer
                 self._thread = threading.Thread(
                     target=self._open, args=(cache, transfer, pool), name=f"flexkv-{self._kind.name}", daemon=True
                 )
@@ -198,7 +200,7 @@ class LowerTier:
             self._flush = True
             self._transfer.wake()
             left_s = max(0.0, deadline - time.monotonic())
-            if not self._transfer.wait(lambda: writer.idle and self._num_early() == 0, left_s):
+            if not self._transfer.wait(lambda: writer.idle and not self._writes and self._num_early() == 0, left_s):
                 logger.warning(
                     "not all was written to %s within %g s: %d blocks are not there after a restart",
                     self._kind.label, DRAIN_S, writer.num_unwritten() + self._num_early(),
@@ -264,12 +266,20 @@ class LowerTier:
         return not self._is_over and self._transfer is not None and self._transfer.in_service
 
     def _written(self, move: Move, graph: TransferGraph) -> None:
-        with self._lock:
-            self._writes.discard(graph.task_id)
         if self._writer is not None:
             self._writer.ended(move, graph.ops[0].ok)
-            if self._flush or self._writer.pause() == 0.0:
-                self._wake()
+        if self._transfer is not None and len(move.to_erase):
+            erase(self._transfer, graph.task_id, self._number, move.to_erase, partial(self._erased, move, graph))
+        else:
+            self._erased(move, graph)
+
+    def _erased(self, move: Move, graph: TransferGraph) -> None:
+        if self._cache is not None:
+            self._cache.erased(move)
+        with self._lock:
+            self._writes.discard(graph.task_id)
+        if self._writer is not None and (self._flush or self._writer.pause() == 0.0):
+            self._wake()
 
     def stats(self) -> dict[str, int]:
         """Counts of the write-back and of the store."""

@@ -78,3 +78,34 @@ def test_a_store_that_was_cleared_after_a_read_has_not_altered_the_blocks() -> N
     cache.end_get(plan)
     assert cache.stats()["a_altered_blocks"] == 0
     cache.check_integrity()
+
+
+def test_bytes_that_changed_between_two_writes_under_way_reach_one_tier_only() -> None:
+    """No checksum was known when the writes began. The slots on the second tier wait until they were erased."""
+    cache = engine(all_equal(7), all_equal(8))
+    keys = keys_of((1, 1))
+    put(cache, 1, 1)
+    first, second = cache.begin_write_back(1, keys, 2), cache.begin_write_back(2, keys, 2)
+    assert first is not None
+    assert second is not None
+    cache.end_move(first, np.array([True, True]))
+    cache.end_move(second, np.array([True, True]))
+    assert cache.has_slot(1, keys).all()
+    assert not cache.has_slot(2, keys).any()
+    assert cache.stats()["altered_blocks"] == 2
+    assert cache.stats()["b_free_slots"] == 14
+    assert second.to_erase.tolist() == second.dst.tolist()
+    cache.check_integrity()
+    cache.erased(second)
+    assert cache.stats()["b_free_slots"] == 16
+    cache.check_integrity()
+
+
+def test_a_known_checksum_is_kept_when_a_store_has_none() -> None:
+    cache = engine(all_equal(7), all_equal(0))
+    put(cache, 1, 1)
+    for tier in (1, 2):
+        write_back(cache, tier, [True, True])
+    plan = cache.begin_get(keys_of((1, 1)), 0, 2)
+    assert cache._host.checksums[plan.slots].tolist() == [7, 7]
+    cache.end_get(plan)
