@@ -3,7 +3,7 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -349,10 +349,11 @@ class GlobalCacheEngine:
                     freed += tier.evict_ahead(self._tree, now)
             return freed
 
-    def abandon_reads_that_hang(self) -> None:
-        """Evict blocks that a lower tier does not deliver in time (``TierService.read_deadline_s``)."""
+    def abandon_reads_that_hang(self, progressed: Collection[int] = ()) -> None:
+        """Evict blocks that a lower tier does not deliver in time (``TierService.read_deadline_s``). ``progressed``:
+        tiers from which a block was read since the last call."""
         with self._lock:
-            self._promotions.abandon_overdue(self._tick())
+            self._promotions.abandon_overdue(self._tick(), progressed)
 
     def reset(self) -> None:
         """Drop every block. Plans in flight remain valid, but their blocks are not offered any more."""

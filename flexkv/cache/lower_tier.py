@@ -44,7 +44,7 @@ class TierService:
         ``usable_slots(slots)``: (n,) bool, whether each of these slots ((n,) int32) can be read and written now. Called
         only while ``usable()``.
     read_deadline_s : float
-        A read that takes longer is abandoned, if no other read from the tier has ended in that time. Infinite: none is.
+        A read that takes longer is abandoned, if no block was read from the tier in that time. Infinite: none is.
     loads_directly : callable
         ``loads_directly()``: whether gets read blocks that are on this tier alone straight into the engine's pages.
     checksums : callable

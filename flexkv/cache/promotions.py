@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,7 +41,7 @@ class Promotions:
         self._index_of = np.zeros(num_slots, dtype=np.int32)
         self._ids = itertools.count(1)
         self._num_from: dict[int, int] = {}             # blocks under way from each tier
-        self._last_end: dict[int, float] = {}           # time when the last promotion from each tier ended
+        self._last_read: dict[int, float] = {}           # time when the last blocks from each tier came
         self._under_way: dict[int, _UnderWay] = {}
 
     def begin(
@@ -97,10 +97,11 @@ class Promotions:
         self._lower[move.source - 1].end_read(move, int(ok.sum()), ~ok if lost is None else lost)
         move.tree.release(move.keys, int(move.blocks[0]), len(move.keys))
 
-    def abandon_overdue(self, now: float) -> None:
+    def abandon_overdue(self, now: float, progressed: Collection[int] = ()) -> None:
         """Evict the blocks of promotions that hang (``TierService.read_deadline_s``) from both tiers, so that they can
         be saved again. The slots stay in limbo until the promotion has ended, and on the host until the gets that have
-        joined it have ended too."""
+        joined it have ended too. ``progressed``: tiers from which a block was read since the last call."""
+        self._last_read |= dict.fromkeys(progressed, now)
         for move in self._overdue(now):
             move.is_abandoned = True
             readers = self._remove(move, now)
@@ -110,7 +111,7 @@ class Promotions:
 
     def _remove(self, move: Move, now: float) -> list[GetPlan]:
         """Remove a promotion; returns the gets that have joined it and not ended."""
-        self._last_end[move.source] = now
+        self._last_read[move.source] = now
         self._move_of[move.dst] = 0
         self._num_from[move.source] -= len(move)
         return list(self._under_way.pop(move.move_id).readers)
@@ -119,7 +120,7 @@ class Promotions:
         late = []
         for each in self._under_way.values():
             service = self._lower[each.move.source - 1].service
-            began = max(each.began, self._last_end.get(each.move.source, -math.inf))
+            began = max(each.began, self._last_read.get(each.move.source, -math.inf))
             if service is not None and now - began > service.read_deadline_s:
                 late.append(each.move)
         return late

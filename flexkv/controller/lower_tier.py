@@ -184,8 +184,15 @@ class LowerTier:
         except (FlexKVError, OSError) as error:
             logger.error("the %s tier is out of service until a reset succeeds: %s", self._kind.label, error)
 
+    def flush(self) -> None:
+        """Write without the rate limit from now on."""
+        if not self._is_over:
+            self._flush = True
+            self._wake()
+
     def shutdown(self, deadline: float) -> None:
-        """Write the queued blocks until ``deadline`` (``time.monotonic``). The data plane closes the store."""
+        """Write the queued blocks until ``deadline`` (``time.monotonic``), after ``flush``. The data plane closes the
+        store."""
         with self._lock:
             gds, self._gds = self._gds, None
         if gds is not None:
@@ -197,8 +204,6 @@ class LowerTier:
             logger.warning("the %s tier has not opened within %g s; it closes when it has", self._kind.label, DRAIN_S)
         writer = self._writer
         if writer is not None and self._may_write:
-            self._flush = True
-            self._transfer.wake()
             left_s = max(0.0, deadline - time.monotonic())
             if not self._transfer.wait(lambda: writer.idle and not self._writes and self._num_early() == 0, left_s):
                 logger.warning(

@@ -99,9 +99,11 @@ class Space:
     def run_background_work(self) -> float:
         """Do what is due; returns in how many seconds to call again."""
         pause = self.tasks.run_background_work()
+        if self.tiering is None:
+            return pause
         if self.index is not None:
-            self.index.abandon_reads_that_hang()
-        return min(pause, self.tiering.run_background_work()) if self.tiering is not None else pause
+            self.tiering.abandon_reads_that_hang(self.index)
+        return min(pause, self.tiering.run_background_work())
 
     def reset(self, timeout_s: float, new_weights: bool) -> None:
         """Forget all KV; see ``Blocks.reset``."""

@@ -48,6 +48,7 @@ class Tiering:
         ]
         self._lock = threading.Lock()          # taken before the index's and the data plane's
         self._promotions: dict[int, TransferOp] = {}
+        self._num_read: dict[int, int] = {}    # blocks of them from each tier at the last ``abandon_reads_that_hang``
         self._usable_slots = 0
         self._transfer: TransferEngine | None = None
 
@@ -82,6 +83,8 @@ class Tiering:
     def shutdown(self) -> None:
         """Write the queued blocks, for a bounded time. The data plane closes the stores."""
         deadline = drain_deadline()
+        for tier in self._tiers:                # all write during the time of the first
+            tier.flush()
         for tier in self._tiers:
             tier.shutdown(deadline)
 
@@ -141,6 +144,15 @@ class Tiering:
     def _notify(self, event: PutPlan | NDArray[np.uint64]) -> None:
         for tier in self._tiers:
             tier.notify(event)
+
+    def abandon_reads_that_hang(self, cache: GlobalCacheEngine) -> None:
+        """Evict blocks of reads that take too long, from a tier from which no block was read in that time."""
+        with self._lock:
+            num_read = dict.fromkeys(range(HOST + 1, len(self._tiers) + 1), 0)
+            for op in self._promotions.values():
+                num_read[op.tier] += op.num_resolved
+            before, self._num_read = self._num_read, num_read
+        cache.abandon_reads_that_hang([tier for tier, count in num_read.items() if count > before.get(tier, 0)])
 
     def run_background_work(self) -> float:
         """Write blocks that may be written now; returns in how many seconds to call again."""

@@ -172,6 +172,9 @@ def test_blocks_of_a_read_that_hangs_can_be_saved_again(arrives: bool, get_ends_
     cache.abandon_reads_that_hang()
     assert cache.match(keys).num_ready == 2
     cache._clock.now += 10.0  # type: ignore[attr-defined]
+    cache.abandon_reads_that_hang([1])                          # slow, but blocks arrive
+    assert cache.match(keys).num_ready == 2
+    cache._clock.now += 10.0  # type: ignore[attr-defined]
     cache.abandon_reads_that_hang()
     assert cache.match(keys).reason is MissReason.FAILED
     stats = cache.stats()

@@ -1,6 +1,7 @@
 """Two tiers below host memory: an SSD, here a dict, and a folder of files. Adding the second took its store alone."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -145,6 +146,43 @@ def test_a_block_that_is_being_written_to_the_second_is_not_read_from_there(tmp_
         index._lower[1].checksums[slots[3]] = 0             # as while a write is under way
         made.store.usable = lambda: False                   # type: ignore[method-assign]
         assert made.ready(5, 1) == 3
+
+
+def test_a_first_that_hangs_leaves_the_second_time_to_write_at_shutdown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexkv.controller.lower_tier.DRAIN_S", 2.0)
+    stores: list[MemoryStore] = []
+
+    def make_memory_store(config: CacheConfig, slot_bytes: int, domain: bytes, memory: object) -> MemoryStore:
+        stores.append(MemoryStore(64, slot_bytes, memory))
+        return stores[-1]
+
+    folder = replace(folder_tier(tmp_path, 256), write_bytes_per_s=lambda config: SLOT_BYTES / 10.0)
+    ssd = replace(SSD, make_store=make_memory_store, num_bytes=lambda config: 64 * SLOT_BYTES)
+    with stage(tmp_path, tiers=[ssd, folder]) as made:
+        until(lambda: {"ssd_written_blocks", "remote_written_blocks"} <= made.manager.stats().keys())
+        stores[0].held = True
+        made.put(12, 1)
+        until(lambda: made.manager.stats()["remote_written_blocks"] == 4)      # then the rate limit requires a pause
+        made.manager.shutdown()
+    assert len(list(tmp_path.glob("*.kv"))) == 12
+
+
+def test_a_slow_promotion_from_which_blocks_arrive_is_not_abandoned(tmp_path: Path) -> None:
+    with stage(tmp_path, ssd_deadline_s=1.0) as made:                 # abandoned after 2 s
+        made.put(6, 1)
+        made.flood()
+        made.store.held = True
+        task = made.start_get(6, 1)
+        until(lambda: made.store.num_waiting == 6)
+        for _ in range(5):
+            time.sleep(0.8)
+            made.store.release(1)
+        stats = made.manager.stats()
+        assert (stats["limbo_slots"], stats["blocks_being_fetched"]) == (0, 6)
+        made.store.release()
+        assert made.manager.wait(task)[task].status is Status.SUCCESS
 
 
 @pytest.mark.parametrize("seed", range(4))
