@@ -160,11 +160,17 @@ class LowerTier:
         store = self._store
         return store is not None and not self._uncleared and store.usable()
 
+    def suspend(self) -> None:
+        """Take the tier out of service until ``reset`` has cleared its store."""
+        with self._write_lock, self._lock:
+            self._uncleared = True
+
     def reset(self) -> None:
-        """Forget the blocks of the tier, and those on their way to it; the index was reset already."""
+        """Forget the blocks of the tier, and those on their way to it; the index was reset already, and ``suspend`` was
+        called."""
         with self._write_lock:
             with self._lock:
-                self._uncleared = True
+                self._uncleared = True                     # again, if the store was opened since ``suspend``
                 store, writes = self._store, list(self._writes)
                 if self._early is not None:
                     self._early.clear()

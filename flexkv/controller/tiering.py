@@ -77,6 +77,8 @@ class Tiering:
 
     def reset(self) -> None:
         """Forget the blocks of all lower tiers; the index was reset already."""
+        for tier in self._tiers:                # a block written while an earlier tier is cleared would be lost
+            tier.suspend()
         for tier in self._tiers:
             tier.reset()
 

@@ -169,6 +169,34 @@ def test_a_first_that_hangs_leaves_the_second_time_to_write_at_shutdown(
     assert len(list(tmp_path.glob("*.kv"))) == 12
 
 
+def test_a_block_written_during_a_reset_is_not_offered_by_a_second_tier_that_is_cleared_later(tmp_path: Path) -> None:
+    with two_tiers(tmp_path) as made:
+        begun, go_on = threading.Event(), threading.Event()
+        clear = made.store.clear
+
+        def clear_slowly() -> None:
+            begun.set()
+            assert go_on.wait(20.0)
+            clear()
+
+        made.store.clear = clear_slowly                     # type: ignore[method-assign]
+        reset = threading.Thread(target=made.manager.reset)
+        reset.start()
+        try:
+            assert begun.wait(20.0)
+            made.put(5, 1)
+            time.sleep(0.5)                                 # time for a write to the second tier
+        finally:
+            go_on.set()
+            reset.join()
+        keys, index = made.keys(5, 1), space_of(made.manager).index
+        assert index is not None
+        settle(made)
+        on_second = index.has_slot(2, keys)
+        files = [(tmp_path / "remote" / f"{key.tobytes().hex()}.kv").exists() for key in keys]
+        assert on_second.tolist() == files
+
+
 def test_a_slow_promotion_from_which_blocks_arrive_is_not_abandoned(tmp_path: Path) -> None:
     with stage(tmp_path, ssd_deadline_s=1.0) as made:                 # abandoned after 2 s
         made.put(6, 1)
