@@ -62,7 +62,7 @@ _PLAIN = {
     "ssd_store_blocks_read": Metric("ssd_read_blocks", "Blocks read from SSD and verified", True),
     "ssd_store_blocks_written": Metric("ssd_stored_blocks", "Blocks written to SSD, also directly from a GPU", True),
     "ssd_store_slots_retired": Metric("ssd_retired_slots", "Slots retired after errors", True),
-    "ssd_store_directories_taken_out": Metric("ssd_outages", "Times a directory was taken offline", True),
+    "ssd_store_directories_gone_offline": Metric("ssd_outages", "Times a directory was taken offline", True),
     "ssd_store_directories": Metric("ssd_directories", "Directories of the SSD tier"),
     "ssd_store_directories_usable": Metric("ssd_directories_usable", "Directories of the SSD tier in service"),
     "ssd_store_queued_bytes": Metric("ssd_queued_bytes", "Bytes of reads and writes submitted and not completed"),

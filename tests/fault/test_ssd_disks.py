@@ -98,7 +98,7 @@ def test_a_slot_that_fails_twice_is_retired(failing: tuple[Tier, dict[str, int]]
 
 @pytest.mark.parametrize("kind", ["read", "write"])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.ENODEV])
-def test_a_directory_that_fails_is_taken_out_and_brought_back(
+def test_a_directory_that_fails_goes_offline_and_comes_back(
     failing: tuple[Tier, dict[str, int]], kind: str, code: int
 ) -> None:
     tier, codes = failing
@@ -110,7 +110,7 @@ def test_a_directory_that_fails_is_taken_out_and_brought_back(
     assert not ok.any()
     assert not tier.store.usable()
     stats = tier.store.stats()
-    assert stats["directories_taken_out"] == 1
+    assert stats["directories_gone_offline"] == 1
     assert stats["directories_usable"] == 0
     assert not tier.read(range(64), slots).any()                 # at once
     assert not tier.write(range(64), slots).any()
@@ -138,7 +138,7 @@ def test_one_directory_fails_and_the_other_goes_on(tmp_path: Path) -> None:
     tier.close()
 
 
-def test_a_disk_that_returns_something_else_is_taken_out(tmp_path: Path) -> None:
+def test_a_disk_that_returns_something_else_goes_offline(tmp_path: Path) -> None:
     tier = Tier([tmp_path / "a"], 40, probe_s=1000)
     slots = tier.allocate(40)
     assert tier.write(range(40), slots).all()

@@ -238,5 +238,5 @@ def test_reads_while_everything_goes_wrong(tmp_path: Path) -> None:
         starts += 1
     print(f"\n{starts} starts, {time.monotonic() - begin:.0f} s: {dict(counts)}")
     for kind in ("not good", "read_errors", "write_errors", "table_errors", "checksum_mismatches", "key_mismatches",
-                 "slots_retired", "directories_taken_out", "flipped"):
+                 "slots_retired", "directories_gone_offline", "flipped"):
         assert counts[kind] > 0, kind

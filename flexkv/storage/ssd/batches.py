@@ -224,11 +224,11 @@ class Batches:
 
     def take_results(self) -> list[Result]:
         """Return the results since the last call."""
-        self.quiet()
+        self.drain_event()
         results, self._results = self._results, []
         return results
 
-    def quiet(self) -> None:
+    def drain_event(self) -> None:
         """Reset ``event_fd``: results added before do not make it readable any more."""
         if self._told_fd >= 0:
             with suppress(BlockingIOError):

@@ -255,9 +255,9 @@ class SsdDirectory:
     def failed(self, count: int) -> bool:
         """Note that ``count`` accesses failed. Returns whether this takes the directory offline."""
         self._errors_in_row += count
-        return self._errors_in_row >= _ERRORS_IN_ROW and self.take_out(f"{self._errors_in_row} errors in a row")
+        return self._errors_in_row >= _ERRORS_IN_ROW and self.take_offline(f"{self._errors_in_row} errors in a row")
 
-    def take_out(self, why: str) -> bool:
+    def take_offline(self, why: str) -> bool:
         """Take the directory offline until a probe succeeds. Returns False if it is offline already."""
         if not self.usable:
             return False

@@ -33,7 +33,7 @@ class SlotHealth:
     def __init__(self, slots: StripedSlots, num_slots: int) -> None:
         self.log = FaultLog((
             "read_errors", "write_errors", "table_errors", "timeouts", "checksum_mismatches", "key_mismatches",
-            "slots_retired", "directories_taken_out", "refused",
+            "slots_retired", "directories_gone_offline", "refused",
         ))
         self._slots = slots
         self._errors = np.zeros(num_slots, dtype=np.uint8)
@@ -73,14 +73,14 @@ class SlotHealth:
         self.log.add(kind, count, directory.path, detail)
         if not directory.failed(count):
             return False
-        self.log.add("directories_taken_out", 1, directory.path)
+        self.log.add("directories_gone_offline", 1, directory.path)
         return True
 
     def hung(self, directory: SsdDirectory, seconds: float) -> None:
         """Take a directory offline whose thread has made no progress for ``seconds``, if it is online."""
-        if directory.take_out(f"its slot table has not answered for {seconds:g} s"):
+        if directory.take_offline(f"its slot table has not answered for {seconds:g} s"):
             self.log.add("timeouts", 1, directory.path, "slot table")
-            self.log.add("directories_taken_out", 1, directory.path)
+            self.log.add("directories_gone_offline", 1, directory.path)
 
     # ---- writes that failed and may still happen --------------------------------------------------------------
 

@@ -240,7 +240,7 @@ class SsdStore(Store):
                 self._take()
                 for directory in [each for each in self._directories if each.hangs(self._deadline_s)]:
                     self._health.hung(directory, self._deadline_s)
-                    self._after_take_out(directory, hung=True)
+                    self._after_offline(directory, hung=True)
             return self._batches.take_results()
 
     def usable(self) -> bool:
@@ -308,7 +308,7 @@ class SsdStore(Store):
             if failed or self._closed or batch.sequence <= self._floor or not self._queues.takes(batch.fence):
                 self._fail(batch, left)
                 if failed and self._health.fault(directory, batch.slots[left], "table_errors", failed):
-                    self._after_take_out(directory)
+                    self._after_offline(directory)
             elif len(left):
                 self._submit(batch)
 
@@ -318,7 +318,7 @@ class SsdStore(Store):
             self._ledger.forget(batch.slots)
             self._end(batch, left := batch.left(), np.full(len(left), not failed))
             if failed and self._health.fault(directory, batch.slots, "table_errors", failed):
-                self._after_take_out(directory)
+                self._after_offline(directory)
 
     def _record(self, directory: SsdDirectory) -> None:
         parts, slots, failed = self._records.write(directory)
@@ -330,14 +330,14 @@ class SsdStore(Store):
                     self._ledger.learn(batch.slots[positions][still], batch.keys[positions][still], checksums[still])
                 self._end(batch, positions[still], np.full(int(still.sum()), ok))
             if failed and self._health.fault(directory, slots, "table_errors", failed):
-                self._after_take_out(directory)
+                self._after_offline(directory)
         directory.data.moved(len(slots) * self.slot_bytes)
 
     # ---- results ----------------------------------------------------------------------------------------------
 
     def _take(self) -> None:
         """Process the results of the queues."""
-        self._batches.quiet()
+        self._batches.drain_event()
         tags, results, checksums = self._queues.take()
         for batch, at, positions in self._batches.of_tags(tags):
             finish = self._finish_read if batch.kind == READ else self._finish_write
@@ -372,7 +372,7 @@ class SsdStore(Store):
             self._health.log.add("key_mismatches", int((done & ~named).sum()), directory.path)
             out = self._health.judge(directory, slots, results, "read_errors")
             if self._health.fault(directory, wrong, "checksum_mismatches", f"slots {wrong[:4]}") or out:
-                self._after_take_out(directory)
+                self._after_offline(directory)
 
     def _finish_write(
         self, batch: Batch, positions: NDArray[np.intp], results: NDArray[np.int32], checksums: NDArray[np.uint64]
@@ -389,9 +389,9 @@ class SsdStore(Store):
         out = self._health.judge(directory, batch.slots[positions], results, "write_errors")
         self._fail(batch, positions[~done])
         if out:
-            self._after_take_out(directory)
+            self._after_offline(directory)
 
-    def _after_take_out(self, directory: SsdDirectory, hung: bool = False) -> None:
+    def _after_offline(self, directory: SsdDirectory, hung: bool = False) -> None:
         """Stop the batches of an offline directory. ``hung``: its thread writes no records, so moved blocks fail."""
         for batch in self._batches:
             if batch.directory is directory:

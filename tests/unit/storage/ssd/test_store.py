@@ -283,7 +283,7 @@ def test_each_directory_has_its_own_health(tmp_path: Path) -> None:
     with opened([tmp_path / "a", tmp_path / "b"], probe_s=100.0) as tier:
         slots = np.array([0, 31, 15, 16], dtype=np.int32)
         assert tier.store.usable_slots(slots).all()
-        tier.store._directories[1].take_out("for the test")
+        tier.store._directories[1].take_offline("for the test")
         assert tier.store.usable()
         assert tier.store.usable_slots(slots).tolist() == [True, False, True, False]
     assert not tier.store.usable_slots(slots).any()
