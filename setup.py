@@ -18,7 +18,7 @@ LINK = [f"-fsanitize={SANITIZE}"] if SANITIZE else []
 # module -> C sources that it is built with
 MODULES: dict[str, list[str]] = {
     "arena": [],
-    "device.agent": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/ring.c"],
+    "device.agent": ["csrc/agent.c", "csrc/cuda_copy.c", "csrc/host_copy.c", "csrc/ring.c"],
     "device.cuda_driver": [],
     "device.cuda_memory": [],
     "device.ring": ["csrc/ring.c"],

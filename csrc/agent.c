@@ -12,7 +12,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define BATCH_BYTES (1u << 20)    /* copied by the CPU between two looks at cancels and at the socket */
 #define SMALL_BYTES (4u << 20)    /* somebody may wait for an op of this size and do nothing else */
 #define SPIN_NS 100000            /* a window of such an op that ends so soon is noticed at once */
 #define POLL_NS 20000             /* between two looks at them, later on */
@@ -40,6 +39,7 @@ struct window {                   /* blocks of an op, up to `until`, under way *
     struct op *op;
     uint32_t until;
     uint32_t span;
+    int is_empty;                 /* none that the backend must move: it ends when the windows before it have ended */
 };
 
 struct flexkv_agent {
@@ -70,41 +70,6 @@ struct flexkv_agent {
     struct flexkv_outcome *first;
     struct flexkv_outcome **last;
 };
-
-/* The CPU as the device: a window has arrived when start returns. */
-static int copy_with_cpu(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence,
-                         uint32_t span, const int32_t *slots, const int32_t *pages, uint32_t count)
-{
-    uint32_t batch = BATCH_BYTES / at->slot_bytes + 1;
-    const struct flexkv_region *first = at->regions + at->spans[span].first;
-    const struct flexkv_region *end = first + at->spans[span].num_regions;
-
-    (void)context;
-    (void)fence;
-    count = count < batch ? count : batch;
-    for (uint32_t i = 0; i < count; i++) {
-        uint8_t *slot = at->pool + (uint64_t)slots[i] * at->slot_bytes;
-
-        for (const struct flexkv_region *region = first; region < end; region++) {
-            uint8_t *page = (uint8_t *)(region->base + (uint64_t)(pages[i] * region->page_stride));
-
-            if (kind == FLEXKV_D2H)
-                memcpy(slot + region->slot_offset, page, region->chunk_bytes);
-            else
-                memcpy(page, slot + region->slot_offset, region->chunk_bytes);
-        }
-    }
-    return (int)count;
-}
-
-static int arrived(void *context, enum flexkv_kind kind)
-{
-    (void)context;
-    (void)kind;
-    return 1;
-}
-
-const struct flexkv_backend flexkv_host_backend = { NULL, copy_with_cpu, NULL, arrived, NULL, NULL };
 
 static uint64_t now_ns(void)
 {
@@ -264,13 +229,19 @@ static void signal_span(struct flexkv_agent *agent, struct op *op, uint32_t span
     pthread_mutex_unlock(&agent->lock);
 }
 
+/* If the op has failed, its blocks [first, until) have too, but for those that were in place. */
+static void fail_blocks(struct op *op, uint32_t first, uint32_t until)
+{
+    for (uint32_t i = first; op->failed && i < until; i++)
+        op->ok[i] = op->ok[i] && op->slots[i] == FLEXKV_IN_PLACE;
+}
+
 static int finish(struct flexkv_agent *agent, struct op *op, uint32_t first)
 {
     int rc;
 
     note_span(agent, op, last_span(agent, op));
-    for (uint32_t i = first; op->failed && i < op->msg.count; i++)
-        op->ok[i] = op->ok[i] && op->slots[i] == FLEXKV_IN_PLACE;
+    fail_blocks(op, first, op->msg.count);
     op->done = op->msg.count;
     unlink_op(agent, op);
     keep_outcome(agent, op);      /* before the controller's answer, so that the outcome is there when the answer is */
@@ -383,6 +354,23 @@ static int under_way(const struct flexkv_agent *agent, const struct op *op)
     return 0;
 }
 
+/* Whether the backend must move a block in the group whose pages these are. */
+static int is_moved(const struct op *op, const int32_t *pages, uint32_t block)
+{
+    return op->slots[block] >= 0 && pages[block] >= 0;
+}
+
+/* Pass the op's blocks up to `until`, which have nothing to move in its span. Returns their number. */
+static int skip(struct flexkv_agent *agent, struct op *op, uint32_t until)
+{
+    for (uint32_t i = op->started; i < until; i++)
+        if (op->slots[i] == NO_SLOT)
+            lose_layers(agent, op);
+        else
+            op->ok[i] = op->span == last_span(agent, op);
+    return (int)(until - op->started);
+}
+
 /* Give the backend the next blocks of an op of the kind: 1, or 0 when there are none or it has no room. */
 static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
 {
@@ -392,28 +380,20 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
     struct window *window, **end;
     const int32_t *pages;
     uint32_t run;
-    int taken;
+    int taken, is_empty;
 
     if (!op)
         return 0;
     pages = op->pages + at->spans[op->span].group * op->msg.count;
     run = op->started;
-    while (run < op->msg.count && op->slots[run] >= 0 && pages[run] >= 0)
+    is_empty = !is_moved(op, pages, run);
+    while (run < op->msg.count && is_moved(op, pages, run) == !is_empty)
         run++;
-    if (run == op->started) {     /* nothing to move in this span: over with the next window or the op */
-        for (; run < op->msg.count && (op->slots[run] < 0 || pages[run] < 0); run++)
-            if (op->slots[run] == NO_SLOT)
-                lose_layers(agent, op);
-            else
-                op->ok[run] = op->span == last_span(agent, op);
-        op->started = run;
-        end_span(agent, op);
-        return 1;
-    }
     window = malloc(sizeof(*window));
-    taken = !window ? -ENOMEM
-                    : backend->start(backend->context, at, kind, op->msg.fence, op->span, op->slots + op->started,
-                                     pages + op->started, run - op->started);
+    taken = !window    ? -ENOMEM
+            : is_empty ? skip(agent, op, run)
+                       : backend->start(backend->context, at, kind, op->msg.fence, op->span, op->slots + op->started,
+                                        pages + op->started, run - op->started);
     if (taken <= 0) {
         free(window);
         if (taken < 0) {
@@ -422,15 +402,20 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
         }
         return taken < 0;
     }
-    if (op->span == last_span(agent, op))
+    if (!is_empty && op->span == last_span(agent, op))
         memset(op->ok + op->started, 1, (uint32_t)taken);     /* reported only when they have arrived */
     op->started += (uint32_t)taken;
-    *window = (struct window){ NULL, op, op->started, op->span };
+    *window = (struct window){ NULL, op, op->started, op->span, is_empty };
     for (end = &agent->windows[kind]; *end; end = &(*end)->next)
         ;
     *end = window;
     end_span(agent, op);
     return 1;
+}
+
+static int poll_window(struct flexkv_agent *agent, enum flexkv_kind kind, const struct window *window)
+{
+    return window->is_empty ? 1 : agent->options.backend.poll(agent->options.backend.context, kind);
 }
 
 /* Take note of a window of the kind that has ended: 1, 0 when none has, or negative errno. */
@@ -441,7 +426,7 @@ static int end_window(struct flexkv_agent *agent, enum flexkv_kind kind)
     struct op *op;
     int rc, whole;
 
-    if (!window || !(rc = agent->options.backend.poll(agent->options.backend.context, kind)))
+    if (!window || !(rc = poll_window(agent, kind, window)))
         return 0;
     op = window->op;
     first = op->done;
@@ -451,15 +436,14 @@ static int end_window(struct flexkv_agent *agent, enum flexkv_kind kind)
         op->failed = op->cancelled = 1;
         lose_layers(agent, op);
     }
-    whole = window->span == last_span(agent, op);
+    whole = window->span == last_span(agent, op) && (!window->is_empty || until == op->msg.count);
     signal_span(agent, op, window->span, until == op->msg.count);
     free(window);
     if (!whole)
         return 1;
-    if (op->failed)
-        memset(op->ok + first, 0, until - first);
     if (until == op->msg.count)
         return (rc = finish(agent, op, first)) ? rc : 1;
+    fail_blocks(op, first, until);
     op->done = until;
     return (rc = report(agent, op, first, 0)) ? rc : 1;
 }
@@ -561,14 +545,13 @@ static int sleep_until_news(struct flexkv_agent *agent)
 /* Wait for the windows that are under way: 0, or -ETIMEDOUT, and the device may still touch pages and slots. */
 static int come_to_rest(struct flexkv_agent *agent)
 {
-    struct flexkv_backend *backend = &agent->options.backend;
     uint64_t until = now_ns() + agent->options.rest_timeout_ms * 1000000ull;
     struct timespec pause = { 0, POLL_NS };
     struct window *window;
 
     for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
         while ((window = agent->windows[kind])) {
-            while (!backend->poll(backend->context, (enum flexkv_kind)kind)) {
+            while (!poll_window(agent, (enum flexkv_kind)kind, window)) {
                 if (now_ns() > until)
                     return -ETIMEDOUT;
                 nanosleep(&pause, NULL);

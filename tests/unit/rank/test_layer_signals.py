@@ -1,6 +1,8 @@
 """Loads that signal each layer to a rank, through eventfds that the rank sends by SGLang's protocol."""
 
 import array
+import functools
+import itertools
 import os
 import select
 import socket
@@ -8,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +19,20 @@ from flexkv.config import TransferConfig
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
 from flexkv.protocol.layer_signals import build_layerwise_eventfd_socket_path
+from flexkv.protocol.ring import OpKind
 from flexkv.rank.tp_client import KVTPClient
 from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
-from tests.support.harness import TOKENS, check_drained, make_manager, mapping, tokens_of, until, wait_ready
+from tests.support.harness import (
+    TOKENS,
+    check_drained,
+    controller_of,
+    make_manager,
+    mapping,
+    tokens_of,
+    until,
+    wait_ready,
+)
+from tests.support.segment_ranks import Kind, SlotModel, begin, move, segmented
 
 LAYERS, PAGES, COUNTERS = 12, 24, 3
 LAYOUT = KVCacheLayout(KVCacheLayoutType.LAYERFIRST, LAYERS, PAGES, TOKENS, 2, 64)
@@ -288,3 +302,42 @@ def test_one_counter_is_for_one_task(rank: Rank) -> None:
     with pytest.raises(ValueError, match="one task at a time"):
         rank.manager.launch(tasks, [mapping(range(12, 16)), mapping(range(16, 20))], layerwise_transfer=True)
     rank.manager.cancel(tasks)
+
+
+# ---- several layer groups ----------------------------------------------------------------------------------------
+
+GROUPS = [Kind(4096), Kind(4096, 1), Kind(512), Kind(512, 1)]
+"""One tensor a layer; layers 1 and 3 are in a group of their own."""
+
+
+@pytest.mark.parametrize("ring_bytes", [1 << 16, 4096], ids=["one record", "several records"])
+@pytest.mark.parametrize("device", [None, 0], ids=["cpu", "fake gpu"])
+def test_layers_of_each_group_are_told_of(tmp_path: Path, device: int | None, ring_bytes: int) -> None:
+    """A layer is signalled once, when all its blocks are there, also if blocks have no page in its group."""
+    n, none = 300, -1
+    patterns = [list(range(n)), [none] * 7 + list(range(n - 7)), [*range(n - 7), *[none] * 7],
+                [page if page % 3 else none for page in range(n)], [none] * n]
+    counters = Counters(len(GROUPS))
+    with fake_cuda().checked() as cuda, segmented(
+        tmp_path / "s", [GROUPS], [n, n], n, device, ring_bytes=ring_bytes, gpu_window_mb=1
+    ) as (manager, [rank]):
+        rank.fill(1)
+        model, slots = SlotModel([rank], n), list(range(n))
+        assert move(manager, OpKind.D2H, slots, [slots, slots]).all()
+        model.move(OpKind.D2H, slots, [slots, slots])
+        rank.client.signal_layers(counters.fds)
+        cuda.delay(2_000)
+        for turn, pages in enumerate(itertools.product(patterns, repeat=2)):
+            if (np.array(pages).max(axis=0) < 0).any():        # a block without any page fails
+                continue
+            for tensor, expected in zip(rank.tensors, model.pages[0], strict=True):
+                tensor[:] = expected[:] = turn
+            model.move(OpKind.H2D, slots, pages)
+            graph, done = begin(manager, OpKind.H2D, slots, pages, layerwise=True, counter=1 + turn % COUNTERS)
+            for layer in range(len(GROUPS)):
+                assert counters.wait(turn % COUNTERS, layer)
+                np.testing.assert_array_equal(rank.tensors[layer], model.pages[0][layer])
+            assert controller_of(manager)._transfer.wait(functools.partial(bool, done), 5.0)
+            assert graph.ops[0].ok.all()
+            assert counters.told() == []
+    counters.close()
