@@ -158,7 +158,7 @@ static int copy_rows(struct flexkv_cuda_copy *copy, const struct job *job, uint6
 static int copy_runs(struct flexkv_cuda_copy *copy, const struct job *job, cu_ptr staged, cu_stream stream)
 {
     uint64_t stride = stride_of(job->span), bytes = job->span->bytes;
-    int whole = stride == copy->at->slot_bytes;
+    int whole = bytes == copy->at->slot_bytes; /* a slot may have other bytes before or after the span's */
     const int32_t *slots = job->slots;
     struct batch batch = { .pinned = job->pinned };
 
@@ -169,7 +169,7 @@ static int copy_runs(struct flexkv_cuda_copy *copy, const struct job *job, cu_pt
         for (run = 1; i + run < job->count && slots[i + run] == slots[i] + (int32_t)run &&
                       (uint64_t)slots[i + run] % copy->chunk_slots; run++)
             ;
-        if (run == 1 || whole ? add(copy, &batch, job->kind, device, host, run == 1 ? bytes : run * stride, stream)
+        if (run == 1 || whole ? add(copy, &batch, job->kind, device, host, run * bytes, stream)
                               : copy_rows(copy, job, device, host, run, stream))
             return 1;
     }

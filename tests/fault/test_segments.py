@@ -126,6 +126,27 @@ def test_groups_have_pages_of_their_own(tmp_path: Path, strategy: str | None) ->
         model.check()
 
 
+@pytest.mark.parametrize("sizes", [(8, 4088), (4088, 8), (4081, 15)])
+@pytest.mark.parametrize("strategy", ["auto", "staged"])
+def test_a_group_that_almost_fills_the_slot_leaves_the_rest_as_it_is(
+    tmp_path: Path, strategy: str, sizes: tuple[int, int]
+) -> None:
+    """Runs of slots up to the last of the pool: copies end with the group's bytes."""
+    kinds, every = [[Kind(sizes[0]), Kind(sizes[1], 1)]], list(range(64))
+    with fake_cuda().checked(), segmented(
+        tmp_path / "s", kinds, [64, 64], 64, device=0, gpu_strategy=strategy, gpu_window_mb=1
+    ) as (manager, [rank]):
+        rank.fill(1)
+        model, absent = SlotModel([rank], 64), [-1] * 64
+        for kind, pages in (
+            (OpKind.D2H, [every, every]), (OpKind.D2H, [every[::-1], absent]), (OpKind.D2H, [absent, every[::-1]]),
+            (OpKind.H2D, [every, every]),
+        ):
+            assert move(manager, kind, every, pages).all()
+            model.move(kind, every, pages)
+            model.check()
+
+
 def test_results_on_a_rank_have_the_pages_of_each_group(tmp_path: Path) -> None:
     with segmented(tmp_path / "s", [GROUPS], [6, 4]) as (manager, [rank]):
         assert move(manager, OpKind.D2H, [1, 2, 9], [[3, -1, 0], [-1, 2, 0]]).tolist() == [True, True, False]
