@@ -42,6 +42,11 @@ def join_controller(
                 "files (ulimit -n)"
             )
         _check_placements(welcome, hello)
+        if len(fds) > NUM_FDS and (len(hello.segments) > 1 or len(hello.num_pages) > 1):
+            raise RegistrationError(
+                "the controller offers GPUDirect Storage to a rank with several segments or layer groups: its moves "
+                "have one page a block"
+            )
         check_sealed(fds[0], welcome.pool_bytes, "the host pool")
         check_sealed(fds[1], 2 * welcome.ring_bytes, "the memory of the rings")
     except BaseException:

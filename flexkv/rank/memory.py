@@ -96,6 +96,8 @@ class RankMemory:
         for what, values in (("layers", self.layers), ("groups", self._groups), ("copies", names)):
             if len(values) != len(specs):
                 raise RegistrationError(f"{len(values)} {what} for {len(specs)} tensors: give one for each tensor")
+        if self.layers[0] < 0 or self.layers != sorted(self.layers):
+            raise RegistrationError(f"layers {self.layers}: number them from 0, and register tensors in their order")
         num_groups, segments = max(self._groups) + 1, list(dict.fromkeys(names))
         is_numbered = set(self._groups) == set(range(num_groups))
         if not is_numbered or num_groups > MAX_LAYER_GROUPS or len(segments) > MAX_SEGMENTS:

@@ -24,7 +24,7 @@ from flexkv.protocol.sockets import socket_path
 from flexkv.rank.gds_worker import GdsWorker
 from flexkv.rank.handshake import abandon, join_controller
 from flexkv.rank.kernels import move_function
-from flexkv.rank.memory import CopyTable, RankMemory
+from flexkv.rank.memory import RankMemory
 from flexkv.rank.pool_pinning import PoolPinner
 from flexkv.rank.regions import TensorSpec
 from flexkv.rank.results import OpResult
@@ -174,7 +174,7 @@ class RankClient:
     def _connect(self, hello: Hello, memory: RankMemory, deadline: float) -> None:
         try:
             connection, welcome, fds = join_controller(self._path, hello, deadline, self._closing)
-            self._start_agent(connection, welcome, fds, hello, memory.copy_table(welcome.placements))
+            self._start_agent(connection, welcome, fds, hello, memory)
         except Exception as error:
             self.error = error
             if not self._closing.is_set():
@@ -183,7 +183,7 @@ class RankClient:
             self._connected.set()
 
     def _start_agent(
-        self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, table: CopyTable
+        self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, memory: RankMemory
     ) -> None:
         gds_end = socket.socket(fileno=fds.pop()) if len(fds) > NUM_FDS else None
         with ExitStack() as undo:                    # closes the resources owned here if a step fails
@@ -191,6 +191,7 @@ class RankClient:
                 undo.callback(gds_end.close)
             with ExitStack() as theirs:
                 theirs.callback(abandon, connection, fds)
+                table = memory.copy_table(welcome.placements)
                 move = 0 if self._device is None else move_function(self._device)
                 theirs.pop_all()                     # the agent owns them from here on
             agent = DeviceAgent(

@@ -1,5 +1,6 @@
 """Segments that ranks share: each byte is written once, and the death of a rank fails only the ops that concern it."""
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from flexkv._core.device.agent import STRATEGIES
+from flexkv.controller.registry import Registry
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError
 from flexkv.kvmanager import KVManager
@@ -301,6 +303,24 @@ def test_direct_storage_is_off_for_slots_that_it_cannot_move(
         assert (tensors[0][5:7] == 3).all()
         assert (tensors[1][5:7] == 4).all()
         assert "GPUDirect Storage is off" in caplog.text
+    finally:
+        manager.shutdown()
+        client.close()
+
+
+def test_a_rank_with_several_groups_refuses_direct_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A page that a controller names in its moves need not exist in the other group."""
+    caplog.set_level(logging.INFO, "flexkv")
+    monkeypatch.setattr(Registry, "_has_plain_slots", lambda *_: True)
+    cache = {"enable_gds": True, "ssd_cache_gb": 1.0, "ssd_cache_dir": str(tmp_path / "ssd")}
+    manager, client = make_manager(tmp_path / "s", 8, cache=cache), RankClient(str(tmp_path / "s"))
+    try:
+        client.register_tensors([np.zeros((num_pages, 100)) for num_pages in (8, 4)], 10.0, groups=[0, 1])
+        with pytest.raises(RegistrationError, match="GPUDirect Storage"):
+            client.wait_connected(10.0)
+        until(lambda: "rank 0 has left" in caplog.text)
     finally:
         manager.shutdown()
         client.close()

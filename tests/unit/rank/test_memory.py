@@ -64,6 +64,8 @@ def test_the_digest_of_a_copy_says_which_groups_it_is_in() -> None:
     (SPECS[:2], {"groups": [0]}, "one for each tensor"),
     (SPECS[:2], {"copies": ["x"] * 3}, "one for each tensor"),
     (SPECS[:2], {"layers": [0]}, "one for each tensor"),
+    (SPECS[:2], {"layers": [-1, 0]}, "number them from 0"),
+    (SPECS[:2], {"layers": [1, 0]}, "in their order"),
     ([SPECS[0]] * 9, {"groups": list(range(9))}, "at most 8"),
     ([SPECS[0]] * 9, {"copies": list("abcdefghi")}, "at most 8"),
 ])

@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 
 from flexkv.controller.response import KVResponseStatus as Status
-from flexkv.errors import ArgumentError
+from flexkv.errors import ArgumentError, RegistrationError
 from flexkv.kvmanager import KVManager
+from flexkv.rank.memory import RankMemory
 from flexkv.rank.tp_client import KVTPClient
 from flexkv.transfer.executors.agent_link import AgentLink
 from flexkv.transfer.membership import Membership
-from tests.support.harness import LAYERS, Tensors, local, make_manager, tokens_of, until, wait_ready
+from tests.support.harness import (
+    LAYERS,
+    Tensors,
+    controller_of,
+    local,
+    make_manager,
+    tokens_of,
+    until,
+    wait_ready,
+)
 
 
 @pytest.mark.parametrize("fence", [2**64, 2**63, -1, 1.5, "3", True])
@@ -84,3 +94,20 @@ def test_a_controller_is_not_ready_before_a_returning_rank_can_copy(
         client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
         wait_ready(manager)
         assert seen == [False]
+
+
+def test_a_rank_that_cannot_use_its_welcome_leaves_the_controller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the controller would count it as connected, and refuse it when it registers again."""
+    manager, tensors = make_manager(tmp_path / "s"), Tensors()
+    with KVTPClient(str(tmp_path / "s")) as broken, KVTPClient(str(tmp_path / "s")) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(RankMemory, "copy_table", lambda *_: 1 // 0)
+            broken.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+            with pytest.raises(RegistrationError, match="division"):
+                broken.wait_connected(10.0)
+        until(lambda: "0 of 1" in controller_of(manager)._listener.describe_ranks())
+        client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+        wait_ready(manager)
+        manager.shutdown()
