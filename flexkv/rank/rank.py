@@ -167,6 +167,7 @@ class RankClient:
         self._closing.set()
         self._stop()
         self._thread, self._suspended, self._keep_alive = None, True, None
+        self._partial.clear()                        # their tasks never end; another controller counts from 1 again
         self._opened.close()
         count, self._num_tensors = self._num_tensors, 0
         return count

@@ -4,14 +4,18 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import ArgumentError, RegistrationError
 from flexkv.kvmanager import KVManager
+from flexkv.protocol.ring import OpKind
 from flexkv.rank.memory import RankMemory
+from flexkv.rank.rank import RankClient
 from flexkv.rank.tp_client import KVTPClient
 from flexkv.transfer.executors.agent_link import AgentLink
+from flexkv.transfer.graph import Dependency, TransferGraph, TransferOp
 from flexkv.transfer.membership import Membership
 from tests.support.harness import (
     LAYERS,
@@ -111,3 +115,22 @@ def test_a_rank_that_cannot_use_its_welcome_leaves_the_controller(
         client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
         wait_ready(manager)
         manager.shutdown()
+
+
+def test_a_task_that_never_ends_gives_no_pages_to_one_of_the_next_controller(tmp_path: Path) -> None:
+    """Controllers count their tasks from 1."""
+    tensors, zero, two = Tensors(), np.zeros(1, dtype=np.int32), np.arange(2, dtype=np.int32)
+    save, held = TransferOp(OpKind.D2H, zero, zero), TransferOp(OpKind.D2H, zero + 1, zero + 1, fence=9)
+    needed = [Dependency(op, two[first : first + 1], zero) for first, op in enumerate((save, held))]
+    load = TransferOp(OpKind.H2D, two, two + 2, depends_on=needed)
+    with RankClient(str(tmp_path / "s")) as client:
+        for ops in ([save, held, load], [TransferOp(OpKind.D2H, zero + 5, zero)]):
+            manager = make_manager(tmp_path / "s")
+            client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+            wait_ready(manager)
+            controller_of(manager)._transfer.submit(TransferGraph(1, ops), lambda _: None)
+            until(lambda ops=ops: ops[-1].ok[0])                         # type: ignore[misc]
+            results = client.poll_results()
+            manager.shutdown()
+            client.suspend()
+        assert [result.pages.tolist() for result in results] == [[5]]
