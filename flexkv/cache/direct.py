@@ -11,8 +11,9 @@ from flexkv.cache.tier import HOST
 
 
 def direct_blocks(lower: list[LowerTier], match: Match, found: Sources) -> NDArray[np.int8]:
-    """(k,) int8: for each block of ``found.slow``, the number of the lower tier that reads it straight to DEVICE; HOST:
-    a promotion reads it. A block is read directly if no promotion reads it yet, and its tier loads directly."""
+    """(k,) int8: for each block of ``found.slow``, the number of the lower tier from which it is read straight to
+    DEVICE; HOST: a promotion reads it. A block is read directly if no promotion reads it yet, and its tier loads
+    directly."""
     direct = np.full(len(found.slow), HOST, dtype=np.int8)
     for tier in lower:
         if tier.loads_directly:
@@ -24,7 +25,8 @@ def direct_gets(
     tree: RadixTree, lower: list[LowerTier], keys: NDArray[np.uint64], match: Match, found: Sources,
     direct: NDArray[np.int8],
 ) -> tuple[Move, ...]:
-    """Plan the direct reads of the blocks before ``found.stop``; ``direct``: as ``direct_blocks`` returned it."""
+    """Plan the direct reads of the blocks before ``found.stop``: one move to DEVICE for each tier that has blocks to
+    read. ``direct``: the result of ``direct_blocks`` for ``found``."""
     moves: list[Move] = []
     if not direct.any():
         return ()
@@ -43,12 +45,27 @@ def direct_put(
     tree: RadixTree, lower: list[LowerTier], keys: NDArray[np.uint64], absent: NDArray[np.int32], tenant: int,
     now: float,
 ) -> tuple[tuple[Move, ...], NDArray[np.int32]]:
-    """Allocate slots for the first absent blocks, as many as are available, on the first tier that saves directly; also
-    returns the blocks left absent.
+    """Allocate slots for the first absent blocks, as many as are available, on the first tier that saves directly.
 
-    The first blocks go there, not the last: a block on a lower tier that follows blocks in host memory would be
+    The tier gets the first blocks, not the last: a block on a lower tier that follows blocks in host memory would be
     unreachable if those were evicted before their write-back. The prefix of the blocks is not evicted. A block that
     has a slot out of service gets no other.
+
+    Parameters
+    ----------
+    keys : (n, 2) uint64
+    absent : (k,) int32
+        Positions of the blocks that the put must save, ascending.
+    tenant : int
+    now : float
+        Time in seconds on the engine's clock.
+
+    Returns
+    -------
+    moves : tuple of Move
+        The move from DEVICE to the tier; empty if no tier saves directly or no slot is available.
+    absent : (l,) int32
+        Positions of the blocks that are still absent. Blocks that were evicted for the new slots are among them.
     """
     tier = next((tier for tier in lower if tier.saves_directly), None)
     if tier is None:

@@ -31,7 +31,7 @@ class EarlyTraffic:
         self._num_keys = self.num_blocks = 0
 
     def add(self, event: Event) -> None:
-        """Record an event for ``replay``."""
+        """Record an event for ``replay``; drops the oldest events beyond the maximum."""
         self._events.append(event)
         self._num_keys += _num_keys(event)
         self.num_blocks += len(event)
@@ -50,7 +50,8 @@ class EarlyTraffic:
         self._num_keys = self.num_blocks = 0
 
     def replay(self, writer: WriteBack) -> None:
-        """Report events to the writer, as long as its queue has room. The writer applies its own admission rules."""
+        """Report the oldest events to the writer, as long as its queue has room, and remove them. The writer applies
+        its own admission rules."""
         while self._events and writer.has_room(len(self._events[0])):
             event = self._take()
             if isinstance(event, PutPlan):

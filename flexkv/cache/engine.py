@@ -135,8 +135,8 @@ class GlobalCacheEngine:
         the moves that fill these slots (``joins``). The caller must start the plan's ``moves`` to the host; each must
         be passed to ``end_move`` once.
 
-        ``choose``: skip blocks that the engine computes faster than they load. ``host_only``: skip blocks that are not
-        ready on the host.
+        ``choose``: end before blocks that the engine computes faster than they load. ``host_only``: end before blocks
+        that are not ready on the host.
 
         Every plan must be passed to ``end_get`` once; its ``moves`` to DEVICE to ``end_move`` before that.
         """
@@ -192,7 +192,7 @@ class GlobalCacheEngine:
     # ---- moves ------------------------------------------------------------------------------------------------
 
     def begin_read(self, move: Move) -> None:
-        """Note that the reads of a move from a lower tier to DEVICE have begun."""
+        """Record that the reads of a move from a lower tier to DEVICE have begun."""
         with self._lock:
             self._lower[move.source - 1].begin_read(move)
 
@@ -251,7 +251,7 @@ class GlobalCacheEngine:
             return np.asarray(self._tree.slots(keys, tier) >= 0)
 
     def room(self, tier: int, keys: NDArray[np.uint64]) -> tuple[int, int]:
-        """Tenant of a sequence, and number of its blocks that a tier can take without eviction."""
+        """Tenant of a sequence, and number of slots that this tenant can take on a tier without eviction."""
         with self._lock:
             tenant = self._tree.tenant_of(keys)
             return tenant, self._tiers[tier].room(self._tree, tenant)
@@ -269,7 +269,7 @@ class GlobalCacheEngine:
             return plan_write_back(self._tree, self._host, below, keys, limit, self._tick())
 
     def erased(self, move: Move) -> None:
-        """The slots ``move.to_erase`` of a write-back that has ended were erased; they can be used again."""
+        """Free the slots ``move.to_erase`` of a write-back that has ended. Must be called once they were erased."""
         with self._lock:
             self._tiers[move.target].release(move)
 
@@ -305,7 +305,7 @@ class GlobalCacheEngine:
         return True
 
     def free(self, tier: int, slots: NDArray[np.int32]) -> None:
-        """Free slots of recovered blocks that are not used."""
+        """Free slots ((n,) int32) of recovered blocks that did not enter the index."""
         with self._lock:
             self._tiers[tier].slots.free(slots)
 
@@ -332,7 +332,7 @@ class GlobalCacheEngine:
             return self._pins.remove(self._tree, name)
 
     def pins(self) -> list[Pin]:
-        """All pins."""
+        """All pins, oldest first."""
         with self._lock:
             return self._pins.list()
 

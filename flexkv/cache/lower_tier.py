@@ -31,24 +31,24 @@ def _unknown(slots: NDArray[np.int32]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TierService:
-    """What a lower tier needs to be in service.
+    """Functions and objects that a lower tier needs to be in service.
 
     Attributes
     ----------
     slots : Slots
     cost : CostModel
-        Of reads from the tier.
+        Cost model of reads from the tier.
     usable : callable
         ``usable()``: whether blocks can be read and written now.
     usable_slots : callable
         ``usable_slots(slots)``: (n,) bool, whether each of these slots ((n,) int32) can be read and written now. Called
         only while ``usable()``.
     read_deadline_s : float
-        A read that takes longer is abandoned, if no block was read from the tier in that time. Infinite: none is.
+        Seconds after which a read is abandoned, if no block was read from the tier in that time. Infinite: never.
     loads_directly : callable
         ``loads_directly()``: whether gets read blocks that are on this tier alone straight into the engine's pages.
     checksums : callable
-        ``checksums(slots)``: as ``Store.checksums``. Must not wait.
+        ``checksums(slots)``: (n,) uint64, as ``Store.checksums``; 0: unknown. Must not wait.
     saves_directly : callable
         ``saves_directly()``: whether puts for which there are too few host slots write straight to this tier.
     """
@@ -90,8 +90,9 @@ class LowerTier(Tier):
     def recover(
         self, tree: RadixTree, keys: NDArray[np.uint64], slots: NDArray[np.int32], now: float
     ) -> None:
-        """Enter a sequence that the tier holds ((n, 2) uint64, (n,) int32; -1: in an earlier sequence). It is skipped,
-        and its slots are freed, if blocks before it are absent or the index has no room for it."""
+        """Enter a sequence that the tier holds into the index: ``keys`` (n, 2) uint64, ``slots`` (n,) int32 (-1: the
+        block was in an earlier sequence). The sequence is skipped, and its slots are freed, if blocks before it are
+        absent or the index has no room for it."""
         fits = not (slots[tree.absent(keys)] < 0).any()
         if fits:
             with suppress(CapacityError):
@@ -127,16 +128,16 @@ class LowerTier(Tier):
         return there
 
     def has_whole(self, slots: NDArray[np.int32]) -> NDArray[np.bool_]:
-        """(n,) bool: whether the block in each slot ((n,) int32; -1: no slot) can be read, and is whole, as its known
-        checksum shows."""
+        """(n,) bool: whether the block in each slot ((n,) int32; -1: no slot) can be read now, and the index has its
+        checksum, which shows that it was written completely."""
         return np.asarray(self.in_service(slots) & (self.checksums[np.maximum(slots, 0)] != 0))
 
     def _checksums_of(self, move: Move) -> NDArray[np.uint64]:
         return self.service.checksums(move.dst) if self.service is not None else super()._checksums_of(move)
 
     def differing(self, move: Move) -> NDArray[np.bool_]:
-        """(m,) bool: blocks of a write-back whose bytes, as this tier has computed their checksum, are not those that
-        the source had."""
+        """(m,) bool: blocks of a write-back of which this tier's store has computed another checksum than the source
+        had. False where a checksum is unknown or the slot was freed meanwhile."""
         differs = differ(self._checksums_of(move), move.checksums)
         if move.filled is None:                        # the move has ended
             return np.zeros_like(differs)
@@ -144,20 +145,21 @@ class LowerTier(Tier):
         return differs if freed is None else differs & ~freed
 
     def altered(self, move: Move) -> NDArray[np.bool_]:
-        """(m,) bool: blocks of a move from this tier of which the store has another checksum than the index."""
+        """(m,) bool: blocks of a move from this tier of which the store has another checksum than the index. False
+        where a checksum is unknown, and after ``end_read``."""
         if self.service is None or move.read is None:
             return np.zeros(len(move), dtype=np.bool_)
         return differ(self.service.checksums(move.src), move.checksums)
 
     def plan_read(self, move: Move) -> None:
-        """Note that a move from this tier was planned. The slots of its blocks are not reused before ``end_read``, even
-        if the blocks are dropped meanwhile."""
+        """Record that a move from this tier was planned. The slots of its blocks are not reused before ``end_read``,
+        even if the blocks are dropped meanwhile."""
         move.read = self.slots.generations(move.src)
         move.checksums = self.checksums[move.src]
         self._reads.add(move)
 
     def begin_read(self, move: Move) -> None:
-        """Note that the reads of a move have begun."""
+        """Record that the reads of a move have begun, for the cost model."""
         if self.service is not None:
             move.is_reading = True
             self.service.cost.read_began()
@@ -200,8 +202,8 @@ class LowerTier(Tier):
 def can_be_read(
     lower: list[LowerTier], slots: NDArray[np.int32], tiers: NDArray[np.int8]
 ) -> NDArray[np.bool_]:
-    """(n,) bool: blocks on a lower tier, at these slots ((n,) int32) of these ``tiers`` ((n,) int8), that can be read
-    now."""
+    """(n,) bool: blocks on lower tiers that can be read now. Block i is in ``slots[i]`` ((n,) int32) of tier
+    ``tiers[i]`` ((n,) int8; False for HOST)."""
     able = np.zeros(len(slots), dtype=np.bool_)
     for tier in lower:
         if (mine := tiers == tier.number).any():
@@ -210,8 +212,8 @@ def can_be_read(
 
 
 def absent_blocks(tree: RadixTree, lower: list[LowerTier], keys: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """Positions (int32, ascending) of the blocks of a sequence that a put must save to make them available. A block
-    that only a tier out of service has is absent: it may be put again."""
+    """(k,) int32, ascending: positions of the blocks of a sequence that a put must save to make them available. A block
+    that only a tier out of service has is absent: it can be put again."""
     if all(tier.service is None for tier in lower):
         return tree.absent(keys)
     there = np.asarray(tree.slots(keys, HOST) >= 0)

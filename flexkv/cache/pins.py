@@ -39,7 +39,8 @@ class Pins:
     def add(self, tree: RadixTree, keys: NDArray[np.uint64], name: str, tenant: int, capacity: int) -> Pin:
         """Pin blocks of the index, by their keys ((n, 2) uint64, from the first block of a sequence).
 
-        ``capacity``: host slots, of which ``max_share`` can be pinned. ``name``: empty for the key of the last block.
+        ``capacity``: host slots, of which ``max_share`` can be pinned. ``name``: if empty, the key of the
+        last block in hexadecimal digits.
 
         Raises
         ------
@@ -87,7 +88,7 @@ class Pins:
         return Pin(name, len(keys))
 
     def clear(self, tree: RadixTree) -> None:
-        """Unpin all."""
+        """Remove all pins."""
         for name in list(self._pins):
             self.remove(tree, name)
 

@@ -32,7 +32,7 @@ class MatchResult:
     reason : MissReason
         Why the match ends after these blocks.
     num_to_fetch : int
-        Number of these blocks that must be read from a lower tier first.
+        Number of these blocks, from ``start`` on, that must be read from a lower tier.
     evicted_at : float
         Time at which the first missing block was evicted, in seconds of ``time.monotonic``; nan: not evicted, or
         unknown.
@@ -153,11 +153,11 @@ class PutPlan:
         return len(self.blocks)
 
     def to(self, tier: int) -> Move | None:
-        """The move to a tier."""
+        """The plan's move to a tier; None if there is none."""
         return next((move for move in self.moves if move.target == tier), None)
 
     def where(self, move: Move) -> NDArray[np.intp] | slice:
-        """Indices in ``blocks`` of the blocks of one of the moves."""
+        """Indices in ``blocks`` of the blocks of a move, which must be one of ``moves``."""
         return slice(None) if len(self.moves) == 1 else np.searchsorted(self.blocks, move.blocks)
 
     def slots_on(self, tier: int) -> NDArray[np.int32]:
@@ -176,9 +176,8 @@ class Join:
 
     Attributes
     ----------
-    checksums : (m,) uint64
-        XXH3-64 of each block's bytes on the source, 0 where it is unknown; empty if the source is DEVICE.
     move_id : int
+        ``move_id`` of the move.
     mine : (k,) intp
         Indices of these blocks in the get, counted from its ``start``.
     theirs : (k,) intp
@@ -197,6 +196,8 @@ class GetPlan:
     Attributes
     ----------
     keys : (stop, 2) uint64
+    start, stop : int
+        Positions in the sequence. The plan is empty if they are equal; ``start`` is then at most the requested start.
     slots : (stop - start,) int32
         Host slot of each block; -1 for blocks that are moved from a lower tier straight to DEVICE.
     reason : MissReason
@@ -229,7 +230,7 @@ class GetPlan:
         return self.stop - self.start
 
     def to(self, place: int) -> list[Move]:
-        """The moves to a place."""
+        """The plan's moves to a place: HOST or DEVICE."""
         return [move for move in self.moves if move.target == place]
 
     @property

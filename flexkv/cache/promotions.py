@@ -48,7 +48,8 @@ class Promotions:
         self, tree: RadixTree, keys: NDArray[np.uint64], match: Match, slots: NDArray[np.int32],
         slow: NDArray[np.intp], tenant: int, now: float,
     ) -> tuple[int, tuple[Move, ...]]:
-        """Allocate host slots, entered in ``slots``, for the blocks at positions ``slow`` that have none.
+        """Plan promotions of the blocks at positions ``slow`` ((k,) intp) that have no host slot: allocates host slots,
+        and enters them in ``slots`` ((num_ready,) int32; -1: no slot).
 
         Returns the position of the first block without a slot (``match.num_ready`` if there is none), and one move for
         each lower tier that has blocks to read.
@@ -77,7 +78,7 @@ class Promotions:
         return stop, tuple(moves)
 
     def add(self, move: Move, now: float) -> None:
-        """Enter a promotion that begins."""
+        """Record a promotion that begins at ``now`` (seconds on the engine's clock)."""
         self._under_way[move.move_id] = _UnderWay(move, now)
         self._move_of[move.dst] = move.move_id
         self._index_of[move.dst] = np.arange(len(move))
@@ -126,12 +127,12 @@ class Promotions:
         return late
 
     def join(self, plan: GetPlan) -> None:
-        """Note that a get reads the slots of the promotions that it joins, until ``leave``."""
+        """Record that a get reads the slots of the promotions that it joins, until ``leave``."""
         for join in plan.joins:
             self._under_way[join.move_id].readers[plan] = None
 
     def leave(self, plan: GetPlan) -> None:
-        """A get has ended, and reads no slot any more."""
+        """Record that a get has ended, and reads no slot any more."""
         for join in plan.joins:
             if join.move_id in self._under_way:
                 self._under_way[join.move_id].readers.pop(plan, None)

@@ -48,7 +48,7 @@ class Quotas:
         return next((self._tenants[owner] for owner in owners if owner in self._tenants), 0)
 
     def names(self) -> list[str]:
-        """The namespace of each tenant."""
+        """Name of the namespace of each tenant, by its number; ``""`` for tenant 0."""
         return list(self._names)
 
     def limit(self, tenant: int, capacity: int) -> int:

@@ -9,6 +9,7 @@ class MissReason(enum.IntEnum):
     """Reason for which the first missing block of a match is not available."""
 
     FULL_HIT = radix.REASON_FULL_HIT
+    """No block is missing."""
     NOT_READY = radix.REASON_NOT_READY
     """Another request is still writing it."""
     NEVER_SEEN = radix.REASON_NEVER_SEEN

@@ -18,7 +18,7 @@ _NOWHERE = np.zeros(0, dtype=np.intp)
 
 @dataclass(slots=True)
 class Sources:
-    """Sources of the ready blocks from ``start`` on.
+    """Sources of the blocks that a get can load, from its position ``start`` on.
 
     Attributes
     ----------
@@ -41,12 +41,12 @@ class Sources:
     evicted_at: float
 
     def abandon(self, start: int) -> None:
-        """No block from ``start`` on can be acquired."""
+        """Remove all blocks from ``start`` on: they cannot be acquired, for want of room."""
         self.end(start, MissReason.NO_ROOM)
         self.slow = _NOWHERE
 
     def end(self, stop: int, reason: MissReason) -> None:
-        """Shorten the sources: the first block that is not available is at ``stop``."""
+        """Set the position of the first unavailable block, and the reason. The caller must shorten ``slow``."""
         self.stop, self.reason, self.evicted_at = stop, reason, math.nan
 
 
@@ -68,7 +68,11 @@ def find_sources(
     tree: RadixTree, lower: list[LowerTier], promotions: Promotions, decision: LoadOrCompute, keys: NDArray[np.uint64],
     match: Match, start: int, choose: bool, host_only: bool = False,
 ) -> Sources:
-    """Sources of the blocks that ``match`` found for ``keys``; ``choose`` and ``host_only`` as in ``begin_get``."""
+    """Find the sources of the blocks that ``match`` found for ``keys`` ((n, 2) uint64), from ``start`` on.
+
+    Changes ``match.tiers`` and ``match.slots`` of blocks whose tier is out of service and that a tier below it has.
+    ``choose`` and ``host_only``: as in ``GlobalCacheEngine.begin_get``.
+    """
     found = Sources(match.num_ready, MISS_REASONS[match.reason], match.slots, _NOWHERE, match.evicted_at)
     if not lower or not (is_slow := match.tiers[start:] != HOST).any():
         return found

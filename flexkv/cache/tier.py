@@ -40,6 +40,9 @@ _EXPIRE_NODES = 2000
 class Tier:
     """Slots of one tier of the index. The caller must hold the engine's lock.
 
+    Three arguments occur in many methods: ``tree``, the index whose blocks have the slots; ``now``, the time in seconds
+    on the engine's clock; ``tenant``, the number of a quota.
+
     Parameters
     ----------
     number : int
@@ -95,7 +98,8 @@ class Tier:
         self, tree: RadixTree, count: int, tenant: int, now: float, keep: NDArray[np.uint64] = _NO_KEYS
     ) -> NDArray[np.int32]:
         """Allocate ``count`` slots for blocks of a tenant, or as many as are available. Evicts blocks if too few slots
-        are free, or the tenant has too many. Allocates none if the tier is taken offline during the call."""
+        are free, or the tenant has too many. Allocates none if the tier is taken offline during the call.
+        Returns the slots ((k,) int32, k <= ``count``). ``keep``: as in ``make_room``."""
         count = self.make_room(tree, count, tenant, now, keep)
         slots = self.slots.allocate(min(count, self.slots.num_free))
         return np.zeros(0, dtype=np.int32) if slots is None else slots
@@ -125,8 +129,8 @@ class Tier:
         return count
 
     def place(self, move: Move, now: float, tenant: int = 0) -> bool:
-        """Enter the blocks of a move to this tier into its index, with their slots, in state writing. False: the index
-        is full, or memory is exhausted; then the slots are freed, and nothing else changes."""
+        """Enter the blocks of a move to this tier, and their slots, into the index, in state writing. False: the index
+        is full, or memory is exhausted; the slots are freed then, and nothing else changes."""
         try:
             move.tree.insert(move.keys, move.by_position(move.dst), self.number, now, tenant)
         except MemoryError:                        # CapacityError is one
@@ -137,7 +141,7 @@ class Tier:
         return True
 
     def displace(self, move: Move) -> None:
-        """Undo ``place``."""
+        """Undo ``place``: the blocks become absent, and their slots are freed."""
         move.tree.drop(move.keys, move.by_position(move.dst), self.number)
         self.slots.free(move.dst)
 
@@ -156,7 +160,7 @@ class Tier:
             self.slots.free(np.setdiff1d(move.dst[failed], move.to_erase, assume_unique=True))
 
     def set_checksums(self, slots: NDArray[np.int32], checksums: NDArray[np.uint64]) -> None:
-        """Note the checksums ((n,) uint64) of the blocks in slots ((n,) int32)."""
+        """Record the checksums ((n,) uint64; 0: unknown) of the blocks in slots ((n,) int32)."""
         if len(slots) and (last := int(slots.max())) >= len(self.checksums):      # more slots than were announced
             self.checksums = np.concatenate([self.checksums, np.zeros(last + 1 - len(self.checksums), np.uint64)])
         self.checksums[slots] = checksums
@@ -166,7 +170,7 @@ class Tier:
         return move.checksums if len(move.checksums) else np.zeros(len(move), dtype=np.uint64)
 
     def release(self, holder: Hashable) -> None:
-        """Free the slots of evicted blocks that only this transfer or plan has held."""
+        """End the hold of a transfer or plan on slots in limbo; frees the slots that have no other holder."""
         self.slots.free(self.limbo.release(holder))
 
     def limit(self, tenant: int) -> int:
@@ -179,9 +183,9 @@ class Tier:
         return count <= self.slots.num_free and (limit == capacity or self._used(tree, tenant) + count <= limit)
 
     def room(self, tree: RadixTree, tenant: int) -> int:
-        """Number of slots that a tenant can take without eviction, now or ahead of need.
+        """Number of slots that a tenant can take without an eviction, either at once or by the next ``evict_ahead``.
 
-        Slots that a batch of evictions has just freed do not count, because taking them would trigger the next batch.
+        The free slots that a batch of evictions leaves do not count, because taking them would trigger the next batch.
         """
         limit, capacity = self.limit(tenant), self.slots.capacity
         kept_free = capacity - int(self._start_threshold * capacity) + self._batch()
@@ -228,7 +232,8 @@ class Tier:
     # ---- the policy -------------------------------------------------------------------------------------------
 
     def used(self, tree: RadixTree) -> None:
-        """Note that blocks were used; reports them to the policy once there are ``max_waiting`` nodes to report."""
+        """Report the nodes that were used since the last report to the policy, once there are ``max_waiting`` of
+        them."""
         if tree.eviction_queues(self.number).num_waiting >= self._policies[0].max_waiting:
             self._update_priorities(tree)
 
@@ -256,8 +261,8 @@ class Tier:
         policy.place(events)
 
     def evict(self, tree: RadixTree, want: int, now: float, tenant: int | None = None) -> int:
-        """Free up to ``want`` slots (for a tenant): first slots of blocks that no match can reach, then by quota and
-        policy. Returns the number of slots freed."""
+        """Free up to ``want`` slots: first slots of blocks that no match can reach, then by quota and policy.
+        ``tenant``: tenant that needs the slots; None: none. Returns the number of slots freed."""
         freed = self.reclaim(tree, want)
         if freed >= want:
             return freed
@@ -272,8 +277,8 @@ class Tier:
         return freed
 
     def reclaim(self, tree: RadixTree, want: int, tenant: int = -1) -> int:
-        """Free up to ``want`` slots of blocks (of a tenant) that follow a block that is on no tier, so that no match
-        can reach them. Returns the number of slots freed."""
+        """Free up to ``want`` slots of blocks that no match can reach, because they follow a block that is on no tier.
+        ``tenant``: only of its blocks; -1: of all. Returns the number of slots freed."""
         if tree.num_holes == 0:
             return 0
         slots = tree.reclaim(self.number, want, tenant)
@@ -310,7 +315,8 @@ class Tier:
         self.slots.free(tree.discard(self.number))
 
     def stats(self, tree: RadixTree, prefix: str) -> dict[str, int]:
-        """Free slots, blocks evicted since the start, and, if there are quotas, blocks by namespace."""
+        """Current free slots and slots in limbo; evicted, expired and altered blocks and refused results since the
+        start; if there are quotas, blocks by namespace. Each name begins with ``prefix``."""
         stats = {
             "free_slots": self.slots.num_free, "evicted_blocks": self._evicted, "expired_blocks": self._expired,
             "stale_results": self.stale.num_blocks, "limbo_slots": len(self.limbo),

@@ -36,6 +36,8 @@ def without_effect(values: Mapping[str, Any], defaults: Mapping[str, Any], given
     ----------
     values : mapping
         All settings by name.
+    defaults : mapping
+        Default of each setting.
     given : mapping
         For each setting that was given: the place where it was given.
     """

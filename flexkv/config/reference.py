@@ -76,7 +76,7 @@ def _rows_by_reason(effect: str, reasons: Mapping[str, str]) -> Iterator[str]:
 
 
 def reference() -> str:
-    """The page, in Markdown."""
+    """Reference page of all settings, in Markdown."""
     lines = [_HEAD]
     for group, owner in GROUPS.items():
         lines += [f"## {_TITLES[group]}", "", f"{owner.__doc__}", "", *_rows(owner), ""]

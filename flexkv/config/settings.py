@@ -64,7 +64,7 @@ class ModelConfig(_Settings):
 
     @property
     def kv_dim(self) -> int:
-        """Vectors a token, head and layer: K and V, or one with MLA."""
+        """Number of vectors of each token, head and layer: 2 (K and V), or 1 with MLA."""
         return 1 if self.use_mla else 2
 
     @property
@@ -174,7 +174,7 @@ class CacheConfig(_Settings):
     )
 
     def conflicts(self) -> Iterator[ConfigError]:
-        """See ``_Settings``."""
+        """Conflicts between settings, each of which is valid by itself."""
         size = self.hugepage_size_bytes
         if size & (size - 1):
             yield ConfigError("hugepage_size_bytes", size, "must be a power of two, such as 2097152")
@@ -268,7 +268,7 @@ class TransferConfig(_Settings):
     ring_bytes: int = setting(1 << 20, "Size of each shared-memory ring; a power of two.", unit="bytes", low=4096)
 
     def conflicts(self) -> Iterator[ConfigError]:
-        """See ``_Settings``."""
+        """Conflicts between settings, each of which is valid by itself."""
         if self.ring_bytes & (self.ring_bytes - 1):
             yield ConfigError("ring_bytes", self.ring_bytes, "must be a power of two, such as 1048576")
 

@@ -45,7 +45,7 @@ logger = logging.getLogger("flexkv.controller")
 
 
 class Controller(Blocks):
-    """The blocks of one engine, in this process.
+    """Implements ``Blocks`` for one engine, in this process.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Controller(Blocks):
     tiers : sequence of TierKind, optional
         The tiers below host memory, the fastest first. Default: those of the configuration.
     note : str
-        End of the line that the log gets when the controller is ready, such as the engine's role.
+        Text at the end of the log line that reports readiness, such as the engine's role.
 
     Attributes
     ----------

@@ -15,24 +15,26 @@ from flexkv.transfer.watch import Watch
 
 
 class Listener(AgentListener):
-    """Accepts ranks and users, makes the host pool, and gives agents to the data plane. Runs on its background thread.
+    """Accepts connections of ranks and users, makes the host pool, and passes agents to the data plane.
+
+    Connections are handled on the data plane's background thread.
 
     Parameters
     ----------
     config : TransferConfig
     transfer : TransferEngine
-        Takes the agents. Its shutdown closes the listener.
+        Data plane that takes the agents. Its shutdown closes the listener.
     host_bytes : int
-        Size of the host tier.
+        Size of the host tier in bytes.
     num_slots : int, optional
         Slots of the host tier; default: as many as fit ``host_bytes``.
     ranks : int
         Device agents of each data-parallel client.
     dp_client_ids : tuple of int
     hugepage_bytes : int
-        0: ordinary pages.
+        Size of the huge pages of the host pool; 0: ordinary pages.
     on_control : callable
-        ``on_control(message, descriptors) -> reply`` to the request of a user.
+        ``on_control(message, descriptors) -> reply``: executes the request of a user.
     on_gds : callable, optional
         As in ``Registry``.
     """
@@ -109,7 +111,7 @@ class Listener(AgentListener):
 
     @property
     def host_pool(self) -> HostPool:
-        """The memory of the host tier; it exists when the ranks of one client have registered."""
+        """The memory of the host tier. TransferError until all ranks of one data-parallel client have registered."""
         if self._pool is None:
             raise TransferError("no rank has registered yet, so there is no host pool")
         return self._pool

@@ -35,14 +35,15 @@ DRAIN_S = 30.0
 
 
 def drain_deadline() -> float:
-    """End of a shutdown that begins now (``time.monotonic``)."""
+    """Time (``time.monotonic``) at which a shutdown that begins now stops to wait: in ``DRAIN_S`` seconds."""
     return time.monotonic() + DRAIN_S
 
 
 class LowerTier:
     """The store of a lower tier and the write-back to it. Thread safe.
 
-    Until the store is open, which takes a while, and if it cannot be opened, everything works as without the tier.
+    The store is opened in the background. Until it is open, and if it cannot be opened, the tier offers no block and
+    takes none.
 
     Parameters
     ----------
@@ -51,14 +52,14 @@ class LowerTier:
     kind : TierKind
     config : CacheConfig
     domain : bytes
-        Everything that makes KV comparable; blocks of other domains in the same place are not seen.
+        Identity of everything that must be equal for KV to be comparable. The store ignores blocks of other domains.
     on_opened : callable
         Called once, when the store is open or cannot be opened.
 
     Attributes
     ----------
     description : str
-        The tier in the words of the log, when ``on_opened`` is called.
+        Text about the tier for the log; final when ``on_opened`` is called.
     """
 
     def __init__(
@@ -141,8 +142,8 @@ class LowerTier:
         )
 
     def attach_gds(self, end: GdsEnd) -> None:
-        """A rank can move blocks between the tier and its GPU on request, over this socket, which is owned by this
-        now."""
+        """Give the store a rank's socket for GPUDirect Storage, over which it requests moves between the tier and the
+        GPU. Takes ownership; replaces a socket that was not used yet."""
         with self._lock:
             if self._gds is not None:
                 self._gds.close()
@@ -166,8 +167,8 @@ class LowerTier:
             self._uncleared = True
 
     def reset(self) -> None:
-        """Forget the blocks of the tier, and those on their way to it; the index was reset already, and ``suspend`` was
-        called."""
+        """Drop the blocks of the tier, its queue of writes, and the writes under way. The index must have been reset,
+        and ``suspend`` called, before."""
         with self._write_lock:
             with self._lock:
                 self._uncleared = True                     # again, if the store was opened since ``suspend``
@@ -197,8 +198,8 @@ class LowerTier:
             self._wake()
 
     def shutdown(self, deadline: float) -> None:
-        """Write the queued blocks until ``deadline`` (``time.monotonic``), after ``flush``. The data plane closes the
-        store."""
+        """Wait until the queued blocks are written, or until ``deadline`` (``time.monotonic``). ``flush`` must have
+        been called before. No write begins afterwards. The data plane closes the store."""
         with self._lock:
             gds, self._gds = self._gds, None
         if gds is not None:
@@ -221,15 +222,16 @@ class LowerTier:
     # ---- traffic ----------------------------------------------------------------------------------------------
 
     def lost(self, move: Move, ok: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """(m,) bool: blocks of a read from the tier that are not ``ok`` ((m,) bool) and that the store has no more; a
-        block whose read was cancelled is still there."""
+        """(m,) bool: blocks of a read from the tier that are not ``ok`` ((m,) bool) and that the store does not have
+        any more. A block whose read was cancelled is not lost."""
         lost = ~ok
         if self._store is not None and lost.any():
             lost &= self._store.suspect(move.src, move.keys[move.blocks])
         return lost
 
     def notify(self, event: PutPlan | NDArray[np.uint64]) -> None:
-        """A put has ended, or a sequence ((n, 2) uint64) is loaded: blocks of it may be written."""
+        """Report a put that has ended, or the keys ((n, 2) uint64) of a sequence that is loaded, to the write-back,
+        which may queue its blocks."""
         writer = self._writer
         if writer is None:
             with self._lock:
@@ -246,8 +248,8 @@ class LowerTier:
             self._transfer.wake()
 
     def write(self) -> float:
-        """Write blocks that may be written now; returns in how many seconds to call again. On the background
-        thread."""
+        """Start the writes that rate and limits allow now; returns the seconds until the next call. Must be called on
+        the data plane's background thread."""
         writer = self._writer
         if writer is None or self._transfer is None:
             return IDLE_S
@@ -293,7 +295,7 @@ class LowerTier:
             self._wake()
 
     def stats(self) -> dict[str, int]:
-        """Counts of the write-back and of the store."""
+        """Counts of the write-back and of the store; names begin with the tier's name."""
         name = self._kind.name
         if self._writer is None or self._store is None:
             return {f"{name}_store_{key}": n for key, n in self._kind.closed_stats(self._config).items()}

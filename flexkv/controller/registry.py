@@ -39,36 +39,38 @@ _BATCH = 64
 
 
 class Registry:
-    """Listens for ranks; when all are there it fixes the slot layout, makes the host pool, and welcomes them.
+    """Registers ranks. When all ranks of a client have sent their HELLO, it fixes the slot layout, makes the host pool,
+    and sends each rank its WELCOME.
 
-    A rank whose process died can register again. Runs on the data plane's background thread alone. A fault of one
-    connection closes that connection.
+    A rank whose process has ended can register again. All methods must be called on the data plane's background thread.
+    A fault of one connection closes that connection alone.
 
     Parameters
     ----------
     watch : Watch
-        Where the listener and the connections are watched.
+        Watch that calls the handlers of the listener and the connections.
     port : str
-        Path of the Unix socket.
+        Path of the Unix socket, or an ``ipc://`` address.
     dp_client_ids : tuple of int
     ranks_per_client : int
     make_pool : callable
-        ``make_pool(layout) -> HostPool``.
+        ``make_pool(layout) -> HostPool``; called once, unless it fails.
     handshake_timeout_s : float
-        A connection that has not said HELLO by then is dropped.
+        Seconds after which a connection without a first message is closed.
     ring_bytes : int
-        Data of each ring; a power of two.
+        Data bytes of each ring; a power of two.
     on_link : callable
-        Called with each agent that is ready for ops.
+        ``on_link(link)``, called with the AgentLink of each rank that was sent its WELCOME; takes ownership.
     on_gds : callable, optional
-        Called with the controller's end of each rank's socket of GPUDirect Storage; None: ranks get none.
+        ``on_gds(end)``, called with the controller's end of each rank's socket for GPUDirect Storage; takes ownership.
+        None: ranks get no such socket.
     on_control : callable
-        ``on_control(message, descriptors) -> reply`` to a user's request.
+        ``on_control(message, descriptors) -> reply``: executes a user's request.
 
     Raises
     ------
     RegistrationError
-        The socket cannot be had.
+        The socket cannot be opened; see ``ListeningSocket``.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Registry:
         watch.add(self.listener.fileno(), self.accept, lambda error: watch.pause(self.listener.fileno(), _PAUSE_S))
 
     def accept(self) -> None:
-        """Take new connections; their first message is awaited without blocking."""
+        """Accept new connections, up to ``_BATCH``, and watch them for their first message. Does not block."""
         for _ in range(_BATCH):
             try:
                 connection, _ = self.listener.accept()
@@ -343,16 +345,16 @@ class Registry:
         return False
 
     def lost(self, hello: Hello) -> None:
-        """The rank's process is gone; it may register again."""
+        """Record that a rank's agent takes no ops any more, so that the rank can register again."""
         self._connected.discard((hello.dp_client_id, hello.pp_rank, hello.rank))
 
     @property
     def complete(self) -> bool:
-        """Every rank of every client is connected."""
+        """Whether every rank of every client is connected."""
         return len(self._connected) == self._ranks * len(self._clients)
 
     def describe(self) -> str:
-        """How many ranks are connected and how many are missing, in words."""
+        """Number of connected ranks of the expected number, the socket, and the last refusal, in words."""
         refusal = f" (refused: {self._last_refusal})" if self._last_refusal else ""
         return (
             f"{len(self._connected)} of {self._ranks * len(self._clients)} ranks have registered their tensors at "
@@ -360,7 +362,7 @@ class Registry:
         )
 
     def close(self) -> None:
-        """Stop listening, and hang up on connections that are no agents'. Can be called again."""
+        """Stop listening, and close the connections that were not passed to ``on_link``. Can be called again."""
         if self.listener.fileno() >= 0:
             self._watch.remove(self.listener.fileno())
         self._listening.close()

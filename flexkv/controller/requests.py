@@ -15,12 +15,12 @@ logger = logging.getLogger("flexkv.controller")
 
 
 class Control:
-    """Answers requests. Never raises.
+    """Executes the requests of users. Thread safe if the callables are.
 
     Parameters
     ----------
     pin, unpin, pins : callable
-        As those of ``Blocks``.
+        The methods of ``Blocks``.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class Control:
         self._pins = pins
 
     def answer(self, message: bytes, fds: Sequence[int]) -> bytes:
-        """The reply to a request; ``fds`` stay the caller's."""
+        """Execute a request (the bytes of its message, and the descriptors that came with it); returns the bytes of the
+        reply, also for a refused or invalid request. Never raises. The caller keeps owning ``fds``."""
         try:
             pins = self._carry_out(parse_request(message), fds)
             page = sorted(pins, key=lambda pin: pin.name)[:PINS_PER_REPLY]

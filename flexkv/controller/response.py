@@ -11,6 +11,7 @@ class KVResponseStatus(enum.Enum):
     """State of a task, or its outcome."""
 
     SUCCESS = "success"
+    """All blocks were moved."""
     NOTFOUND = "notfound"
     """The task is unknown: it was never made, or its result was returned already."""
     UNREADY = "unready"
@@ -18,6 +19,7 @@ class KVResponseStatus(enum.Enum):
     TIMEOUT = "timeout"
     """The wait, or the transfer itself, took too long."""
     CANCELLED = "cancelled"
+    """It was cancelled, or the cache was reset; no block counts as moved."""
     FAILED = "failed"
     """At least one block was not moved; ``return_mask`` marks the tokens that were moved."""
 
@@ -52,7 +54,7 @@ class KVResponse:
 def mask_of_blocks(
     blocks: NDArray[np.integer] | range, tokens_per_block: int, num_tokens: int
 ) -> NDArray[np.bool_]:
-    """(num_tokens,) bool: tokens of blocks at these positions, which ascend."""
+    """(num_tokens,) bool: tokens of the blocks at these positions ((m,) integers, ascending)."""
     mask = np.zeros(num_tokens, dtype=np.bool_)
     if len(blocks) == 0:
         return mask

@@ -32,11 +32,11 @@ class Space:
     ----------
     config : CacheConfig
     domain : bytes
-        What makes KV comparable.
+        Identity of everything that must be equal for KV to be comparable.
     transfer : TransferEngine
-        Must not be started yet.
+        Data plane; must not be started yet.
     dp_client_id : int
-        Whose ranks move the blocks.
+        Data-parallel client whose ranks move the blocks.
     accept_within_s : float
         As in ``TaskTable``.
     tiers : sequence of TierKind
@@ -47,13 +47,13 @@ class Space:
     Attributes
     ----------
     index : GlobalCacheEngine or None
-        None until the host pool exists: the size of a slot is not known before.
+        None until the host pool exists, because the size of a slot is not known before.
     tiering : Tiering or None
         None: there is no tier below host memory.
     tasks : TaskTable
     counts : MatchCounts
     num_tenants : int
-        Quotas that blocks can count against.
+        Number of quotas; a tenant is a number below it.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Space:
             self._on_ready()
 
     def run_background_work(self) -> float:
-        """Do what is due; returns in how many seconds to call again."""
+        """End overdue tasks, abandon reads that hang, start write-backs; returns the seconds until the next call."""
         pause = self.tasks.run_background_work()
         if self.tiering is None:
             return pause
@@ -106,7 +106,8 @@ class Space:
         return min(pause, self.tiering.run_background_work())
 
     def reset(self, timeout_s: float, new_weights: bool) -> None:
-        """Forget all KV; see ``Blocks.reset``."""
+        """Drop all KV and all pins, and wait at most ``timeout_s`` seconds for tasks to settle; see
+        ``Blocks.reset``."""
         if new_weights:
             self._domain = changed_domain(self._domain)
         if self.index is not None:
@@ -116,7 +117,8 @@ class Space:
         self.tasks.wait(self.tasks.reset(), timeout_s, self.tasks.is_settled)
 
     def set_prefill_rate(self, tokens_per_s: float) -> None:
-        """Set the measured speed of the engine's prefill. A rate that is set in the configuration stays."""
+        """Set the measured speed of the engine's prefill; no effect if the setting ``prefill_tokens_per_s`` is
+        given."""
         if self._config.prefill_tokens_per_s:
             return
         if self.index is None:
@@ -127,13 +129,14 @@ class Space:
     # ---- keys -------------------------------------------------------------------------------------------------
 
     def hasher(self, namespace: Sequence[str] | None) -> SequenceHasher:
-        """A hasher of growing sequences."""
+        """Make a hasher for a growing sequence in a namespace; ArgumentError if the namespace is invalid."""
         return SequenceHasher(self._seed(namespace), self._config.tokens_per_block)
 
     def keys(
         self, token_ids: ArrayLike, namespace: Sequence[str] | None, extras: Mapping[int, bytes] | None
     ) -> NDArray[np.uint64]:
-        """(n, 2) uint64: keys of the whole blocks of a sequence; ArgumentError if an argument is wrong."""
+        """(n, 2) uint64: keys of the whole blocks of a sequence; arguments as in ``Blocks.keys``. ArgumentError if one
+        is invalid."""
         seed = self._seed(namespace)
         tokens, extras = tokens_of(token_ids), extras_of(extras)
         try:
@@ -145,13 +148,13 @@ class Space:
         return self._chain_seed(self._domain, namespace_of(namespace), self._config.secret)
 
     def tenant(self, namespace: Sequence[str] | None) -> int:
-        """Which quota blocks of a namespace count against."""
+        """Number of the quota that blocks of a namespace count against; ArgumentError if the namespace is invalid."""
         return self._quotas.tenant(namespace_of(namespace))
 
     # ---- counts -----------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, int]:
-        """Counts of the index, the lower tiers and the tasks, now; of matches, since the start."""
+        """Current counts of the index, the lower tiers and the tasks; counts of matches since the start."""
         return {
             **(self.index.stats() if self.index is not None else {}),
             **(self.tiering.stats() if self.tiering is not None else {}),

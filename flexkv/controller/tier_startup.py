@@ -35,7 +35,9 @@ _WRITE_SHARE = 4
 def open_store(
     kind: TierKind, tier: int, config: CacheConfig, domain: bytes, pool: HostPool, transfer: TransferEngine
 ) -> tuple[Store, Recovered] | None:
-    """Open the store of a tier, find its blocks, and give it to the data plane. None: that is shutting down.
+    """Open the store of a tier, find its blocks, and pass the store to the data plane, which closes it.
+
+    Returns the store and the blocks found; None if the data plane is shutting down.
 
     Raises
     ------
@@ -60,10 +62,11 @@ def index_blocks(
     cache: GlobalCacheEngine, tier: int, kind: TierKind, config: CacheConfig, store: Store, found: Recovered,
     usable: Callable[[], bool], is_stale: bool = False,
 ) -> int:
-    """Put a tier into service with the blocks found in its store, parents before children; frees the rest of their
-    slots. Returns the number of blocks in the index.
+    """Put a tier into service, and enter the blocks found in its store into the index, parents before children. Frees
+    the slots of blocks that do not enter the index. Returns the number of blocks entered.
 
-    ``usable``: as in ``TierService``. ``is_stale``: the blocks are of before a reset, and are not put into the index.
+    ``usable``: as in ``TierService``. ``is_stale``: the blocks were found before a reset, and do not enter the
+    index.
     """
     indexed = np.zeros(len(found), dtype=np.bool_)
 
@@ -90,7 +93,7 @@ def index_blocks(
 def write_back_to(
     kind: TierKind, tier: int, cache: GlobalCacheEngine, config: CacheConfig, pool: HostPool
 ) -> WriteBack:
-    """The write-back to a tier, by its settings and the size of the host pool."""
+    """Make the write-back to a tier; its limits follow from the tier's settings and the size of the host pool."""
     batch = max(1, _BATCH_BYTES // pool.slot_bytes)
     in_flight = min(max(batch, _IN_FLIGHT_BYTES // pool.slot_bytes), pool.num_slots // _WRITE_SHARE)
     return WriteBack(

@@ -30,11 +30,11 @@ class Tiering:
     ----------
     config : CacheConfig
     domain : bytes
-        Everything that makes KV comparable.
+        Identity of everything that must be equal for KV to be comparable.
     kinds : sequence of TierKind
         The tiers, the fastest first; at least one.
     on_opened : callable
-        Called once, when each store is open or cannot be opened.
+        Called once, when every store is open or cannot be opened.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Tiering:
 
     @property
     def description(self) -> str:
-        """The tiers in the words of the log."""
+        """Text about the tiers for the log."""
         return "; ".join(tier.description for tier in self._tiers)
 
     def grow(self, cache: GlobalCacheEngine, transfer: TransferEngine, pool: HostPool, num_slots: int) -> None:
@@ -72,18 +72,18 @@ class Tiering:
             tier.grow(cache, transfer, pool, num_slots)
 
     def attach_gds(self, end: GdsEnd) -> None:
-        """A rank can move blocks between the first lower tier and its GPU, on request over this socket."""
+        """Give the first lower tier a rank's socket for GPUDirect Storage; see ``LowerTier.attach_gds``."""
         self._tiers[0].attach_gds(end)
 
     def reset(self) -> None:
-        """Forget the blocks of all lower tiers; the index was reset already."""
+        """Drop the blocks of all lower tiers. The index must have been reset before."""
         for tier in self._tiers:                # a block written while an earlier tier is cleared would be lost
             tier.suspend()
         for tier in self._tiers:
             tier.reset()
 
     def shutdown(self) -> None:
-        """Write the queued blocks, for a bounded time. The data plane closes the stores."""
+        """Write the queued blocks, for at most ``DRAIN_S`` seconds. The data plane closes the stores."""
         deadline = drain_deadline()
         for tier in self._tiers:                # all write during the time of the first
             tier.flush()
@@ -96,8 +96,8 @@ class Tiering:
         self, cache: GlobalCacheEngine, keys: NDArray[np.uint64], start: int, stop: int, choose: bool, host_only: bool,
         tenant: int = 0,
     ) -> tuple[GetPlan, tuple[Dependency, ...]]:
-        """``cache.begin_get``, and start its moves to the host; also returns the dependencies of the plan's blocks on
-        such moves."""
+        """Plan a get with ``cache.begin_get``, whose arguments these are, and start the plan's moves to the host.
+        Returns the plan, and the dependencies of its blocks on such moves, its own and those of earlier plans."""
         with self._lock:
             plan = cache.begin_get(keys, start, stop, choose, host_only, tenant)
             promotions = plan.to(HOST)
@@ -124,13 +124,14 @@ class Tiering:
 
     @property
     def promotes_enough(self) -> bool:
-        """So much is being read into host memory that no prefetch should begin."""
+        """Whether reads from lower tiers fill 1/``_FETCH_SHARE`` of the host slots, so that no prefetch should
+        begin."""
         with self._lock:
             return sum(len(op) for op in self._promotions.values()) * _FETCH_SHARE >= self._usable_slots
 
     def end_get(self, cache: GlobalCacheEngine, plan: GetPlan, ops: Sequence[TransferOp]) -> None:
-        """The moves of a get straight to the engine's pages have ended; ``ops``: those of their graph, in their order,
-        or none if they did not begin."""
+        """End the direct moves of a get. ``ops``: their ops, in the order of ``plan.to(DEVICE)``, of a graph that is
+        quiesced; empty if the moves did not begin."""
         for i, move in enumerate(plan.to(DEVICE)):
             if ops:
                 ok = ops[i].ok
@@ -140,7 +141,7 @@ class Tiering:
                 cache.end_move(move, nothing, lost=nothing)
 
     def put_ended(self, plan: PutPlan) -> None:
-        """The blocks of a put are ready, and may be written to lower tiers."""
+        """Report to the lower tiers that the blocks of a put are ready, so that they may write them."""
         self._notify(plan)
 
     def _notify(self, event: PutPlan | NDArray[np.uint64]) -> None:
@@ -148,7 +149,8 @@ class Tiering:
             tier.notify(event)
 
     def abandon_reads_that_hang(self, cache: GlobalCacheEngine) -> None:
-        """Evict blocks of reads that take too long, from a tier from which no block was read in that time."""
+        """Evict the blocks of reads that take longer than their tier's read deadline, if no block was read from that
+        tier meanwhile. Must be called regularly."""
         with self._lock:
             num_read = dict.fromkeys(range(HOST + 1, len(self._tiers) + 1), 0)
             for op in self._promotions.values():
@@ -157,9 +159,9 @@ class Tiering:
         cache.abandon_reads_that_hang([tier for tier, count in num_read.items() if count > before.get(tier, 0)])
 
     def run_background_work(self) -> float:
-        """Write blocks that may be written now; returns in how many seconds to call again."""
+        """Start the writes to all tiers that may start now; returns the seconds until the next call."""
         return min((tier.write() for tier in self._tiers), default=IDLE_S)
 
     def stats(self) -> dict[str, int]:
-        """Counts of the lower tiers."""
+        """Counts of the lower tiers; each name begins with the name of its tier."""
         return {name: n for tier in self._tiers for name, n in tier.stats().items()}

@@ -23,6 +23,6 @@ def fence_of(value: object) -> int:
 
 
 def shortened(value: object) -> str:
-    """Format a value as ASCII for a message, with at most 80 characters."""
+    """Format a value for an error message: ASCII, at most 80 characters."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

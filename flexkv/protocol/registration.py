@@ -69,6 +69,7 @@ class SegmentClaim:
     ----------
     kind : SegmentKind
     segment_bytes : int
+        Size in each slot.
     content : bytes
         Digest of the layout of the bytes, 16 bytes.
     copy : bytes
@@ -81,11 +82,13 @@ class SegmentClaim:
     copy: bytes = field(default=bytes(DIGEST_BYTES), repr=False)
 
     def pack(self) -> bytes:
+        """Encode the segment as a part of a HELLO."""
         return _SEGMENT.pack(self.kind, 0, self.segment_bytes, self.content, self.copy)
 
     @classmethod
     def parse(cls, kind: int, segment_bytes: int, content: bytes, copy: bytes) -> "SegmentClaim":
-        """Check the fields; RegistrationError if the kind is unknown or a field does not fit it."""
+        """Make a segment from the fields of a HELLO; RegistrationError if the kind is unknown or a field does not fit
+        it."""
         if kind not in SegmentKind.__members__.values():
             raise RegistrationError(f"a segment of kind {kind}: it must be SHARD (1) or REPLICA (2)")
         _check("segment_bytes", segment_bytes, 1, _MAX_SEGMENT_BYTES)
@@ -100,10 +103,14 @@ class Hello:
 
     Attributes
     ----------
+    dp_client_id, pp_rank, rank : int
+        Data-parallel client, pipeline stage, and rank within the stage.
+    pid : int
+        Process id.
     num_pages : tuple of int
         Number of pages in each layer group.
     segments : tuple of SegmentClaim
-        The rank reads all of them; which parts it writes, the Welcome says.
+        The rank reads all of them; the Welcome assigns the part of each that the rank writes.
     """
 
     dp_client_id: int
@@ -114,6 +121,7 @@ class Hello:
     segments: tuple[SegmentClaim, ...]
 
     def pack(self) -> bytes:
+        """Encode the HELLO message."""
         head = _HELLO.pack(
             _MAGIC, self.dp_client_id, self.pp_rank, self.rank, self.pid, len(self.num_pages), len(self.segments)
         )
@@ -180,6 +188,7 @@ class Welcome:
     placements: tuple[Placement, ...]
 
     def pack(self) -> bytes:
+        """Encode the WELCOME message."""
         head = _WELCOME.pack(_MAGIC, self.pool_bytes, self.slot_bytes, self.ring_bytes, len(self.placements), 0)
         return head + b"".join(
             _PLACEMENT.pack(place.offset, place.segment_bytes, place.write_start, place.write_stop)

@@ -58,7 +58,8 @@ def is_request(message: bytes) -> bool:
 
 
 def parse_request(message: bytes) -> dict[str, Any]:
-    """Parse the JSON object of a request; PinError if the message has none."""
+    """Parse the JSON object of a request; PinError if the message has none, or is of another version. The fields are
+    not checked."""
     if message[:8] != _MAGIC:
         raise PinError("the request is of another version of FlexKV: use the flexkv command of the controller's "
                        "version")
@@ -72,7 +73,8 @@ def parse_request(message: bytes) -> dict[str, Any]:
 
 
 def read_tokens(fds: Sequence[int], count: int) -> NDArray[np.uint32]:
-    """Read the tokens of a request from its descriptor; PinError unless it is one sealed memfd of the right size."""
+    """(count,) uint32: read the tokens of a request from its descriptor. PinError unless there is one descriptor, of a
+    sealed memfd of 4 * ``count`` bytes."""
     if not 1 <= count <= MAX_TOKENS:
         raise PinError(f"the prefix has {count} tokens: give 1 to {MAX_TOKENS}")
     try:
@@ -87,10 +89,20 @@ def read_tokens(fds: Sequence[int], count: int) -> NDArray[np.uint32]:
 def ask(port: str, request: dict[str, Any], tokens: NDArray[np.uint32] | None = None) -> list[Pin]:
     """Send a request to the controller that listens at ``port``; returns the pins of its reply.
 
+    Parameters
+    ----------
+    port : str
+        Path of the controller's socket, or an ``ipc://`` address.
+    request : dict
+        A JSON object of this module's description.
+    tokens : (num_tokens,) uint32, optional
+        Tokens of a request to pin.
+
     Raises
     ------
     PinError
-        The controller refuses, with the reason, or no controller answers there.
+        The controller refuses the request, and the error has its reason; no controller answers at ``port``; or the
+        request is too long.
     """
     message = _MAGIC + json.dumps(request, ensure_ascii=False).encode()
     if len(message) > MAX_MESSAGE_BYTES:

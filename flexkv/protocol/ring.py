@@ -12,14 +12,19 @@ class OpKind(enum.IntEnum):
     (csrc/agent.h); the others are not sent to agents."""
 
     D2H = 1
+    """A save: from pages to host slots."""
     H2D = 2
+    """A load: from host slots to pages."""
     STORE2H = 3
+    """From the store of a lower tier to host slots: a promotion."""
     H2STORE = 4
+    """From host slots to the store of a lower tier: a write-back."""
     ARRIVAL = 5
     """Copies nothing: a block completes when the blocks that it depends on have completed."""
     STORE2D = 6
     """From the store of a lower tier straight to the pages, without host memory (GPUDirect Storage)."""
     D2STORE = 7
+    """From the pages straight to the store of a lower tier."""
     ERASE = 8
     """Copies nothing: clears the slots of a lower tier in ``dst``, so that they are empty also after a restart."""
 

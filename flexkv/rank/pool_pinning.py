@@ -28,12 +28,15 @@ class PinningAgent(Protocol):
     """The part of ``DeviceAgent`` that pinning uses."""
 
     @property
-    def pinning(self) -> bool: ...
+    def pinning(self) -> bool:
+        """Whether ``pin_next`` has more to pin, now or when the controller has populated more of the pool."""
 
     @property
-    def pinned_slots(self) -> int: ...
+    def pinned_slots(self) -> int:
+        """Number of pinned slots, counted from the first slot of the pool."""
 
-    def pin_next(self) -> bool: ...
+    def pin_next(self) -> bool:
+        """Pin the next part of the populated memory; False if nothing can be pinned now. Raises CudaError."""
 
 
 class PoolPinner:

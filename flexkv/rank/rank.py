@@ -120,7 +120,7 @@ class RankClient:
         opened : ExitStack, optional
             Owner of memory of the specs. The client takes it over; ``close`` and ``suspend`` close it.
         intra_client_id : int, optional
-            Replaces the constructor's ``intra_client_id``.
+            Replaces the constructor's ``intra_client_id``; None: keeps it.
         keep_outcomes : bool
             False: results are not kept, and ``poll_results`` returns none.
 

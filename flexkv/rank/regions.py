@@ -17,7 +17,7 @@ class TensorSpec:
     Attributes
     ----------
     ptr : int
-        Address of its first element.
+        Address of the first element.
     shape, strides : tuple of int
         Strides in elements.
     itemsize : int
@@ -25,9 +25,9 @@ class TensorSpec:
     page_dim : int
         The dimension that counts pages, or tokens if ``tokens_per_page`` is given.
     tokens_per_page : int, optional
-        ``page_dim`` counts tokens; so many of them are a page.
+        Number of tokens in a page, if ``page_dim`` counts tokens.
     device : int, optional
-        The GPU that has the memory; without it, the process.
+        Ordinal of the GPU that has the memory; None: the memory of this process.
     """
 
     ptr: int
@@ -67,7 +67,7 @@ def _chunks(spec: TensorSpec) -> tuple[int, int, list[tuple[int, int]]]:
 
 
 def regions_from_tensors(specs: Sequence[TensorSpec]) -> tuple[NDArray[np.void], int, int]:
-    """Where the bytes of a page are, over all tensors of a rank, and where they go in its segment of a slot.
+    """Regions of the tensors of one segment: for each, the place of its bytes in every page and in every slot.
 
     The segment holds the tensors in their order, each in the logical (row-major) order of its dimensions without
     ``page_dim``: two layouts in memory of the same tensors give the same bytes.
@@ -78,14 +78,16 @@ def regions_from_tensors(specs: Sequence[TensorSpec]) -> tuple[NDArray[np.void],
 
     Returns
     -------
-    regions : ndarray of REGION_DTYPE
+    regions : (n,) REGION_DTYPE
+        Offsets in the slot count from the start of the segment.
     num_pages : int
     segment_bytes : int
+        Bytes of a page of all tensors together.
 
     Raises
     ------
     RegistrationError
-        A tensor is no tensor of whole pages, or they have different numbers of pages, or pages overlap.
+        A tensor cannot be divided into pages, the tensors have different numbers of pages, or pages overlap.
     """
     regions: list[list[int]] = []
     num_pages, offset = 0, 0
@@ -111,7 +113,8 @@ def regions_from_tensors(specs: Sequence[TensorSpec]) -> tuple[NDArray[np.void],
 
 
 def clipped(regions: NDArray[np.void], start: int, stop: int) -> NDArray[np.void]:
-    """The parts of regions whose offsets in the slot are in ``[start, stop)``, in bytes: REGION_DTYPE."""
+    """(m,) REGION_DTYPE: the parts of ``regions`` ((n,) REGION_DTYPE) whose offsets in the slot are in ``[start,
+    stop)``, in bytes. Regions outside of the range are left out."""
     first = np.maximum(regions["slot_offset"].astype(np.int64), start)
     last = np.minimum((regions["slot_offset"] + regions["chunk_bytes"]).astype(np.int64), stop)
     kept = first < last
@@ -124,23 +127,24 @@ def clipped(regions: NDArray[np.void], start: int, stop: int) -> NDArray[np.void
 def layer_spans(
     regions: NDArray[np.void], tensor_bytes: Sequence[int], num_groups: int
 ) -> tuple[NDArray[np.void], list[int]]:
-    """Groups of layers of about equal size, for loads layer by layer.
+    """Divide the regions of a segment into spans of consecutive layers, of about equal size, for layerwise loads.
 
     Parameters
     ----------
     regions : ndarray of REGION_DTYPE
-        Of one segment; it may be at any offset in the slot.
+        Regions of one segment, which may be at any offset in the slot.
     tensor_bytes : sequence of int
-        Bytes of a page of each tensor, in the order of ``regions_from_tensors``: together the segment.
+        Bytes of a page of each tensor, in the order of ``regions_from_tensors``. Their sum is the segment's size.
     num_groups : int
-        At most so many.
+        Maximum number of spans of layers.
 
     Returns
     -------
     spans : ndarray of SPAN_DTYPE
-        All regions first, then the groups; without groups where a region is of more than one layer.
+        The first span has all regions; the others are the spans of layers. There is only the first if the regions
+        cannot be divided, for example because one region has all layers.
     span_of : list of int
-        The span with the last byte of each tensor.
+        For each tensor, the index in ``spans`` of the span with its last byte.
     """
     start = int(regions["slot_offset"][0])
     ends = np.cumsum(tensor_bytes) + start

@@ -43,15 +43,15 @@ def _close_all(fds: list[list[int]] | None) -> None:
 class KVTPClient:
     """A rank that registers tensors of a framework and waits for the controller.
 
-    With the setting ``enable_layerwise_transfer`` it takes the eventfds of a rank of SGLang, at the socket of
-    ``build_layerwise_eventfd_socket_path``, and layerwise loads tell of their layers there.
+    With the setting ``enable_layerwise_transfer`` it receives the eventfds of a rank of SGLang at the socket of
+    ``build_layerwise_eventfd_socket_path``, and layerwise loads signal each layer with its eventfd.
 
-    Parameters as ``RankClient``.
+    The parameters are those of ``RankClient``.
 
     Attributes
     ----------
     rank : RankClient
-        Does the work; this forwards to it.
+        The rank to which this client forwards its calls.
     """
 
     def __init__(
@@ -88,7 +88,8 @@ class KVTPClient:
         indexer_buffers: "Sequence[torch.Tensor | TensorSharedHandle] | None" = None,
         indexer_layout: KVCacheLayout | None = None,
     ) -> None:
-        """Register tensors as upstream's adapters do, and wait for the controller. There is nothing to poll then.
+        """Register tensors with the arguments of upstream's adapters, and wait until the agent runs. Results are not
+        kept for ``poll_results``.
 
         Parameters
         ----------
@@ -96,18 +97,19 @@ class KVTPClient:
             Their first dimension counts pages, or token slots (``num_block * tokens_per_block`` of them). Tensors of
             different shapes together make one block. Handles are open until ``suspend_gpu_mappings`` or ``close``.
         kv_layout : KVCacheLayout
-            Of all tensors, where ``gpu_layouts`` does not say otherwise.
+            Layout of all tensors that no group of ``layer_groups`` contains.
         layer_groups, gpu_layouts : list of list of int, list of KVCacheLayout
-            Indices into ``kv_caches`` of each group, and the group's layout.
+            For each group, the indices of its tensors in ``kv_caches``, and its layout.
         indexer_buffers, indexer_layout : list of Tensor or TensorSharedHandle, KVCacheLayout
-            More tensors of the same blocks.
+            Further tensors of the same blocks, and their layout (default: ``kv_layout``).
         resume : bool
-            After ``suspend_gpu_mappings``; the tensors may be at other addresses.
+            Must be True after ``suspend_gpu_mappings``, and False otherwise. The tensors may be at other addresses.
 
         Raises
         ------
         RegistrationError
-            The tensors do not fit the layout, or the controller refuses them or is not there.
+            The tensors do not fit the layout, an argument is not available in this version, the controller refuses the
+            tensors, or none answers.
         """
         unavailable = {
             "handles_per_group": handles_per_group, "swa_caches": swa_caches, "swa_layout": swa_layout,
@@ -150,17 +152,18 @@ class KVTPClient:
             _close_all(before)
 
     def suspend_gpu_mappings(self) -> int:
-        """Stop moving blocks, and let the tensors go: they may be unmapped afterwards. What the host tier holds stays.
+        """Stop moving blocks, and release the tensors: they may be unmapped afterwards. Cached blocks stay in the host
+        tier.
 
         Returns
         -------
         int
-            How many tensors it was.
+            Number of tensors released.
         """
         return self.rank.suspend()
 
     def set_slot_mapping(self, task_id: int, slot_mapping: NDArray[np.int64]) -> None:
-        """For ranks on other nodes than the controller's, which this version does not have.
+        """Not available in this version: upstream's call for ranks on other nodes than the controller's.
 
         Raises
         ------
@@ -170,7 +173,7 @@ class KVTPClient:
         raise AgentLostError("ranks on other nodes are not available in this version")
 
     def close(self) -> None:
-        """Stop the agent and let the tensors go. Can be called again.
+        """Stop the agent and release the tensors. Can be called again.
 
         Raises
         ------
@@ -204,26 +207,26 @@ class KVTPClient:
         self.rank.register_tensors(tensors, connect_timeout_s, keep_alive)
 
     def wait_connected(self, timeout_s: float) -> None:
-        """Wait until the agent runs, at most ``timeout_s`` seconds; then RegistrationError."""
+        """Wait until the agent runs; RegistrationError after ``timeout_s`` seconds, or if connecting has failed."""
         self.rank.wait_connected(timeout_s)
 
     def suspend(self) -> int:
-        """Stop moving blocks, and let the tensors go, until ``register_tensors``; how many it was."""
+        """Stop moving blocks and release the tensors, until ``register_tensors``; returns their number."""
         return self.rank.suspend()
 
     @property
     def error(self) -> Exception | None:
-        """Why there is no agent, when connecting has failed for good."""
+        """The error that made connecting fail permanently; None: there is none."""
         return self.rank.error
 
     @property
     def is_connected(self) -> bool:
-        """The agent runs, and the controller is there."""
+        """Whether the agent runs and the controller is alive."""
         return self.rank.is_connected
 
     @property
     def is_lost(self) -> bool:
-        """There will be no more results: connecting failed, the controller is gone, or this is closed."""
+        """Whether no more results can arrive: connecting failed, the controller has ended, or this client is closed."""
         return self.rank.is_lost
 
     def advance_fence(self, load: int | None = None, save: int | None = None, stream: int | None = None) -> None:
@@ -231,16 +234,16 @@ class KVTPClient:
         self.rank.advance_fence(load, save, stream)
 
     def follow_load(self, task_id: int, tensor: int | None, timeout_s: float, stream: int | None = None) -> bool:
-        """Compute given to ``stream`` from now on starts after a layerwise load has filled a tensor's pages; see
+        """Make compute that is submitted to ``stream`` from now on wait until a layerwise load has filled a tensor; see
         ``RankClient.follow_load``."""
         return self.rank.follow_load(task_id, tensor, timeout_s, stream)
 
     def poll_results(self) -> list[OpResult]:
-        """Tasks that ended on this rank since the last call."""
+        """Results of the tasks that ended on this rank since the last call."""
         return self.rank.poll_results()
 
     def wait_results(self, timeout_s: float) -> bool:
-        """Wait until ``poll_results`` has something, or never will have again; False after ``timeout_s`` seconds."""
+        """Wait until ``poll_results`` has a result or can never have one again; False after ``timeout_s`` seconds."""
         return self.rank.wait_results(timeout_s)
 
 

@@ -23,17 +23,17 @@ class Slots(Protocol):
 
     @property
     def num_free(self) -> int:
-        """Slots that can be allocated."""
+        """Number of slots that can be allocated."""
 
     @property
     def capacity(self) -> int:
-        """Slots in use, and slots that can be allocated."""
+        """Number of slots in use plus slots that can be allocated."""
 
     def allocate(self, count: int) -> NDArray[np.int32] | None:
-        """Allocate ``count`` slots; None if fewer are free."""
+        """Allocate ``count`` slots; returns them ((count,) int32), or None if fewer are free."""
 
     def free(self, slots: NDArray[np.int32]) -> None:
-        """Free slots."""
+        """Free slots ((n,) int32), which must be in use."""
 
     def generations(self, slots: NDArray[np.int32]) -> NDArray[np.uint32]:
         """(n,) uint32: number of times that each slot was freed, modulo 2**32."""
@@ -158,8 +158,8 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Wait for moves under way, for a bounded time; afterwards nothing accesses host memory. May be called again.
-        """
+        """Wait for moves under way, for a bounded time. Afterwards the store does not access host memory. May be
+        called again."""
 
     # ---- direct moves between the store and a GPU; optional ---------------------------------------------------
 

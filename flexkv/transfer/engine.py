@@ -49,11 +49,11 @@ the background thread with each agent that is ready for ops."""
 
 
 class TransferEngine(GraphRunner):
-    """The data plane.
+    """The data plane: runs graphs, and connects the agents of the ranks.
 
     ``submit``, ``cancel``, ``poll`` and ``wait`` may be called from any thread. Callbacks and ``on_done`` run on
     whichever thread finds the result, without the engine's lock. One background thread lets agents join, notices those
-    that die, enforces deadlines, and finds results when nobody waits. It survives every exception; if it fails again
+    that die, enforces deadlines, and finds results when no thread waits. It survives every exception; if it fails again
     and again, the engine takes itself out of service: see ``in_service``.
 
     Parameters
@@ -64,17 +64,16 @@ class TransferEngine(GraphRunner):
     on_capacity : callable
         Called with the number of usable slots as it grows, on the background thread.
     executors : sequence of Executor
-        More executors, for other kinds of ops.
+        Executors of the ops that device agents do not move; the engine closes them.
     housekeeping : callable, optional
-        Called on the background thread whenever something has happened; returns in how many seconds it wants to be
-        called next.
+        Called on the background thread after each turn; returns the seconds until its next call is due.
     observe : Observe, optional
         As in ``Scheduler``.
 
     Attributes
     ----------
     task_ids : iterator of int
-        Where graphs get their ids from.
+        ``next(task_ids)`` is an unused id for a graph.
     """
 
     def __init__(
@@ -155,10 +154,10 @@ class TransferEngine(GraphRunner):
         return min((link.hello.num_pages[0] for link in list(self._device.links)), default=None)
 
     def shutdown(self) -> None:
-        """Cancel everything, hang up on the agents, give the memory back. Bounded.
+        """Cancel all graphs, disconnect the agents, and free the memory. Waits for a bounded time.
 
-        Every part is closed, also when another cannot be; the first error is raised at the end. A second call closes
-        what the first could not.
+        Every part is closed, also if another cannot be closed; the first error is raised at the end. A second call
+        closes the parts that the first could not close.
         """
         with self._ending:
             self._shut_down()
@@ -218,7 +217,8 @@ class TransferEngine(GraphRunner):
             self._closed.add(executor)
 
     def add_executor(self, executor: Executor) -> bool:
-        """Take more ops; False, and nothing is done, if the engine is shutting down."""
+        """Add an executor, whose ops can be submitted from now on; the engine closes it. False if the engine is
+        shutting down: the caller then owns the executor."""
         with self._lock:
             if self._closing:
                 return False
@@ -230,7 +230,8 @@ class TransferEngine(GraphRunner):
         return True
 
     def wake(self) -> None:
-        """Let the background thread look around, and call ``housekeeping``."""
+        """Make the background thread begin its next turn now, which also calls ``housekeeping``. Any thread may call
+        it."""
         with self._lock:
             if not self._closing and self._watch is not None:
                 self._watch.wake()

@@ -35,7 +35,7 @@ class Executor(ABC):
 
     @property
     def routes(self) -> list[Route]:
-        """The ops that it takes."""
+        """Kinds and tier of the ops that the executor takes."""
         return [(kind, self.tier) for kind in self.kinds]
 
     @abstractmethod

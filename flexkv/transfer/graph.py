@@ -131,7 +131,7 @@ class TransferOp:
         Pages in the layer groups after the first, whose pages are in ``src`` or ``dst``. -1: the block has no page in
         the group, and its bytes of the group are not moved. A block without a page in any group fails.
     checksums : (n,) uint64, optional
-        Of a read from a lower tier: the expected checksums of the blocks. A block of another checksum fails.
+        Expected checksums of the blocks of a read from a lower tier. A block with another checksum fails.
 
     Attributes
     ----------
@@ -200,7 +200,7 @@ class TransferOp:
 
     @property
     def route(self) -> Route:
-        """Its executor is found by this."""
+        """Kind and tier of the op, which determine its executor."""
         return self.kind, self.tier
 
     @property

@@ -15,7 +15,7 @@ PYTHON = sorted((ROOT / "flexkv").rglob("*.py"))
 CYTHON = sorted(path for pattern in ("*.pyx", "*.pxd", "*.pyi") for path in (ROOT / "flexkv").rglob(pattern))
 C = sorted([*(ROOT / "csrc").glob("*.c"), *(ROOT / "csrc").glob("*.h")])
 MOST = {
-    "Python": {"what": 22, "who": 1, "tell": 5, "Of": 0},
+    "Python": {"what": 6, "who": 0, "tell": 0, "Of": 0},
     "Cython": {"what": 0, "who": 0, "tell": 0, "Of": 0},
     "C": {"what": 0, "who": 0, "tell": 0, "Of": 0},
 }

@@ -39,7 +39,7 @@ class CostModel:
         return self._reads == 0 and self._clock() - self._busy_since > _STALE_S
 
     def read_began(self) -> None:
-        """Note that a read has begun."""
+        """Record that a read has begun."""
         if self._is_stale():
             self._bytes = self._seconds = 0.0
         if self._reads == 0:
@@ -47,7 +47,7 @@ class CostModel:
         self._reads += 1
 
     def read_ended(self, num_blocks: int) -> None:
-        """Note that a read has ended, and that ``num_blocks`` blocks were read."""
+        """Record that a read has ended, in which ``num_blocks`` blocks were read."""
         now = self._clock()
         self._bytes = _KEEP * self._bytes + num_blocks * self._slot_bytes
         self._seconds = _KEEP * self._seconds + now - self._busy_since
@@ -55,6 +55,7 @@ class CostModel:
         self._reads -= 1
 
     def seconds(self, num_blocks: NDArray[np.integer]) -> NDArray[np.float64] | None:
-        """(n,) float64: estimated time of reads of ``num_blocks`` ((n,) integers) blocks; None: unknown."""
+        """(n,) float64: estimated time in seconds of reads of ``num_blocks`` ((n,) integers) blocks each; None:
+        unknown."""
         speed = self.bytes_per_s
         return np.asarray(num_blocks, dtype=np.float64) * (self._slot_bytes / speed) if speed else None

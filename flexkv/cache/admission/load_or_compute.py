@@ -45,8 +45,18 @@ class LoadOrCompute:
         self.prefill_tokens_per_s = prefill_tokens_per_s
 
     def worth(self, reads: Sequence[Reads], num_blocks: int) -> int:
-        """Number of leading blocks to load, of ``num_blocks`` consecutive blocks. Blocks in none of ``reads`` cost
-        nothing."""
+        """Number of leading blocks to load, of ``num_blocks`` consecutive blocks.
+
+        Blocks before the first block in ``reads`` are always loaded: they are on the host. With the policy ``auto`` the
+        result is the largest number whose reads are estimated to take no longer than the computation of the blocks from
+        the first read on. Sources of unknown speed count as infinitely fast.
+
+        Parameters
+        ----------
+        reads : sequence of Reads
+            One for each source; ``blocks`` of each is (num_blocks,).
+        num_blocks : int
+        """
         slow = np.zeros(num_blocks, dtype=np.bool_)
         for read in reads:
             slow |= read.blocks

@@ -107,8 +107,8 @@ class WriteBack:
     # ---- writing ----------------------------------------------------------------------------------------------
 
     def next(self, flush: bool = False) -> Move | None:
-        """Plan of the next write. None: no block is queued, ``max_in_flight_blocks`` are under way, or (unless
-        ``flush``) the rate limit requires a pause.
+        """Plan the next write, of one sequence. None: no block is queued, ``max_in_flight_blocks`` are under way, or
+        (unless ``flush``) the rate limit requires a pause.
 
         Every plan must be passed to ``ended`` once.
         """
@@ -131,7 +131,7 @@ class WriteBack:
         return min(self._batch, self._max_in_flight - self._in_flight)
 
     def ended(self, plan: Move, written: NDArray[np.bool_]) -> None:
-        """End a write; ``written``: (m,) bool, the blocks that are on the tier."""
+        """End a write that ``next`` planned; ``written``: (m,) bool, the blocks that were written to the tier."""
         self._cache.end_move(plan, written)
         with self._lock:
             self._in_flight -= len(plan)

@@ -40,8 +40,9 @@ class WriteQueue:
         return sum(self._blocks.values())
 
     def add(self, tenant: int, keys: NDArray[np.uint64], blocks: NDArray[np.intp]) -> int:
-        """Queue the blocks at these positions of a sequence, or the first of them if not all fit; returns the number of
-        blocks queued."""
+        """Queue the blocks at positions ``blocks`` ((m,) intp, ascending) of a sequence (``keys``: (n, 2) uint64), or
+        the first of them if not all fit. Replaces an entry of the same sequence. Returns the number of blocks
+        queued."""
         self.remove(tenant, keys[-1])
         share = self._max // len(self._queues.keys() | {tenant})
         room = max(0, self._max - self.num_blocks, share - self._blocks.get(tenant, 0))
@@ -81,13 +82,14 @@ class WriteQueue:
         return True
 
     def first(self) -> tuple[int, NDArray[np.uint64]] | None:
-        """The tenant whose turn it is, and its next sequence; None: the queue is empty."""
+        """The tenant whose turn it is, and the keys ((n, 2) uint64) of its oldest sequence; None: the queue is empty.
+        Removes nothing."""
         for tenant, queue in self._queues.items():
             return tenant, next(iter(queue.values()))[0]
         return None
 
     def sequences(self) -> Iterator[_Sequence]:
-        """All queued sequences."""
+        """All queued sequences: keys ((n, 2) uint64), and positions of the queued blocks ((m,) intp)."""
         for queue in self._queues.values():
             yield from queue.values()
 

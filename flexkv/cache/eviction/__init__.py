@@ -19,7 +19,7 @@ POLICIES: dict[str, type[EvictionPolicy]] = {
 
 
 def policy_class(name: str) -> type[EvictionPolicy]:
-    """The policy that the setting ``eviction_policy`` names."""
+    """Class of the policy with a name, a value of the setting ``eviction_policy``; ConfigError if there is none."""
     try:
         return POLICIES[name]
     except KeyError:

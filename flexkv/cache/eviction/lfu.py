@@ -7,8 +7,8 @@ from flexkv.cache.eviction.policy import EvictionPolicy
 
 
 class LFU(EvictionPolicy):
-    """Evicts the nodes with the fewest hits, and of equals the least recently used. One queue for each number of hits;
-    the last queue takes all higher numbers."""
+    """Evicts the nodes with the fewest hits, and among these the least recently used. One queue for each number of
+    hits; the last queue takes all higher numbers."""
 
     num_queues = 64
 

@@ -90,8 +90,8 @@ class EvictionPolicy(ABC):
         ``flexkv._core.index.eviction_queues.RETURN_DTYPE``."""
 
     def choose(self, blocks: NDArray[np.int64], heads: NDArray[np.float64]) -> Choice:
-        """Choose the nodes to evict next. Called until enough slots are free; called again as soon as a queue without
-        evictable nodes gets one.
+        """Choose the nodes to evict next. Called repeatedly until enough slots are free; an eviction ends early when a
+        queue without evictable nodes gets one.
 
         Parameters
         ----------

@@ -1,4 +1,7 @@
-"""Arguments of calls, checked before anything is reserved."""
+"""Checks of the arguments of calls. Each function returns the checked value in one type, or raises.
+
+A call checks its arguments before it reserves anything.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,7 +24,7 @@ _MAX_SECONDS = 1e9
 
 
 def number_of(value: object, name: str, low: float, high: float) -> float:
-    """A Python or numpy number in ``[low, high]``, as ``float``; else ArgumentError."""
+    """Convert a Python or NumPy number in ``[low, high]`` to ``float``; ArgumentError for any other value."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)) or not (
             low <= value <= high):
         raise ArgumentError(f"{name} is {shortened(value)}: give a number from {low:g} to {high:g}")
@@ -29,39 +32,39 @@ def number_of(value: object, name: str, low: float, high: float) -> float:
 
 
 def seconds_of(value: object, name: str) -> float:
-    """A time to wait; else ArgumentError. No wait is unbounded."""
+    """Convert a timeout in seconds to ``float``; ArgumentError if it is negative or above 1e9. No wait is unbounded."""
     return number_of(value, name, 0.0, _MAX_SECONDS)
 
 
 def block_of(value: object, name: str) -> int:
-    """A position in a sequence, in blocks; else ArgumentError."""
+    """Convert the position of a block in a sequence to ``int``; ArgumentError if it is not in ``[0, MAX_POSITION]``."""
     return integer_of(value, name, 0, MAX_POSITION)
 
 
 def task_id_of(value: object) -> int:
-    """The id of a task; else ArgumentError."""
+    """Convert a task id to ``int``; ArgumentError if it is not in ``[0, MAX_STEP]``."""
     return integer_of(value, "task id", 0, MAX_STEP)
 
 
 def task_ids_of(task_ids: int | Iterable[int]) -> list[int]:
-    """Ids of tasks, of which one may be given alone; else ArgumentError."""
+    """Convert one task id, or an iterable of them, to a list of ``int``; ArgumentError if one is not a task id."""
     return [task_id_of(task_id) for task_id in task_ids] if isinstance(task_ids, Iterable) else [task_id_of(task_ids)]
 
 
 def unique_task_ids_of(task_ids: int | Iterable[int]) -> list[int]:
-    """As ``task_ids_of``, each once."""
+    """Like ``task_ids_of``, without repetitions, in the order of first occurrence."""
     return list(dict.fromkeys(task_ids_of(task_ids)))
 
 
 def keys_of(keys: object) -> NDArray[np.uint64]:
-    """Keys of blocks ((n, 2) uint64, C-contiguous); else ArgumentError."""
+    """Check keys of blocks; returns them C-contiguous. ArgumentError if they are not an (n, 2) uint64 array."""
     if not isinstance(keys, np.ndarray) or keys.dtype != _UINT64 or keys.ndim != 2 or keys.shape[1] != 2:
         raise ArgumentError(f"keys are {_shape_of(keys)}: give the uint64 (n, 2) array of a hasher")
     return keys if keys.flags.c_contiguous else np.ascontiguousarray(keys)
 
 
 def pages_of(pages: object) -> NDArray[np.int32]:
-    """A copy of pages, as (m,) int32; else ArgumentError."""
+    """Copy page numbers to a new (m,) int32 array; ArgumentError if they are not integers in ``[0, MAX_POSITION]``."""
     if isinstance(pages, np.ndarray) and pages.dtype == _INT32 and pages.ndim == 1 and len(pages) and pages.min() >= 0:
         return pages.copy()
     array = _array_of(pages, "pages")
@@ -75,7 +78,21 @@ def pages_of(pages: object) -> NDArray[np.int32]:
 
 
 def span_of(keys: object, start_block: object, pages: object) -> tuple[NDArray[np.uint64], int, NDArray[np.int32]]:
-    """Keys, first block and pages of a get or put by blocks; else ArgumentError."""
+    """Check the arguments of a get or put by blocks.
+
+    Returns
+    -------
+    keys : (n, 2) uint64
+    start : int
+        Position of the first block.
+    pages : (m,) int32
+        Page of each block from ``start`` on; a copy.
+
+    Raises
+    ------
+    ArgumentError
+        An argument is invalid, or there are fewer keys than ``start + m``.
+    """
     keys, start, pages = keys_of(keys), block_of(start_block, "start_block"), pages_of(pages)
     if len(pages) and start + len(pages) > len(keys):
         raise ArgumentError(
@@ -85,7 +102,7 @@ def span_of(keys: object, start_block: object, pages: object) -> tuple[NDArray[n
 
 
 def namespace_of(namespace: Sequence[str] | None) -> tuple[NamespaceEntry, ...]:
-    """The entries of a namespace; else ArgumentError."""
+    """Parse the entries of a namespace (None: no entry); ArgumentError if it is not a sequence of valid str."""
     if namespace is None:
         return ()
     if isinstance(namespace, (str, bytes)) or not isinstance(namespace, Iterable):
@@ -103,7 +120,8 @@ def namespace_of(namespace: Sequence[str] | None) -> tuple[NamespaceEntry, ...]:
 
 
 def tokens_of(token_ids: object) -> NDArray[np.integer]:
-    """Token ids, as a (num_tokens,) array of int32, int64 or uint32; else ArgumentError."""
+    """Convert token ids to a (num_tokens,) array of int32, int64 or uint32; does not copy an array of these dtypes.
+    ArgumentError if they are not integers of one dimension, or a uint64 id is above 2**32 - 1."""
     if type(token_ids) is np.ndarray and token_ids.ndim == 1 and token_ids.dtype in _TOKEN_DTYPES:
         return token_ids
     tokens = _array_of(token_ids, "token_ids")
@@ -117,7 +135,8 @@ def tokens_of(token_ids: object) -> NDArray[np.integer]:
 
 
 def extras_of(extras: Mapping[int, bytes] | None) -> dict[int, bytes]:
-    """What blocks depend on besides tokens, by position; else ArgumentError."""
+    """Check ``block_extras``: content other than tokens that blocks depend on, by position of the block. Returns a copy
+    (None: empty); ArgumentError if it is not a mapping from positions to bytes."""
     if extras is None:
         return {}
     if not isinstance(extras, Mapping):
@@ -144,12 +163,25 @@ def _shape_of(value: object) -> str:
 def tokens_and_start(
     token_ids: ArrayLike, token_mask: ArrayLike | None, tokens_per_block: int
 ) -> tuple[NDArray[np.integer], int]:
-    """The tokens, and the first block that lies wholly where the mask is True.
+    """Check the tokens and the mask of a get or put.
+
+    Parameters
+    ----------
+    token_ids : (num_tokens,) integers
+    token_mask : (num_tokens,) bool, optional
+        False for leading tokens that are not moved, then True. None: all True.
+    tokens_per_block : int
+
+    Returns
+    -------
+    tokens : (num_tokens,) int32, int64 or uint32
+    start_block : int
+        Position of the first block of which the mask is True for every token.
 
     Raises
     ------
     ArgumentError
-        They are no tokens, or the mask is not one of leading False and then True, one for each token.
+        The token ids are invalid, or the mask has another shape or dtype, or False after True.
     """
     tokens = tokens_of(token_ids)
     if token_mask is None:
@@ -164,7 +196,7 @@ def tokens_and_start(
 
 
 def mapping_of(slot_mapping: object) -> NDArray[Any]:
-    """A slot mapping as an array; else SlotMappingError."""
+    """Convert a slot mapping to an array of any shape and dtype; SlotMappingError if NumPy cannot convert it."""
     try:
         return np.asarray(slot_mapping)
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
@@ -174,12 +206,25 @@ def mapping_of(slot_mapping: object) -> NDArray[Any]:
 def part_of_mapping(
     slot_mapping: ArrayLike, mask: NDArray[np.bool_], token_mask: ArrayLike | None
 ) -> NDArray[np.integer]:
-    """Select the part for the tokens in ``mask`` from a slot mapping for all tokens, or for those in ``token_mask``.
+    """Select the slots of the tokens to move from a slot mapping.
+
+    Parameters
+    ----------
+    slot_mapping : (num_tokens,) integers, or as many as ``token_mask`` has True
+        Token slot of each token, or of each token where ``token_mask`` is True.
+    mask : (num_tokens,) bool
+        Tokens to move. Where it is True, ``token_mask`` must be True.
+    token_mask : (num_tokens,) bool, optional
+
+    Returns
+    -------
+    (k,) integers
+        Token slot of each token where ``mask`` is True.
 
     Raises
     ------
     SlotMappingError
-        It is for neither.
+        The slot mapping has neither of these shapes.
     """
     mapping = mapping_of(slot_mapping)
     if mapping.shape == mask.shape:

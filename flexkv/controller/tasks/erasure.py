@@ -1,4 +1,4 @@
-"""Erasure of slots of lower tiers, of puts that did not succeed, before they are given back."""
+"""Erasure of slots on lower tiers after a put that did not succeed, before the slots are freed."""
 
 import logging
 from collections.abc import Callable
@@ -16,7 +16,19 @@ logger = logging.getLogger("flexkv.controller")
 def erase(
     transfer: TransferEngine, task_id: int, tier: int, slots: NDArray[np.int32], then: Callable[[], None]
 ) -> None:
-    """Clear slots ((n,) int32) of a lower tier, also after a restart, and call ``then``, erased or not."""
+    """Erase slots of a lower tier, so that a restart does not offer their blocks. Returns at once; never raises.
+
+    Parameters
+    ----------
+    transfer : TransferEngine
+    task_id : int
+        Task or write-back that wrote to the slots, for the log.
+    tier : int
+        Number of the lower tier.
+    slots : (n,) int32
+    then : callable
+        Called once after the erasure, also if it failed; a failure is logged.
+    """
 
     def erased(graph: TransferGraph) -> None:
         if failed := int((~graph.ops[0].ok).sum()):

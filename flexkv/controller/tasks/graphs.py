@@ -15,8 +15,21 @@ def graph_of(
     task: KVTask, pages: NDArray[np.int32], dp_client_id: int, fence: int, layerwise: bool, counter: int,
     after: Sequence[TransferOp],
 ) -> TransferGraph:
-    """Move the task's blocks between their slots and ``pages`` ((m,) int32), once all of ``after`` have succeeded. The
-    last op has a result for every block."""
+    """Make the graph that moves the blocks of a task between their slots and the engine's pages.
+
+    The direct moves of the task's plan are the first ops, in the order of ``direct_moves``. The last op has a result
+    for every block of the task.
+
+    Parameters
+    ----------
+    task : KVTask
+    pages : (m,) int32
+        Page of each block of the task.
+    dp_client_id, fence, layerwise, counter
+        As in ``TransferOp``. ``layerwise`` and ``counter`` have no effect on a save.
+    after : sequence of TransferOp
+        Loads that must succeed before any block starts.
+    """
     ops, needs, slots = [], task.needs, task.slots
     for move in direct_moves(task.plan):
         where = np.searchsorted(task.blocks, move.blocks)
@@ -41,7 +54,7 @@ def graph_of(
 
 
 def arrival_of(task: KVTask) -> TransferGraph:
-    """Wait until the task's blocks are in host memory."""
+    """Make the graph of a prefetch: each block completes when the move that brings it to its host slot has ended."""
     return TransferGraph(task.task_id, [TransferOp(OpKind.ARRIVAL, task.slots, task.slots, depends_on=task.needs)])
 
 

@@ -32,13 +32,14 @@ class _Put:
 
 
 class ProvisionalPuts:
-    """Provisional puts from their launch until their blocks are ready or dropped. The caller locks.
+    """Provisional puts from their launch until their blocks are ready or dropped. The caller must serialize
+    calls.
 
     Parameters
     ----------
     hold_s : float
-        A put that is at rest and has not been accepted for so long is dropped: the engine has
-        forgotten it, and its slots would stay reserved.
+        Seconds after the copies of a put are at rest, after which the put is dropped unless it was accepted. The engine
+        has forgotten such a put, and its slots would stay reserved.
     """
 
     def __init__(self, hold_s: float) -> None:
@@ -50,11 +51,23 @@ class ProvisionalPuts:
         return len(self._puts)
 
     def begin(self, task_id: int) -> None:
-        """A provisional put was launched."""
+        """Record that a provisional put was launched."""
         self._puts[task_id] = _Put()
 
     def rest(self, task: KVTask, ok: NDArray[np.bool_], now: float) -> None:
-        """The copies of a put are at rest; blocks that are ``ok`` ((m,) bool) are good."""
+        """Record that the copies of a put are at rest.
+
+        If the put was accepted or dropped already, its blocks become ready or absent now; otherwise it waits for
+        ``accept`` until its deadline.
+
+        Parameters
+        ----------
+        task : KVTask
+        ok : (m,) bool
+            Blocks of the task that were copied. If none was, the put ends now.
+        now : float
+            Monotonic time in seconds.
+        """
         put = self._puts.get(task.task_id)
         if put is None or not ok.any():
             self._end(task, np.zeros_like(ok))
@@ -65,7 +78,8 @@ class ProvisionalPuts:
             self._resting[task.task_id] = None
 
     def accept(self, task_id: int, stop: float) -> None:
-        """Keep blocks before position ``stop``. The first call for a put decides; unknown puts are ignored."""
+        """Accept the blocks of a put at positions before ``stop`` (infinite: all), and drop the others. The first call
+        for a put decides; unknown puts are ignored."""
         put = self._puts.get(task_id)
         if put is None or put.stop is not None:
             return
@@ -74,16 +88,16 @@ class ProvisionalPuts:
             self._end(put.task, put.ok & (put.task.blocks < stop))
 
     def drop(self, task_id: int) -> None:
-        """No block of a put becomes ready."""
+        """Drop all blocks of a put, unless it was accepted already. Unknown puts are ignored."""
         self.accept(task_id, 0)
 
     def drop_all(self) -> None:
-        """No block of any put of before becomes ready."""
+        """Drop all blocks of all puts that were not accepted yet."""
         for task_id in list(self._puts):
             self.drop(task_id)
 
     def expire(self, now: float) -> int:
-        """Drop puts that were not accepted in time; returns how many."""
+        """Drop the puts whose deadline has passed at ``now`` (monotonic time in seconds); returns their number."""
         count = 0
         while self._resting and self._puts[first := next(iter(self._resting))].deadline <= now:
             self.drop(first)

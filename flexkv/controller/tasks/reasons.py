@@ -1,4 +1,4 @@
-"""Why tasks end without success, in the words of ``KVResponse.reason``."""
+"""Texts of ``KVResponse.reason``: reasons for which tasks do not succeed."""
 
 WAS_RESET = "the cache was reset after this task was matched; match again"
 LATE = "the transfer took longer than op_timeout_s"
@@ -15,7 +15,7 @@ NOT_READY = (
 
 
 def no_such_page(page: int, num_pages: int) -> str:
-    """A slot mapping names a page that the tensors do not have."""
+    """Reason of a task whose slot mapping contains ``page``, when the rank's tensors have ``num_pages`` pages."""
     return (
         f"page {page} of a cache with {num_pages} pages: is the first dimension of the tensors the pages? See page_dim "
         "of tensor_spec"
@@ -23,5 +23,5 @@ def no_such_page(page: int, num_pages: int) -> str:
 
 
 def not_launched(seconds: float) -> str:
-    """Reason of a task that was matched and never launched."""
+    """Reason of a task that was matched and not launched within ``seconds``."""
     return f"the task was not launched within {seconds:g} s; match again"

@@ -40,24 +40,24 @@ steps, and those take seconds at most."""
 
 
 class TaskTable:
-    """The tasks that are known, and their way through the data plane.
+    """Known tasks, from match to result. Submits their graphs to the data plane.
 
-    Thread safe. One lock makes every transition of a task; it is taken before the index's and the data plane's, never
-    after. A graph is submitted without it: if it is cancelled between its making and its submission, the data plane
-    starts nothing of it.
+    Thread safe. Every transition of a task is made under one lock, which is acquired before the index's and the data
+    plane's, never after. A graph is submitted without the lock; if it is cancelled before it is submitted, the data
+    plane starts none of its blocks.
 
     Parameters
     ----------
     transfer : TransferEngine
     dp_client_id : int
-        Whose ranks move the blocks.
+        Data-parallel client whose ranks move the blocks.
     tokens_per_block : int
     tiering : Tiering or None
         The tiers below host memory.
     accept_within_s : float
-        A provisional put that is not accepted for so long after it is at rest is dropped.
+        ``hold_s`` of ``ProvisionalPuts``, in seconds.
     clock : callable
-        Seconds, monotonic.
+        Monotonic time in seconds.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class TaskTable:
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int | None, num_tokens: int,
         choose: bool = True, host_only: bool = False, tenant: int = 0,
     ) -> KVTask:
-        """Plan to load blocks ``[start, stop)``; with ``stop`` None the leading cached blocks, else all of them, with
-        slot -1 for each that is not cached. The caller must pass the task to ``hold`` or ``run``.
+        """Plan a load of blocks ``[start, stop)``; blocks from the first unavailable one on get slot -1 and fail. With
+        ``stop`` None the task has only the available blocks. The caller must pass the task to ``hold`` or ``run``.
 
-        ``choose``: with ``stop`` None, leave out blocks that are computed faster than loaded. ``host_only``: only
-        blocks in host memory now. ``tenant``: of the namespace that the sequence belongs to.
+        ``choose``: with ``stop`` None, end before blocks that are computed faster than loaded. ``host_only``: end
+        before blocks that are not in host memory now. ``tenant``: tenant of the sequence's namespace.
         """
         end, choose = len(keys) if stop is None else stop, choose and stop is None
         epoch = cache.epoch if cache is not None else 0          # before the plan: it may be taken for older, not newer
@@ -116,7 +116,7 @@ class TaskTable:
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], start: int, stop: int, num_tokens: int,
         tenant: int = 0, provisional: bool = False,
     ) -> KVTask:
-        """Reserve slots for the absent blocks of ``[start, stop)``. The caller must give the task to ``hold``, ``run``
+        """Reserve slots for the absent blocks of ``[start, stop)``. The caller must pass the task to ``hold``, ``run``
         or ``discard``."""
         plan: PutPlan | None = None
         blocks = slots = np.zeros(0, dtype=np.int32)
@@ -131,7 +131,7 @@ class TaskTable:
         )
 
     def hold(self, task: KVTask) -> None:
-        """Keep a task until it is launched or cancelled, or expires."""
+        """Keep a task until it is launched or cancelled, or expires after ``_LAUNCH_WITHIN_S`` seconds."""
         with self._lock:
             self._tasks[task.task_id] = task
             self._matched[task.task_id] = self._clock()
@@ -143,12 +143,12 @@ class TaskTable:
         task.release(np.zeros(len(task.blocks), dtype=np.bool_))
 
     def matched(self, task_id: int) -> KVTask:
-        """The task, if it waits for its launch.
+        """Returns a task that waits for its launch.
 
         Raises
         ------
         TaskError
-            It is not known, or was launched or ended already.
+            The task is not known, or was launched or ended already.
         """
         task = self._tasks.get(task_id)
         if isinstance(task, KVTask) and task.stage is TaskStage.MATCHED:
@@ -168,7 +168,7 @@ class TaskTable:
         Raises
         ------
         TaskError
-            One of them was launched or ended meanwhile, or is given twice; none was launched.
+            A task was launched or ended meanwhile, or is given twice; no task was launched.
         """
         with self._lock:
             seen: set[int] = set()
@@ -185,7 +185,7 @@ class TaskTable:
     ) -> None:
         """Run a task that is not held: move its blocks between their slots and ``pages`` ((m,) int32).
 
-        ``after``: loads that must have succeeded, else all blocks fail.
+        ``after``: ids of loads of which every block must have succeeded; otherwise all blocks fail.
         """
         with self._lock:
             graph = self._begin(task, pages, fence, layerwise, after=after)
@@ -239,8 +239,8 @@ class TaskTable:
         self, cache: GlobalCacheEngine | None, keys: NDArray[np.uint64], num_tokens: int, start: int = 0,
         tenant: int = 0, host_only: bool = False,
     ) -> int:
-        """A task that ends when all blocks that are on any tier are in host memory, however long that takes to load;
-        ``host_only``: only blocks that are there now."""
+        """Start a task that ends when the leading blocks on any tier are in host memory, however long the reads take;
+        returns its id. ``host_only``: only blocks that are in host memory now."""
         host_only = host_only or (cache is not None and cache.loads_directly)                   # need not come there
         task = self.new_get(cache, keys, start, None, num_tokens, choose=False, host_only=host_only, tenant=tenant)
         with self._lock:
@@ -259,7 +259,7 @@ class TaskTable:
     # ---- ending -----------------------------------------------------------------------------------------------
 
     def cancel(self, task_id: int, reason: str = reasons.CANCELLED) -> None:
-        """Stop a task: forget one not launched yet, drop a put not accepted yet; one that runs will settle."""
+        """Stop a task. It is forgotten if it was not launched; an unaccepted put is dropped; a running task settles."""
         with self._lock:
             self._provisional.drop(task_id)
             task = self._tasks.get(task_id)
@@ -277,8 +277,8 @@ class TaskTable:
             self._transfer.cancel(graph)
 
     def reset(self) -> list[int]:
-        """The index was reset: nothing that was planned before succeeds or becomes ready any more. Returns the ids of
-        tasks that still run."""
+        """Cancel all tasks, after a reset of the index: no block that was planned before it becomes ready. Returns the
+        ids of the tasks, which may still run."""
         with self._lock:
             self._good_loads.clear()
             self._provisional.drop_all()
@@ -288,12 +288,12 @@ class TaskTable:
         return unsettled
 
     def accept(self, task_id: int, stop: float) -> None:
-        """Blocks of a provisional put at positions before ``stop`` are accepted, the others dropped."""
+        """Accept the blocks of a provisional put at positions before ``stop`` (infinite: all), and drop the others."""
         with self._lock:
             self._provisional.accept(task_id, stop)
 
     def run_background_work(self) -> float:
-        """End tasks never launched and puts never accepted, in time; returns in how many seconds to call again."""
+        """End tasks not launched and puts not accepted in time; returns the seconds until the next call."""
         now = self._clock()
         with self._lock:
             while self._matched:
@@ -351,38 +351,38 @@ class TaskTable:
     # ---- results ----------------------------------------------------------------------------------------------
 
     def match(self, task_id: int) -> MatchResult | None:
-        """Match of a get; None if the task is not known."""
+        """Match of a get (NO_MATCH for a put); None if the task is not known."""
         task = self._tasks.get(task_id)
         return task.match if task is not None else None
 
     def blocks(self, task_id: int) -> NDArray[np.int32]:
-        """(m,) int32: positions of the blocks that a task moves; empty if it is not known."""
+        """(m,) int32: positions of the blocks that a task moves, ascending; empty if the task is not known."""
         task = self._tasks.get(task_id)
         if isinstance(task, EndedTask):
             return task.positions()
         return task.blocks if task is not None else np.zeros(0, dtype=np.int32)
 
     def unsettled(self) -> list[int]:
-        """Ids of the tasks that hold acquired blocks or slots, but for puts that wait for their acceptance."""
+        """Ids of the tasks that have not settled. Settled puts that wait for acceptance are not among them."""
         with self._lock:
             return [task_id for task_id, task in self._tasks.items() if isinstance(task, KVTask)]
 
     def wait(self, ids: Sequence[int], timeout: float, settled: Callable[[int], bool] | None = None) -> bool:
-        """Wait until ``settled`` (default: has a result) holds for all ids, at most ``timeout`` seconds."""
+        """Wait until ``settled`` (default: ``has_result``) holds for all ids; False after ``timeout`` seconds."""
         done = settled or self.has_result
         return self._transfer.wait(lambda: all(done(task_id) for task_id in ids), timeout)
 
     def is_settled(self, task_id: int) -> bool:
-        """Whether nothing can touch the task's pages and slots any more; an unknown task is settled."""
+        """Whether no transfer can access the task's pages and slots any more; True for an unknown task."""
         return not isinstance(self._tasks.get(task_id), KVTask)
 
     def has_result(self, task_id: int) -> bool:
-        """Whether waiting longer makes no difference: it ended, is not known, or was never launched."""
+        """Whether a wait would not change the response: the task has ended, is not known, or was not launched."""
         task = self._tasks.get(task_id)
         return not isinstance(task, KVTask) or task.stage is TaskStage.MATCHED or task.early_result is not None
 
     def take(self, task_id: int) -> KVResponse:
-        """The result as it stands; one that is settled is forgotten."""
+        """Returns the current response. A settled task is forgotten; its next response is NOTFOUND."""
         with self._lock:
             task = self._tasks.get(task_id)
             if task is None:
@@ -396,5 +396,5 @@ class TaskTable:
 
     @property
     def num_provisional(self) -> int:
-        """Provisional puts whose blocks are neither ready nor dropped."""
+        """Number of provisional puts whose blocks are neither ready nor dropped."""
         return len(self._provisional)

@@ -33,7 +33,7 @@ STATUS = {
 
 
 class TaskStage(enum.Enum):
-    """How far a task is."""
+    """Stage of a task; the module describes the stages."""
 
     MATCHED = "matched"
     RUNNING = "running"
@@ -41,7 +41,7 @@ class TaskStage(enum.Enum):
 
 
 def direct_moves(plan: GetPlan | PutPlan | None) -> list[Move]:
-    """Moves of a plan between lower tiers and DEVICE."""
+    """Moves of a plan between lower tiers and DEVICE, in the order of the plan; empty for None."""
     if plan is None or not plan.moves:
         return []
     return plan.to(DEVICE) if isinstance(plan, GetPlan) else [move for move in plan.moves if move.target != HOST]
@@ -49,41 +49,42 @@ def direct_moves(plan: GetPlan | PutPlan | None) -> list[Move]:
 
 @dataclass(slots=True, eq=False)
 class KVTask:
-    """A task that has not settled.
+    """A task that has not settled. Methods must be called under the lock of the ``TaskTable``.
 
     Attributes
     ----------
     task_id : int
     cache : GlobalCacheEngine or None
-        The index that the plan is of; None: there is none yet, so the task has no blocks.
+        Index from which the plan was made; None: there was no index yet, so the task has no blocks.
     epoch : int
         The epoch of ``cache`` when the plan was made.
     plan : GetPlan or PutPlan or None
-        None once it was given back.
+        None after ``release``.
     blocks : (m,) int32
         Positions in the sequence of the blocks to move.
     slots : (m,) int32
-        Host slot of each; -1: another move of the plan concerns it, or it is not cached and will be reported as failed.
+        Host slot of each block; -1: a direct move of the plan moves it, or it is unavailable and will fail.
     tokens_per_block : int
     num_tokens : int
         Size of the token mask of the response; 0: no mask.
     tiering : Tiering or None
     needs : tuple of Dependency
-        Dependencies of its blocks.
+        Dependencies of its blocks on moves from lower tiers to the host.
     loading : bool
-        A get; else a put.
+        True: a get; False: a put.
     is_provisional : bool
         A put whose blocks become ready only when they are accepted.
     match : MatchResult
-        Match of a get.
+        Match of a get; NO_MATCH for a put.
+    stage : TaskStage
     graph : TransferGraph or None
-        While it runs.
+        Not None while the task runs.
     verdict : KVResponseStatus or None
-        CANCELLED: it was cancelled before it settled, and nothing of it counts.
+        CANCELLED: it was cancelled before it settled; no block counts as moved.
     reason : str
-        Why it failed, where the graph does not say.
+        Reason for a user; empty: derived from the graph.
     erased : (m,) bool or None
-        Of a put straight to a lower tier: blocks whose slots were erased there, or could not be.
+        For a put with a direct move: blocks whose slots on the lower tier were returned by ``to_erase`` already.
     """
 
     task_id: int
@@ -107,20 +108,21 @@ class KVTask:
 
     @property
     def is_stale(self) -> bool:
-        """The index was reset since the plan was made."""
+        """Whether the index was reset after the plan was made."""
         return self.cache is not None and self.cache.epoch != self.epoch
 
     @property
     def early_result(self) -> KVResponseStatus | None:
-        """The verdict, though blocks may still be under way. The pages of such a get must not be used for anything
-        else until the task has settled. None for a put that writes straight to SSD: the store records a block as soon
-        as it was read from its page, so the page must not be given away before."""
+        """Result that is final before the task has settled, that is, while copies may still be in progress; None: there
+        is none. The pages of such a get must not be used otherwise until the task has settled. Always None for a put
+        with a direct move: the store records a block as soon as it was read from its page, so the caller must not
+        reuse the page before."""
         return None if not self.loading and direct_moves(self.plan) else self.decided
 
     @property
     def decided(self) -> KVResponseStatus | None:
-        """TIMEOUT, CANCELLED, or FAILED if a rank was lost, once that is decided. No block of such a put becomes
-        ready."""
+        """Final status of a task that was stopped: TIMEOUT, CANCELLED, or FAILED if a rank was lost; None: it was not
+        stopped. No block of a stopped put becomes ready."""
         stopped = self.graph.verdict if self.graph is not None else None
         is_early = stopped in (OpStatus.TIMEOUT, OpStatus.CANCELLED) or (stopped is not None and self._is_lost)
         return STATUS[stopped] if stopped is not None and is_early else self.verdict
@@ -131,19 +133,31 @@ class KVTask:
         return self.graph is not None and any(op.is_lost for op in self.graph.ops)
 
     def empty_outcome(self) -> tuple[KVResponseStatus, NDArray[np.bool_], str]:
-        """Status, no blocks, and reason, of a task that has nothing to move."""
+        """Outcome of a task without blocks: status, empty (0,) bool mask, reason. UNREADY if there was no index."""
         none = np.zeros(0, dtype=np.bool_)
         if self.cache is None:
             return KVResponseStatus.UNREADY, none, reasons.NOT_READY
         return KVResponseStatus.SUCCESS, none, ""
 
     def outcome(self, num_pages: Callable[[], int | None]) -> tuple[KVResponseStatus, NDArray[np.bool_], str]:
-        """Status, blocks that were moved ((m,) bool), and reason, of a graph that is quiesced.
+        """Outcome of a task whose graph is quiesced.
 
-        ``num_pages`` returns the pages of the rank that has the fewest; None if that is unknown.
+        No block counts as moved if the graph was stopped, because the caller may have received that result before the
+        last copy, and reused the pages. The same holds for a put during which a rank was lost, and for any task after
+        a reset.
 
-        A graph that was stopped has moved nothing: its caller may have received that result before the last copy, and
-        reused the pages. Blocks of a put do not outlive a rank that was lost, nor those of any task a reset.
+        Parameters
+        ----------
+        num_pages : callable
+            ``num_pages()``: number of pages of the rank with the fewest pages; None: unknown.
+
+        Returns
+        -------
+        status : KVResponseStatus
+        ok : (m,) bool
+            Blocks that were moved.
+        reason : str
+            Empty on success.
         """
         graph = self.graph
         assert graph is not None  # narrowing: it ran
@@ -167,9 +181,15 @@ class KVTask:
         return KVResponseStatus.FAILED, ok, f"{int((~ok).sum())} of {len(ok)} blocks were not moved: {reason}"
 
     def to_erase(self, ok: NDArray[np.bool_]) -> tuple[int, NDArray[np.int32]]:
-        """A lower tier, and its slots ((k,) int32) that its store may have recorded, or may yet record, of blocks that
-        are not ``ok`` ((m,) bool). To be erased before the task settles: they must not be offered after a restart. Each
-        is returned once. No slots: there are none left."""
+        """Next slots to erase on a lower tier before the task settles: those of blocks that are not ``ok`` ((m,) bool)
+        and that the tier's store has recorded or may yet record. A restart would offer these blocks.
+
+        Returns
+        -------
+        tier : int
+        slots : (k,) int32
+            Each slot is returned by one call only. Empty: no slots are left.
+        """
         if not self.loading and self.graph is not None and isinstance(self.plan, PutPlan):
             for op, move in zip(self.graph.ops, direct_moves(self.plan), strict=False):
                 if self.erased is None:
@@ -186,7 +206,7 @@ class KVTask:
         return reasons.NOT_MOVED if num_pages is None or page < num_pages else reasons.no_such_page(page, num_pages)
 
     def response(self) -> KVResponse:
-        """As it stands now."""
+        """Current response. TIMEOUT if the task still runs; UNREADY if it was not launched."""
         if self.stage is TaskStage.MATCHED:
             return KVResponse(KVResponseStatus.UNREADY, self.task_id)
         early = self.early_result
@@ -198,7 +218,14 @@ class KVTask:
         return KVResponse(early, self.task_id, reason=reason)
 
     def release(self, ok: NDArray[np.bool_]) -> None:
-        """Give acquired blocks or slots back to the index. Blocks of a put that are ``ok`` ((m,) bool) become ready."""
+        """Release the plan's blocks and slots to the index. Blocks of a put that are ``ok`` ((m,) bool) become ready,
+        the others absent. Later calls have no effect.
+
+        Raises
+        ------
+        InvariantError
+            A block that was loaded had its slot freed during the load.
+        """
         plan, self.plan = self.plan, None
         if isinstance(plan, GetPlan) and self.cache is not None:
             if plan.moves and self.tiering is not None:
@@ -215,18 +242,18 @@ class KVTask:
 
 @dataclass(slots=True, eq=False)
 class EndedTask:
-    """The result of a task that has settled, until it is claimed.
+    """Result of a task that has settled, until it is claimed.
 
     Attributes
     ----------
     first, last : int
-        The task's blocks, where they follow one another.
+        The task's blocks are ``[first, last)`` if they are consecutive (``blocks`` is None).
     blocks : (m,) int32 or None
-        Else.
+        Positions of the task's blocks if they are not consecutive.
     missing : (k,) int32 or None
-        Positions of the blocks that were not moved; None: all were.
+        Positions of the blocks that were not moved; None: all were moved.
     cache, epoch
-        Of a get: what it loaded is not delivered after a reset.
+        Index and epoch of a get, which is reported as cancelled after a reset; ``cache`` is None for a put.
     """
 
     task_id: int
@@ -246,7 +273,7 @@ class EndedTask:
 
     @classmethod
     def of(cls, task: KVTask, status: KVResponseStatus, ok: NDArray[np.bool_], reason: str) -> "EndedTask":
-        """The result of a task whose blocks were moved where ``ok`` ((m,) bool)."""
+        """Make the result of a task, of which the blocks that are ``ok`` ((m,) bool) were moved."""
         count = len(task.blocks)
         first = int(task.blocks[0]) if count else 0
         dense = count == 0 or int(task.blocks[-1]) - first == count - 1
@@ -258,11 +285,11 @@ class EndedTask:
         )
 
     def positions(self) -> NDArray[np.int32]:
-        """(m,) int32: the task's blocks."""
+        """(m,) int32: positions of the task's blocks in its sequence, ascending."""
         return np.arange(self.first, self.last, dtype=np.int32) if self.blocks is None else self.blocks
 
     def response(self) -> KVResponse:
-        """As it stands now."""
+        """Response of the task. A get is CANCELLED if the index was reset after its plan was made."""
         status, reason = self.status, self.reason
         blocks = range(self.first, self.last) if self.blocks is None else self.blocks
         num_moved = len(blocks) - (len(self.missing) if self.missing is not None else 0)

@@ -123,7 +123,7 @@ class DataFile:
             raise OSError(errno.EIO, "the page read differs from the page written")
 
     def moved(self, num_bytes: int) -> None:
-        """Note that ``num_bytes`` bytes were moved. Without O_DIRECT, drops the file from the page cache every
+        """Record that ``num_bytes`` bytes were moved. Without O_DIRECT, drops the file from the page cache every
         ``_DROP_BYTES`` bytes, which waits for the disk."""
         self._unsynced += num_bytes
         if self.is_direct or self._unsynced < _DROP_BYTES:

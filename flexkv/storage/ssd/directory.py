@@ -215,8 +215,8 @@ class SsdDirectory:
         return future
 
     def fails(self, change: Callable[..., None], *what: NDArray[Any]) -> str:
-        """Change the table. Returns the error, empty if there is none. Catches every exception, because a job whose
-        step raised would never end."""
+        """Call ``change(*what)``, a method that changes the table; returns the error as text, empty if there is none.
+        Catches every exception, because a job whose step raised would never end."""
         try:
             change(*what)
         except OSError as error:
@@ -249,11 +249,11 @@ class SsdDirectory:
     # ---- health -----------------------------------------------------------------------------------------------
 
     def succeeded(self) -> None:
-        """Note that an access succeeded."""
+        """Record that an access succeeded."""
         self._errors_in_row = 0
 
     def failed(self, count: int) -> bool:
-        """Note that ``count`` accesses failed. Returns whether this takes the directory offline."""
+        """Record that ``count`` accesses failed. Returns whether this takes the directory offline."""
         self._errors_in_row += count
         return self._errors_in_row >= _ERRORS_IN_ROW and self.take_offline(f"{self._errors_in_row} errors in a row")
 
@@ -281,13 +281,13 @@ class SsdDirectory:
     # ---- load -------------------------------------------------------------------------------------------------
 
     def begin(self, num_bytes: int) -> None:
-        """Note that ``num_bytes`` bytes were given to the queue."""
+        """Record that ``num_bytes`` bytes were given to the queue."""
         if self.queued_bytes == 0:
             self._busy_since = time.monotonic()
         self.queued_bytes += num_bytes
 
     def end(self, num_bytes: int, moved_bytes: int) -> None:
-        """Note that ``num_bytes`` queued bytes have ended, of which ``moved_bytes`` were moved."""
+        """Record that ``num_bytes`` queued bytes have ended, of which ``moved_bytes`` were moved."""
         now = time.monotonic()
         self._busy_s += now - self._busy_since
         self._moved_bytes += moved_bytes
