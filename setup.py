@@ -35,6 +35,7 @@ MODULES: dict[str, list[str]] = {
     "io.io_queue": [f"csrc/io_{part}.c" for part in ("job", "queue", "threads", "uring")],
     "io.slot_records": [],
     "mapping": [],
+    "record_rings": ["csrc/ring.c"],
     "slot_mapping": [],
 }
 

@@ -12,6 +12,7 @@ from flexkv.errors import FlexKVError
 _USAGE = """\
 usage: flexkv COMMAND [OPTIONS]
 
+  serve    keep the KV of this node's engines in one cache that they share
   demo     run a real vLLM that loads KV from memory and SSD instead of computing it
   bench    measure the control plane, a disk (ssd) or a GPU (gpu)
   replay   compute the hit rate of a trace of requests, by capacity and eviction policy
@@ -26,6 +27,12 @@ flexkv COMMAND --help lists the options of a command."""
 _SIGINT_STATUS = 128 + signal.SIGINT
 _SIGPIPE_STATUS = 128 + signal.SIGPIPE
 """Exit statuses, as shells report them, after an interrupt and after a write to a pipe without a reader."""
+
+
+def _serve(argv: list[str]) -> int:
+    from flexkv.cli.serve import main
+
+    return main(argv)
 
 
 def _demo(argv: list[str]) -> int:
@@ -77,7 +84,7 @@ def _pins(argv: list[str]) -> int:
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "demo": _demo, "bench": _bench, "replay": _replay, "config": _config, "inspect": _inspect,
+    "serve": _serve, "demo": _demo, "bench": _bench, "replay": _replay, "config": _config, "inspect": _inspect,
     "pin": _pin, "unpin": _unpin, "pins": _pins,
 }
 

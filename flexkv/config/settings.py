@@ -134,6 +134,11 @@ class CacheConfig(_Settings):
     ssd_deadline_s: float = setting(
         10.0, "Time limit of a read or write on SSD. One that takes longer fails.", unit="s", low=0.01
     )
+    server_max_domains: int = setting(
+        1, "Domains (models with their settings) that `flexkv serve` caches at a time. Each gets an equal share of "
+        "host memory and SSD. A new domain replaces the one that has been without an engine for the longest.",
+        low=1, high=64,
+    )
     load_policy: str = setting(
         "auto", "Blocks that are loaded from SSD. `auto`: blocks that load faster than they are computed; `always`: "
         "all blocks; `never`: none.",
@@ -243,6 +248,24 @@ class TransferConfig(_Settings):
         "", "Unix socket at which ranks register, as a path or `ipc://PATH`; empty: chosen by the adapter.",
         read=register_port,
     )
+    server_client_mode: bool = setting(
+        False, "KV is kept by the daemon of the node (`flexkv serve`), which several engines share, and not in the "
+        "engine's process. See [Daemon](daemon.md).",
+    )
+    server_recv_port: str = setting(
+        "", "Unix socket of the daemon, as a path or `ipc://PATH`; empty: `server.sock` in the runtime directory. "
+        "Setting it turns `server_client_mode` on.",
+        read=register_port,
+    )
+    server_launch_mode: str = setting(
+        "embedded", "Start of the daemon. `embedded`: the first engine that finds none starts one, which ends when no "
+        "engine has used it for a minute; `external`: an operator starts it.",
+        choices=("embedded", "external"),
+    )
+    instance_num: int = setting(
+        1, "Engines of the node that share the daemon. More than 1 turns `server_client_mode` on.", low=1, high=1024
+    )
+    instance_id: int = setting(0, "Number of this engine among them, from 0.", low=0, high=1023)
     handshake_timeout_s: float = setting(
         5.0, "Time after which a connection is dropped if no message arrives on it.", unit="s", low=0.01
     )
@@ -271,6 +294,11 @@ class TransferConfig(_Settings):
         """Conflicts between settings, each of which is valid by itself."""
         if self.ring_bytes & (self.ring_bytes - 1):
             yield ConfigError("ring_bytes", self.ring_bytes, "must be a power of two, such as 1048576")
+
+    @property
+    def uses_daemon(self) -> bool:
+        """Whether the daemon of the node keeps the engine's KV."""
+        return self.server_client_mode or bool(self.server_recv_port) or self.instance_num > 1
 
 
 @dataclass(frozen=True, kw_only=True)

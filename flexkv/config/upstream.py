@@ -2,11 +2,10 @@
 
 MEANINGLESS: dict[str, str] = {
     **dict.fromkeys(
-        ("instance_num", "instance_id", "server_client_mode", "server_launch_mode", "server_recv_port",
-         "master_host", "master_ports", "trt_subprocess_host", "trt_subprocess_ports", "local_zmq_ip",
+        ("master_host", "master_ports", "trt_subprocess_host", "trt_subprocess_ports", "local_zmq_ip",
          "local_zmq_port", "worker_shutdown_timeout_s", "transfer_manager_shutdown_timeout_s", "enable_mps",
          "vmm_fd_sock_dir"),
-        "the controller lives in the engine's process, and ranks meet it at a Unix socket",
+        "all processes of a node meet at Unix sockets",
     ),
     **dict.fromkeys(
         ("use_ce_transfer_h2d", "use_ce_transfer_d2h", "transfer_num_cta_h2d", "transfer_num_cta_d2h",

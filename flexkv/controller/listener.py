@@ -1,17 +1,44 @@
-"""Listener of a controller: its socket, the ranks that have registered, and their host pool."""
+"""Listener of a controller: the sockets of its engines, the ranks that have registered, and their host pool."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from flexkv.config import TransferConfig
 from flexkv.controller.registry import Registry
-from flexkv.errors import TransferError
+from flexkv.errors import RegistrationError, TransferError
 from flexkv.protocol.registration import Hello
+from flexkv.protocol.sockets import ListeningSocket, socket_path
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
 from flexkv.storage.ssd.gds_queue import GdsEnd
 from flexkv.transfer.engine import AgentListener, TransferEngine
 from flexkv.transfer.executors.agent_link import AgentLink
 from flexkv.transfer.watch import Watch
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """The ranks of one engine, before they have registered.
+
+    Attributes
+    ----------
+    client : int
+        Number of the engine in its controller.
+    num_ranks : int
+    dp_client_id : int
+        The engine's data-parallel rank, as its ranks name it.
+    first_task : int
+        The engine's task ids are larger.
+    on_control : callable
+        ``on_control(message, descriptors) -> reply`` to the request of a user.
+    """
+
+    client: int
+    num_ranks: int
+    dp_client_id: int = 0
+    first_task: int = 0
+    on_control: Callable[[bytes, Sequence[int]], bytes] = lambda message, fds: b"{}"
 
 
 class Listener(AgentListener):
@@ -28,13 +55,8 @@ class Listener(AgentListener):
         Size of the host tier in bytes.
     num_slots : int, optional
         Slots of the host tier; default: as many as fit ``host_bytes``.
-    ranks : int
-        Device agents of each data-parallel client.
-    dp_client_ids : tuple of int
     hugepage_bytes : int
-        Size of the huge pages of the host pool; 0: ordinary pages.
-    on_control : callable
-        ``on_control(message, descriptors) -> reply``: executes the request of a user.
+        0: ordinary pages.
     on_gds : callable, optional
         As in ``Registry``.
     """
@@ -46,26 +68,21 @@ class Listener(AgentListener):
         *,
         host_bytes: int,
         num_slots: int | None = None,
-        ranks: int = 1,
-        dp_client_ids: tuple[int, ...] = (0,),
         hugepage_bytes: int = 0,
-        on_control: Callable[[bytes, Sequence[int]], bytes] = lambda message, fds: b"{}",
         on_gds: Callable[[GdsEnd], None] | None = None,
     ) -> None:
         self._config = config
         self._transfer = transfer
         self._host_bytes = host_bytes
         self._num_slots = num_slots
-        self._ranks = ranks
-        self._clients = dp_client_ids
         self._hugepage_bytes = hugepage_bytes
-        self._on_control = on_control
         self._on_gds = on_gds
-        self._registry: Registry | None = None
+        self._plane: tuple[Watch, Callable[[AgentLink], None]] | None = None
+        self._registries: dict[int, Registry] = {}
         self._pool: HostPool | None = None
 
-    def start(self) -> None:
-        """Start the data plane and listen; returns at once.
+    def start(self, group: RankGroup | None = None, port: str = "") -> None:
+        """Start the data plane, and listen for the ranks of ``group`` at ``port``; returns at once.
 
         Raises
         ------
@@ -74,16 +91,56 @@ class Listener(AgentListener):
         TransferError
             The data plane was started before.
         """
-        self._transfer.start(self._open)
+        self._transfer.start(partial(self._open, group, port))
 
-    def _open(self, watch: Watch, join: Callable[[AgentLink], None]) -> AgentListener:
-        self._registry = Registry(
-            watch, self._config.gpu_register_port, self._clients, self._ranks, self._make_pool,
-            self._config.handshake_timeout_s, self._config.ring_bytes, join, self._on_control, self._on_gds,
-        )
+    def _open(
+        self, group: RankGroup | None, port: str, watch: Watch, join: Callable[[AgentLink], None]
+    ) -> AgentListener:
+        self._plane = watch, join
+        if group is not None:
+            self.add(group, ListeningSocket(socket_path(port)))
         return self
 
+    @property
+    def watch(self) -> Watch:
+        """Descriptors and timers of the background thread; TransferError if that does not run."""
+        if self._plane is None:
+            raise TransferError("the data plane does not run")
+        return self._plane[0]
+
+    def add(self, group: RankGroup, listening: ListeningSocket) -> None:
+        """Accept the ranks of an engine. On the background thread, or while that does not run. The socket is the
+        listener's from here on."""
+        if self._plane is None:
+            listening.close()
+            raise TransferError("the data plane does not run")
+        watch, join = self._plane
+        self._transfer.expect_ranks(group.client, group.num_ranks)
+        self._registries[group.client] = Registry(
+            watch, listening, group.client, group.dp_client_id, group.num_ranks, self._make_pool,
+            self._config.handshake_timeout_s, self._config.ring_bytes, join, group.on_control, self._on_gds,
+            group.first_task,
+        )
+
+    def remove(self, client: int, reason: str) -> None:
+        """Disconnect the ranks of an engine, and accept no more of them. On the background thread."""
+        registry = self._registries.pop(client, None)
+        if registry is not None:
+            registry.close()
+        self._transfer.dismiss_ranks(client, reason)
+
     def _make_pool(self, layout: SlotLayout) -> HostPool:
+        """The host pool; the first layout makes it.
+
+        Raises
+        ------
+        RegistrationError
+            It was made for another layout.
+        """
+        if self._pool is not None:
+            if (layout.slot_bytes, layout.content) != (self._pool.slot_bytes, self._pool.content):
+                raise RegistrationError("the layout of a block differs from that of the engines whose cache it shares")
+            return self._pool
         slot_bytes = layout.slot_bytes
         num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
         pool = HostPool(slot_bytes, num_slots, self._hugepage_bytes, layout.content)
@@ -96,22 +153,22 @@ class Listener(AgentListener):
             raise
         return pool
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether every rank is registered and has pinned the usable slots, and the host pool exists."""
-        transfer, registry = self._transfer, self._registry
+    def is_ready(self, client: int) -> bool:
+        """Whether every rank of an engine is registered and has pinned the usable slots, and the host pool exists."""
+        transfer, registry = self._transfer, self._registries.get(client)
         return (
             registry is not None and transfer.in_service and transfer.is_running and registry.complete
-            and transfer.agents_caught_up
+            and transfer.has_ranks(client)
         )
 
-    def describe_ranks(self) -> str:
-        """Number of connected ranks, in words; empty before ``start`` and after a shutdown."""
-        return self._registry.describe() if self._registry is not None and self._transfer.is_running else ""
+    def describe_ranks(self, client: int) -> str:
+        """Number of an engine's connected ranks, in words; empty before ``start`` and after a shutdown."""
+        registry = self._registries.get(client)
+        return registry.describe() if registry is not None and self._transfer.is_running else ""
 
     @property
     def host_pool(self) -> HostPool:
-        """The memory of the host tier. TransferError until all ranks of one data-parallel client have registered."""
+        """The memory of the host tier; it exists when the ranks of one engine have registered."""
         if self._pool is None:
             raise TransferError("no rank has registered yet, so there is no host pool")
         return self._pool
@@ -120,13 +177,13 @@ class Listener(AgentListener):
 
     def lost(self, hello: Hello) -> None:
         """See ``AgentListener``."""
-        if self._registry is not None:
-            self._registry.lost(hello)
+        if (registry := self._registries.get(hello.dp_client_id)) is not None:
+            registry.lost(hello)
 
     def close(self) -> None:
         """See ``AgentListener``."""
-        if self._registry is not None:
-            self._registry.close()
+        for registry in list(self._registries.values()):
+            registry.close()
 
     def free(self) -> None:
         """See ``AgentListener``."""

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 from flexkv._core.device.ring import ControllerRings
@@ -15,7 +16,7 @@ from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.protocol.peer_process import PeerProcess, peer_credentials
 from flexkv.protocol.registration import MAX_MESSAGE_BYTES, Hello, Welcome, pack_refusal
 from flexkv.protocol.requests import is_request
-from flexkv.protocol.sockets import ListeningSocket, socket_path
+from flexkv.protocol.sockets import ListeningSocket
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout, check_agreement
 from flexkv.storage.ssd.gds_queue import GdsEnd
@@ -25,8 +26,8 @@ from flexkv.transfer.watch import Watch
 
 logger = logging.getLogger("flexkv.controller")
 
-RankId = tuple[int, int, int]
-"""dp_client_id, pp_rank, rank."""
+RankId = tuple[int, int]
+"""pp_rank, rank."""
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """``accept`` fails, and the listener stays readable."""
@@ -39,8 +40,8 @@ _BATCH = 64
 
 
 class Registry:
-    """Registers ranks. When all ranks of a client have sent their HELLO, it fixes the slot layout, makes the host pool,
-    and sends each rank its WELCOME.
+    """Registers the ranks of one engine. When all ranks have sent their HELLO, it fixes the slot layout, gets the host
+    pool, and sends each rank its WELCOME.
 
     A rank whose process has ended can register again. All methods must be called on the data plane's background thread.
     A fault of one connection closes that connection alone.
@@ -48,11 +49,14 @@ class Registry:
     Parameters
     ----------
     watch : Watch
-        Watch that calls the handlers of the listener and the connections.
-    port : str
-        Path of the Unix socket, or an ``ipc://`` address.
-    dp_client_ids : tuple of int
-    ranks_per_client : int
+        Watch that calls the handlers of the listening socket and the connections.
+    listening : ListeningSocket
+        The registry closes it.
+    client : int
+        Number of the engine in the data plane; the links that the registry makes have it.
+    dp_client_id : int
+        Data-parallel rank of the engine, as its ranks name it.
+    num_ranks : int
     make_pool : callable
         ``make_pool(layout) -> HostPool``; called once, unless it fails.
     handshake_timeout_s : float
@@ -66,29 +70,30 @@ class Registry:
         None: ranks get no such socket.
     on_control : callable
         ``on_control(message, descriptors) -> reply``: executes a user's request.
-
-    Raises
-    ------
-    RegistrationError
-        The socket cannot be opened; see ``ListeningSocket``.
+    first_task : int
+        The engine's task ids are larger.
     """
 
     def __init__(
         self,
         watch: Watch,
-        port: str,
-        dp_client_ids: tuple[int, ...],
-        ranks_per_client: int,
+        listening: ListeningSocket,
+        client: int,
+        dp_client_id: int,
+        num_ranks: int,
         make_pool: Callable[[SlotLayout], HostPool],
         handshake_timeout_s: float,
         ring_bytes: int,
         on_link: Callable[[AgentLink], None],
         on_control: Callable[[bytes, Sequence[int]], bytes],
         on_gds: Callable[[GdsEnd], None] | None = None,
+        first_task: int = 0,
     ) -> None:
         self._watch = watch
-        self._clients = dp_client_ids
-        self._ranks = ranks_per_client
+        self._client = client
+        self._dp_client_id = dp_client_id
+        self._ranks = num_ranks
+        self._first_task = first_task
         self._make_pool = make_pool
         self._timeout_s = handshake_timeout_s
         self._ring_bytes = ring_bytes
@@ -105,7 +110,7 @@ class Registry:
         self._pool: HostPool | None = None
         self._last_refusal = ""
         self._log = RepeatedLog(logger)
-        self._listening = ListeningSocket(socket_path(port))
+        self._listening = listening
         self.listener = self._listening.socket
         watch.add(self.listener.fileno(), self.accept, lambda error: watch.pause(self.listener.fileno(), _PAUSE_S))
 
@@ -215,9 +220,10 @@ class Registry:
             logger.debug("the refused rank is gone: %s", error)
 
     def _admit(self, connection: socket.socket, hello: Hello) -> None:
-        rank_id = (hello.dp_client_id, hello.pp_rank, hello.rank)
-        if hello.dp_client_id not in self._clients:
-            raise RegistrationError(f"dp_client_id {hello.dp_client_id} is not served here; it is {self._clients}")
+        rank_id = (hello.pp_rank, hello.rank)
+        if hello.dp_client_id != self._dp_client_id:
+            raise RegistrationError(f"dp_client_id {hello.dp_client_id} is not served here; it is {self._dp_client_id}")
+        hello = replace(hello, dp_client_id=self._client)
         if rank_id in self._connected or rank_id in self._waiting:
             raise RegistrationError(f"rank {rank_id} is registered already: give each its own intra_client_id")
         if self._layout is not None:
@@ -234,12 +240,10 @@ class Registry:
                     f"rank {rank_id} registered tensors of different shapes; the cached KV does not match: "
                     "start a new KVManager"
                 )
-        others = (other for _, other in self._waiting.values() if other.dp_client_id == hello.dp_client_id)
-        check_agreement([*others, hello])
+        check_agreement([*(other for _, other in self._waiting.values()), hello])
         self._silent.pop(connection.fileno(), None)
         self._waiting[rank_id] = (connection, hello)
-        mine = [rank for rank in self._waiting if rank[0] == hello.dp_client_id]
-        if self._layout is None and len(mine) == self._ranks:
+        if self._layout is None and len(self._waiting) == self._ranks:
             try:
                 self._fix_layout()
             except Exception as error:
@@ -260,18 +264,11 @@ class Registry:
         return (rank_id for rank_id in self._waiting if rank_id in self._index)
 
     def _fix_layout(self) -> None:
-        waiting = sorted(self._waiting)
-        parts: dict[int, list[Hello]] = {}
-        for rank_id in waiting:
-            parts.setdefault(rank_id[0], []).append(self._waiting[rank_id][1])
-        complete = [client for client, hellos in parts.items() if len(hellos) == self._ranks]
-        first = parts[complete[0]]
-        layout = SlotLayout.of(first)
+        hellos = [self._waiting[rank_id][1] for rank_id in sorted(self._waiting)]
+        layout = SlotLayout.of(hellos)
         self._pool = self._make_pool(layout)
-        self._layout, self._num_groups = layout, len(first[0].num_pages)
-        for client in complete:
-            for index, rank_id in enumerate(rank for rank in waiting if rank[0] == client):
-                self._index[rank_id] = index
+        self._layout, self._num_groups = layout, len(hellos[0].num_pages)
+        self._index = {rank_id: index for index, rank_id in enumerate(sorted(self._waiting))}
 
     def _welcome(self, rank_id: RankId) -> None:
         """Give a rank what its agent needs; one that cannot have it is refused."""
@@ -318,7 +315,9 @@ class Registry:
         gds: tuple[socket.socket, ...] = ()
         link = None
         try:
-            welcome = Welcome(self._pool.num_bytes, self._pool.slot_bytes, rings.ring_bytes, places)
+            welcome = Welcome(
+                self._pool.num_bytes, self._pool.slot_bytes, rings.ring_bytes, places, self._first_task
+            )
             if self._on_gds is not None and self._has_plain_slots(hello):
                 gds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 close_in_children(gds[0])
@@ -346,18 +345,18 @@ class Registry:
 
     def lost(self, hello: Hello) -> None:
         """Record that a rank's agent takes no ops any more, so that the rank can register again."""
-        self._connected.discard((hello.dp_client_id, hello.pp_rank, hello.rank))
+        self._connected.discard((hello.pp_rank, hello.rank))
 
     @property
     def complete(self) -> bool:
-        """Whether every rank of every client is connected."""
-        return len(self._connected) == self._ranks * len(self._clients)
+        """Whether every rank is connected."""
+        return len(self._connected) == self._ranks
 
     def describe(self) -> str:
         """Number of connected ranks of the expected number, the socket, and the last refusal, in words."""
         refusal = f" (refused: {self._last_refusal})" if self._last_refusal else ""
         return (
-            f"{len(self._connected)} of {self._ranks * len(self._clients)} ranks have registered their tensors at "
+            f"{len(self._connected)} of {self._ranks} ranks have registered their tensors at "
             f"{self._listening.path}{refusal}"
         )
 

@@ -20,12 +20,12 @@ __all__ = [
     "Placement", "SegmentClaim", "SegmentKind", "Welcome", "pack_refusal",
 ]
 
-_MAGIC = b"FLEXKV04"
+_MAGIC = b"FLEXKV05"
 _HELLO = struct.Struct("<8siiiiII")
 """Then the number of pages of each layer group (uint64), and the segments."""
 
 _SEGMENT = struct.Struct("<IIQ16s16s")
-_WELCOME = struct.Struct("<8sQQQII")
+_WELCOME = struct.Struct("<8sQQQQII")
 """Then the placements."""
 
 _PLACEMENT = struct.Struct("<QQQQ")
@@ -179,17 +179,21 @@ class Welcome:
     """Sizes and offsets that the agent needs to map the host pool and the rings, in bytes.
 
     The message carries descriptors: host pool, rings, eventfd of ops, eventfd of results. ``placements``: one for each
-    segment of the Hello, in its order.
+    segment of the Hello, in its order. ``first_task``: tasks that the rank will get from this controller have larger
+    ids; a task with a smaller one is lost.
     """
 
     pool_bytes: int
     slot_bytes: int
     ring_bytes: int
     placements: tuple[Placement, ...]
+    first_task: int = 0
 
     def pack(self) -> bytes:
         """Encode the WELCOME message."""
-        head = _WELCOME.pack(_MAGIC, self.pool_bytes, self.slot_bytes, self.ring_bytes, len(self.placements), 0)
+        head = _WELCOME.pack(
+            _MAGIC, self.pool_bytes, self.slot_bytes, self.ring_bytes, self.first_task, len(self.placements), 0
+        )
         return head + b"".join(
             _PLACEMENT.pack(place.offset, place.segment_bytes, place.write_start, place.write_stop)
             for place in self.placements
@@ -203,12 +207,12 @@ class Welcome:
             raise RegistrationError(_REFUSAL.unpack(message)[1].rstrip(b"\0").decode(errors="replace"))
         if len(message) < _WELCOME.size or message[:8] != _MAGIC:
             raise RegistrationError(_OTHER_VERSION.format("answer is no WELCOME"))
-        _, pool_bytes, slot_bytes, ring_bytes, num_segments, _ = _WELCOME.unpack_from(message)
+        _, pool_bytes, slot_bytes, ring_bytes, first_task, num_segments, _ = _WELCOME.unpack_from(message)
         _check("number of segments", num_segments, 1, MAX_SEGMENTS)
         if len(message) != _WELCOME.size + _PLACEMENT.size * num_segments:
             raise RegistrationError(_OTHER_VERSION.format("answer is no WELCOME"))
         places = tuple(Placement(*numbers) for numbers in _PLACEMENT.iter_unpack(message[_WELCOME.size :]))
-        welcome = cls(pool_bytes, slot_bytes, ring_bytes, places)
+        welcome = cls(pool_bytes, slot_bytes, ring_bytes, places, first_task)
         _check("pool_bytes", pool_bytes, 1, _MAX_POOL_BYTES)
         _check("slot_bytes", slot_bytes, 1, pool_bytes)
         end = 0

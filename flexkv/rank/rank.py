@@ -1,6 +1,7 @@
 """A rank: its KV tensors, and the agent that copies blocks from and to them."""
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -10,24 +11,22 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
 from flexkv._core.device.agent import DeviceAgent
 from flexkv._core.device.cuda_driver import Device, load_driver
 from flexkv.at_exit import close_at_exit
 from flexkv.config import TransferConfig, load_config
-from flexkv.errors import RegistrationError
-from flexkv.protocol.numbers import fence_of
-from flexkv.protocol.registration import NUM_FDS, Hello, Welcome
-from flexkv.protocol.ring import OpKind
+from flexkv.errors import AgentLostError, RegistrationError
+from flexkv.protocol.registration import Hello, Welcome
 from flexkv.protocol.sockets import socket_path
+from flexkv.rank.agent_in_use import AgentInUse
+from flexkv.rank.agent_start import start_agent
+from flexkv.rank.fences import Fences
 from flexkv.rank.gds_worker import GdsWorker
-from flexkv.rank.handshake import abandon, join_controller
-from flexkv.rank.kernels import move_function
+from flexkv.rank.handshake import join_controller
 from flexkv.rank.memory import RankMemory
 from flexkv.rank.pool_pinning import PoolPinner
 from flexkv.rank.regions import TensorSpec
-from flexkv.rank.results import OpResult
+from flexkv.rank.results import OpResult, ResultQueue
 from flexkv.rank.tensors import KVTensor, tensor_spec
 
 logger = logging.getLogger("flexkv.rank")
@@ -36,6 +35,9 @@ CONNECT_TIMEOUT_S = 60.0
 
 _left_behind: list[tuple[object, ExitStack]] = []
 """Owners of memory that a hanging GPU may still access; kept until the process ends."""
+
+_RETRY_S = 0.5
+"""Pause between two attempts to register again, in seconds."""
 
 _CLOSE_S = 10.0
 """Maximum time that ``close`` waits for the thread that registers and pins, in seconds. A part is pinned in 10 to
@@ -59,6 +61,8 @@ class RankClient:
         Rank within the pipeline stage (tensor parallel).
     transfer_config : TransferConfig, optional
         Settings of copies between pages and host memory; default: ``FLEXKV_CONFIG_PATH`` and ``FLEXKV_*`` variables.
+    reconnect : bool
+        Register again when the controller has ended, for as long as it takes: it is a daemon, which may be restarted.
     """
 
     def __init__(
@@ -69,6 +73,8 @@ class RankClient:
         pp_rank: int = 0,
         intra_client_id: int | None = None,
         transfer_config: TransferConfig | None = None,
+        *,
+        reconnect: bool = False,
     ) -> None:
         self._path = socket_path(gpu_register_port)
         self._dp_client_id = dp_client_id
@@ -76,22 +82,22 @@ class RankClient:
         self._rank = device_id if intra_client_id is None else intra_client_id
         self._config = transfer_config or load_config().transfer
         self._device: Device | None = None
-        self._streams: dict[bool, int] = {}          # stream of the last fence of loads (True), of saves
-        self._agent: DeviceAgent | None = None
+        self._in_use = AgentInUse()
         self._gds: GdsWorker | None = None
-        self._partial: dict[int, list[OpResult]] = {}
-        self._connected = threading.Event()
-        self._closing = threading.Event()
+        self._results = ResultQueue()
+        self._first_task = 0                         # tasks of this controller have larger ids
+        self._connected, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._fences = (0, 0)
+        self._fences = Fences()
         self._keep_alive: object = None
         self._opened = ExitStack()                   # tensors of other processes
         self._keep_outcomes = True
-        self._suspended = False
-        self._num_tensors = 0
+        self._suspended, self._num_tensors = False, 0
         self._layers: list[int] = []                 # layer of each tensor
         self._span_of_layer: list[int] = []
         self._lock = threading.Lock()
+        self._reconnect = reconnect
+        self._signals: list[list[int]] | None = None
         self.error: Exception | None = None
         """The error that made connecting fail permanently, or None."""
 
@@ -167,15 +173,29 @@ class RankClient:
         self._closing.set()
         self._stop()
         self._thread, self._suspended, self._keep_alive = None, True, None
-        self._partial.clear()                        # their tasks never end; another controller counts from 1 again
+        self._results.forget_parts()                 # their tasks never end; another controller counts from 1 again
         self._opened.close()
         count, self._num_tensors = self._num_tensors, 0
         return count
 
     def _connect(self, hello: Hello, memory: RankMemory, deadline: float) -> None:
+        """Register; with ``reconnect`` again and again, until this client is closed."""
+        logged, goes_on = "", True
         try:
-            connection, welcome, fds = join_controller(self._path, hello, deadline, self._closing)
-            self._start_agent(connection, welcome, fds, hello, memory)
+            while goes_on and not self._closing.is_set():
+                try:
+                    joined = join_controller(
+                        self._path, hello, math.inf if self._reconnect else deadline, self._closing
+                    )
+                    self._start_agent(*joined, hello, memory)
+                    logged, goes_on = "", self._reconnect and self._watch_agent()
+                except (RegistrationError, OSError) as error:
+                    if not self._reconnect:
+                        raise
+                    if str(error) != logged:
+                        logger.warning("this rank cannot load or save KV yet: %s", error)
+                    logged = str(error)
+                    self._closing.wait(_RETRY_S)
         except Exception as error:
             self.error = error
             if not self._closing.is_set():
@@ -183,58 +203,33 @@ class RankClient:
         finally:
             self._connected.set()
 
+    def _watch_agent(self) -> bool:
+        """Wait for the end of the agent, and release it; False: this client is closed, or the agent does not end."""
+        if not self._in_use.wait_end(self._closing):
+            return False
+        with self._lock:
+            agent, gds, self._gds = self._in_use.release(), self._gds, None
+        self._keep_results(agent)
+        if (gds is not None and not gds.close()) or (agent is not None and not agent.close()):
+            _left_behind.append((self._keep_alive, self._opened.pop_all()))
+            raise AgentLostError("the GPU hangs, so its pages cannot be registered again")
+        self._results.forget_parts()                 # the rest of them does not come
+        if not self._closing.is_set():
+            logger.warning("the controller at %s has ended: this rank registers again when it is back", self._path)
+        return True
+
     def _start_agent(
         self, connection: socket.socket, welcome: Welcome, fds: list[int], hello: Hello, memory: RankMemory
     ) -> None:
-        gds_end = socket.socket(fileno=fds.pop()) if len(fds) > NUM_FDS else None
-        with ExitStack() as undo:                    # closes the resources owned here if a step fails
-            if gds_end is not None:
-                undo.callback(gds_end.close)
-            with ExitStack() as theirs:
-                theirs.callback(abandon, connection, fds)
-                table = memory.copy_table(welcome.placements)
-                move = 0 if self._device is None else move_function(self._device)
-                theirs.pop_all()                     # the agent owns them from here on
-            agent = DeviceAgent(
-                regions=table.regions,
-                num_pages=hello.num_pages,
-                spans=table.spans,
-                saves=table.saves,
-                loads=table.loads,
-                layers=table.layers,
-                pool_fd=fds[0],
-                pool_bytes=welcome.pool_bytes,
-                slot_bytes=welcome.slot_bytes,
-                ring_fd=fds[1],
-                ring_bytes=welcome.ring_bytes,
-                submission_event_fd=fds[2],
-                completion_event_fd=fds[3],
-                socket_fd=connection.detach(),
-                keep_outcomes=self._keep_outcomes,
-                device=self._device,
-                move_function=move,
-                strategy=self._config.gpu_strategy,
-                window_bytes=self._config.gpu_window_mb << 20,
-                num_ctas=self._config.gpu_num_ctas,
-            )
-            undo.callback(agent.close)
-            gds = None
-            if gds_end is not None:
-                gds = GdsWorker(
-                    gds_end, self._device, table.regions[: table.num_load_regions], hello.num_pages[0],
-                    welcome.slot_bytes, self._config.gpu_num_ctas,
-                )
-            undo.pop_all()
+        agent, gds, span_of_layer = start_agent(
+            connection, welcome, fds, hello, memory, self._device, self._config, self._keep_outcomes
+        )
         with self._lock:
-            self._span_of_layer = table.span_of_layer
-            self._agent, self._gds = agent, gds
-            for load, stream in self._streams.items():
-                agent.fence(stream, load, self._fences[not load])
-                if gds is not None:
-                    gds.advance(*self._fences, stream)
-            agent.advance(*self._fences)
-            if gds is not None:
-                gds.advance(*self._fences, None)
+            self._span_of_layer, self._first_task = span_of_layer, welcome.first_task
+            self._in_use.agent, self._gds = agent, gds
+            self._fences.start(agent, gds)
+            if self._signals is not None:
+                agent.set_signals(self._signals, span_of_layer)
         self._connected.set()
         PoolPinner(agent, self._closing.wait).run()
 
@@ -252,6 +247,10 @@ class RankClient:
             raise RegistrationError(str(self.error)) from self.error
 
     @property
+    def _agent(self) -> DeviceAgent | None:
+        return self._in_use.agent
+
+    @property
     def name(self) -> str:
         """Identity of the rank: data-parallel client, pipeline stage, rank."""
         return f"{self._dp_client_id}-{self._pp_rank}-{self._rank}"
@@ -264,13 +263,28 @@ class RankClient:
     @property
     def is_connected(self) -> bool:
         """Whether the agent runs and the controller is alive."""
-        return self._agent is not None and self._agent.status == 0
+        agent = self._agent
+        return agent is not None and agent.status == 0
 
     @property
     def is_lost(self) -> bool:
-        """Whether no more results can arrive: connecting failed, the controller has ended, or this client is closed."""
-        ended = self._connected.is_set() and self._agent is not None and self._agent.status != 0
-        return self.error is not None or ended
+        """Whether no more results can arrive: connecting failed, the controller has ended, or this client is closed.
+        With ``reconnect`` this may change again."""
+        agent = self._agent
+        return self.error is not None or (self._connected.is_set() and (
+            self._reconnect if agent is None else agent.status != 0
+        ))
+
+    def has_lost(self, task_id: int) -> bool:
+        """Whether no result of a task can arrive any more, but for one that ``poll_results`` returns now."""
+        return task_id <= self._first_task or self.is_lost
+
+    def leave(self) -> None:
+        """Leave the controller, whose transfers do not end. With ``reconnect``, this rank registers again."""
+        if self._reconnect:
+            self._in_use.must_leave.set()
+        else:
+            self.close()
 
     # ---- called by the rank's hooks ---------------------------------------------------------------------------
 
@@ -286,18 +300,8 @@ class RankClient:
             A step is not an integer from 0 to 2**63 - 1; nothing has changed.
         CudaError
         """
-        load, save = (None if fence is None else fence_of(fence) for fence in (load, save))
         with self._lock:
-            for is_load, fence in ((True, load), (False, save)):
-                if fence is not None and stream is not None:
-                    self._streams[is_load] = stream
-                    if self._agent is not None:
-                        self._agent.fence(stream, is_load, fence)
-            self._fences = (max(self._fences[0], load or 0), max(self._fences[1], save or 0))
-            if self._agent is not None:
-                self._agent.advance(*self._fences)
-            if self._gds is not None:
-                self._gds.advance(*self._fences, stream)
+            self._fences.advance(self._agent, self._gds, load, save, stream)
 
     def follow_load(self, task_id: int, tensor: int | None, timeout_s: float, stream: int | None = None) -> bool:
         """Make compute that is submitted to ``stream`` from now on wait until a layerwise load has filled a tensor.
@@ -322,10 +326,11 @@ class RankClient:
         ------
         CudaError
         """
-        if self._agent is None:
-            return False
-        span = max(self._span_of_layer) if tensor is None else self._span_of_layer[self._layers[tensor]]
-        return self._agent.follow(task_id, span, timeout_s, stream or 0)
+        with self._in_use.using() as agent:
+            if agent is None or task_id <= self._first_task:
+                return False
+            span = max(self._span_of_layer) if tensor is None else self._span_of_layer[self._layers[tensor]]
+            return agent.follow(task_id, span, timeout_s, stream or 0)
 
     def signal_layers(self, eventfds: list[list[int]]) -> None:
         """Let layerwise loads signal the eventfds of their counter, one for each layer. The caller owns them and must
@@ -339,30 +344,26 @@ class RankClient:
         with self._lock:
             if self._agent is None:
                 raise RegistrationError("the rank's tensors are not registered yet")
+            self._signals = eventfds if self._reconnect else None
             self._agent.set_signals(eventfds, self._span_of_layer)
 
     def poll_results(self) -> list[OpResult]:
         """Results of the tasks that ended on this rank since the last call."""
-        results: list[OpResult] = []
-        while self._agent is not None and (outcome := self._agent.take()) is not None:
-            task_id, kind, op_blocks, pages, ok = outcome
-            parts = self._partial.pop(task_id, [])
-            parts.append(OpResult(task_id, OpKind(kind), pages, ok))
-            if sum(len(part.ok) for part in parts) < op_blocks:
-                self._partial[task_id] = parts
-                continue
-            whole = np.concatenate([part.pages for part in parts], -1), np.concatenate([part.ok for part in parts])
-            results.append(OpResult(task_id, OpKind(kind), whole[0], whole[1]))
-            if not whole[1].all() and self._agent.device_error is not None:
-                logger.error("task %d: blocks were not moved: %s", task_id, self._agent.device_error)
-        return results
+        with self._in_use.using() as agent:
+            self._keep_results(agent)
+        return self._results.take()
+
+    def _keep_results(self, agent: DeviceAgent | None) -> None:
+        while agent is not None and (outcome := agent.take()) is not None:
+            if not self._results.add(*outcome) and agent.device_error is not None:
+                logger.error("task %d: blocks were not moved: %s", outcome[0], agent.device_error)
 
     def wait_results(self, timeout_s: float) -> bool:
         """Wait until ``poll_results`` has a result or can never have one again; False after ``timeout_s`` seconds."""
-        agent = self._agent
-        if agent is None or not self._connected.is_set():        # at first, and again after ``suspend``
-            return self._connected.wait(min(timeout_s, threading.TIMEOUT_MAX))
-        return agent.wait(timeout_s)
+        with self._in_use.using() as agent:
+            if agent is not None and self._connected.is_set():
+                return agent.wait(timeout_s)
+        return self._connected.wait(min(timeout_s, threading.TIMEOUT_MAX))      # at first, and again after ``suspend``
 
     def __enter__(self) -> Self:
         return self
@@ -392,7 +393,7 @@ class RankClient:
         is_at_rest = (gds is None or gds.close()) and not is_held
         if is_held:
             _left_behind.append((self._agent, ExitStack()))
-            self._agent, self._thread = None, None
+            self._in_use.agent, self._thread = None, None
         elif self._agent is not None:
             is_at_rest = self._agent.close() and is_at_rest
         if not is_at_rest:

@@ -66,7 +66,10 @@ class KVTPClient:
         self._dp_client_id = dp_client_id
         self._pp_rank = pp_rank
         self._config = transfer_config or load_config().transfer
-        self.rank = RankClient(gpu_register_port, dp_client_id, device_id, pp_rank, intra_client_id, self._config)
+        self.rank = RankClient(
+            gpu_register_port, dp_client_id, device_id, pp_rank, intra_client_id, self._config,
+            reconnect=self._config.uses_daemon,
+        )
         self._lock = threading.Lock()
         self._signals: LayerSignals | None = None
         self._eventfds: list[list[int]] | None = None    # of each counter, one a layer; under the lock

@@ -1,10 +1,15 @@
-"""Connects an engine to its controller."""
+"""Connects an engine to its controller, in its process or in the daemon, behind one interface."""
 
 from collections.abc import Sequence
 
-from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, runtime_directory
 from flexkv.controller.blocks import Blocks
 from flexkv.controller.controller import Controller
+from flexkv.controller.keys import Keys
+from flexkv.protocol.session import Hello
+from flexkv.protocol.sockets import socket_path
+from flexkv.server.engine_client import EngineClient
+from flexkv.server.launch import ensure_daemon, server_port
 from flexkv.storage.store import TierKind
 
 
@@ -18,7 +23,22 @@ def connect(
     tiers: Sequence[TierKind] | None = None,
     note: str = "",
 ) -> Blocks:
-    """The blocks of an engine, not started yet; a controller in this process. Arguments as ``Controller``."""
-    return Controller(
-        model_config, cache_config, transfer_config, dp_client_id, gpu_register_port, tiers=tiers, note=note
+    """The blocks of an engine, not started yet. Arguments as ``Controller``; ``tiers`` and most of ``cache_config`` are
+    the daemon's, if ``transfer_config`` says that the engine uses one."""
+    if not transfer_config.uses_daemon:
+        return Controller(
+            model_config, cache_config, transfer_config, dp_client_id, gpu_register_port, tiers=tiers, note=note
+        )
+    number = f"{transfer_config.instance_id}-{dp_client_id}"
+    port = gpu_register_port or transfer_config.gpu_register_port or (
+        f"ipc://{runtime_directory()}/register-{number}.sock"
     )
+    name = domain(model_config, cache_config)
+    hello = Hello(
+        name.decode(), cache_config.tokens_per_block, model_config.tp_size * model_config.pp_size, dp_client_id,
+        str(socket_path(port).absolute()), number, model_config.model_id[:200], 0,
+    )
+    path = socket_path(server_port(transfer_config))
+    if transfer_config.server_launch_mode == "embedded":
+        ensure_daemon(path, cache_config, transfer_config)
+    return EngineClient(path, hello, Keys(name, cache_config.tokens_per_block, cache_config.secret))

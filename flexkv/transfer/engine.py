@@ -59,8 +59,6 @@ class TransferEngine(GraphRunner):
     Parameters
     ----------
     config : TransferConfig
-    ranks : int
-        Device agents of each data-parallel client.
     on_capacity : callable
         Called with the number of usable slots as it grows, on the background thread.
     executors : sequence of Executor
@@ -80,13 +78,12 @@ class TransferEngine(GraphRunner):
         self,
         config: TransferConfig,
         *,
-        ranks: int = 1,
         on_capacity: Callable[[int], None],
         executors: tuple[Executor, ...] = (),
         housekeeping: Callable[[], float] | None = None,
         observe: Observe | None = None,
     ) -> None:
-        super().__init__(config, ranks, executors, observe)
+        super().__init__(config, executors, observe)
         self._growth = PoolGrowth(on_capacity, self.wake, self.notify)
         self._housekeeping = housekeeping
         self.task_ids = itertools.count(1)
@@ -143,10 +140,25 @@ class TransferEngine(GraphRunner):
         """Whether the engine was started and not shut down."""
         return self._listener is not None and not self._closing
 
-    @property
-    def agents_caught_up(self) -> bool:
-        """Whether every connected agent has pinned the usable slots."""
-        return self._growth.complete
+    def expect_ranks(self, client: int, num_ranks: int) -> None:
+        """Record the number of ranks of a data-parallel client, which may join from now on."""
+        with self._lock:
+            self._device.expect(client, num_ranks)
+
+    def dismiss_ranks(self, client: int, reason: str) -> None:
+        """Disconnect the ranks of a client, which may not join any more; ``reason`` is for the log."""
+        with self._lock:
+            self._device.dismiss(client, reason)
+
+    def has_ranks(self, client: int) -> bool:
+        """Whether all ranks of a client have joined and have pinned the usable slots."""
+        return self._device.caught_up(client)
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        """Call ``function`` on the background thread; not at all, if that does not run."""
+        with self._lock:
+            if not self._closing and self._watch is not None:
+                self._watch.call_soon(function)
 
     @property
     def num_pages(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import enum
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -286,6 +286,8 @@ class TransferGraph:
         Reason of the stop, for a user; empty if it needs no explanation.
     quiesced : bool
         Slots and pages of the graph's ops are not accessed any more.
+    on_stop : callable or None
+        ``on_stop(graph)`` is called when a running graph is stopped, before it is quiesced.
     """
 
     def __init__(self, task_id: int, ops: Sequence[TransferOp]) -> None:
@@ -295,6 +297,7 @@ class TransferGraph:
         self.verdict: OpStatus | None = None
         self.reason = ""
         self.quiesced = False
+        self.on_stop: Callable[[TransferGraph], None] | None = None
         for op in self.ops:
             op.task_id = task_id
         self.check_integrity()

@@ -29,8 +29,6 @@ class GraphRunner:
     Parameters
     ----------
     config : TransferConfig
-    ranks : int
-        Number of device agents of each data-parallel client.
     executors : sequence of Executor
         Executors for the kinds of ops that device agents do not move.
     observe : Observe, optional
@@ -38,12 +36,12 @@ class GraphRunner:
     """
 
     def __init__(
-        self, config: TransferConfig, ranks: int, executors: Sequence[Executor], observe: Observe | None
+        self, config: TransferConfig, executors: Sequence[Executor], observe: Observe | None
     ) -> None:
         self._config = config
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)
-        self._device = DeviceExecutor(ranks)
+        self._device = DeviceExecutor()
         self._executors: dict[Route, Executor] = {
             route: executor for executor in (*executors, ArrivalExecutor(), self._device) for route in executor.routes
         }

@@ -136,6 +136,8 @@ class Scheduler:
         if active is None or active.graph is not graph:
             return
         graph.status = verdict
+        if graph.on_stop is not None:
+            self.ended.append(partial(graph.on_stop, graph))
         for op in graph.ops:
             if not op.done:
                 self._executors[op.route].cancel(op)

@@ -32,7 +32,6 @@ from tests.support.harness import (
     mapping,
     rank_of,
     remote,
-    space_of,
     tokens_of,
     until,
     wait_ready,
@@ -50,7 +49,7 @@ def talk(path: Path, message: bytes, timeout_s: float = 5.0) -> bytes:
 
 
 def is_alive(manager: KVManager) -> bool:
-    thread = controller_of(manager)._transfer._thread
+    thread = controller_of(manager)._cache.transfer._thread
     return thread is not None and thread.is_alive()
 
 
@@ -90,7 +89,7 @@ def test_a_connection_that_cannot_be_handled_is_closed_and_others_go_on(
         for _ in range(20):
             assert talk(tmp_path / "s", hello_of(1).pack()) == b""
         assert is_alive(manager)
-        assert controller_of(manager)._transfer.in_service
+        assert controller_of(manager)._cache.transfer.in_service
         tensors.fill([0, 1], 1)
         assert save(manager, 1) is Status.SUCCESS
 
@@ -178,15 +177,15 @@ def test_one_failure_of_the_thread_is_survived(tmp_path: Path, monkeypatch: pyte
                     raise KeyError("a mistake of ours")
 
             with monkeypatch.context() as patched:
-                patched.setattr(controller_of(manager)._transfer, step, fail)
-                controller_of(manager)._transfer._watch.wake()
+                patched.setattr(controller_of(manager)._cache.transfer, step, fail)
+                controller_of(manager)._cache.transfer._watch.wake()
                 assert failed.wait(5.0)
             # a whole turn has succeeded since
-            until(lambda: controller_of(manager)._transfer._thread._failures == 0)
+            until(lambda: controller_of(manager)._cache.transfer._thread._failures == 0)
             tensors.fill([0, 1], 1)
             assert save(manager, len(step)) is Status.SUCCESS
             assert is_alive(manager)
-            assert controller_of(manager)._transfer.in_service
+            assert controller_of(manager)._cache.transfer.in_service
 
 
 @pytest.mark.parametrize("error", [ValueError("a mistake of ours"), SystemExit(1), MemoryError()])
@@ -207,11 +206,11 @@ def test_a_thread_that_fails_again_and_again_goes_out_of_service(
         def fail() -> None:
             raise error
 
-        monkeypatch.setattr(controller_of(manager)._transfer, "_enforce_deadlines", fail)
+        monkeypatch.setattr(controller_of(manager)._cache.transfer, "_enforce_deadlines", fail)
         start = time.monotonic()
         assert manager.wait(held, 15.0)[held].status is Status.FAILED
         assert time.monotonic() - start < 12
-        assert not controller_of(manager)._transfer.in_service
+        assert not controller_of(manager)._cache.transfer.in_service
         assert not manager.is_ready()
         until(lambda: rank("client", "is_lost"))
         task, mask = manager.get_match(tokens_of(2, 1))
@@ -220,7 +219,7 @@ def test_a_thread_that_fails_again_and_again_goes_out_of_service(
         assert manager.blocks.put_blocks(hasher.keys, 0, IDS) is None or save(manager, 5) is not Status.SUCCESS
         assert sum("out of service" in record.message for record in caplog.records if record.levelno >= 50) == 1
         assert is_alive(manager)
-        until(lambda: not space_of(manager).tasks.unsettled(), 10.0)
+        until(lambda: not controller_of(manager).tasks.unsettled(), 10.0)
     finally:
         manager.shutdown()
         rank.kill()
@@ -237,7 +236,7 @@ def test_a_part_that_cannot_be_sent_fails_its_op_alone(tmp_path: Path, name: str
     """Past the checks at the door, as a mistake of ours would."""
     with local(tmp_path) as (manager, _, tensors):
         tensors.fill([0, 1], 1)
-        engine, done = controller_of(manager)._transfer, threading.Event()
+        engine, done = controller_of(manager)._cache.transfer, threading.Event()
         op = TransferOp(OpKind.H2D, IDS, IDS)
         graph = TransferGraph(next(engine.task_ids), [op])
         if name == "kind":
@@ -282,12 +281,12 @@ def test_cancels_that_find_the_ring_full_are_sent_all_the_same(tmp_path: Path) -
             manager.blocks.get_blocks(hasher.keys, i, np.array([100 + i], dtype=np.int32), fence=7)
             for i in range(count)
         ]
-        [link] = controller_of(manager)._transfer._device.links
+        [link] = controller_of(manager)._cache.transfer._device.links
         assert link.backlog                              # the ring is full
         manager.cancel(loads)
         assert not link._cancels                         # each has room
         rank.signal(signal.SIGCONT)
-        until(lambda: not space_of(manager).tasks.unsettled())
+        until(lambda: not controller_of(manager).tasks.unsettled())
         assert {response.status for response in manager.wait(loads).values()} == {Status.CANCELLED}
         rank("client", "advance_fence", 7)
         assert not any(rank("tensors", "read", range(100, 100 + count)))
@@ -299,7 +298,7 @@ def test_cancels_that_find_the_ring_full_are_sent_all_the_same(tmp_path: Path) -
 def test_ops_that_find_the_ring_full_are_sent_when_there_is_room(tmp_path: Path) -> None:
     with remote(tmp_path, num_slots=200, ring_bytes=4096) as (manager, rank):
         rank.signal(signal.SIGSTOP)
-        [link] = controller_of(manager)._transfer._device.links
+        [link] = controller_of(manager)._cache.transfer._device.links
         tasks = []
         while not link.backlog:
             hasher = manager.blocks.hasher()

@@ -38,7 +38,6 @@ from tests.support.harness import (
     mapping,
     rank_of,
     remote,
-    space_of,
     tokens_of,
     until,
     wait_ready,
@@ -62,7 +61,7 @@ def test_slots_of_a_rank_that_hung_up_wait_for_its_process(
     with remote(tmp_path) as (manager, rank):
         rank.signal(signal.SIGSTOP)
         task = manager.put_async(tokens_of(4), mapping(range(4)))
-        [link] = controller_of(manager)._transfer._device.links
+        [link] = controller_of(manager)._cache.transfer._device.links
         link.connection.shutdown(socket.SHUT_RDWR)       # as if it had hung up, and its process lives on
         start = time.monotonic()
         response = manager.wait(task, timeout=10)[task]
@@ -150,9 +149,9 @@ def test_a_rank_that_cannot_be_an_agent_says_farewell(tmp_path: Path, monkeypatc
                     patched.setattr("flexkv.rank.handshake.check_sealed", lambda *args: 1 // 0)
                 with rank_of(tmp_path, tensors) as client, pytest.raises(RegistrationError):
                     client.wait_connected(10.0)
-            until(lambda: not list(controller_of(manager)._transfer._device.links))
-            assert controller_of(manager)._transfer._membership is not None
-            assert controller_of(manager)._transfer._membership._dying == []
+            until(lambda: not list(controller_of(manager)._cache.transfer._device.links))
+            assert controller_of(manager)._cache.transfer._membership is not None
+            assert controller_of(manager)._cache.transfer._membership._dying == []
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -183,14 +182,14 @@ def test_a_store_that_cannot_be_closed_keeps_nothing_else_open(tmp_path: Path) -
     before = len(os.listdir("/proc/self/fd"))
     stubborn = Stubborn()
     with local(tmp_path, cache={"enable_metrics": True, "py_metrics_port": 0}) as (manager, _, _tensors):
-        assert controller_of(manager)._transfer.add_executor(stubborn)
+        assert controller_of(manager)._cache.transfer.add_executor(stubborn)
         assert controller_of(manager).metrics is not None
-        until(lambda: not space_of(manager).tasks.unsettled())
+        until(lambda: not controller_of(manager).tasks.unsettled())
         with pytest.raises(OSError, match="a disk hangs"):
             manager.shutdown()
         assert controller_of(manager).metrics.port is None
         assert not (tmp_path / "s").exists()
-        assert controller_of(manager)._listener.host_pool.fd == -1
+        assert controller_of(manager)._cache.listener.host_pool.fd == -1
         manager.shutdown()
         assert stubborn.tries == 2
         manager.shutdown()
@@ -258,7 +257,7 @@ def test_close_does_not_wait_for_a_gpu_that_hangs(
         wait_ready(manager)
         cuda.delay(3_000_000)
         task = manager.put_async(tokens_of(4), mapping(range(4)))
-        [link] = controller_of(manager)._transfer._device.links
+        [link] = controller_of(manager)._cache.transfer._device.links
         until(lambda: link.busy)
         time.sleep(0.2)                                  # the copy is given to the GPU: nothing reports that
         start = time.monotonic()

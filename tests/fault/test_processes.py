@@ -214,7 +214,7 @@ def test_a_corrupt_ring_costs_the_rank_its_connection(tmp_path: Path, kind: str)
     with remote(tmp_path, op_timeout_s=2.0) as (manager, rank):
         task = manager.put_async(tokens_of(2), mapping([0, 1]))
         assert manager.wait(task)[task].status is Status.SUCCESS
-        [link] = controller_of(manager)._transfer._device.links
+        [link] = controller_of(manager)._cache.transfer._device.links
         rings = link.rings
         rank.signal(signal.SIGSTOP)
         with open(f"/proc/self/fd/{rings.fd}", "r+b", buffering=0) as memory:
@@ -243,7 +243,7 @@ def test_results_that_cannot_be_taken_in_cost_the_rank_its_connection(
             monkeypatch.setattr(Flight, "answer", answer)
             raise ValueError("a mistake of ours")
 
-        [link] = controller_of(manager)._transfer._device.links
+        [link] = controller_of(manager)._cache.transfer._device.links
         monkeypatch.setattr(Flight, "answer", fail_once)
         task = manager.put_async(tokens_of(2), mapping([0, 1]))
         until(lambda: not link.healthy)

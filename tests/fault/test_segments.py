@@ -76,7 +76,7 @@ def load(manager: KVManager, seed: int) -> Status:
 def test_equal_kv_is_stored_once_and_read_by_all(tmp_path: Path, page_shape: tuple[int, ...] | None) -> None:
     with copies(tmp_path, page_shape) as (manager, ranks):
         [before] = {rank("tensors", "read", [0, 1, 2]) for rank in ranks}
-        assert controller_of(manager)._listener.host_pool.slot_bytes == -(-len(before) // 3 // 4096) * 4096
+        assert controller_of(manager)._cache.listener.host_pool.slot_bytes == -(-len(before) // 3 // 4096) * 4096
         assert save(manager, 1) is Status.SUCCESS
         assert load(manager, 1) is Status.SUCCESS
         assert {rank("tensors", "read", [3, 4, 5]) for rank in ranks} == {before}
@@ -94,7 +94,7 @@ def test_each_rank_writes_its_part_of_a_copy(tmp_path: Path, strategy: str | Non
                 tensor[:] = 1 + number
         assert move(manager, OpKind.D2H, [3, 5], [[1, 4]]).all()
         for slot in (3, 5):
-            found = np.frombuffer(controller_of(manager)._listener.host_pool.slot(slot), dtype=np.uint8)
+            found = np.frombuffer(controller_of(manager)._cache.listener.host_pool.slot(slot), dtype=np.uint8)
             expected = np.zeros(len(found), dtype=np.uint8)
             expected[:8192], expected[8192:9000] = 1, 2
             expected[9024:13024], expected[13056:17056] = 1, 2
@@ -228,7 +228,7 @@ def test_ops_under_way_fail_only_where_they_concern_the_dead_rank(tmp_path: Path
         ops = {kind: begin(manager, kind, [slot], [[slot]], fence=5)
                for slot, kind in enumerate((OpKind.D2H, OpKind.H2D))}
         reader.signal(signal.SIGKILL)
-        transfer = controller_of(manager)._transfer
+        transfer = controller_of(manager)._cache.transfer
         graph, done = ops[OpKind.H2D]
         until(lambda: graph.status is OpStatus.FAILED)
         assert ops[OpKind.D2H][0].status is OpStatus.RUNNING
@@ -252,9 +252,8 @@ def test_ranks_that_do_not_agree_are_refused_and_nothing_changes(tmp_path: Path)
     pages = np.zeros((8, 100), dtype=np.uint8)
     try:
         register([pages, pages], "first", copies=["a", None])
-        until(lambda: "0 of 2" in controller_of(manager)._listener.describe_ranks())
-        registry = controller_of(manager)._listener._registry
-        assert registry is not None
+        until(lambda: "0 of 2" in controller_of(manager)._cache.listener.describe_ranks(0))
+        registry = controller_of(manager)._cache.listener._registries[0]
         until(lambda: len(registry._waiting) == 1)
         wrong = [
             ([pages[:, :64].copy(), pages], "must register equal tensors", {"copies": ["a", None]}),

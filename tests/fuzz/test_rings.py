@@ -21,7 +21,6 @@ from tests.support.harness import (
     check_drained,
     controller_of,
     make_manager,
-    space_of,
     tokens_of,
     until,
     wait_ready,
@@ -123,7 +122,7 @@ def play_controller(path: Path, rng: random.Random) -> None:
     client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
     try:
         wait_ready(manager, 24)
-        [link] = controller_of(manager)._transfer._device.links
+        [link] = controller_of(manager)._cache.transfer._device.links
         hasher = manager.blocks.hasher()
         hasher.extend(tokens_of(4, rng.getrandbits(20)))
         held = manager.blocks.put_blocks(hasher.keys, 0, np.arange(4, dtype=np.int32), fence=1)
@@ -131,10 +130,10 @@ def play_controller(path: Path, rng: random.Random) -> None:
         data = results(rng, list(link._outstanding))
         give(link.rings, 1, data, len(data) if rng.random() < 0.8 else rng.getrandbits(64))
         os.eventfd_write(link.rings.completion_event_fd, 1)
-        tasks = space_of(manager).tasks
+        tasks = controller_of(manager).tasks
         until(lambda: not link.healthy or not tasks.unsettled() or tasks.is_settled(held) or
               not link.rings.set_waiting(True))
-        assert controller_of(manager)._transfer.in_service
+        assert controller_of(manager)._cache.transfer.in_service
         client.close()                                                # at rest, or in spite of what was said
         until(lambda: not tasks.unsettled())
         check_drained(manager)

@@ -95,7 +95,7 @@ def test_the_controllers_socket(tmp_path: Path) -> None:
         for rng in rounds():
             for _ in range(20):
                 say(tmp_path / "s", rng, random_message(rng))
-            assert controller_of(manager)._transfer.in_service
+            assert controller_of(manager)._cache.transfer.in_service
             task = manager.put_async(tokens_of(2, rng.randrange(1 << 30)), mapping([0, 1]))
             assert manager.wait(task)[task].status is Status.SUCCESS
             assert ask(str(tmp_path / "s"), {"command": "pins"}) == []
@@ -168,6 +168,6 @@ def test_a_controller_without_ranks(tmp_path: Path) -> None:
         for _ in range(10):
             hello = rng.choice([hello_of(), hello_of(1)]).pack() if rng.random() < 0.5 else SHARED
             say(path, rng, mutated(rng, hello) if rng.random() < 0.8 else hello)
-        assert controller_of(manager)._transfer.in_service
+        assert controller_of(manager)._cache.transfer.in_service
         manager.shutdown()
     leaks.check(until)

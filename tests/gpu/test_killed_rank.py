@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flexkv.controller.response import KVResponseStatus as Status
-from tests.support.harness import controller_of, make_manager, mapping, space_of, tokens_of, until, wait_ready
+from tests.support.harness import controller_of, make_manager, mapping, tokens_of, until, wait_ready
 
 pytestmark = pytest.mark.gpu
 
@@ -54,10 +54,10 @@ def test_no_copy_writes_slots_that_came_back(tmp_path: Path) -> None:
                 status = manager.wait(task, 10.0)[task].status
                 assert status in (Status.FAILED, Status.SUCCESS)   # it may have been quick
             manager.wait(task, 20.0, completely=True)
-            until(lambda: not space_of(manager).tasks.unsettled(), 20.0)
+            until(lambda: not controller_of(manager).tasks.unsettled(), 20.0)
             manager.reset()
             assert manager.stats()["free_slots"] == SLOTS
-            memory = np.frombuffer(controller_of(manager)._listener.host_pool.memory, dtype=np.uint8)[:: 1 << 16]
+            memory = np.frombuffer(controller_of(manager)._cache.listener.host_pool.memory, dtype=np.uint8)[:: 1 << 16]
             memory[:] = 0xEE
             until_s = time.monotonic() + 1.0
             while time.monotonic() < until_s:

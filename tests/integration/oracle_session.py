@@ -212,7 +212,7 @@ class Oracle:
     def check_index(self) -> dict[str, int]:
         """Load every block of the index, and compare it."""
         manager, engine = self.manager, self.engine
-        manager.wait(manager._space.tasks.unsettled(), 30.0, completely=True)
+        manager.wait(manager.tasks.unsettled(), 30.0, completely=True)
         engine.settle_ssd(manager)
         assert engine.llm.reset_prefix_cache()
         known = {

@@ -301,7 +301,7 @@ class PagedEngine:
 
     def settle(self) -> None:
         manager = self.manager
-        manager.wait(manager._space.tasks.unsettled(), 20.0, completely=True)
+        manager.wait(manager.tasks.unsettled(), 20.0, completely=True)
         names = ("blocks_being_fetched", "ssd_queued_blocks", "ssd_blocks_being_written")
         until(lambda: not any(manager.stats().get(name, 0) for name in names), 30.0)
 

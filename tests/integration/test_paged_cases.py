@@ -35,7 +35,7 @@ def end_copies_with_their_step(engine: PagedEngine, monkeypatch: pytest.MonkeyPa
 
     def step_and_copy() -> None:
         step()
-        until(lambda: bool(engine._queue) or not engine.manager._space.tasks.unsettled())
+        until(lambda: bool(engine._queue) or not engine.manager.tasks.unsettled())
 
     monkeypatch.setattr(engine, "step", step_and_copy)
 

@@ -191,7 +191,7 @@ class Engine:
 
         side = self.flexkv()
         manager = side._controller
-        unsettled = manager._space.tasks.unsettled()
+        unsettled = manager.tasks.unsettled()
         manager.wait(unsettled, 10.0, completely=True)
         self.settle_ssd(manager)
         manager.check_integrity()
@@ -204,7 +204,7 @@ class Engine:
             "lost_ssd_slots": after.get("ssd_slots", 0) - after.get("ssd_free_slots", 0),
             **side.stats(), **stats, **self.llm.collective_rpc(audit_counts)[0], "tracked": len(side._requests),
             "preemptions": self.preemptions, "failed_loads": self.failed_loads,
-            "outstanding": len(manager._space.tasks.unsettled()),
+            "outstanding": len(manager.tasks.unsettled()),
             "leaked_pages": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
         }
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
-from flexkv.controller.controller import Controller
+from flexkv.controller.engine_blocks import EngineBlocks
 from flexkv.controller.space import Space
 from flexkv.kvmanager import KVManager
 from flexkv.protocol.registration import Hello, SegmentClaim, SegmentKind
 from flexkv.rank.regions import TensorSpec
 from flexkv.rank.results import OpResult
 from flexkv.rank.tp_client import KVTPClient
+from flexkv.server.engine_client import EngineClient
 
 TOKENS = 4
 LAYERS = 3
@@ -157,9 +158,13 @@ def make_manager(
     return manager
 
 
-def controller_of(manager: KVManager) -> Controller:
-    """The controller in this process that a manager has, for tests that look into it."""
-    assert isinstance(manager.blocks, Controller)
+def controller_of(manager: KVManager) -> EngineBlocks:
+    """The blocks of a manager at their controller, or at a daemon in this process, for tests that look into them."""
+    if isinstance(manager.blocks, EngineClient):
+        from .daemon import blocks_of
+
+        return blocks_of(manager.blocks)
+    assert isinstance(manager.blocks, EngineBlocks)
     return manager.blocks
 
 
@@ -217,7 +222,7 @@ def remote(tmp_path: Path, num_slots: int = 48, ranks: int = 1, **transfer: Any)
 
 def check_drained(manager: KVManager) -> None:
     """Nothing is pinned, reserved or under way, and every slot is free or indexed."""
-    until(lambda: not space_of(manager).tasks.unsettled())
+    until(lambda: not controller_of(manager).tasks.unsettled())
     manager.check_integrity()
     manager.reset()
     stats = manager.stats()

@@ -75,7 +75,7 @@ def begin(
     manager: KVManager, kind: OpKind, slots: Sequence[int], pages: Sequence[Sequence[int]], **options: Any
 ) -> tuple[TransferGraph, list[TransferGraph]]:
     """Submit an op with the pages of each layer group; the graph is in the list once it is at rest."""
-    transfer = controller_of(manager)._transfer
+    transfer = controller_of(manager)._cache.transfer
     slot_array, table = np.array(slots, dtype=np.int32), np.array(pages, dtype=np.int32)
     src, dst = (slot_array, table[0]) if kind is OpKind.H2D else (table[0], slot_array)
     further = table[1:] if len(table) > 1 else None
@@ -90,7 +90,7 @@ def move(
 ) -> NDArray[np.bool_]:
     """Run an op; returns whether each block was moved."""
     graph, done = begin(manager, kind, slots, pages, **options)
-    assert controller_of(manager)._transfer.wait(lambda: bool(done), 5.0)
+    assert controller_of(manager)._cache.transfer.wait(lambda: bool(done), 5.0)
     return graph.ops[0].ok
 
 

@@ -15,7 +15,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.rank.tp_client import KVTPClient
 from flexkv.storage.ssd.tier import SSD
 from flexkv.storage.store import MakeStore, TierKind
-from tests.support.harness import LAYERS, TOKENS, Tensors, space_of, until, wait_ready
+from tests.support.harness import LAYERS, TOKENS, Tensors, controller_of, until, wait_ready
 from tests.support.memory_store import Disk, MemoryStore
 
 SLOT_BYTES = 8192
@@ -123,7 +123,7 @@ def stage(
 
 
 def check_nothing_is_lost(made: Stage) -> None:
-    until(lambda: not space_of(made.manager).tasks.unsettled())
+    until(lambda: not controller_of(made.manager).tasks.unsettled())
     made.settle()
     made.manager.check_integrity()
     made.manager.reset()

@@ -15,7 +15,7 @@ from flexkv.controller.tasks.task import KVTask
 from flexkv.errors import SlotMappingError
 from flexkv.metrics.request_trace import read_recorded
 from flexkv.transfer.graph import TransferGraph
-from tests.support.harness import PAGES, TOKENS, local, mapping, remote, result_of, space_of, tokens_of
+from tests.support.harness import PAGES, TOKENS, controller_of, local, mapping, remote, result_of, space_of, tokens_of
 
 
 def test_round_trip_in_one_process(tmp_path: Path) -> None:
@@ -64,28 +64,28 @@ def test_a_task_that_a_reset_took_before_it_ran_moves_nothing(tmp_path: Path) ->
         put = manager.blocks.put_blocks(hasher.keys, 0, np.arange(3, dtype=np.int32))
         assert put is not None
         manager.wait(put, completely=True)
-        get = space_of(manager).tasks.new_get(space_of(manager).index, hasher.keys, 0, 3, 0)
-        late = space_of(manager).tasks.new_put(space_of(manager).index, hasher.keys[:0], 0, 0, 0)
+        get = controller_of(manager).tasks.new_get(space_of(manager).index, hasher.keys, 0, 3, 0)
+        late = controller_of(manager).tasks.new_put(space_of(manager).index, hasher.keys[:0], 0, 0, 0)
         manager.reset()                                                     # on another thread
         pages = np.arange(10, 13, dtype=np.int32)
-        space_of(manager).tasks.run(get, pages, 0)
+        controller_of(manager).tasks.run(get, pages, 0)
         assert manager.wait(get.task_id, completely=True)[get.task_id].status is Status.FAILED
         assert sorted(result_of(client, get.task_id).failed_pages.tolist()) == [10, 11, 12]
         assert not any(tensors.read(pages))
-        space_of(manager).tasks.run(late, pages[:0], 0)
+        controller_of(manager).tasks.run(late, pages[:0], 0)
         assert manager.wait(late.task_id)[late.task_id].status is Status.SUCCESS
 
 
 def test_who_has_a_result_finds_what_was_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with local(tmp_path) as (manager, _, _tensors):
-        on_done, taken = space_of(manager).tasks._on_done, threading.Event()
+        on_done, taken = controller_of(manager).tasks._on_done, threading.Event()
 
         def late(task: KVTask, graph: TransferGraph) -> None:               # the data plane's thread is held up
             taken.set()
             time.sleep(0.1)
             on_done(task, graph)
 
-        monkeypatch.setattr(space_of(manager).tasks, "_on_done", late)
+        monkeypatch.setattr(controller_of(manager).tasks, "_on_done", late)
         task = manager.put_async(tokens_of(3), mapping([0, 1, 2]))
         assert taken.wait(5.0)
         assert manager.wait(task)[task].status is Status.SUCCESS
@@ -178,13 +178,14 @@ def test_namespaces_and_extras_separate(tmp_path: Path) -> None:
     with local(tmp_path) as (manager, _, _tensors):
         tokens = tokens_of(2)
         manager.wait(manager.put_async(tokens, mapping([0, 1]), namespace=["tenant"]))
-        assert not manager.get_match(tokens)[1].any()
-        assert not manager.get_match(tokens, namespace=["other"])[1].any()
-        assert not manager.get_match(tokens, namespace=["tenant"], block_extras={0: b"image"})[1].any()
+        others = [
+            manager.get_match(tokens), manager.get_match(tokens, namespace=["other"]),
+            manager.get_match(tokens, namespace=["tenant"], block_extras={0: b"image"}),
+        ]
+        assert not any(mask.any() for _, mask in others)
         task, mask = manager.get_match(tokens, namespace=["tenant"])
         assert mask.all()
-        for task_id in range(1, task + 1):
-            manager.cancel(task_id)
+        manager.cancel([task, *(other for other, _ in others)])
 
 
 def test_fences_hold_transfers_back(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from flexkv.cache.reasons import MissReason
 from flexkv.config import CacheConfig, TransferConfig
 from flexkv.controller.response import KVResponseStatus as Status
-from tests.support.harness import TOKENS, space_of, until
+from tests.support.harness import TOKENS, controller_of, until
 from tests.support.memory_store import Disk, MemoryStore
 from tests.support.ssd_stage import HOST_SLOTS, SLOT_BYTES, stage
 
@@ -91,7 +91,7 @@ def test_blocks_in_host_memory_do_not_wait_for_ssd(tmp_path: Path) -> None:
         made.store.held = True
         made.tensors.zero()
         task = made.start_get(6, 1)
-        graph = space_of(made.manager).tasks._tasks[task].graph
+        graph = controller_of(made.manager).tasks._tasks[task].graph
         assert graph is not None
         op = graph.ops[0]
         until(lambda: int(op.resolved.sum()) == 6 - slow)

@@ -1,5 +1,10 @@
 """Record of the loads that have succeeded, for puts that depend on a load and are launched after its end."""
 
+from collections.abc import Mapping, Sequence
+
+from flexkv.controller.tasks.task import KVTask
+from flexkv.transfer.graph import TransferOp
+
 _MAX_LOADS = 16384
 """The oldest loads are forgotten beyond this number: that of many more requests than have saves ahead of them."""
 
@@ -17,9 +22,19 @@ class GoodLoads:
         if len(self._epochs) > _MAX_LOADS:
             del self._epochs[next(iter(self._epochs))]
 
-    def has(self, task_id: int, epoch: int) -> bool:
-        """Whether a load is recorded for this epoch. False does not mean that it failed: old records are dropped."""
-        return self._epochs.get(task_id) == epoch
+    def needed(
+        self, put: KVTask, after: Sequence[int], tasks: Mapping[int, object]
+    ) -> tuple[list[TransferOp], bool]:
+        """Ops of those loads in ``after`` that run (in ``tasks``); False if another one is not known to have succeeded,
+        in the epoch of ``put``."""
+        ops, are_good = [], True
+        for task_id in after:
+            load = tasks.get(task_id)
+            if isinstance(load, KVTask) and load.loading and load.graph is not None and load.epoch == put.epoch:
+                ops.append(load.graph.ops[-1])
+            elif self._epochs.get(task_id) != put.epoch:
+                are_good = False
+        return ops, are_good
 
     def clear(self) -> None:
         """Drop all records."""

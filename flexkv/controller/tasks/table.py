@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,7 @@ from flexkv.controller.tasks.task_log import TaskLog
 from flexkv.controller.tiering import Tiering
 from flexkv.errors import TaskError
 from flexkv.transfer.engine import TransferEngine
-from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph
 
 logger = logging.getLogger("flexkv.controller")
 
@@ -56,19 +56,26 @@ class TaskTable:
         The tiers below host memory.
     accept_within_s : float
         ``hold_s`` of ``ProvisionalPuts``, in seconds.
+    task_ids : iterator of int, optional
+        Source of the ids of tasks; default: that of ``transfer``.
+    on_news : callable, optional
+        ``on_news(task_id)`` is called when a task has got a result, and when it has settled. It must not wait.
     clock : callable
         Monotonic time in seconds.
     """
 
     def __init__(
         self, transfer: TransferEngine, dp_client_id: int, tokens_per_block: int, tiering: Tiering | None = None,
-        accept_within_s: float = 20.0, clock: Callable[[], float] = time.monotonic,
+        accept_within_s: float = 20.0, *, task_ids: Iterator[int] | None = None,
+        on_news: Callable[[int], None] | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transfer = transfer
         self._tiering = tiering
         self._dp_client_id = dp_client_id
         self._tokens_per_block = tokens_per_block
         self._clock = clock
+        self._task_ids = transfer.task_ids if task_ids is None else task_ids
+        self._on_news = on_news
         self._lock = threading.RLock()
         self._tasks: dict[int, KVTask | EndedTask] = {}
         self._matched: dict[int, float] = {}             # when each was matched, in that order
@@ -98,7 +105,7 @@ class TaskTable:
         slots = np.concatenate([found, absent]) if len(absent) else found
         first = start if stop is not None or plan is None else plan.start
         return KVTask(
-            next(self._transfer.task_ids), cache, epoch, plan, np.arange(first, first + count, dtype=np.int32), slots,
+            next(self._task_ids), cache, epoch, plan, np.arange(first, first + count, dtype=np.int32), slots,
             self._tokens_per_block, num_tokens, self._tiering, needs, match=NO_MATCH if plan is None else plan.match,
         )
 
@@ -126,7 +133,7 @@ class TaskTable:
             plan = cache.begin_put(keys, start, stop, tenant, direct=not provisional)
             blocks, slots = plan.blocks, plan.slots_on(HOST)
         return KVTask(
-            next(self._transfer.task_ids), cache, epoch, plan, blocks, slots, self._tokens_per_block, num_tokens,
+            next(self._task_ids), cache, epoch, plan, blocks, slots, self._tokens_per_block, num_tokens,
             self._tiering, loading=False, is_provisional=provisional,
         )
 
@@ -202,25 +209,16 @@ class TaskTable:
         if len(task.blocks) == 0:
             self._settle(task, *task.empty_outcome())
             return None
-        loads, are_good = self._loads(task, after)
+        loads, are_good = self._good_loads.needed(task, after, self._tasks)
         task.graph = graph_of(task, pages, self._dp_client_id, fence, layerwise, counter, loads)
+        if (on_news := self._on_news) is not None:
+            task.graph.on_stop = lambda graph: on_news(graph.task_id)
         if task.is_stale or not are_good:            # the rank still learns that these pages were not moved
             task.graph.verdict = OpStatus.FAILED
             task.reason = reasons.WAS_RESET if task.is_stale else reasons.LOAD_FAILED
         if task.is_provisional:
             self._provisional.begin(task.task_id)
         return task.graph
-
-    def _loads(self, task: KVTask, after: Sequence[int]) -> tuple[list[TransferOp], bool]:
-        """Ops of those loads that run; False if another one is not known to have succeeded, in this epoch."""
-        ops, are_good = [], True
-        for task_id in after:
-            load = self._tasks.get(task_id)
-            if isinstance(load, KVTask) and load.loading and load.graph is not None and load.epoch == task.epoch:
-                ops.append(load.graph.ops[-1])
-            elif not self._good_loads.has(task_id, task.epoch):
-                are_good = False
-        return ops, are_good
 
     def _submit(self, task: KVTask, graph: TransferGraph | None) -> None:
         if graph is None:
@@ -347,6 +345,8 @@ class TaskTable:
         while len(self._unclaimed) > _MAX_UNCLAIMED:
             oldest = next(iter(self._unclaimed))
             del self._unclaimed[oldest], self._tasks[oldest]
+        if self._on_news is not None:
+            self._on_news(task.task_id)
 
     # ---- results ----------------------------------------------------------------------------------------------
 

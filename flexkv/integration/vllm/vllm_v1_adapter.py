@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -151,11 +152,15 @@ class FlexKVConnectorV1Impl:
     def _make_worker(self, rank: int) -> WorkerSide:
         from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
+        transfer = self._config.transfer
         client = RankClient(
             _register_port(self._vllm_config, self._config), dp_client_id=rank, pp_rank=get_pp_group().rank_in_group,
-            intra_client_id=get_tensor_model_parallel_rank(), transfer_config=self._config.transfer,
+            intra_client_id=get_tensor_model_parallel_rank(), transfer_config=transfer,
+            reconnect=transfer.uses_daemon,
         )
-        return WorkerSide(client, self._config.connector)
+        # a controller ends a transfer after ten times op_timeout_s in any case
+        leave_after_s = 12 * transfer.op_timeout_s if transfer.uses_daemon else math.inf
+        return WorkerSide(client, self._config.connector, leave_after_s)
 
     def _off(self, reason: str) -> OffScheduler:
         logger.warning("KV caching is off: %s. The engine runs without FlexKV", reason)

@@ -1,6 +1,7 @@
 """Worker side: the rank's tensors, the fences of its compute, and the reports that vLLM waits for."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,16 +66,21 @@ class WorkerSide:
     ----------
     client : RankClient
     config : ConnectorConfig
+    leave_after_s : float
+        Time in seconds after which a load that has not ended makes the rank leave its controller, a daemon that was
+        perhaps stopped.
     """
 
-    def __init__(self, client: RankClient, config: ConnectorConfig) -> None:
+    def __init__(self, client: RankClient, config: ConnectorConfig, leave_after_s: float = math.inf) -> None:
         self._client = client
+        self._leave_after_s = leave_after_s
         self._config = config
         self._meta: FlexKVConnectorMetadata | None = None
         self.between_steps = True
         """Whether the last step has ended and no other has begun."""
         self._loads: dict[int, LoadJob] = {}                # launched, not reported
         self._outcomes: dict[int, OpResult] = {}            # of loads, until their job ends
+        self._since: dict[int, float] = {}                  # when each load was first seen
         self._saved: set[int] = set()                       # put tasks that ended on this rank
         self._finishing: dict[str, set[int]] = {}
         self._failed_pages: set[int] = set()
@@ -152,21 +158,35 @@ class WorkerSide:
 
     def get_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose saves, and whose loads, have ended on this rank; each is reported once."""
+        self._leave_if_late()
         pending = self._loads or self._finishing
         if pending and self._meta is not None and not self._meta.has_forward:
             self._client.wait_results(_IDLE_WAIT_S)
         self._wait_layerwise()
-        lost = self._client.is_lost                         # before the poll, so that no result is missed
+        # before the poll, so that no result is missed
+        lost = {task_id for task_id in self._tasks_under_way() if self._client.has_lost(task_id)}
         self._take_results()
-        ended = [job for job in self._loads.values() if self._end_load(job, lost)]
+        ended = [job for job in self._loads.values() if self._end_load(job, job.task_id in lost)]
         loaded = {job.req_id for job in ended if not job.layerwise}
-        saved = {req_id for req_id, task_ids in self._finishing.items() if lost or task_ids <= self._saved}
+        saved = {req_id for req_id, task_ids in self._finishing.items() if task_ids <= self._saved | lost}
         for job in ended:                                   # last: an error before reports them as failed
             del self._loads[job.task_id]
         for req_id in saved:
             del self._finishing[req_id]
         self._forget_old()
         return saved, loaded
+
+    def _tasks_under_way(self) -> set[int]:
+        return self._loads.keys() | set().union(*self._finishing.values())
+
+    def _leave_if_late(self) -> None:
+        """Leave a controller that does not end a load: this rank's agent then accesses no page any more."""
+        now = time.monotonic()
+        self._since = {task_id: self._since.get(task_id, now) for task_id in self._loads}
+        if any(now - since > self._leave_after_s for since in self._since.values()):
+            logger.critical("a load has not ended within %g s: this rank leaves the controller", self._leave_after_s)
+            self._since = {}
+            self._client.leave()
 
     def _take_results(self) -> None:
         for result in self._client.poll_results():
@@ -180,11 +200,11 @@ class WorkerSide:
         loads succeeded. If an agent does not end a load in bounded time, it is stopped and then accesses no page."""
         pending = {job.task_id for job in self._loads.values() if job.layerwise}
         deadline = time.monotonic() + _LOAD_TIMEOUT_S
-        while not pending <= self._outcomes.keys() and not self._client.is_lost:
+        while not all(task_id in self._outcomes or self._client.has_lost(task_id) for task_id in pending):
             if time.monotonic() > deadline:
-                logger.critical("a load has not ended within %g s: this rank stops loading and saving KV",
-                                _LOAD_TIMEOUT_S)
-                self._client.close()
+                logger.critical("a load has not ended within %g s: this rank leaves the controller", _LOAD_TIMEOUT_S)
+                self._client.leave()
+                deadline = math.inf
             self._client.wait_results(_IDLE_WAIT_S)
             self._take_results()
 

@@ -185,11 +185,11 @@ class AgentLink:
         self._backlog.popleft()
         return True
 
-    def disconnect(self, reason: str) -> None:
+    def disconnect(self, reason: str, level: int = logging.ERROR) -> None:
         """Disconnect an agent that cannot be trusted, so that it ends. Its slots and pages stay reserved until then."""
         if not self._disconnected:
             self._disconnected = True
-            logger.error("agent of %s: %s; it is disconnected", self.hello, reason)
+            logger.log(level, "agent of %s: %s; it is disconnected", self.hello, reason)
             with suppress(OSError):                          # the agent has closed the connection already
                 self.connection.shutdown(socket.SHUT_WR)
 

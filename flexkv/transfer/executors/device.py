@@ -1,6 +1,7 @@
 """Device executor: sends ops to the agents of the ranks, and collects their results."""
 
 import itertools
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,21 +30,31 @@ class DeviceExecutor(Executor):
 
     A load concerns all ranks; a save concerns the ranks that write a part of a slot. If a rank that an op concerns is
     missing, the op's blocks fail.
-
-    Parameters
-    ----------
-    ranks_per_client : int
-        Number of agents, connected or not.
     """
 
     kinds = frozenset({OpKind.D2H, OpKind.H2D})
 
-    def __init__(self, ranks_per_client: int) -> None:
-        self._ranks = ranks_per_client
+    def __init__(self) -> None:
+        self._ranks: dict[int, int] = {}                         # by client: connected or not
         self._links: dict[int, list[AgentLink]] = {}
         self._flights: dict[TransferOp, Flight] = {}
         self._part_ids = itertools.count(1)
         self._readers: dict[int, set[tuple[int, int]]] = {}      # ranks that write nothing, by client
+
+    def expect(self, client: int, num_ranks: int) -> None:
+        """Record the number of ranks of a data-parallel client, which may connect from now on."""
+        self._ranks[client] = num_ranks
+
+    def dismiss(self, client: int, reason: str) -> None:
+        """Disconnect the ranks of a client: no more ranks of it connect, and no more ops of it come."""
+        self._ranks.pop(client, None)
+        for link in list(self._links.get(client, ())):
+            link.disconnect(reason, logging.INFO)
+
+    def caught_up(self, client: int) -> bool:
+        """Whether all ranks of a client are connected and have pinned the usable slots."""
+        links = self._links.get(client, ())
+        return len(links) == self._ranks.get(client, -1) and all(link.caught_up for link in links)
 
     def add(self, link: AgentLink) -> None:
         """Add an agent that has registered."""
@@ -56,6 +67,9 @@ class DeviceExecutor(Executor):
         links = self._links.get(link.hello.dp_client_id, [])
         if link in links:
             links.remove(link)
+        if not links and link.hello.dp_client_id not in self._ranks:         # none of its ranks will come again
+            self._links.pop(link.hello.dp_client_id, None)
+            self._readers.pop(link.hello.dp_client_id, None)
         link.fail_backlog()
 
     @property
@@ -75,8 +89,8 @@ class DeviceExecutor(Executor):
         """Connected agents of the ranks that the op concerns, and the number of these ranks, connected or not."""
         links, readers = self._links.get(op.dp_client_id, []), self._readers.get(op.dp_client_id)
         if readers is None or op.kind in _LOADS:
-            return links, self._ranks
-        return [link for link in links if link.writes], self._ranks - len(readers)
+            return links, self._ranks.get(op.dp_client_id, 1)
+        return [link for link in links if link.writes], self._ranks.get(op.dp_client_id, 1) - len(readers)
 
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
         links, needed = self._concerned(op)

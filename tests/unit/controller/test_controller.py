@@ -8,7 +8,7 @@ import pytest
 from flexkv._core.index.block_keys import chain_seed, hash_blocks
 from flexkv.controller.tasks.arguments import namespace_of
 from flexkv.transfer.engine import TransferEngine
-from tests.support.harness import TOKENS, local, mapping, space_of, tokens_of
+from tests.support.harness import TOKENS, controller_of, local, mapping, tokens_of
 
 
 def test_out_of_service_nothing_is_found_or_saved_and_the_log_says_so_once(
@@ -42,7 +42,7 @@ def test_seeds_that_are_remembered_are_those_of_the_namespace_and_of_the_weights
             for which, namespace in enumerate(namespaces):
                 hasher = manager.blocks.hasher(namespace)
                 hasher.extend(tokens_of(2))
-                seed = chain_seed(space_of(manager)._domain, namespace_of(namespace), b"")
+                seed = chain_seed(controller_of(manager)._keys._domain, namespace_of(namespace), b"")
                 assert hasher.keys.tolist() == hash_blocks(tokens_of(2), TOKENS, seed).tolist()
                 assert keys.setdefault(which, hasher.keys.tolist()) == hasher.keys.tolist()
                 assert manager.blocks.keys(tokens_of(2), namespace).tolist() == hasher.keys.tolist()
@@ -52,4 +52,4 @@ def test_seeds_that_are_remembered_are_those_of_the_namespace_and_of_the_weights
             assert manager.blocks.keys(tokens_of(2), namespace).tolist() != keys[which]
         for number in range(600):
             manager.blocks.keys(tokens_of(1), [f"tenant {number}"])
-        assert space_of(manager)._chain_seed.cache_info().currsize <= 256
+        assert controller_of(manager)._keys._chain_seed.cache_info().currsize <= 256

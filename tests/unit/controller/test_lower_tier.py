@@ -262,7 +262,7 @@ def altered_block(tmp_path: Path) -> Iterator[Stage]:
             index = space_of(made.manager).index
             assert index is not None
             slot = int(index._tree.slots(made.keys(3, 1), 0)[1])
-            pool = controller_of(made.manager)._listener.host_pool
+            pool = controller_of(made.manager)._cache.listener.host_pool
             assert pool is not None
             memoryview(pool.memory).cast("B")[slot * SLOT_BYTES + 100] ^= 1        # type: ignore[arg-type]
             go_on.set()

@@ -289,8 +289,8 @@ def test_out_of_service_what_is_queued_is_not_written_again_and_again(tmp_path: 
         made.put(1, 1)
         until(lambda: len(made.store.disk.records) == 1)
         made.put(5, 2)
-        controller_of(made.manager)._transfer._take_out_of_service()
-        tiering, used = space_of(made.manager).tiering, next(controller_of(made.manager)._transfer.task_ids)
+        controller_of(made.manager)._cache.transfer._take_out_of_service()
+        tiering, used = space_of(made.manager).tiering, next(controller_of(made.manager)._cache.transfer.task_ids)
         assert tiering is not None
         tiering._tiers[0]._flush = True                     # no limit of the rate
         asked = threading.Event()
@@ -302,9 +302,9 @@ def test_out_of_service_what_is_queued_is_not_written_again_and_again(tmp_path: 
             return pause
 
         tiering.run_background_work = keep                  # type: ignore[method-assign]
-        controller_of(made.manager)._transfer.wake()
+        controller_of(made.manager)._cache.transfer.wake()
         assert asked.wait(5.0)
-        assert next(controller_of(made.manager)._transfer.task_ids) - used < 10
+        assert next(controller_of(made.manager)._cache.transfer.task_ids) - used < 10
         before = time.monotonic()
         made.manager.shutdown()
         assert time.monotonic() - before < 5.0

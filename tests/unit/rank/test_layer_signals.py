@@ -337,7 +337,7 @@ def test_layers_of_each_group_are_told_of(tmp_path: Path, device: int | None, ri
             for layer in range(len(GROUPS)):
                 assert counters.wait(turn % COUNTERS, layer)
                 np.testing.assert_array_equal(rank.tensors[layer], model.pages[0][layer])
-            assert controller_of(manager)._transfer.wait(functools.partial(bool, done), 5.0)
+            assert controller_of(manager)._cache.transfer.wait(functools.partial(bool, done), 5.0)
             assert graph.ops[0].ok.all()
             assert counters.told() == []
     counters.close()

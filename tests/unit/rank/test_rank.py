@@ -111,7 +111,7 @@ def test_a_rank_that_cannot_use_its_welcome_leaves_the_controller(
             broken.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
             with pytest.raises(RegistrationError, match="division"):
                 broken.wait_connected(10.0)
-        until(lambda: "0 of 1" in controller_of(manager)._listener.describe_ranks())
+        until(lambda: "0 of 1" in controller_of(manager)._cache.listener.describe_ranks(0))
         client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
         wait_ready(manager)
         manager.shutdown()
@@ -128,7 +128,7 @@ def test_a_task_that_never_ends_gives_no_pages_to_one_of_the_next_controller(tmp
             manager = make_manager(tmp_path / "s")
             client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
             wait_ready(manager)
-            controller_of(manager)._transfer.submit(TransferGraph(1, ops), lambda _: None)
+            controller_of(manager)._cache.transfer.submit(TransferGraph(1, ops), lambda _: None)
             until(lambda ops=ops: ops[-1].ok[0])                         # type: ignore[misc]
             results = client.poll_results()
             manager.shutdown()

@@ -36,7 +36,7 @@ def test_a_step_on_the_gpu_may_take_longer_than_the_limit(tmp_path: Path, cuda: 
             task = (manager.blocks.put_blocks(hasher.keys, 0, pages, fence=1) if kind == "put"
                     else manager.blocks.get_blocks(keys, 0, pages + 8, fence=1))
             assert task is not None
-            until(lambda: controller_of(manager)._transfer._device.links[0].busy)
+            until(lambda: controller_of(manager)._cache.transfer._device.links[0].busy)
             cuda.delay(0)
             assert manager.wait(task)[task].status is Status.SUCCESS
             assert target.all()                                             # the step was done before

@@ -42,7 +42,7 @@ class Node:
         return client
 
     def usable(self) -> int:
-        return controller_of(self.manager)._transfer._growth.usable
+        return controller_of(self.manager)._cache.transfer._growth.usable
 
     def pinned(self) -> list[int]:
         agents = [client.rank._agent for client in self.clients]
@@ -90,7 +90,7 @@ def test_the_pool_is_pinned_in_small_parts_in_order(node: Node, cuda: FakeCuda) 
 def test_a_part_is_used_as_soon_as_it_is_pinned(node: Node, cuda: FakeCuda) -> None:
     cuda.allow_registering(0)
     node.add_rank()
-    until(lambda: controller_of(node.manager)._transfer._growth._populated == (NUM_SLOTS, True), 20)
+    until(lambda: controller_of(node.manager)._cache.transfer._growth._populated == (NUM_SLOTS, True), 20)
     assert not node.manager.is_ready()
     cuda.allow_registering(1)
     until(node.manager.is_ready, 20)
@@ -125,7 +125,7 @@ def test_a_slot_is_used_when_all_ranks_have_pinned_it(tmp_path: Path, cuda: Fake
         cuda.allow_registering(0)
         for rank in range(2):
             node.add_rank(rank)
-        until(lambda: controller_of(node.manager)._transfer._growth._populated == (NUM_SLOTS, True), 20)
+        until(lambda: controller_of(node.manager)._cache.transfer._growth._populated == (NUM_SLOTS, True), 20)
         for number in range(1, 2 * -(-NUM_SLOTS // (PART_SLOTS // 2)) + 1):    # a slot is twice as large
             cuda.allow_registering(1)           # of either rank
             until(lambda number=number: len(cuda.parts) == number, 20)          # type: ignore[misc]

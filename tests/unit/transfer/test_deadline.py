@@ -113,7 +113,7 @@ def test_a_step_may_take_longer_than_the_limit(tmp_path: Path, save: bool) -> No
         begin = manager.blocks.put_blocks if save else manager.blocks.get_blocks
         task = begin(hasher.keys, 0, IDS, fence=3)
         assert task is not None
-        scheduler, looks = controller_of(manager)._transfer._scheduler, set()
+        scheduler, looks = controller_of(manager)._cache.transfer._scheduler, set()
         until(lambda: looks.add(scheduler._next_look) or len(looks) > 10)       # a look every 50 ms
         assert manager.try_wait(task) == {}
         client.advance_fence(load=3, save=3)

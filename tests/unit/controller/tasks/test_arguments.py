@@ -12,7 +12,7 @@ from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import ArgumentError, FlexKVError, SlotMappingError, TaskError
 from flexkv.kvmanager import KVManager
 from flexkv.protocol.layer_signals import MAX_COUNTERS
-from tests.support.harness import PAGES, TOKENS, Tensors, local, mapping, space_of, tokens_of
+from tests.support.harness import PAGES, TOKENS, Tensors, controller_of, local, mapping, tokens_of
 
 NO_TEXT = "\ud800"
 RAGGED = [[1], [2, 3]]
@@ -40,7 +40,7 @@ class Door:
     def state(self) -> tuple[Any, ...]:
         stats = self.manager.stats()
         return (stats["free_slots"], stats["indexed_blocks"], stats["tasks"], stats["pinned_blocks"],
-                space_of(self.manager).tasks.unsettled(), self.manager.blocks.lookup(self.keys).num_ready)
+                controller_of(self.manager).tasks.unsettled(), self.manager.blocks.lookup(self.keys).num_ready)
 
     def refuses(self, call: Callable[[], object], error: type[FlexKVError] = ArgumentError) -> None:
         with pytest.raises(error) as caught:

@@ -11,7 +11,7 @@ from flexkv.cache.reasons import MissReason
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import ArgumentError
 from flexkv.kvmanager import KVManager
-from tests.support.harness import PAGES, Tensors, local, space_of, tokens_of, until
+from tests.support.harness import PAGES, Tensors, controller_of, local, tokens_of, until
 from tests.support.ssd_stage import stage
 
 
@@ -53,7 +53,7 @@ def test_blocks_are_offered_when_they_are_at_rest_and_accepted(tmp_path: Path, w
             assert manager.wait(task)[task].status is Status.SUCCESS
         else:
             client.advance_fence(save=1)
-            until(lambda: space_of(manager).tasks.is_settled(task))
+            until(lambda: controller_of(manager).tasks.is_settled(task))
             assert manager.blocks.lookup(keys).reason is MissReason.NOT_READY
             if when == "after the result was taken":
                 assert manager.wait(task)[task].status is Status.SUCCESS
@@ -125,7 +125,7 @@ def reset_before_rest(manager: KVManager, task: int, release: Callable[[], None]
 
 def reset_at_rest(manager: KVManager, task: int, release: Callable[[], None]) -> None:
     release()
-    until(lambda: space_of(manager).tasks.is_settled(task))
+    until(lambda: controller_of(manager).tasks.is_settled(task))
     manager.reset()
     manager.blocks.accept_put(task)
 
@@ -140,7 +140,7 @@ def test_a_put_that_was_ended_leaves_nothing(tmp_path: Path, end: Callable[..., 
         end(manager, task, lambda: client.advance_fence(save=1))
         assert manager.blocks.lookup(keys).num_ready == 0
         assert manager.stats()["free_slots"] == 48
-        assert len(space_of(manager).tasks._provisional) == 0
+        assert len(controller_of(manager).tasks._provisional) == 0
 
 
 def test_a_put_that_is_never_accepted_is_dropped_without_any_further_call(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_put_after_loads_that_have_ended(tmp_path: Path, good: bool, taken: bo
         if not good:
             pages[1] = PAGES                             # does not exist
         load = manager.blocks.get_blocks(loaded, 0, pages)
-        until(lambda: space_of(manager).tasks.is_settled(load))
+        until(lambda: controller_of(manager).tasks.is_settled(load))
         if taken:
             manager.wait(load)
         keys = keys_of(manager, 4, 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.harness import controller_of, local, space_of, tokens_of, until
+from tests.support.harness import controller_of, local, tokens_of, until
 
 
 @pytest.mark.parametrize("end", ["cancel", "expire", "reset", "shutdown"])
@@ -24,11 +24,11 @@ def test_who_waits_for_a_matched_task_learns_of_its_end(tmp_path: Path, save: bo
 
         waiter = threading.Thread(target=wait)
         waiter.start()
-        until(lambda: bool(controller_of(manager)._transfer._news._waiters))       # type: ignore[attr-defined]
+        until(lambda: bool(controller_of(manager)._cache.transfer._news._waiters))       # type: ignore[attr-defined]
         if end == "expire":
-            clock = space_of(manager).tasks._clock
-            space_of(manager).tasks._clock = lambda: clock() + 1000.0
-            space_of(manager).tasks.run_background_work()
+            clock = controller_of(manager).tasks._clock
+            controller_of(manager).tasks._clock = lambda: clock() + 1000.0
+            controller_of(manager).tasks.run_background_work()
         elif end == "cancel":
             manager.cancel(task)
         elif end == "reset":

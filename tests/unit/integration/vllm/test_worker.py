@@ -25,6 +25,9 @@ class FakeClient:
         self.waits = 0
         self.follows = True
 
+    def has_lost(self, task_id: int) -> bool:
+        return self.is_lost
+
     def advance_fence(self, load: int | None = None, save: int | None = None, stream: int | None = None) -> None:
         self.fences.append((load, save))
 
@@ -200,7 +203,7 @@ def test_an_agent_that_never_ends_a_load_is_stopped(side: Any, monkeypatch: pyte
     """The step would wait for ever; once the agent is stopped, nothing writes the pages."""
     worker, client = side
     monkeypatch.setattr("flexkv.integration.vllm.worker._LOAD_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(client, "close", lambda: setattr(client, "is_lost", True), raising=False)
+    monkeypatch.setattr(client, "leave", lambda: setattr(client, "is_lost", True), raising=False)
     load = job("a", 5, 10, 11)
     load.layerwise = True
     worker.start_load(FlexKVConnectorMetadata(1, True, loads=[load]))

@@ -15,7 +15,8 @@ import pytest
 
 FAKE = Path(__file__).parent / "fake_session.py"
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)         # nohup(1) may have started the tests
 from flexkv.cli import main as cli
 from flexkv.tools.demo import child, command
 command.SESSION = sys.argv[1:5]

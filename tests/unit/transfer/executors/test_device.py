@@ -38,6 +38,12 @@ class _Link:
         self.parts.append(part)
 
 
+def executor_for(ranks: int) -> DeviceExecutor:
+    executor = DeviceExecutor()
+    executor.expect(0, ranks)
+    return executor
+
+
 def _op(count: int) -> TransferOp:
     numbers = np.arange(count, dtype=np.int32)
     return TransferOp(OpKind.H2D, numbers, numbers)
@@ -49,7 +55,7 @@ def test_each_block_gets_the_results_of_its_own_ranks(order: str, ranks: int) ->
     """Whatever blocks are submitted, in parts of 7, and however the ranks' results are cut and mixed."""
     rng = np.random.default_rng(7)
     for count in (1, 2, 7, 8, 40):
-        op, executor, links = _op(count), DeviceExecutor(ranks), [_Link(_Rings(7)) for _ in range(ranks)]
+        op, executor, links = _op(count), executor_for(ranks), [_Link(_Rings(7)) for _ in range(ranks)]
         for link in links:
             executor.add(link)          # type: ignore[arg-type]
         indices = np.arange(count)
@@ -85,7 +91,7 @@ def test_each_block_gets_the_results_of_its_own_ranks(order: str, ranks: int) ->
 
 def test_no_results_are_no_progress() -> None:
     """Neither by indices nor by a slice."""
-    op, executor, link = _op(3), DeviceExecutor(1), _Link(_Rings(7))
+    op, executor, link = _op(3), executor_for(1), _Link(_Rings(7))
     executor.add(link)          # type: ignore[arg-type]
     executor.submit(op, np.arange(3), lambda op, which, ok: pytest.fail("nothing arrived"))
     link.parts[0].flight.answer(link.parts[0].rows(0, 0), np.zeros(0, dtype=np.bool_))
@@ -104,7 +110,7 @@ def test_consecutive(indices: list[int], expected: bool) -> None:
 
 
 def _executor(writes: list[bool]) -> tuple[DeviceExecutor, list[_Link]]:
-    executor = DeviceExecutor(len(writes))
+    executor = executor_for(len(writes))
     links = [_Link(_Rings(7), hello_of(rank), writes=is_writer) for rank, is_writer in enumerate(writes)]
     for link in links:
         executor.add(link)              # type: ignore[arg-type]

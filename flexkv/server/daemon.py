@@ -1,0 +1,290 @@
+"""The daemon: one process of a node that keeps the KV of several engines."""
+
+import hashlib
+import itertools
+import logging
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from flexkv.config import CacheConfig, FlexKVConfig
+from flexkv.controller.shared_cache import SharedCache
+from flexkv.errors import FlexKVError, RegistrationError
+from flexkv.protocol.peer_process import peer_credentials
+from flexkv.protocol.session import MAX_MESSAGE_BYTES, Hello, pack_refusal
+from flexkv.protocol.sockets import ListeningSocket, socket_path
+from flexkv.server.session import Session
+from flexkv.transfer.repeated_log import RepeatedLog
+from flexkv.transfer.watch import Watch
+
+logger = logging.getLogger("flexkv.server")
+
+_PAUSE_S = 0.5
+"""Pause of the listening socket after an error, in seconds."""
+
+_TASK_BITS = 32
+"""A session numbers its requests within so many bits; the bits above are the session's number."""
+
+_EPOCH_S = 1_700_000_000
+"""Session numbers begin with the seconds since this time."""
+
+_TURN_S = 1.0
+
+
+def _digest(domain: str) -> str:
+    return hashlib.sha256(domain.encode(errors="replace")).hexdigest()[:32]
+
+
+class _Domain:
+    """A domain that the daemon caches: its cache, and its sessions."""
+
+    def __init__(self, cache: SharedCache, tokens_per_block: int, index: int) -> None:
+        self.cache = cache
+        self.tokens_per_block = tokens_per_block
+        self.index = index
+        self.sessions: set[Session] = set()
+        self.idle_since = time.monotonic()
+
+
+class Daemon:
+    """Accepts engines, and gives each a session on the cache of its domain.
+
+    ``run`` serves until ``stop``. A fault of one connection closes that connection.
+
+    Parameters
+    ----------
+    config : FlexKVConfig
+        Host memory and SSD are divided equally between ``server_max_domains`` domains.
+    port : str
+        Path of the Unix socket, or ``ipc://PATH``.
+    idle_exit_s : float
+        ``run`` returns after so long without an engine, in seconds; 0: never.
+
+    Raises
+    ------
+    RegistrationError
+        Another daemon listens at the path, or it cannot be used.
+    """
+
+    def __init__(self, config: FlexKVConfig, port: str, *, idle_exit_s: float = 0.0) -> None:
+        self._config = config
+        self._idle_exit_s = idle_exit_s
+        self._idle_since = time.monotonic()
+        self._domains: dict[str, _Domain] = {}
+        self._watch = Watch()
+        self._log = RepeatedLog(logger)
+        self._lock = threading.Lock()                # for the sessions of domains
+        self._stopping = False
+        self._silent: set[socket.socket] = set()     # connections that have sent no HELLO
+        # Ids of tasks are larger than those of a daemon that ran before, unless the clock was set back.
+        self._session_numbers = itertools.count(max(1, int(time.time()) - _EPOCH_S))
+        try:
+            self._listening = ListeningSocket(socket_path(port))
+        except BaseException:
+            self._watch.close()
+            raise
+        listener = self._listening.socket
+        self._watch.add(listener.fileno(), self._accept, lambda error: self._watch.pause(listener.fileno(), _PAUSE_S))
+
+    @property
+    def path(self) -> Path:
+        """Path of the socket."""
+        return self._listening.path
+
+    def run(self) -> None:
+        """Serve engines until ``stop``; then free everything."""
+        logger.info("engines can connect at %s", self.path)
+        try:
+            while not self._stopping:
+                self._watch.turn(_TURN_S)
+                self._end_if_idle()
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """Let ``run`` return. Any thread, and a signal handler, may call it."""
+        self._stopping = True
+        self._watch.wake()
+
+    def _end_if_idle(self) -> None:
+        with self._lock:
+            is_used = any(domain.sessions for domain in self._domains.values())
+        now = time.monotonic()
+        self._idle_since = now if is_used else self._idle_since
+        if self._idle_exit_s and now - self._idle_since > self._idle_exit_s:
+            logger.info("no engine has used this daemon for %g s: it ends", self._idle_exit_s)
+            self._stopping = True
+
+    def _close(self) -> None:
+        self._listening.close()
+        for connection in list(self._silent):
+            self._drop(connection)
+        for domain in list(self._domains.values()):
+            try:
+                domain.cache.shutdown()
+            except FlexKVError as error:
+                logger.error("a cache could not be shut down: %s", error)
+            for session in list(domain.sessions):
+                session.end("the daemon ends")
+        self._watch.close()
+
+    # ---- connections ------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.socket.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._log.write(logging.WARNING, f"an engine cannot connect: {error.strerror or error}")
+                self._watch.pause(self._listening.socket.fileno(), _PAUSE_S)
+                return
+            connection.setblocking(False)
+            _, uid = peer_credentials(connection)
+            if uid not in (os.getuid(), 0):
+                self._log.write(logging.ERROR, f"refused a connection from user {uid}")
+                connection.close()
+                continue
+            fd = connection.fileno()
+            self._silent.add(connection)
+            self._watch.add(fd, partial(self._hear, connection), partial(self._failed, connection))
+            self._watch.after(self._config.transfer.handshake_timeout_s, partial(self._drop, connection, fd))
+
+    def _failed(self, connection: socket.socket, error: Exception) -> None:
+        self._drop(connection)
+
+    def _drop(self, connection: socket.socket, fd: int | None = None) -> None:
+        """Close a connection that has become no session; with ``fd`` only if that is still its descriptor."""
+        if connection.fileno() >= 0 and fd in (None, connection.fileno()):
+            self._watch.remove(connection.fileno())
+            connection.close()
+            self._silent.discard(connection)
+
+    def _hear(self, connection: socket.socket) -> None:
+        """Take an engine's HELLO."""
+        try:
+            message = connection.recv(MAX_MESSAGE_BYTES)
+            if not message:
+                self._drop(connection)
+                return
+            self._admit(connection, Hello.unpack(message))
+        except BlockingIOError:
+            return
+        except (FlexKVError, OSError, MemoryError) as error:
+            self._log.write(logging.ERROR, f"refused an engine: {error}")
+            with suppress(OSError):
+                connection.send(pack_refusal(str(error)))
+            self._drop(connection)
+
+    def _admit(self, connection: socket.socket, hello: Hello) -> None:
+        listening = ListeningSocket(socket_path(hello.register_port))
+        try:
+            domain = self._domain_of(hello)
+        except BaseException:
+            listening.close()
+            raise
+        number = next(self._session_numbers)
+        if hello.first_task >> _TASK_BITS >= number:
+            self._session_numbers = itertools.count((hello.first_task >> _TASK_BITS) + 1)
+            number = next(self._session_numbers)
+        theirs = connection.dup()
+        self._drop(connection)
+        theirs.setblocking(False)
+        session = Session(
+            theirs, hello, domain.cache, self._config.cache.secret, self._config.transfer.op_timeout_s,
+            number << _TASK_BITS, partial(self._ended, domain),
+        )
+        with self._lock:
+            domain.sessions.add(session)
+        domain.cache.transfer.call_soon(partial(session.begin, listening))
+
+    def _ended(self, domain: _Domain, session: Session) -> None:
+        with self._lock:
+            domain.sessions.discard(session)
+            domain.idle_since = time.monotonic()
+
+    # ---- domains ----------------------------------------------------------------------------------------------
+
+    def _domain_of(self, hello: Hello) -> _Domain:
+        """The domain of an engine; a new one, if there is room.
+
+        Raises
+        ------
+        RegistrationError
+            It has other tokens per block than the domain, or all domains that fit have engines.
+        """
+        name = _digest(hello.domain)
+        domain = self._domains.get(name)
+        if domain is not None and not domain.cache.transfer.in_service and not domain.sessions:
+            del self._domains[name]
+            domain.cache.shutdown()
+            domain = None
+        if domain is None:
+            domain = self._domains[name] = self._new_domain(hello, name)
+        if domain.tokens_per_block != hello.tokens_per_block:
+            raise RegistrationError(
+                f"blocks of {hello.tokens_per_block} tokens; those of the domain have {domain.tokens_per_block}"
+            )
+        return domain
+
+    def _new_domain(self, hello: Hello, name: str) -> _Domain:
+        limit = self._config.cache.server_max_domains
+        if len(self._domains) >= limit:
+            self._remove_idle_domain()
+        taken = {domain.index for domain in self._domains.values()}
+        index = next(number for number in range(limit) if number not in taken)
+        config = self._share(hello.tokens_per_block, name)
+        cache = SharedCache(
+            config, self._config.transfer, hello.domain.encode(errors="replace"),
+            {"model_name": hello.model, "engine": f"daemon-{index}"},
+            config.py_metrics_port and config.py_metrics_port + index, has_gds=hello.ranks == 1,
+            note=f"serves {hello.model or 'a model'} at {self.path}",
+        )
+        cache.start()
+        logger.info("new domain %s: model %s, blocks of %d tokens", name, hello.model, hello.tokens_per_block)
+        return _Domain(cache, hello.tokens_per_block, index)
+
+    def _remove_idle_domain(self) -> None:
+        with self._lock:
+            idle = [name for name, domain in self._domains.items() if not domain.sessions]
+        if not idle:
+            raise RegistrationError(
+                f"the daemon serves {len(self._domains)} domains (models with their settings), which all have engines: "
+                "raise server_max_domains"
+            )
+        name = min(idle, key=lambda name: self._domains[name].idle_since)
+        logger.info("domain %s has no engine; its memory goes to another", name)
+        self._domains.pop(name).cache.shutdown()
+
+    def _share(self, tokens_per_block: int, name: str) -> CacheConfig:
+        """The settings of a domain's cache: an equal share of host memory and SSD, and paths of its own."""
+        config, limit = self._config.cache, self._config.cache.server_max_domains
+        blocks = config.num_cpu_blocks and max(1, config.num_cpu_blocks // limit)
+        directories = [directory / name for directory in config.ssd_directories] if config.ssd_bytes else []
+        for directory in directories:
+            _remove_old(directory.parent, {name, *self._domains}, limit)
+            directory.mkdir(parents=True, exist_ok=True)
+        return config.replace(
+            tokens_per_block=tokens_per_block, cpu_cache_gb=config.cpu_cache_gb / limit, num_cpu_blocks=blocks,
+            ssd_cache_gb=config.ssd_cache_gb / limit,
+            ssd_cache_dir=";".join(map(str, directories)) if directories else config.ssd_cache_dir,
+            trace_path=config.trace_path and f"{config.trace_path}.{name}",
+        )
+
+
+def _remove_old(directory: Path, used: set[str], limit: int) -> None:
+    """Remove the SSD caches of domains that are not in use, the oldest first, until with the new one ``limit`` are
+    left."""
+    with suppress(FileNotFoundError):
+        found = [path for path in directory.iterdir() if re.fullmatch("[0-9a-f]{32}", path.name)]
+        unused = sorted((path for path in found if path.name not in used), key=lambda path: path.stat().st_mtime)
+        for path in unused[: max(0, len(unused) + len(used) - limit)]:
+            logger.info("the SSD cache of domain %s is removed, to make room for another domain", path.name)
+            shutil.rmtree(path, ignore_errors=True)

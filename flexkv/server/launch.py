@@ -1,0 +1,68 @@
+"""How an engine finds the daemon, and starts one where none runs."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from flexkv.config import CacheConfig, TransferConfig, runtime_directory
+from flexkv.errors import RegistrationError
+from flexkv.protocol.sockets import connect
+
+logger = logging.getLogger("flexkv.server")
+
+_FLEXKV = "import sys; from flexkv.cli.main import main; sys.exit(main())"
+"""The command ``flexkv`` of this interpreter, wherever it is installed."""
+
+_started: list["subprocess.Popen[bytes]"] = []
+"""Daemons that this process has started: they outlive it."""
+
+_IDLE_EXIT_S = 60.0
+"""A daemon that an engine has started ends after so long without an engine, in seconds."""
+
+
+def server_port(config: TransferConfig) -> str:
+    """The daemon's socket."""
+    return config.server_recv_port or f"ipc://{runtime_directory()}/server.sock"
+
+
+def is_running(path: Path) -> bool:
+    """Whether a daemon listens at a path."""
+    try:
+        connect(path, time.monotonic()).close()
+    except (RegistrationError, OSError):
+        return False
+    return True
+
+
+def _given(config: CacheConfig | TransferConfig) -> dict[str, Any]:
+    """The settings that are not the defaults."""
+    values = {field.name: (getattr(config, field.name), field.default) for field in dataclasses.fields(config)}
+    return {name: value for name, (value, default) in values.items() if value != default}
+
+
+def ensure_daemon(path: Path, cache: CacheConfig, transfer: TransferConfig) -> None:
+    """Start a daemon with these settings, unless one listens at the path. It outlives this process, and ends when no
+    engine has used it for a minute. Of several that start at once, one stays."""
+    if is_running(path):
+        return
+    _started[:] = [process for process in _started if process.poll() is None]
+    command = [sys.executable, "-c", _FLEXKV, "serve", "--socket", str(path), "--idle-exit", str(_IDLE_EXIT_S),
+               "--settings-from-stdin"]
+    settings = {**_given(cache), **_given(transfer)}
+    for name in ("tokens_per_block", "gpu_register_port"):
+        settings.pop(name, None)
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        assert process.stdin is not None  # narrowing: a pipe
+        with process.stdin as pipe:
+            pipe.write(json.dumps(settings, default=dict).encode())
+    except OSError as error:
+        logger.error("no daemon at %s, and none can be started: %s", path, error)
+        return
+    _started.append(process)
+    logger.info("no daemon at %s: started one (process %d)", path, process.pid)
