@@ -11,7 +11,7 @@ from typing import Any
 
 from flexkv.config import CacheConfig, TransferConfig, runtime_directory
 from flexkv.errors import RegistrationError
-from flexkv.protocol.sockets import connect
+from flexkv.protocol.sockets import connect, socket_path
 
 logger = logging.getLogger("flexkv.server")
 
@@ -37,6 +37,13 @@ def is_running(path: Path) -> bool:
     except (RegistrationError, OSError):
         return False
     return True
+
+
+def with_daemon(config: TransferConfig) -> TransferConfig:
+    """The settings of an engine that uses the daemon, if one listens at the default socket; else the same settings."""
+    if config.uses_daemon or not is_running(socket_path(server_port(config))):
+        return config
+    return config.replace(server_client_mode=True)
 
 
 def _given(config: CacheConfig | TransferConfig) -> dict[str, Any]:

@@ -1,12 +1,17 @@
 """Real vLLM engines on the CPU that share the daemon's cache; daemon and engines are killed under load."""
 
 import json
+import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from flexkv.config import process_environment
 from tests.fault.test_daemon import DaemonProcess
 from tests.integration.test_vllm import ENVIRONMENT, ROOT
 from tests.integration.vllm_session import RESULT, make_model
+from tests.support.harness import until
 
 pytestmark = pytest.mark.vllm
 
@@ -169,3 +175,72 @@ def test_engines_with_two_ranks_share(tmp_path: Path, stack: ExitStack, model: s
         hits.append(result["hit_tokens"])
         vllm.close()
     assert hits[1] > hits[0] + 2 * 500
+
+
+def _post(port: int, rank: int, prompt: list[int]) -> list[int]:
+    body = {"model": "m", "prompt": prompt, "max_tokens": 8, "temperature": 0.0, "ignore_eos": True,
+            "return_token_ids": True, "detokenize": False}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(),
+        {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        found: list[int] = json.load(answer)["choices"][0]["token_ids"]
+        return found
+
+
+def _hits(port: int) -> dict[str, float]:
+    """Tokens that each data-parallel rank has loaded."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+        text = answer.read().decode()
+    return {engine: float(value) for engine, value in re.findall(
+        r'vllm:external_prefix_cache_hits_total\{engine="(\d+)"[^}]*\} ([\d.e+]+)', text)}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("setting", ["found", "embedded"])
+def test_data_parallel_ranks_share(tmp_path: Path, stack: ExitStack, model: str, setting: str) -> None:
+    """With a daemon at the default socket, which they find, and with one that the first rank starts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {**ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "XDG_RUNTIME_DIR": str(tmp_path),
+                 "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    if setting == "embedded":
+        variables.update(FLEXKV_SERVER_CLIENT_MODE="1", FLEXKV_NUM_CPU_BLOCKS="400")
+    else:
+        (tmp_path / "flexkv").mkdir(mode=0o700)
+        daemon_for(stack, tmp_path / "flexkv" / "server.sock")
+        until(lambda: (tmp_path / "flexkv" / "server.sock").exists(), 20.0)
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "m",
+        "--port", str(port), "--data-parallel-size", "2", "--enforce-eager", "--max-model-len", "1024",
+        "--block-size", "32", "--skip-tokenizer-init", "--dtype", "float32", "--kv-transfer-config",
+        json.dumps({"kv_connector": "FlexKVConnectorV1", "kv_role": "kv_both",
+                    "kv_load_failure_policy": "recompute"}),
+    ]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env=process_environment(**variables), stdout=log, stderr=log,
+                                  start_new_session=True)
+    stack.callback(lambda: (os.killpg(server.pid, signal.SIGKILL), server.wait(20)))
+
+    def is_up() -> bool:
+        assert server.poll() is None, (tmp_path / "log").read_text()[-6000:]
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+    until(is_up, 400.0)
+    seeds = iter(range(1000))
+
+    def is_shared() -> bool:
+        """Not at once: the server may answer before its ranks have registered."""
+        prompts = [[3 + (7 * seed + token * token) % 500 for token in range(640)] for seed in islice(seeds, 3)]
+        cold = [_post(port, 0, prompt) for prompt in prompts]
+        before = _hits(port)
+        assert [_post(port, 1, prompt) for prompt in prompts] == cold
+        return _hits(port)["1"] - before.get("1", 0.0) >= 3 * 600
+
+    until(is_shared, 60.0)

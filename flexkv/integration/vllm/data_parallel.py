@@ -1,4 +1,4 @@
-"""Data-parallel ranks of one vLLM. Each has a separate cache with separate paths."""
+"""Data-parallel ranks of one vLLM. They share the daemon's cache; without the daemon each has a cache of its own."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -18,12 +18,13 @@ def data_parallel_rank(vllm_config: "VllmConfig") -> int:
 
 
 def settings_of_rank(config: FlexKVConfig, rank: int) -> FlexKVConfig:
-    """The settings of a data-parallel rank. All paths get a suffix, except for rank 0."""
+    """The settings of a data-parallel rank. The paths of what it has for itself get a suffix, except for rank 0."""
     if rank == 0:
         return config
     cache, transfer, connector = config.cache, config.transfer, config.connector
-    directories = ";".join(str(path / f"dp{rank}") for path in cache.ssd_directories)
-    cache = cache.replace(ssd_cache_dir=directories, trace_path=cache.trace_path and f"{cache.trace_path}.dp{rank}")
+    if not transfer.uses_daemon:
+        directories = ";".join(str(path / f"dp{rank}") for path in cache.ssd_directories)
+        cache = cache.replace(ssd_cache_dir=directories, trace_path=cache.trace_path and f"{cache.trace_path}.dp{rank}")
     if transfer.gpu_register_port:
         transfer = transfer.replace(gpu_register_port=f"{transfer.gpu_register_port}.dp{rank}")
     if connector.audit_path:

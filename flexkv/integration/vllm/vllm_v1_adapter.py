@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as vllm_version
@@ -29,6 +30,7 @@ from flexkv.integration.vllm.support import (
 from flexkv.integration.vllm.worker import WorkerSide, find_metadata
 from flexkv.rank.rank import RankClient
 from flexkv.server.connect import connect
+from flexkv.server.launch import with_daemon
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +50,7 @@ logger = logging.getLogger("flexkv.vllm")
 def _settings(vllm_config: "VllmConfig", rank: int) -> FlexKVConfig:
     """Settings of this engine. ``kv_connector_extra_config`` overrides file and environment."""
     config = engine_config(vllm_config.kv_transfer_config.kv_connector_extra_config, follow_vllm_log)
-    return settings_of_rank(config, rank)
+    return settings_of_rank(replace(config, transfer=with_daemon(config.transfer)), rank)
 
 
 def _register_port(vllm_config: "VllmConfig", config: FlexKVConfig) -> str:
