@@ -266,6 +266,12 @@ class TransferConfig(_Settings):
         1, "Engines of the node that share the daemon. More than 1 turns `server_client_mode` on.", low=1, high=1024
     )
     instance_id: int = setting(0, "Number of this engine among them, from 0.", low=0, high=1023)
+    kv_shared_across_ranks_mode: str = setting(
+        "sharded", "Saves of KV that is equal on several ranks (MLA; more ranks than KV heads), which is stored once. "
+        "`sharded`, `layer_parallel`, `all_write`: each rank writes a part; `rank0_only`: the first rank writes all; "
+        "`rank_rotate`: one rank writes all, another one in each engine.",
+        choices=("sharded", "rank0_only", "rank_rotate", "layer_parallel", "all_write"),
+    )
     handshake_timeout_s: float = setting(
         5.0, "Time after which a connection is dropped if no message arrives on it.", unit="s", low=0.01
     )

@@ -10,7 +10,7 @@ MEANINGLESS: dict[str, str] = {
     **dict.fromkeys(
         ("use_ce_transfer_h2d", "use_ce_transfer_d2h", "transfer_num_cta_h2d", "transfer_num_cta_d2h",
          "ce_segment_threshold", "ce_path_opt", "enable_ce_memcpy2d", "ce_gather_threads", "ce_gather_nt",
-         "cudahost_chunk_size_gb", "use_hugepage_tmp_buffer", "kv_shared_across_ranks_mode", "mla_d2h_mode"),
+         "cudahost_chunk_size_gb", "use_hugepage_tmp_buffer", "mla_d2h_mode"),
         "the device agent chooses how blocks are copied",
     ),
     **dict.fromkeys(

@@ -119,8 +119,12 @@ class Listener(AgentListener):
         self._registries[group.client] = Registry(
             watch, listening, group.client, group.dp_client_id, group.num_ranks, self._make_pool,
             self._config.handshake_timeout_s, self._config.ring_bytes, join, group.on_control, self._on_gds,
-            group.first_task,
+            group.first_task, self._writer(group.client),
         )
+
+    def _writer(self, client: int) -> int | None:
+        """``writer`` of an engine's ``SlotLayout``."""
+        return {"rank0_only": 0, "rank_rotate": client}.get(self._config.kv_shared_across_ranks_mode)
 
     def remove(self, client: int, reason: str) -> None:
         """Disconnect the ranks of an engine, and accept no more of them. On the background thread."""

@@ -72,6 +72,8 @@ class Registry:
         ``on_control(message, descriptors) -> reply``: executes a user's request.
     first_task : int
         The engine's task ids are larger.
+    writer : int, optional
+        As in ``SlotLayout.of``.
     """
 
     def __init__(
@@ -88,12 +90,14 @@ class Registry:
         on_control: Callable[[bytes, Sequence[int]], bytes],
         on_gds: Callable[[GdsEnd], None] | None = None,
         first_task: int = 0,
+        writer: int | None = None,
     ) -> None:
         self._watch = watch
         self._client = client
         self._dp_client_id = dp_client_id
         self._ranks = num_ranks
         self._first_task = first_task
+        self._writer = writer
         self._make_pool = make_pool
         self._timeout_s = handshake_timeout_s
         self._ring_bytes = ring_bytes
@@ -265,7 +269,7 @@ class Registry:
 
     def _fix_layout(self) -> None:
         hellos = [self._waiting[rank_id][1] for rank_id in sorted(self._waiting)]
-        layout = SlotLayout.of(hellos)
+        layout = SlotLayout.of(hellos, self._writer)
         self._pool = self._make_pool(layout)
         self._layout, self._num_groups = layout, len(hellos[0].num_pages)
         self._index = {rank_id: index for index, rank_id in enumerate(sorted(self._waiting))}

@@ -49,8 +49,11 @@ class Segment:
     parts: tuple[Part, ...]
 
 
-def _parts(claim: SegmentClaim, readers: Sequence[int]) -> tuple[Part, ...]:
-    """Divide a segment between its ranks, as evenly as the alignment of parts allows."""
+def _parts(claim: SegmentClaim, readers: Sequence[int], writer: int | None) -> tuple[Part, ...]:
+    """Divide a segment between its ranks, as evenly as the alignment of parts allows; with ``writer``, one of them
+    writes all."""
+    if writer is not None:
+        return (Part(readers[writer % len(readers)], 0, claim.segment_bytes),)
     size, count = claim.segment_bytes, min(len(readers), max(1, claim.segment_bytes // PART_ALIGNMENT_BYTES))
     share = -(-size // (count * PART_ALIGNMENT_BYTES)) * PART_ALIGNMENT_BYTES
     starts = range(0, size, share)
@@ -98,8 +101,11 @@ class SlotLayout:
     held: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, hellos: Sequence[Hello]) -> "SlotLayout":
+    def of(cls, hellos: Sequence[Hello], writer: int | None = None) -> "SlotLayout":
         """Make the layout for the ranks of one client, in order of rank.
+
+        ``writer``: of the ranks that share a copy, the one with this number (modulo their count) writes all of it;
+        None: each writes a part.
 
         Raises
         ------
@@ -127,7 +133,7 @@ class SlotLayout:
             held.append(tuple(mine))
         segments, end = [], 0
         for claim, ranks in zip(claims, readers, strict=True):
-            segments.append(Segment(end, claim, tuple(ranks), _parts(claim, ranks)))
+            segments.append(Segment(end, claim, tuple(ranks), _parts(claim, ranks, writer)))
             end += -(-claim.segment_bytes // SEGMENT_ALIGNMENT_BYTES) * SEGMENT_ALIGNMENT_BYTES
         layout = cls(tuple(segments), tuple(held))
         layout.check_integrity()

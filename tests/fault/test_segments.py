@@ -82,6 +82,29 @@ def test_equal_kv_is_stored_once_and_read_by_all(tmp_path: Path, page_shape: tup
         assert {rank("tensors", "read", [3, 4, 5]) for rank in ranks} == {before}
 
 
+@pytest.mark.parametrize("mode", ["sharded", "rank0_only", "rank_rotate", "layer_parallel", "all_write"])
+@pytest.mark.parametrize("num_heads", [1, 2, 8], ids=["MLA", "two heads", "all sharded"])
+def test_eight_ranks_store_equal_kv_once(tmp_path: Path, mode: str, num_heads: int) -> None:
+    """Host bytes do not depend on the number of ranks; saved, the pages overwritten, and loaded by all."""
+    ranks_a_head = 8 // num_heads
+    kinds = [[Kind(20_000, copy=None if ranks_a_head == 1 else f"head {rank // ranks_a_head}"), ] * 3
+             for rank in range(8)]
+    with segmented(tmp_path / "s", kinds, [6], kv_shared_across_ranks_mode=mode) as (manager, ranks):
+        assert controller_of(manager)._cache.listener.host_pool.slot_bytes <= num_heads * (60_000 + 64) + 4096
+        for rank in ranks:
+            rank.fill(1)
+        model = SlotModel(ranks, 8)
+        for kind, slots, pages in ((OpKind.D2H, [0, 1, 2, 7], [5, 4, 3, 0]), (OpKind.H2D, [2, 0, 7], [0, 1, 2]),
+                                   (OpKind.D2H, [3], [1]), (OpKind.H2D, [3, 1], [5, 4])):
+            assert move(manager, kind, slots, [pages]).all()
+            model.move(kind, slots, [pages])
+            model.check()
+            for rank in ranks:                             # of the pages that are free
+                rank.tensors[0][3] = 0
+            for tensors in model.pages:
+                tensors[0][3] = 0
+
+
 @pytest.mark.parametrize("strategy", [None, *STRATEGIES])
 def test_each_rank_writes_its_part_of_a_copy(tmp_path: Path, strategy: str | None) -> None:
     """Bytes of the slot, by which rank they came from."""

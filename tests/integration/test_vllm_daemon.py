@@ -155,12 +155,15 @@ def test_two_engines_share_what_either_has_computed(
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("llm", [
-    {"tensor_parallel_size": 2},
-    {"pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": {"mode": 1, "backend": "eager"}},
-], ids=["tensor parallel", "pipeline parallel"])
-def test_engines_with_two_ranks_share(tmp_path: Path, stack: ExitStack, model: str, llm: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("heads", "llm"), [
+    (2, {"tensor_parallel_size": 2}),
+    (1, {"tensor_parallel_size": 2}),
+    (2, {"pipeline_parallel_size": 2, "enforce_eager": False,
+         "compilation_config": {"mode": 1, "backend": "eager"}}),
+], ids=["tensor parallel", "equal KV on both ranks", "pipeline parallel"])
+def test_engines_with_two_ranks_share(tmp_path: Path, stack: ExitStack, heads: int, llm: dict[str, Any]) -> None:
     """An engine loads what one before it has computed; the daemon keeps it in between."""
+    model = make_model(tmp_path / "model", heads)
     daemon = daemon_for(stack, tmp_path / "server")
     plain = start(stack, model, None, tmp_path / "plain", cores="0|1", **llm)
     assert plain.answer() == "ready"

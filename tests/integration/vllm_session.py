@@ -14,7 +14,7 @@ from typing import Any
 RESULT = "@result "
 
 
-def make_model(directory: Path) -> str:
+def make_model(directory: Path, num_kv_heads: int = 2) -> str:
     """A small Llama with random weights, wide enough apart that its answers depend on the whole prompt."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,7 +22,7 @@ def make_model(directory: Path) -> str:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.15,
+        num_key_value_heads=num_kv_heads, head_dim=32, max_position_embeddings=4096, initializer_range=0.15,
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(directory)

@@ -19,6 +19,7 @@ from flexkv.integration.vllm.identity import identify
 from flexkv.integration.vllm.log import follow_vllm_log
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata
 from flexkv.integration.vllm.off import OffScheduler, OffWorker
+from flexkv.integration.vllm.replicas import copy_name
 from flexkv.integration.vllm.scheduler import SchedulerSide
 from flexkv.integration.vllm.stop import warn_of_short_stop
 from flexkv.integration.vllm.support import (
@@ -162,7 +163,8 @@ class FlexKVConnectorV1Impl:
         )
         # a controller ends a transfer after ten times op_timeout_s in any case
         leave_after_s = 12 * transfer.op_timeout_s if transfer.uses_daemon else math.inf
-        return WorkerSide(client, self._config.connector, leave_after_s)
+        copy = copy_name(self._vllm_config, get_tensor_model_parallel_rank())
+        return WorkerSide(client, self._config.connector, copy, leave_after_s)
 
     def _off(self, reason: str) -> OffScheduler:
         logger.warning("KV caching is off: %s. The engine runs without FlexKV", reason)

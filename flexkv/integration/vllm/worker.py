@@ -66,13 +66,18 @@ class WorkerSide:
     ----------
     client : RankClient
     config : ConnectorConfig
+    copy : str, optional
+        Name of the copy that this rank shares with others (``RankMemory``); None: its KV is its own.
     leave_after_s : float
         Time in seconds after which a load that has not ended makes the rank leave its controller, a daemon that was
         perhaps stopped.
     """
 
-    def __init__(self, client: RankClient, config: ConnectorConfig, leave_after_s: float = math.inf) -> None:
+    def __init__(
+        self, client: RankClient, config: ConnectorConfig, copy: str | None = None, leave_after_s: float = math.inf
+    ) -> None:
         self._client = client
+        self._copy = copy
         self._leave_after_s = leave_after_s
         self._config = config
         self._meta: FlexKVConnectorMetadata | None = None
@@ -107,7 +112,9 @@ class WorkerSide:
         if self._config.audit:
             path = Path(f"{self._config.audit_path}-{self._client.name}") if self._config.audit_path else None
             self._audit = PageAudit(list(tensors.values()), specs, path)
-        self._client.register_tensors(specs, connect_timeout_s, keep_alive=list(tensors.values()))
+        self._client.register_tensors(
+            specs, connect_timeout_s, keep_alive=list(tensors.values()), copies=[self._copy] * len(specs)
+        )
 
     # ---- the hooks of a step, in the order in which vLLM calls them ----------------------------------------------
 

@@ -45,6 +45,13 @@ def test_each_rank_writes_a_part_of_a_large_copy() -> None:
     assert layout.segments[0].parts == (Part(0, 0, 12288), Part(1, 12288, 24576), Part(2, 24576, 30_000))
 
 
+@pytest.mark.parametrize(("writer", "rank"), [(0, 0), (1, 1), (5, 2)])
+def test_one_rank_may_write_all_of_a_copy(writer: int, rank: int) -> None:
+    layout = SlotLayout.of([rank_of(rank, copy_of("mla", 30_000)) for rank in range(3)], writer)
+    assert layout.segments[0].parts == (Part(rank, 0, 30_000),)
+    assert layout.content == SlotLayout.of([rank_of(rank, copy_of("mla", 30_000)) for rank in range(3)]).content
+
+
 def test_copies_of_other_names_and_other_stages_are_apart() -> None:
     shard = SegmentClaim(SegmentKind.SHARD, 100, bytes(16))
     layout = SlotLayout.of([
