@@ -98,6 +98,8 @@ class RankClient:
         self._lock = threading.Lock()
         self._reconnect = reconnect
         self._signals: list[list[int]] | None = None
+        self.writes = True
+        """False: other ranks write all bytes that this rank shares with them, and saves do not concern this rank."""
         self.error: Exception | None = None
         """The error that made connecting fail permanently, or None."""
 
@@ -226,6 +228,7 @@ class RankClient:
         )
         with self._lock:
             self._span_of_layer, self._first_task = span_of_layer, welcome.first_task
+            self.writes = any(place.write_stop > place.write_start for place in welcome.placements)
             self._in_use.agent, self._gds = agent, gds
             self._fences.start(agent, gds)
             if self._signals is not None:

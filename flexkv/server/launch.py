@@ -3,20 +3,22 @@
 import dataclasses
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from flexkv.config import CacheConfig, TransferConfig, runtime_directory
+from flexkv.config import CacheConfig, TransferConfig, process_environment, runtime_directory
 from flexkv.errors import RegistrationError
 from flexkv.protocol.sockets import connect, socket_path
 
 logger = logging.getLogger("flexkv.server")
 
-_FLEXKV = "import sys; from flexkv.cli.main import main; sys.exit(main())"
-"""The command ``flexkv`` of this interpreter, wherever it is installed."""
+_FLEXKV = "import sys; sys.path.remove(''); from flexkv.cli.main import main; sys.exit(main())"
+"""The command ``flexkv`` of this interpreter and its path, wherever it is installed; not that of the directory in which
+the engine runs."""
 
 _started: list["subprocess.Popen[bytes]"] = []
 """Daemons that this process has started: they outlive it."""
@@ -64,7 +66,8 @@ def ensure_daemon(path: Path, cache: CacheConfig, transfer: TransferConfig) -> N
     for name in ("tokens_per_block", "gpu_register_port"):
         settings.pop(name, None)
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        environment = process_environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
         assert process.stdin is not None  # narrowing: a pipe
         with process.stdin as pipe:
             pipe.write(json.dumps(settings, default=dict).encode())

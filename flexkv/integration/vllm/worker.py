@@ -175,7 +175,10 @@ class WorkerSide:
         self._take_results()
         ended = [job for job in self._loads.values() if self._end_load(job, job.task_id in lost)]
         loaded = {job.req_id for job in ended if not job.layerwise}
-        saved = {req_id for req_id, task_ids in self._finishing.items() if task_ids <= self._saved | lost}
+        saved = {
+            req_id for req_id, task_ids in self._finishing.items()
+            if not self._client.writes or task_ids <= self._saved | lost
+        }
         for job in ended:                                   # last: an error before reports them as failed
             del self._loads[job.task_id]
         for req_id in saved:

@@ -22,6 +22,7 @@ class FakeClient:
         self.results: list[OpResult] = []
         self.fences: list[tuple[int | None, int | None]] = []
         self.is_lost = False
+        self.writes = True
         self.waits = 0
         self.follows = True
 
@@ -61,6 +62,14 @@ def step(worker: WorkerSide, number: int, has_forward: bool = True, **fields: An
     worker.start_load(FlexKVConnectorMetadata(number, has_forward, **fields))
     worker.wait_for_save()
     return worker.get_finished()
+
+
+def test_a_rank_that_writes_nothing_does_not_wait_for_saves(side: Any) -> None:
+    worker, client = side
+    client.writes = False
+    assert step(worker, 1, finishing={"a": [7]}) == ({"a"}, set())
+    client.writes = True
+    assert step(worker, 2, finishing={"b": [8]}) == (set(), set())
 
 
 def test_fences_follow_the_steps(side: Any) -> None:
