@@ -1,8 +1,13 @@
 """Growth of the host pool: a slot is usable when the controller has populated it and every rank has pinned it."""
 
+import time
 from collections.abc import Callable, Iterable
 
 from flexkv.transfer.executors.agent_link import AgentLink
+
+_STANDS_S = 5.0
+"""Time without progress after which the ranks of an engine do not hold up the pool of other engines any more, in
+seconds. A part is pinned in 10 to 100 ms, so they are stopped, or their driver hangs."""
 
 
 class PoolGrowth:
@@ -10,7 +15,9 @@ class PoolGrowth:
 
     The count never decreases. A rank that registers later, because its process was restarted, has no pinned slots at
     first. Until it has pinned the usable slots (``AgentLink.caught_up``), it takes part in no transfer and the engine
-    is not ready. So a match never returns a slot that a rank cannot copy from yet.
+    is not ready. So a match never returns a slot that a rank cannot copy from yet. If the ranks of one of several
+    engines pin nothing for ``_STANDS_S`` seconds, the pool grows without them; they are then like ranks that register
+    later.
 
     Parameters
     ----------
@@ -20,6 +27,8 @@ class PoolGrowth:
         Called when ``update`` must be called, on the thread that populates the pool.
     on_change : callable
         Called by ``update`` when ``usable`` or ``complete`` has changed.
+    clock : callable
+        Monotonic time in seconds.
 
     Attributes
     ----------
@@ -30,8 +39,11 @@ class PoolGrowth:
     """
 
     def __init__(
-        self, on_capacity: Callable[[int], None], wake: Callable[[], None], on_change: Callable[[], None]
+        self, on_capacity: Callable[[int], None], wake: Callable[[], None], on_change: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
+        self._progress: dict[int, tuple[int, float]] = {}    # by engine: slots that its ranks have pinned, since when
         self._on_capacity = on_capacity
         self._wake = wake
         self._on_change = on_change
@@ -66,7 +78,11 @@ class PoolGrowth:
         pinned = {link: min(extent[0], link.rings.usable_slots) for link in links}     # a rank may report any number
         for link in links:
             link.caught_up = link.caught_up or pinned[link] >= self.usable
-        complete, usable = all(link.caught_up for link in links), min(pinned.values(), default=0)
+        usable = self._next_usable(pinned)
+        for link in links:
+            if pinned[link] < usable:                # it stands still
+                link.caught_up = False
+        complete = all(link.caught_up for link in links)
         changed = complete != self.complete or usable > self.usable
         self.complete = complete
         if usable > self.usable:
@@ -74,3 +90,19 @@ class PoolGrowth:
             self._on_capacity(usable)
         if changed:
             self._on_change()
+
+    def _next_usable(self, pinned: dict[AgentLink, int]) -> int:
+        """Slots that every rank has pinned, but for those of engines that stand still."""
+        now, shares = self._clock(), dict[int, int]()
+        for link, count in pinned.items():
+            client = link.hello.dp_client_id
+            shares[client] = min(count, shares.get(client, count))
+        known = self._progress
+        self._progress = {
+            client: known[client] if client in known and known[client][0] == count else (count, now)
+            for client, count in shares.items()
+        }
+        most = max(shares.values(), default=0)
+        return min((
+            count for client, count in shares.items() if count == most or now - self._progress[client][1] < _STANDS_S
+        ), default=0)

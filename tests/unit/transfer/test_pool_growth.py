@@ -17,8 +17,14 @@ class Rings:
         self.notes.append((num_slots, last))
 
 
+class Engine:
+    def __init__(self, client: int) -> None:
+        self.dp_client_id = client
+
+
 class Link:
-    def __init__(self) -> None:
+    def __init__(self, client: int = 0) -> None:
+        self.hello = Engine(client)
         self.rings = Rings()
         self.caught_up = False
 
@@ -26,7 +32,8 @@ class Link:
 class Pool:
     def __init__(self, *links: Link) -> None:
         self.capacities: list[int] = []
-        self.growth = PoolGrowth(self.capacities.append, lambda: None, lambda: None)
+        self.now = 0.0
+        self.growth = PoolGrowth(self.capacities.append, lambda: None, lambda: None, lambda: self.now)
         self.links = list(links)
         self.growth.joined()
 
@@ -120,4 +127,33 @@ def test_a_rank_that_was_restarted_catches_up_first() -> None:
 def test_without_ranks_nothing_grows() -> None:
     pool = Pool()
     pool.populate(10, last=True)
+    assert pool.capacities == []
+
+
+def test_the_ranks_of_an_engine_that_stands_still_hold_up_that_engine_alone() -> None:
+    pool = Pool(Link(1), Link(1), Link(2))
+    one, other, stopped = pool.links
+    pool.populate(100, last=True)
+    pool.pin(stopped, 16)
+    pool.pin(one, 100)
+    pool.pin(other, 60)
+    assert pool.capacities == [16]
+    assert [link.caught_up for link in pool.links] == [True, True, True]
+    pool.now = 6.0
+    pool.pin(other, 80)
+    assert pool.capacities == [16, 80]
+    assert [link.caught_up for link in pool.links] == [True, True, False]
+    pool.pin(other, 100)
+    pool.pin(stopped, 100)                           # it runs again
+    assert pool.capacities[-1] == 100
+    assert pool.growth.complete
+    assert stopped.caught_up
+
+
+def test_the_ranks_of_one_engine_wait_for_each_other() -> None:
+    pool = Pool(Link(1), Link(1))
+    pool.populate(100, last=True)
+    pool.pin(pool.links[0], 100)
+    pool.now = 60.0
+    pool.update()
     assert pool.capacities == []
