@@ -18,11 +18,16 @@ class AgentInUse:
     agent : DeviceAgent or None
     must_leave : Event
         The agent must be released, though it runs.
+    is_ending : bool
+        An agent was released, and may still access pages.
+    num_ended : int
+        Agents that were released and access no page any more.
     """
 
     def __init__(self) -> None:
         self.agent: DeviceAgent | None = None
         self.must_leave = threading.Event()
+        self.is_ending, self.num_ended = False, 0
         self._idle = threading.Condition()
         self._uses = 0
 
@@ -50,9 +55,16 @@ class AgentInUse:
         return True
 
     def release(self) -> DeviceAgent | None:
-        """Take the agent away, and wait until no thread uses it. The caller closes it."""
+        """Take the agent away, and wait until no thread uses it. The caller closes it, and calls ``ended`` then."""
         with self._idle:
+            self.is_ending = True
             agent, self.agent = self.agent, None
             while self._uses:
                 self._idle.wait()
         return agent
+
+    def ended(self) -> None:
+        """Record that the agent that was released accesses no page any more."""
+        with self._idle:
+            self.num_ended += 1
+            self.is_ending = False

@@ -77,26 +77,21 @@ class RankClient:
         reconnect: bool = False,
     ) -> None:
         self._path = socket_path(gpu_register_port)
-        self._dp_client_id = dp_client_id
-        self._pp_rank = pp_rank
+        self._dp_client_id, self._pp_rank = dp_client_id, pp_rank
         self._rank = device_id if intra_client_id is None else intra_client_id
         self._config = transfer_config or load_config().transfer
         self._device: Device | None = None
-        self._in_use = AgentInUse()
         self._gds: GdsWorker | None = None
-        self._results = ResultQueue()
+        self._in_use, self._fences, self._results = AgentInUse(), Fences(), ResultQueue()
         self._first_task = 0                         # tasks of this controller have larger ids
         self._connected, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._fences = Fences()
         self._keep_alive: object = None
         self._opened = ExitStack()                   # tensors of other processes
-        self._keep_outcomes = True
         self._suspended, self._num_tensors = False, 0
-        self._layers: list[int] = []                 # layer of each tensor
-        self._span_of_layer: list[int] = []
+        self._layers, self._span_of_layer = list[int](), list[int]()    # layer of each tensor; span of each layer
         self._lock = threading.Lock()
-        self._reconnect = reconnect
+        self._keep_outcomes, self._reconnect = True, reconnect
         self._signals: list[list[int]] | None = None
         self.writes = True
         """False: other ranks write all bytes that this rank shares with them, and saves do not concern this rank."""
@@ -216,6 +211,7 @@ class RankClient:
             _left_behind.append((self._keep_alive, self._opened.pop_all()))
             raise AgentLostError("the GPU hangs, so its pages cannot be registered again")
         self._results.forget_parts()                 # the rest of them does not come
+        self._in_use.ended()
         if not self._closing.is_set():
             logger.warning("the controller at %s has ended: this rank registers again when it is back", self._path)
         return True
@@ -275,19 +271,23 @@ class RankClient:
         With ``reconnect`` this may change again."""
         agent = self._agent
         return self.error is not None or (self._connected.is_set() and (
-            self._reconnect if agent is None else agent.status != 0
+            self._reconnect and not self._in_use.is_ending if agent is None else agent.status != 0
         ))
 
-    def has_lost(self, task_id: int) -> bool:
-        """Whether no result of a task can arrive any more, but for one that ``poll_results`` returns now."""
-        return task_id <= self._first_task or self.is_lost
+    @property
+    def num_ended(self) -> int:
+        """Number of registrations that have ended, with ``reconnect``."""
+        return self._in_use.num_ended
+
+    def has_lost(self, task_id: int, since: int) -> bool:
+        """Whether no result of a task can arrive any more, but for one that ``poll_results`` returns now. ``since``:
+        ``num_ended`` when the task became known."""
+        return task_id <= self._first_task or since != self.num_ended or self.is_lost
 
     def leave(self) -> None:
         """Leave the controller, whose transfers do not end. With ``reconnect``, this rank registers again."""
-        if self._reconnect:
-            self._in_use.must_leave.set()
-        else:
-            self.close()
+        leave = self._in_use.must_leave.set if self._reconnect else self.close
+        leave()
 
     # ---- called by the rank's hooks ---------------------------------------------------------------------------
 

@@ -51,6 +51,8 @@ class FlexKVConnectorMetadata(KVConnectorMetadata):
         Put tasks of ended requests, whose blocks must stay allocated until these tasks are done.
     oldest_task : int
         The scheduler does not refer to tasks before this one any more.
+    ended : list of int
+        Put tasks that have ended without success, perhaps before they reached a rank, so that it has no result of them.
     saved : list of SavedBlocks
     off : bool
         KV caching has ended permanently: ``loads`` were not launched, or have been abandoned.
@@ -61,5 +63,6 @@ class FlexKVConnectorMetadata(KVConnectorMetadata):
     loads: list[LoadJob] = field(default_factory=list)
     finishing: dict[str, list[int]] = field(default_factory=dict)
     oldest_task: int = 0
+    ended: list[int] = field(default_factory=list)
     saved: list[SavedBlocks] = field(default_factory=list)
     off: bool = False

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from flexkv.config import ConnectorConfig
 from flexkv.controller.blocks import Blocks
+from flexkv.controller.response import KVResponseStatus
 from flexkv.integration.vllm.lora_versions import LoraVersions
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata, LoadJob, SavedBlocks
 from flexkv.integration.vllm.prefill_rate import PrefillRate
@@ -69,6 +70,7 @@ class SchedulerSide:
         self._saved: list[SavedBlocks] = []
         self._finishing: dict[str, list[int]] = {}
         self._outstanding: set[int] = set()
+        self._ended: list[int] = []                         # without success, since the last step
         self._newest_task = 0                               # the latest task that was launched
         self._prefetches: set[int] = set()
         self._must_compute: list[Request] = []              # these compute the whole prompt from the next step on
@@ -204,14 +206,11 @@ class SchedulerSide:
                 if tracked is not None:
                     self._save(tracked, computed[req_id] + num_scheduled)
         meta = FlexKVConnectorMetadata(
-            step=self._step,
-            has_forward=output.total_num_scheduled_tokens > 0,
-            loads=self._loads,
-            finishing=self._finishing,
-            oldest_task=min(self._outstanding, default=self._newest_task + 1),
-            saved=self._saved,
+            step=self._step, has_forward=output.total_num_scheduled_tokens > 0, loads=self._loads,
+            finishing=self._finishing, oldest_task=min(self._outstanding, default=self._newest_task + 1),
+            ended=self._ended, saved=self._saved,
         )
-        self._loads, self._finishing, self._saved = [], {}, []
+        self._loads, self._finishing, self._ended, self._saved = [], {}, [], []
         return meta
 
     def _take_pages(self, output: "SchedulerOutput") -> dict[str, int]:
@@ -322,6 +321,7 @@ class SchedulerSide:
         """Collect the results of tasks that have ended."""
         ended = self._controller.try_wait(self._outstanding)
         self._outstanding.difference_update(ended)
+        self._ended += [number for number, end in ended.items() if end.status is not KVResponseStatus.SUCCESS]
         self._log.tasks_ended(ended.values())
         if self._prefetches:
             self._prefetches.difference_update(self._controller.try_wait(self._prefetches))

@@ -86,6 +86,7 @@ class WorkerSide:
         self._loads: dict[int, LoadJob] = {}                # launched, not reported
         self._outcomes: dict[int, OpResult] = {}            # of loads, until their job ends
         self._since: dict[int, float] = {}                  # when each load was first seen
+        self._known_at: dict[int, int] = {}                 # the client's ``num_ended`` then, of each task under way
         self._saved: set[int] = set()                       # put tasks that ended on this rank
         self._finishing: dict[str, set[int]] = {}
         self._failed_pages: set[int] = set()
@@ -130,6 +131,10 @@ class WorkerSide:
         self._followed = -1
         for req_id, task_ids in meta.finishing.items():
             self._finishing[req_id] = set(task_ids)
+        self._saved.update(meta.ended)
+        self._known_at = {
+            task_id: self._known_at.get(task_id, self._client.num_ended) for task_id in self._tasks_under_way()
+        }
         self._client.advance_fence(load=meta.step, stream=self._stream())
 
     def wait_for_layer(self, layer_name: str) -> None:
@@ -171,7 +176,7 @@ class WorkerSide:
             self._client.wait_results(_IDLE_WAIT_S)
         self._wait_layerwise()
         # before the poll, so that no result is missed
-        lost = {task_id for task_id in self._tasks_under_way() if self._client.has_lost(task_id)}
+        lost = {task_id for task_id in self._tasks_under_way() if self._has_lost(task_id)}
         self._take_results()
         ended = [job for job in self._loads.values() if self._end_load(job, job.task_id in lost)]
         loaded = {job.req_id for job in ended if not job.layerwise}
@@ -188,6 +193,9 @@ class WorkerSide:
 
     def _tasks_under_way(self) -> set[int]:
         return self._loads.keys() | set().union(*self._finishing.values())
+
+    def _has_lost(self, task_id: int) -> bool:
+        return self._client.has_lost(task_id, self._known_at[task_id])
 
     def _leave_if_late(self) -> None:
         """Leave a controller that does not end a load: this rank's agent then accesses no page any more."""
@@ -210,7 +218,7 @@ class WorkerSide:
         loads succeeded. If an agent does not end a load in bounded time, it is stopped and then accesses no page."""
         pending = {job.task_id for job in self._loads.values() if job.layerwise}
         deadline = time.monotonic() + _LOAD_TIMEOUT_S
-        while not all(task_id in self._outcomes or self._client.has_lost(task_id) for task_id in pending):
+        while not all(task_id in self._outcomes or self._has_lost(task_id) for task_id in pending):
             if time.monotonic() > deadline:
                 logger.critical("a load has not ended within %g s: this rank leaves the controller", _LOAD_TIMEOUT_S)
                 self._client.leave()

@@ -21,13 +21,13 @@ class FakeClient:
     def __init__(self) -> None:
         self.results: list[OpResult] = []
         self.fences: list[tuple[int | None, int | None]] = []
-        self.is_lost = False
+        self.is_lost, self.num_ended = False, 0
         self.writes = True
         self.waits = 0
         self.follows = True
 
-    def has_lost(self, task_id: int) -> bool:
-        return self.is_lost
+    def has_lost(self, task_id: int, since: int) -> bool:
+        return self.is_lost or since != self.num_ended
 
     def advance_fence(self, load: int | None = None, save: int | None = None, stream: int | None = None) -> None:
         self.fences.append((load, save))
@@ -156,6 +156,22 @@ def test_a_lost_controller_fails_loads_and_lets_saves_go(side: Any) -> None:
     client.is_lost = True
     assert step(worker, 2) == ({"b"}, {"a"})
     assert worker.take_failed_pages() == {10, 11}
+
+
+def test_a_rank_that_has_registered_again_has_lost_its_loads(side: Any) -> None:
+    """Nobody reports them: the controller has forgotten the ops of the agent before."""
+    worker, client = side
+    step(worker, 1, loads=[job("a", 5, 10, 11)])
+    client.num_ended = 1
+    assert step(worker, 2, loads=[job("b", 6, 12)]) == (set(), {"a"})
+    assert worker.take_failed_pages() == {10, 11}
+
+
+def test_a_save_that_no_rank_was_asked_for_ends(side: Any) -> None:
+    worker, _ = side
+    assert step(worker, 1, finishing={"a": [7, 8]}, oldest_task=7) == (set(), set())
+    assert step(worker, 2, ended=[7], oldest_task=8) == (set(), set())
+    assert step(worker, 3, ended=[8], oldest_task=9) == ({"a"}, set())
 
 
 @pytest.mark.parametrize(
