@@ -166,8 +166,10 @@ class Hello:
                                     "version of FlexKV in all processes")
         for key, limit in texts.items():
             value = content[key]
-            if not isinstance(value, str) or len(value.encode(errors="replace")) > limit:
+            if not isinstance(value, str) or len(value.encode(errors="surrogatepass")) > limit:
                 raise RegistrationError(f"{key} of an engine is no text of at most {limit} bytes")
+            if value.encode(errors="ignore").decode() != value:
+                raise RegistrationError(f"{key} of an engine has characters without a form in UTF-8")
         if not content["register_port"].startswith("/") or "\0" in content["register_port"]:
             raise RegistrationError("register_port of an engine is no absolute path")
         for key, (low, high) in numbers.items():

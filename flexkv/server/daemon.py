@@ -9,7 +9,7 @@ import shutil
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.protocol.peer_process import peer_credentials
 from flexkv.protocol.session import MAX_MESSAGE_BYTES, Hello, pack_refusal
 from flexkv.protocol.sockets import ListeningSocket, socket_path
+from flexkv.server.request_numbers import TASK_BITS
 from flexkv.server.session import Session
 from flexkv.transfer.repeated_log import RepeatedLog
 from flexkv.transfer.watch import Watch
@@ -28,11 +29,10 @@ logger = logging.getLogger("flexkv.server")
 _PAUSE_S = 0.5
 """Pause of the listening socket after an error, in seconds."""
 
-_TASK_BITS = 32
-"""A session numbers its requests within so many bits; the bits above are the session's number."""
-
 _EPOCH_S = 1_700_000_000
 """Session numbers begin with the seconds since this time."""
+
+_MAX_SESSION = (1 << 30) - 1
 
 _TURN_S = 1.0
 
@@ -82,6 +82,7 @@ class Daemon:
         self._lock = threading.Lock()                # for the sessions of domains
         self._stopping = False
         self._silent: set[socket.socket] = set()     # connections that have sent no HELLO
+        self._numbers_ahead: set[int] = set()        # given, and larger than those that come next
         # Ids of tasks are larger than those of a daemon that ran before, unless the clock was set back.
         self._session_numbers = itertools.count(max(1, int(time.time()) - _EPOCH_S))
         try:
@@ -187,23 +188,34 @@ class Daemon:
         listening = ListeningSocket(socket_path(hello.register_port))
         try:
             domain = self._domain_of(hello)
+            with ExitStack() as undo:
+                theirs = connection.dup()
+                undo.callback(theirs.close)
+                session = Session(
+                    theirs, hello, domain.cache, self._config.cache.secret, self._config.transfer.op_timeout_s,
+                    self._session_number(hello) << TASK_BITS, partial(self._ended, domain),
+                )
+                undo.pop_all()
         except BaseException:
             listening.close()
             raise
-        number = next(self._session_numbers)
-        if hello.first_task >> _TASK_BITS >= number:
-            self._session_numbers = itertools.count((hello.first_task >> _TASK_BITS) + 1)
-            number = next(self._session_numbers)
-        theirs = connection.dup()
         self._drop(connection)
-        theirs.setblocking(False)
-        session = Session(
-            theirs, hello, domain.cache, self._config.cache.secret, self._config.transfer.op_timeout_s,
-            number << _TASK_BITS, partial(self._ended, domain),
-        )
         with self._lock:
             domain.sessions.add(session)
         domain.cache.transfer.call_soon(partial(session.begin, listening))
+
+    def _session_number(self, hello: Hello) -> int:
+        """An unused number, larger than that of the engine's session before, which another daemon may have given it.
+        The numbers of other engines do not depend on it."""
+        ours = next(self._session_numbers)
+        number = max(ours, (hello.first_task >> TASK_BITS) + 1)
+        while number in self._numbers_ahead:
+            number += 1
+        if number > _MAX_SESSION:
+            raise RegistrationError(f"it has used the number {hello.first_task}: no larger one can be given")
+        if number > ours:
+            self._numbers_ahead.add(number)
+        return number
 
     def _ended(self, domain: _Domain, session: Session) -> None:
         with self._lock:

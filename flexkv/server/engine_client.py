@@ -30,18 +30,12 @@ from flexkv.controller.tasks.arguments import (
     task_ids_of,
     unique_task_ids_of,
 )
-from flexkv.errors import (
-    ArgumentError,
-    FlexKVError,
-    NotReadyError,
-    RegistrationError,
-    SlotMappingError,
-)
+from flexkv.errors import ArgumentError, FlexKVError, NotReadyError, RegistrationError, SlotMappingError
 from flexkv.protocol import session as protocol
 from flexkv.protocol.layer_signals import MAX_COUNTERS
 from flexkv.protocol.numbers import fence_of, integer_of
 from flexkv.protocol.requests import Pin
-from flexkv.protocol.session import BlocksRequest, Flag, Hello, LaunchRequest, Request
+from flexkv.protocol.session import BlocksRequest, Flag, Hello, LaunchRequest, Reply, Request
 from flexkv.server.client_tasks import NO_BLOCKS, ClientTask, ClientTasks
 from flexkv.server.session_link import Answer, SessionLink
 
@@ -75,7 +69,8 @@ class EngineClient(Blocks):
         self._must_reset = False
         self._prefill_rate = 0.0
         self._link = SessionLink(
-            path, lambda number: replace(hello, first_task=number), self._tasks.result, self._connected, self._lost
+            path, lambda number: replace(hello, first_task=number), self._tasks.result, self._late,
+            self._connected, self._lost,
         )
 
     # ---- life -------------------------------------------------------------------------------------------------
@@ -132,6 +127,11 @@ class EngineClient(Blocks):
         if self._prefill_rate:
             self._set_prefill_rate()
         return True
+
+    def _late(self, number: int, answer: Answer | None) -> None:
+        """End a put or prefetch for which the daemon does nothing, so that it has no RESULT."""
+        if answer is None or answer[0] is Reply.ERROR or (answer[0] is Reply.MATCHED and not self._matched(answer)[2]):
+            self._tasks.fail([number], reasons.NOTHING_TO_DO if answer else reasons.NO_DAEMON)
 
     def _lost(self) -> None:
         self._tasks.fail(None, reasons.NO_DAEMON)
@@ -262,10 +262,9 @@ class EngineClient(Blocks):
             with self._link.lock:
                 self._tasks.forget(ask.number)
             raise
-        if answer is None:                           # it may come later
-            if not self._link.is_connected:
-                self._fail([ask.number])
-            return True
+        if answer is None:                           # it may come later, unless the task has ended
+            with self._link.lock:
+                return kind is not Request.PUT or not self._tasks.is_settled(ask.number)
         _, task.blocks, has_task = self._matched(answer)
         if not has_task:
             with self._link.lock:
@@ -278,13 +277,14 @@ class EngineClient(Blocks):
     ) -> int:
         """See ``Blocks``."""
         keys, start, pages = span_of(keys, start_block, pages)
-        fence, tenant, number = fence_of(fence), _tenant_of(tenant), self._link.next_number()
-        with self._link.lock:
-            blocks = np.arange(start, start + len(pages), dtype=np.int32)
+        fence, tenant, flags = fence_of(fence), _tenant_of(tenant), Flag.LAYERWISE if layerwise else 0
+        blocks = np.arange(start, start + len(pages), dtype=np.int32)
+        with self._link.lock:                        # number and request belong to the same session
+            number = self._link.next_number()
             self._tasks.add(number, ClientTask(blocks=blocks))
-        ask = BlocksRequest(number, keys, start, tenant, Flag.LAYERWISE if layerwise else 0, fence, pages)
-        if not self._link.send(Request.GET, *ask.parts(), must=True):
-            self._fail([number])
+            ask = BlocksRequest(number, keys, start, tenant, flags, fence, pages)
+            if not self._link.send(Request.GET, *ask.parts(), must=True):
+                self._fail([number])
         return number
 
     def put_blocks(

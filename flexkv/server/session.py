@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ from flexkv.protocol import session as protocol
 from flexkv.protocol.peer_process import PeerProcess
 from flexkv.protocol.session import BlocksRequest, Flag, Hello, LaunchRequest, Note, Reply, Request, Welcome
 from flexkv.protocol.sockets import ListeningSocket
+from flexkv.server.request_numbers import RequestNumbers
 from flexkv.transfer.watch import Watch
 
 logger = logging.getLogger("flexkv.server")
@@ -46,19 +47,6 @@ _PULSE_S = 0.5
 """Maximum time between two changes of a session's pulse, in seconds."""
 
 _STATUSES = list(KVResponseStatus)
-
-
-class _ChosenIds:
-    """Gives a task the id that the engine has chosen for it."""
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> int:
-        return self.number
 
 
 @dataclass(slots=True)
@@ -114,7 +102,7 @@ class Session:
         self._on_end = on_end
         self._rings = RecordRings(protocol.RING_BYTES)
         self._process = PeerProcess(connection)
-        self._ids = _ChosenIds()
+        self._ids = RequestNumbers(first_task)
         self._news: deque[int] = deque()
         self._unsent: deque[tuple[Reply, bytes]] = deque()
         self._resets: list[_Reset] = []
@@ -289,12 +277,6 @@ class Session:
         for task_id in task_ids:
             self._send(Reply.RESULT, *protocol.pack_result(task_id, status, True, None, str(error)))
 
-    def _begin(self, number: int) -> None:
-        """Give the next task an id that the engine has chosen. Ids ascend."""
-        if number <= max(self._ids.number, self._first_task):
-            raise RegistrationError(f"it has used the number {number} of a request twice")
-        self._ids.number = number
-
     # ---- requests ---------------------------------------------------------------------------------------------
 
     def _lookup(self, content: bytes) -> None:
@@ -305,7 +287,7 @@ class Session:
 
     def _match_get(self, content: bytes) -> None:
         ask = BlocksRequest.unpack(content)
-        self._begin(ask.number)
+        self._ids.take(ask.number)
         with self._refusing(ask.number):
             task_id, positions = self._blocks.match_get(
                 ask.keys, ask.start, ask.value, ask.tenant, bool(ask.flags & Flag.HOST_ONLY)
@@ -314,7 +296,7 @@ class Session:
 
     def _match_put(self, content: bytes) -> None:
         ask = BlocksRequest.unpack(content)
-        self._begin(ask.number)
+        self._ids.take(ask.number)
         with self._refusing(ask.number):
             _, positions = self._blocks.match_put(ask.keys, ask.start, ask.value, ask.tenant)
             self._matched(ask.number, NO_MATCH, positions, True)
@@ -328,7 +310,7 @@ class Session:
 
     def _get(self, content: bytes) -> None:
         ask = BlocksRequest.unpack(content)
-        self._begin(ask.number)
+        self._ids.take(ask.number)
         try:
             self._blocks.get_blocks(
                 ask.keys, ask.start, ask.pages, ask.value, bool(ask.flags & Flag.LAYERWISE), ask.tenant
@@ -338,7 +320,7 @@ class Session:
 
     def _put(self, content: bytes) -> None:
         ask = BlocksRequest.unpack(content)
-        self._begin(ask.number)
+        self._ids.take(ask.number)
         with self._refusing(ask.number):
             task_id = self._blocks.put_blocks(
                 ask.keys, ask.start, ask.pages, ask.value, ask.tenant, provisional=bool(ask.flags & Flag.PROVISIONAL),
@@ -349,7 +331,7 @@ class Session:
 
     def _prefetch(self, content: bytes) -> None:
         ask = BlocksRequest.unpack(content)
-        self._begin(ask.number)
+        self._ids.take(ask.number)
         with self._refusing(ask.number):
             task_id = self._blocks.prefetch_blocks(
                 ask.keys, ask.start, ask.tenant, num_tokens=ask.value, must_answer=bool(ask.flags & Flag.MUST_ANSWER)

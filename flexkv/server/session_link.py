@@ -46,9 +46,10 @@ Answer = tuple[Reply, bytes]
 class _Connection:
     """One session: socket and rings."""
 
-    def __init__(self, connection: socket.socket, rings: RecordRings) -> None:
+    def __init__(self, connection: socket.socket, rings: RecordRings, first_number: int) -> None:
         self.socket = connection
         self.rings = rings
+        self.first_number = first_number
         self.expected: dict[int, Answer | None] = {}
         self.num_late = 0
         self.stalled_at = -1                         # pulse at which the daemon was seen to stand still; -1: it works
@@ -75,6 +76,9 @@ class SessionLink:
         ``hello(number)``: the HELLO of a session whose numbers must be larger than ``number``.
     on_result : callable
         Called with the content of each RESULT, under the lock.
+    on_late : callable
+        ``on_late(number, reply)``, called under the lock with each reply that no caller waits for any more; with None
+        if the request was not sent.
     on_connect : callable
         Called without the lock when a session has begun, before ``is_ready`` can be true; False ends the session.
     on_lost : callable
@@ -86,18 +90,21 @@ class SessionLink:
         path: Path,
         hello: Callable[[int], Hello],
         on_result: Callable[[bytes], None],
+        on_late: Callable[[int, Answer | None], None],
         on_connect: Callable[[], bool],
         on_lost: Callable[[], None],
     ) -> None:
         self._path = path
         self._hello = hello
         self._on_result = on_result
+        self._on_late = on_late
         self._on_connect = on_connect
         self._on_lost = on_lost
         self.lock = threading.RLock()
         self._news = threading.Condition(self.lock)
         self._number = 0
         self._current: _Connection | None = None
+        self._opening: socket.socket | None = None   # has no WELCOME yet
         self._is_usable = False                      # ``on_connect`` has returned
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -112,6 +119,9 @@ class SessionLink:
     def close(self) -> None:
         """End the session. May be called again."""
         self._closing.set()
+        with self.lock, suppress(OSError):
+            if self._opening is not None:
+                self._opening.shutdown(socket.SHUT_RDWR)     # wakes the thread, also if the daemon is stopped
         self.drop("the engine has closed it")
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_WELCOME_S)
@@ -168,7 +178,9 @@ class SessionLink:
             close_in_children(connection)
             connection.settimeout(_WELCOME_S)
             with self.lock:
-                number = self._number
+                number, self._opening = self._number, connection
+                if self._closing.is_set():
+                    raise RegistrationError("closed while connecting")
             connection.send(self._hello(number).pack())
             message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, NUM_FDS, socket.MSG_CMSG_CLOEXEC)
             try:
@@ -183,15 +195,18 @@ class SessionLink:
                 raise
             rings = RecordRings(welcome.ring_bytes, fds)
         except BaseException:
-            connection.close()
+            with self.lock:
+                self._opening = None
+                connection.close()
             raise
         with self.lock:
+            self._opening = None
             if self._closing.is_set():
                 connection.close()
                 rings.close()
                 return
             self._number = welcome.first_task - 1
-            self._current = _Connection(connection, rings)
+            self._current = _Connection(connection, rings, welcome.first_task)
         logger.info("connected to the daemon at %s", self._path)
         usable = self._on_connect()
         with self.lock:
@@ -238,7 +253,7 @@ class SessionLink:
         request cannot be sent."""
         with self.lock:
             link = self._current
-            if link is None:
+            if link is None or not self._fits(link, parts):
                 return False
             until = time.monotonic() + (CALL_S if self._works(link) else 0.0)
             while not link.is_over:
@@ -255,6 +270,12 @@ class SessionLink:
                 self.drop("it does not read requests")
             return False
 
+    def _fits(self, link: _Connection, parts: tuple[Any, ...]) -> bool:
+        size = sum(memoryview(part).nbytes for part in parts)
+        if size > link.rings.max_record:
+            logger.warning("a request of %d bytes is not sent: the limit is %d", size, link.rings.max_record)
+        return size <= link.rings.max_record
+
     def ask(
         self, kind: Request, number: int, *parts: Any, timeout_s: float = CALL_S, must: bool = False
     ) -> Answer | None:
@@ -267,24 +288,30 @@ class SessionLink:
         """
         with self.lock:
             link = self._current
-            if link is None or not (must or self._works(link)):
-                return None
+            works = link is not None and self._works(link)
+            if link is None or not (must or works) or number < link.first_number:
+                return self._on_late(number, None)
             link.expected[number] = None
-            if not self.send(kind, *parts, must=must):
-                link.expected.pop(number, None)
-                return None
-            self._await(link, lambda: link.expected[number] is not None, timeout_s)
+            if self.send(kind, *parts, must=must):
+                self._await(
+                    link, lambda: link.is_over or link.expected[number] is not None, timeout_s if works else 0.0
+                )
+            else:
+                self._on_late(number, None)
             answer = link.expected.pop(number)
             if answer is not None:
                 link.num_late = 0
             elif not link.is_over:
-                link.num_late += 1
-                if link.num_late >= _MAX_LATE and link.stalled_at < 0:
-                    link.stalled_at = link.rings.read_note(Note.PULSE)
-                    logger.warning("the daemon at %s does not answer: it is not asked until it does again", self._path)
+                self._was_late(link)
         if answer is not None and answer[0] is Reply.ERROR:
             raise _error_of(answer[1])
         return answer
+
+    def _was_late(self, link: _Connection) -> None:
+        link.num_late += 1
+        if link.num_late >= _MAX_LATE and link.stalled_at < 0:
+            link.stalled_at = link.rings.read_note(Note.PULSE)
+            logger.warning("the daemon at %s does not answer: it is not asked until it does again", self._path)
 
     def call(self, command: dict[str, Any], keys: Any = None, timeout_s: float = CALL_S) -> Any:
         """Send a command; returns its answer. RegistrationError if none came in time. Raises as ``ask``."""
@@ -343,6 +370,8 @@ class SessionLink:
                     [number] = protocol.head_of(protocol.ANSWER, content)
                     if number in link.expected:
                         link.expected[number] = Reply(kind), content
+                    else:
+                        self._on_late(number, (Reply(kind), content))
                 else:
                     raise RegistrationError(f"it has sent a record of kind {kind}")
         except FlexKVError as error:

@@ -55,8 +55,8 @@ class Watch:
         self._handlers[fd] = handler, on_error
 
     def remove(self, fd: int) -> None:
-        """Stop watching ``fd``, which must be open still. Unknown descriptors are ignored."""
-        if self._handlers.pop(fd, None) is not None:
+        """Stop watching ``fd``, which must be open still. Unknown ones are ignored, and all after ``close``."""
+        if self._handlers.pop(fd, None) is not None and not self._epoll.closed:
             self._epoll.unregister(fd)
 
     def pause(self, fd: int, seconds: float) -> None:

@@ -7,6 +7,7 @@ INTERNAL = "an internal error; see the log"
 CANCELLED = "the task was cancelled"
 LOAD_FAILED = "a load that the saved pages depend on did not succeed, so their KV is not known to be right"
 NO_DAEMON = "the daemon does not answer or has ended, so the result of its transfers is not known"
+NOTHING_TO_DO = "the daemon has nothing to do for this task, and its reply was late"
 RANK_LOST = "a rank ended or left before the copies were complete"
 NOT_MOVED = "some blocks are not cached any more, name a page that does not exist, or could not be copied"
 NOT_READY = (
