@@ -21,6 +21,7 @@ from flexkv.protocol.session import MAX_MESSAGE_BYTES, Hello, pack_refusal
 from flexkv.protocol.sockets import ListeningSocket, socket_path
 from flexkv.server.request_numbers import TASK_BITS
 from flexkv.server.session import Session
+from flexkv.storage.ssd.directory_lock import owner_of
 from flexkv.transfer.repeated_log import RepeatedLog
 from flexkv.transfer.watch import Watch
 
@@ -191,9 +192,10 @@ class Daemon:
             with ExitStack() as undo:
                 theirs = connection.dup()
                 undo.callback(theirs.close)
+                first_task = self._session_number(hello) << TASK_BITS
                 session = Session(
-                    theirs, hello, domain.cache, self._config.cache.secret, self._config.transfer.op_timeout_s,
-                    self._session_number(hello) << TASK_BITS, partial(self._ended, domain),
+                    theirs, listening, hello, domain.cache, self._config.cache.secret,
+                    self._config.transfer.op_timeout_s, first_task, partial(self._ended, domain),
                 )
                 undo.pop_all()
         except BaseException:
@@ -202,7 +204,7 @@ class Daemon:
         self._drop(connection)
         with self._lock:
             domain.sessions.add(session)
-        domain.cache.transfer.call_soon(partial(session.begin, listening))
+        domain.cache.transfer.call_soon(session.begin)
 
     def _session_number(self, hello: Hello) -> int:
         """An unused number, larger than that of the engine's session before, which another daemon may have given it.
@@ -293,10 +295,11 @@ class Daemon:
 
 def _remove_old(directory: Path, used: set[str], limit: int) -> None:
     """Remove the SSD caches of domains that are not in use, the oldest first, until with the new one ``limit`` are
-    left."""
+    left. Another daemon may use some."""
     with suppress(FileNotFoundError):
         found = [path for path in directory.iterdir() if re.fullmatch("[0-9a-f]{32}", path.name)]
-        unused = sorted((path for path in found if path.name not in used), key=lambda path: path.stat().st_mtime)
+        unused = [path for path in found if path.name not in used and not owner_of(path)]
+        unused.sort(key=lambda path: path.stat().st_mtime)
         for path in unused[: max(0, len(unused) + len(used) - limit)]:
             logger.info("the SSD cache of domain %s is removed, to make room for another domain", path.name)
             shutil.rmtree(path, ignore_errors=True)

@@ -68,6 +68,8 @@ class Session:
     ----------
     connection : socket
         The engine's; the session closes it.
+    listening : ListeningSocket
+        For the engine's ranks; the session closes it.
     hello : Hello
     cache : SharedCache
     secret : bytes
@@ -88,6 +90,7 @@ class Session:
     def __init__(
         self,
         connection: socket.socket,
+        listening: ListeningSocket,
         hello: Hello,
         cache: SharedCache,
         secret: bytes,
@@ -98,6 +101,7 @@ class Session:
         self.hello = hello
         self.cache = cache
         self._connection = connection
+        self._listening: ListeningSocket | None = listening     # None: it is the cache's listener's
         self._first_task = first_task
         self._on_end = on_end
         self._rings = RecordRings(protocol.RING_BYTES)
@@ -124,13 +128,16 @@ class Session:
 
     # ---- life -------------------------------------------------------------------------------------------------
 
-    def begin(self, listening: ListeningSocket) -> None:
+    def begin(self) -> None:
         """Listen for the engine's ranks, and welcome the engine."""
+        if self._is_over or self._listening is None:
+            return
         self._thread = threading.get_ident()
         listener = self.cache.listener
         try:
             self._watch = listener.watch
             self._watch.spin_s = _SPIN_S
+            listening, self._listening = self._listening, None
             listener.add(self._blocks.group, listening)
             end = partial(self.end, "the session's event could not be handled")
             self._watch.add(self._rings.request_event_fd, self._serve, lambda error: self.end(str(error)))
@@ -164,6 +171,8 @@ class Session:
         if self._watch is not None:
             for fd in (self._rings.request_event_fd, self._connection.fileno(), self._process.fd):
                 self._watch.remove(fd)
+        if self._listening is not None:
+            self._listening.close()
         self._connection.close()
         self._process.close()
         self.cache.listener.remove(self._blocks.group.client, "its engine has left")

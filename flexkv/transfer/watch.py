@@ -74,8 +74,9 @@ class Watch:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), handler))
 
     def wake(self) -> None:
-        """End the wait of the current ``turn``, or of the next ``turn`` if none waits."""
-        os.eventfd_write(self._wake_fd, 1)
+        """End the wait of the current ``turn``, or of the next ``turn`` if none waits. Does nothing after ``close``."""
+        if (fd := self._wake_fd) >= 0:
+            os.eventfd_write(fd, 1)
 
     def call_soon(self, handler: Handler) -> None:
         """Call ``handler`` once, in the current ``turn`` or the next."""
@@ -119,4 +120,5 @@ class Watch:
     def close(self) -> None:
         """Close the descriptors of this object. Watched descriptors stay open; their owners close them."""
         self._epoll.close()
-        os.close(self._wake_fd)
+        fd, self._wake_fd = self._wake_fd, -1
+        os.close(fd)

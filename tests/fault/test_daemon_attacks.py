@@ -145,6 +145,31 @@ def test_a_sequence_that_is_too_long_for_a_record_is_a_miss(tmp_path: Path) -> N
         assert manager.is_ready()
 
 
+def test_a_daemon_leaves_the_disk_cache_of_another_one(tmp_path: Path) -> None:
+    settings = {"ssd_cache_gb": "0.01", "ssd_cache_dir": str(tmp_path / "ssd")}
+    with serving(tmp_path / "s1", **settings), serving(tmp_path / "s2", **settings), engine(
+        tmp_path / "s1", tmp_path / "r1"
+    ) as (manager, _, _):
+        assert manager.is_ready()
+        until(lambda: any((tmp_path / "ssd").glob("*/flexkv.lock")))
+        before = set((tmp_path / "ssd").iterdir())
+        with engine(tmp_path / "s2", tmp_path / "r2", model={"model_id": "other"}):
+            assert before <= set((tmp_path / "ssd").iterdir())
+
+
+def test_an_engine_that_is_admitted_as_the_daemon_ends_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "server"
+    with running(path) as daemon:
+        monkeypatch.setattr("flexkv.transfer.engine.TransferEngine.call_soon", lambda self, function: None)
+        with connected(path, hello(tmp_path / "r")):
+            until(lambda: len(sessions_of(daemon)) == 1)
+            assert (tmp_path / "r").exists()
+            daemon.stop()
+            until(lambda: not (tmp_path / "r").exists())
+
+
 # ---- ranks -------------------------------------------------------------------------------------------------------
 
 
@@ -187,14 +212,15 @@ def test_a_rank_that_registers_again_knows_which_loads_it_has_lost(
 def test_a_hello_without_a_form_in_utf8_leaves_nothing_open(tmp_path: Path) -> None:
     path = tmp_path / "server"
 
-    def attempts(number: int) -> int:
-        for _ in range(number):
-            with connected(path, hello(tmp_path / "bad", domain="\ud800")) as connection:
-                assert b"error" in connection.recv(1000)
+    def num_open() -> int:
         return len(os.listdir("/proc/self/fd"))
 
     with running(path) as daemon:
-        assert attempts(2) == attempts(8)
+        before = num_open()
+        for _ in range(8):
+            with connected(path, hello(tmp_path / "bad", domain="\ud800")) as connection:
+                assert b"error" in connection.recv(1000)
+        until(lambda: num_open() == before)
         assert not daemon._domains
         assert not (tmp_path / "bad").exists()
 
