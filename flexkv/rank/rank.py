@@ -36,9 +36,7 @@ CONNECT_TIMEOUT_S = 60.0
 _left_behind: list[tuple[object, ExitStack]] = []
 """Owners of memory that a hanging GPU may still access; kept until the process ends."""
 
-_RETRY_S = 0.5
-"""Pause between two attempts to register again, in seconds."""
-
+_RETRY_S = 0.5                                      # between two attempts to register again
 _CLOSE_S = 10.0
 """Maximum time that ``close`` waits for the thread that registers and pins, in seconds. A part is pinned in 10 to
 100 ms, so only a hanging driver takes this long."""
@@ -93,8 +91,7 @@ class RankClient:
         self._lock = threading.Lock()
         self._keep_outcomes, self._reconnect = True, reconnect
         self._signals: list[list[int]] | None = None
-        self.writes = True
-        """False: other ranks write all bytes that this rank shares with them, and saves do not concern this rank."""
+        self.writes = True                           # False: saves do not concern this rank; others write its copies
         self.error: Exception | None = None
         """The error that made connecting fail permanently, or None."""
 
