@@ -38,6 +38,8 @@ def test_a_daemon_that_an_engine_starts_has_its_settings_and_outlives_it(tmp_pat
     for _ in range(2):                                          # of two at once, one stays
         ensure_daemon(path, cache, TransferConfig(gpu_register_port="/tmp/no", op_timeout_s=7.0))
     until(lambda: is_running(path), 20.0)
+    # the other has found the path in use: it must not start to listen once the first has ended
+    until(lambda: sum(process.poll() is None for process in launch._started) == 1, 20.0)
     with connect(path, time.monotonic() + 5.0) as connection:
         pid, _ = peer_credentials(connection)
     try:
