@@ -54,7 +54,8 @@ uint64_t flexkv_ring_max_record(const struct flexkv_ring *ring)
 int flexkv_ring_push(struct flexkv_ring *ring, uint32_t type, const struct flexkv_part *parts, int num_parts,
                      uint64_t reserve)
 {
-    uint64_t tail = ring->mine, mask = ring->capacity - 1, need, room, until_end, size = 0;
+    uint64_t tail = atomic_load_explicit(&ring->mine, memory_order_relaxed), mask = ring->capacity - 1;
+    uint64_t need, room, until_end, size = 0;
     uint64_t head = atomic_load_explicit(&ring->shared->head, memory_order_acquire);
     struct record record;
     uint8_t *at;
@@ -86,9 +87,10 @@ int flexkv_ring_push(struct flexkv_ring *ring, uint32_t type, const struct flexk
             memcpy(at, parts[i].data, parts[i].size);
         at += parts[i].size;
     }
-    ring->mine = tail + need;
+    tail += need;
+    atomic_store_explicit(&ring->mine, tail, memory_order_relaxed);
     /* seq_cst, as the consumer's store to `waiting`: one of the two sees the other, so no wake-up is lost */
-    atomic_store(&ring->shared->tail, ring->mine);
+    atomic_store(&ring->shared->tail, tail);
     if (atomic_load(&ring->shared->waiting) && atomic_exchange(&ring->shared->waiting, 0))
         eventfd_write(ring->event_fd, 1);
     return 0;
@@ -96,34 +98,37 @@ int flexkv_ring_push(struct flexkv_ring *ring, uint32_t type, const struct flexk
 
 int flexkv_ring_readable(const struct flexkv_ring *ring)
 {
-    return atomic_load(&ring->shared->tail) != ring->mine;
+    return atomic_load(&ring->shared->tail) != atomic_load_explicit(&ring->mine, memory_order_relaxed);
 }
 
 int64_t flexkv_ring_pop(struct flexkv_ring *ring, uint32_t *type, void *buffer, uint64_t size)
 {
     uint64_t mask = ring->capacity - 1, tail = atomic_load(&ring->shared->tail), left, until_end;
+    uint64_t head = atomic_load_explicit(&ring->mine, memory_order_relaxed);
     struct record record;
 
     for (;;) {
-        if (tail == ring->mine)
+        if (tail == head)
             return -EAGAIN;
-        left = tail - ring->mine;
-        until_end = ring->capacity - (ring->mine & mask);
-        if (left > ring->capacity || left < sizeof(record) || ring->mine & 7)
+        left = tail - head;
+        until_end = ring->capacity - (head & mask);
+        if (left > ring->capacity || left < sizeof(record) || head & 7)
             return -EBADMSG;
-        memcpy(&record, ring->data + (ring->mine & mask), sizeof(record));
+        memcpy(&record, ring->data + (head & mask), sizeof(record));
         if (padded(record.size) > left || padded(record.size) > until_end)
             return -EBADMSG;
         if (record.type != PAD_TYPE)
             break;
-        ring->mine += padded(record.size);
+        head += padded(record.size);
+        atomic_store_explicit(&ring->mine, head, memory_order_relaxed);
     }
     if (record.size > size)
         return -EBADMSG;
-    memcpy(buffer, ring->data + (ring->mine & mask) + sizeof(record), record.size);
+    memcpy(buffer, ring->data + (head & mask) + sizeof(record), record.size);
     *type = record.type;
-    ring->mine += padded(record.size);
-    atomic_store_explicit(&ring->shared->head, ring->mine, memory_order_release);
+    head += padded(record.size);
+    atomic_store_explicit(&ring->mine, head, memory_order_relaxed);
+    atomic_store_explicit(&ring->shared->head, head, memory_order_release);
     return record.size;
 }
 

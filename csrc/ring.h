@@ -29,7 +29,7 @@ struct flexkv_ring {
     struct flexkv_ring_shared *shared;
     uint8_t *data;
     uint64_t capacity;            /* own copy: the shared one may be overwritten */
-    uint64_t mine;                /* own copy of the position that this side writes */
+    _Atomic uint64_t mine;        /* own copy of the position that this side writes */
     int event_fd;                 /* the consumer's */
 };
 
@@ -64,7 +64,7 @@ void flexkv_ring_note(struct flexkv_ring *ring, uint32_t index, uint64_t value);
 /* Consumer. The producer's number; it can be any number, since the producer is not trusted. */
 uint64_t flexkv_ring_read_note(const struct flexkv_ring *ring, uint32_t index);
 
-/* Consumer. 1 if there is something to read. */
+/* Any thread of the consumer, also beside a pop by another thread. 1 if there is something to read. */
 int flexkv_ring_readable(const struct flexkv_ring *ring);
 
 #endif
