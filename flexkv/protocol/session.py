@@ -246,7 +246,8 @@ def _check_number(key: str, value: object, low: int, high: int) -> None:
 
 
 def split(content: bytes, offset: int, *counts: tuple[int, type[np.generic]]) -> list[NDArray[Any]]:
-    """The arrays of a record from ``offset`` to its end, read-only; ``counts``: number of elements of each, and type.
+    """The arrays of a record from ``offset`` to its end, aligned and not to be modified; ``counts``: number of elements
+    of each, and type.
 
     Raises
     ------
@@ -258,7 +259,8 @@ def split(content: bytes, offset: int, *counts: tuple[int, type[np.generic]]) ->
         size = count * np.dtype(dtype).itemsize
         if size > len(content) - offset:
             raise RegistrationError("a record of a session is shorter than its head says")
-        arrays.append(np.frombuffer(content, dtype, count, offset))
+        array = np.frombuffer(content, dtype, count, offset)
+        arrays.append(array if array.flags.aligned else array.copy())      # after a text of any length
         offset += size
     if offset != len(content):
         raise RegistrationError("a record of a session is longer than its head says")
