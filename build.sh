@@ -179,7 +179,7 @@ sanitize_with() { # $1: address or thread
         cd "$tree"
         export PYTHONPATH=$PWD PYTHONMALLOC=malloc PROPERTY_EXAMPLES=${PROPERTY_EXAMPLES:-300}
         export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-        export TSAN_OPTIONS="halt_on_error=1 suppressions=$PWD/tests/tsan.supp"
+        export TSAN_OPTIONS=halt_on_error=1
         # without address randomisation: TSan needs its places in the address space; and ended by _exit: the
         # destructors of torch crash under TSan (a finding of ours has ended the process long before)
         sanitized() {
@@ -191,8 +191,8 @@ os._exit(code)' -p no:cacheprovider --capture=sys "$@"
         }
         # what measures time is left out: checks of the whole index at each operation make it quadratic
         sanitized tests/unit/_core --ignore tests/unit/_core/index/test_made_keys.py
-        # what the interpreter copies looks like a race, is suppressed, and takes TSan hours where Python has threads;
-        # the deselected test needs NVRTC, which ASan's dlopen does not find
+        # checking the copies that the interpreter makes takes TSan hours where Python has threads; the deselected test
+        # needs NVRTC, which ASan's dlopen does not find
         TSAN_OPTIONS+=" ignore_interceptors_accesses=1"
         FUZZ_SECONDS=10 sanitized tests/fuzz
         sanitized tests/unit/cache tests/unit/storage tests/unit/transfer tests/property \
