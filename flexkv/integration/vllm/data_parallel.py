@@ -18,7 +18,7 @@ def data_parallel_rank(vllm_config: "VllmConfig") -> int:
 
 
 def settings_of_rank(config: FlexKVConfig, rank: int) -> FlexKVConfig:
-    """The settings of a data-parallel rank. The paths of what it has for itself get a suffix, except for rank 0."""
+    """The settings of a data-parallel rank. Paths that it does not share get a suffix, except for rank 0."""
     if rank == 0:
         return config
     cache, transfer, connector = config.cache, config.transfer, config.connector

@@ -240,7 +240,7 @@ def test_without_a_gpu_host_memory_is_the_way(tmp_path: Path, caplog: pytest.Log
 def test_a_rank_that_goes_away_and_comes_back(tmp_path: Path, cufile: FakeCuFile) -> None:
     with with_long(tmp_path) as made:
         made.client.suspend()
-        until(lambda: made.stat("ssd_store_device_is_ready") == 0)
+        until(lambda: made.stat("ssd_store_device_is_ready") == 0 and not made.manager.is_ready())
         made.register()
         wait_ready(made)
         made.load(LONG, length_of(LONG))
