@@ -115,7 +115,9 @@ class Session:
 
 
 @contextmanager
-def session(num_blocks: int, layer_bytes: int, on_gpu: bool = False, **cache: Any) -> Iterator[Session]:
+def session(
+    num_blocks: int, layer_bytes: int, on_gpu: bool = False, transfer: TransferConfig | None = None, **cache: Any
+) -> Iterator[Session]:
     """A session whose bytes are compared before and after; ``cache``: settings of ``CacheConfig``."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
@@ -123,7 +125,7 @@ def session(num_blocks: int, layer_bytes: int, on_gpu: bool = False, **cache: An
         config = CacheConfig(tokens_per_block=TOKENS_PER_BLOCK, **cache)
         manager = KVManager(
             ModelConfig(num_layers=LAYERS, model_id="bench"), config, gpu_register_port=port,
-            transfer_config=TransferConfig(),
+            transfer_config=transfer or TransferConfig(),
         )
         manager.start()
         pipe, theirs = context.Pipe()
