@@ -1,1 +1,1 @@
-"""How an engine gets its controller; and upstream's import path of the client that a rank uses."""
+"""The daemon, and how an engine gets its controller; upstream's import path of the client that a rank uses."""

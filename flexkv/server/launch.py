@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexkv.config import CacheConfig, TransferConfig, process_environment, runtime_directory
-from flexkv.errors import RegistrationError
+from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.protocol.sockets import connect, socket_path
 
 logger = logging.getLogger("flexkv.server")
@@ -43,9 +43,13 @@ def is_running(path: Path) -> bool:
 
 def with_daemon(config: TransferConfig) -> TransferConfig:
     """The settings of an engine that uses the daemon, if one listens at the default socket; else the same settings."""
-    if config.uses_daemon or not is_running(socket_path(server_port(config))):
+    if config.uses_daemon:
         return config
-    return config.replace(server_client_mode=True)
+    try:
+        path = socket_path(server_port(config))
+    except FlexKVError:                              # there is no directory for sockets
+        return config
+    return config.replace(server_client_mode=True) if is_running(path) else config
 
 
 def _given(config: CacheConfig | TransferConfig) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from flexkv.config import CacheConfig, TransferConfig
+from flexkv.errors import ConfigError
 from flexkv.protocol.peer_process import peer_credentials
 from flexkv.protocol.sockets import connect
 from flexkv.server import launch
-from flexkv.server.launch import ensure_daemon, is_running, server_port
-from tests.support.daemon import engine
+from flexkv.server.launch import ensure_daemon, is_running, server_port, with_daemon
+from tests.support.daemon import engine, running
 from tests.support.harness import until
 
 
@@ -29,6 +30,21 @@ def test_the_socket_has_a_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert server_port(TransferConfig()) == f"ipc://{tmp_path}/flexkv/server.sock"
     assert server_port(TransferConfig(server_recv_port="ipc:///tmp/x")).endswith("/tmp/x")
+
+
+def test_a_daemon_at_the_default_socket_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "flexkv").mkdir(mode=0o700)
+    config = TransferConfig()
+    assert with_daemon(config) is config
+    with running(tmp_path / "flexkv" / "server.sock"):
+        assert with_daemon(config).uses_daemon
+
+    def fails() -> Path:
+        raise ConfigError("XDG_RUNTIME_DIR", "/no", "no directory")
+
+    monkeypatch.setattr("flexkv.server.launch.runtime_directory", fails)
+    assert with_daemon(config) is config
 
 
 def test_a_daemon_that_an_engine_starts_has_its_settings_and_outlives_it(tmp_path: Path) -> None:
