@@ -225,7 +225,7 @@ def test_a_hello_without_a_form_in_utf8_leaves_nothing_open(tmp_path: Path) -> N
         assert not (tmp_path / "bad").exists()
 
 
-def _record(rng: random.Random, first: int, number: int) -> tuple[Request, tuple[Any, ...]]:
+def random_record(rng: random.Random, first: int, number: int) -> tuple[Request, tuple[Any, ...]]:
     kind = rng.choice(list(Request))
     large = [0, 1, 2, 1 << 31, (1 << 32) - 1]
     keys = np.arange(2 * rng.randrange(4), dtype=np.uint64).reshape(-1, 2)
@@ -261,7 +261,7 @@ def test_random_records_and_scribbled_rings_disturb_no_other_engine(tmp_path: Pa
             first = number
             for _ in range(rng.randrange(1, 6)):
                 number += rng.randrange(3)
-                kind, parts = _record(rng, first, number)
+                kind, parts = random_record(rng, first, number)
                 rings.push(kind, *parts)
             for _ in range(rng.choice([0, 200])):
                 os.pwrite(rings.fd, rng.randbytes(1), rng.choice([0, rings.ring_bytes]) + rng.randrange(4096))
