@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from flexkv.cache.plan import NO_MATCH, MatchResult
 from flexkv.controller.response import KVResponse, KVResponseStatus, mask_of_blocks
 from flexkv.controller.tasks import reasons
 from flexkv.errors import RegistrationError, SlotMappingError, TaskError
+from flexkv.protocol.requests import Pin
 from flexkv.protocol.session import unpack_result
 
 _MAX_UNCLAIMED = 4096
@@ -171,3 +173,9 @@ class ClientTasks:
         if task.is_settled:
             self.forget(task_id)
         return task.response
+
+
+def pin_of(value: Sequence[Any]) -> Pin:
+    """A pin from its JSON form, name and number of blocks; TypeError or ValueError if it has another form."""
+    name, num_blocks = value
+    return Pin(str(name), int(num_blocks))

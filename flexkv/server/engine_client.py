@@ -1,6 +1,5 @@
 """An engine's blocks in the daemon, from the engine's process."""
 
-import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,10 +35,8 @@ from flexkv.protocol.layer_signals import MAX_COUNTERS
 from flexkv.protocol.numbers import fence_of, integer_of
 from flexkv.protocol.requests import Pin
 from flexkv.protocol.session import BlocksRequest, Flag, Hello, LaunchRequest, Reply, Request
-from flexkv.server.client_tasks import NO_BLOCKS, ClientTask, ClientTasks
+from flexkv.server.client_tasks import NO_BLOCKS, ClientTask, ClientTasks, pin_of
 from flexkv.server.session_link import Answer, SessionLink
-
-logger = logging.getLogger("flexkv.server")
 
 _READY_POLL_S = 0.02
 
@@ -61,9 +58,7 @@ class EngineClient(Blocks):
     """
 
     def __init__(self, path: Path, hello: Hello, keys: Keys) -> None:
-        self._hello = hello
-        self._path = path
-        self._keys = keys
+        self._hello, self._path, self._keys = hello, path, keys
         self._tasks = ClientTasks(hello.tokens_per_block)
         self._tenants: dict[tuple[str, ...], int] = {}
         self._must_reset = False
@@ -111,7 +106,7 @@ class EngineClient(Blocks):
         with self._link.lock:
             self._tasks.forget_matched()
         try:
-            self._link.call({"command": "reset", "new_weights": new_weights}, timeout_s=timeout_s)
+            self._link.call({"command": "reset", "new_weights": new_weights}, bool, timeout_s=timeout_s)
         except FlexKVError as error:
             self._link.drop(f"the cache could not be reset: {error}")
             return False
@@ -158,7 +153,7 @@ class EngineClient(Blocks):
         if found is None:
             parts = [[entry.kind, entry.name, entry.version] for entry in entries]
             try:
-                found = int(self._link.call({"command": "tenant", "namespace": parts}))
+                found = self._link.call({"command": "tenant", "namespace": parts}, int)
             except FlexKVError:
                 return 0
             if len(self._tenants) > 4096:
@@ -176,12 +171,15 @@ class EngineClient(Blocks):
         """Match, positions, and whether there is a task."""
         if answer is None:
             return NO_MATCH, NO_BLOCKS, False
-        _, age, num_ready, num_to_fetch, count, reason, has_task, _ = protocol.head_of(protocol.MATCHED, answer[1])
-        [positions] = protocol.split(answer[1], protocol.MATCHED.size, (count, np.int32))
-        if reason >= len(MISS_REASONS):
-            raise RegistrationError(f"the daemon answers with the reason {reason}: use its version of FlexKV")
+        try:
+            _, age, num_ready, num_to_fetch, count, reason, has_task, _ = protocol.head_of(protocol.MATCHED, answer[1])
+            [positions] = protocol.split(answer[1], protocol.MATCHED.size, (count, np.int32))
+            known = MISS_REASONS[reason]
+        except (RegistrationError, IndexError):
+            self._link.drop("it does not answer as this version does")
+            return NO_MATCH, NO_BLOCKS, False
         evicted_at = math.nan if math.isnan(age) else time.monotonic() - age
-        return MatchResult(num_ready, MISS_REASONS[reason], num_to_fetch, evicted_at), positions, bool(has_task)
+        return MatchResult(num_ready, known, num_to_fetch, evicted_at), positions, bool(has_task)
 
     def record_request(self, keys: NDArray[np.uint64]) -> None:
         """See ``Blocks``."""
@@ -371,29 +369,29 @@ class EngineClient(Blocks):
     def pin(self, token_ids: ArrayLike, namespace: Sequence[str] | None = None, name: str = "") -> Pin:
         """See ``Blocks``."""
         command = {"command": "pin", "name": name, "tenant": self.tenant(namespace)}
-        return Pin(*self._link.call(command, self.keys(token_ids, namespace, None)))
+        return self._link.call(command, pin_of, self.keys(token_ids, namespace, None))
 
     def unpin(self, name: str) -> Pin:
         """See ``Blocks``."""
-        return Pin(*self._link.call({"command": "unpin", "name": name}))
+        return self._link.call({"command": "unpin", "name": name}, pin_of)
 
     def pins(self) -> list[Pin]:
         """See ``Blocks``. Empty while the daemon does not answer."""
         try:
-            return [Pin(*pin) for pin in self._link.call({"command": "pins"})]
+            return self._link.call({"command": "pins"}, lambda pins: [pin_of(pin) for pin in pins])
         except RegistrationError:
             return []
 
     def stats(self) -> dict[str, int]:
         """See ``Blocks``. Of the daemon's cache; empty while the daemon does not answer."""
         try:
-            return dict(self._link.call({"command": "stats"}))
+            return self._link.call({"command": "stats"}, dict[str, int])
         except RegistrationError:
             return {}
 
     def check_integrity(self) -> None:
         """See ``Blocks``."""
-        self._link.call({"command": "check_integrity"}, timeout_s=5.0)
+        self._link.call({"command": "check_integrity"}, bool, timeout_s=5.0)
 
 
 def _tenant_of(tenant: int) -> int:

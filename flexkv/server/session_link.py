@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flexkv.errors
 from flexkv._core.record_rings import RecordRings
@@ -41,6 +41,7 @@ do not all connect in the same moment."""
 _FULL_PAUSE_S = 0.0005
 
 Answer = tuple[Reply, bytes]
+_T = TypeVar("_T")
 
 
 class _Connection:
@@ -313,13 +314,21 @@ class SessionLink:
             link.stalled_at = link.rings.read_note(Note.PULSE)
             logger.warning("the daemon at %s does not answer: it is not asked until it does again", self._path)
 
-    def call(self, command: dict[str, Any], keys: Any = None, timeout_s: float = CALL_S) -> Any:
-        """Send a command; returns its answer. RegistrationError if none came in time. Raises as ``ask``."""
+    def call(
+        self, command: dict[str, Any], read: Callable[[Any], _T], keys: Any = None, timeout_s: float = CALL_S
+    ) -> _T:
+        """Send a command; returns its answer, as ``read`` makes it of the JSON value. RegistrationError if none came in
+        time, or one that ``read`` cannot read. Raises as ``ask``."""
         number = self.next_number()
         answer = self.ask(Request.CALL, number, *protocol.pack_call(number, command, keys), timeout_s=timeout_s)
         if answer is None:
             raise RegistrationError(f"the daemon at {self._path} does not answer: is it running?")
-        return protocol.unpack_answer(answer[1])[1]
+        try:
+            return read(protocol.unpack_answer(answer[1])[1])
+        except (TypeError, ValueError) as error:
+            if isinstance(error, FlexKVError):
+                raise
+            raise RegistrationError("the daemon answers as another version does: use its version") from None
 
     def wait(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
         """Wait until ``predicate()``, which replies make true, at most ``timeout_s`` seconds."""
