@@ -24,7 +24,7 @@ from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError, TransferError
 from flexkv.kvmanager import KVManager
 from flexkv.protocol.ring import OpKind
-from flexkv.rank import rank as rank_module
+from flexkv.rank import agent_start
 from flexkv.rank.tp_client import KVTPClient
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.executor import Executor, Progress
@@ -140,11 +140,11 @@ def test_a_rank_that_cannot_be_an_agent_says_farewell(tmp_path: Path, monkeypatc
     with local(tmp_path) as (manager, first, tensors):
         first.close()
         until(lambda: not manager.is_ready())
-        agent = rank_module.DeviceAgent
+        agent = agent_start.DeviceAgent
         for wrong in ({}, {"ring_bytes": 4096}, {"pool_bytes": 1 << 62}):
             with monkeypatch.context() as patched:
                 if wrong:
-                    patched.setattr(rank_module, "DeviceAgent", partial(agent_with, agent, wrong))
+                    patched.setattr(agent_start, "DeviceAgent", partial(agent_with, agent, wrong))
                 else:
                     patched.setattr("flexkv.rank.handshake.check_sealed", lambda *args: 1 // 0)
                 with rank_of(tmp_path, tensors) as client, pytest.raises(RegistrationError):
@@ -249,7 +249,7 @@ def test_close_does_not_wait_for_a_gpu_that_hangs(
     """Memory that the GPU may still access stays allocated, and the controller keeps the slots."""
     cuda = fake_cuda()
     cuda.reset()
-    monkeypatch.setattr(rank_module, "DeviceAgent", partial(rank_module.DeviceAgent, rest_timeout_s=0.2))
+    monkeypatch.setattr(agent_start, "DeviceAgent", partial(agent_start.DeviceAgent, rest_timeout_s=0.2))
     manager, tensors = make_manager(tmp_path / "s"), Tensors(device=0)
     client = KVTPClient(str(tmp_path / "s"))
     client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
