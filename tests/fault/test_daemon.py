@@ -26,7 +26,7 @@ from flexkv.server.daemon import Daemon
 from tests.support.daemon import engine, make_engine, running, sessions_of
 from tests.support.harness import RankProcess, Tensors, mapping, tokens_of, until
 
-KILLS = int(os.environ.get("DAEMON_KILLS", "12"))
+KILLS = int(os.environ.get("DAEMON_KILLS", "6"))
 """Engines that are killed; 1,000 in the nightly run."""
 
 TWO_DOMAINS = {"server_max_domains": 2}

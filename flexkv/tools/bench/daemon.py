@@ -5,7 +5,7 @@ import multiprocessing
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +23,6 @@ from flexkv.tools.bench.session import session
 
 LAYER_BYTES = 16384                   # bytes of a block in a layer: 64 KiB a block in total
 NUM_BLOCKS = 128
-MAX_CLIENTS = 8
 _TOKENS_PER_BLOCK = 16
 _LOOKUPS = 8
 """Lookups of 128 blocks beside each get of one block and each put of one new block: an engine asks for each waiting
@@ -115,15 +114,16 @@ def mixed(transfer: TransferConfig, directory: Path, clients: int, seconds: floa
             process.join(10)
 
 
-def run(n: int = 2000, seconds: float = 3.0) -> Iterator[Line]:
-    """Measure gets of one block of 64 KiB, in process and through the daemon; and mixed requests of 1 to 8 engines."""
+def run(n: int = 2000, seconds: float = 3.0, counts: Sequence[int] = (1, 2, 4, 8)) -> Iterator[Line]:
+    """Measure gets of one block of 64 KiB, in process and through the daemon; and mixed requests of ``counts``
+    engines."""
     with session(NUM_BLOCKS, LAYER_BYTES, num_cpu_blocks=2 * NUM_BLOCKS) as loaded:
         near = np.array([loaded.get(1) for _ in range(n)])[n // 10 :]
     with tempfile.TemporaryDirectory() as name, daemon_process(Path(name), 4096) as transfer:
         with session(NUM_BLOCKS, LAYER_BYTES, transfer=transfer) as loaded:
             far = np.array([loaded.get(1) for _ in range(n)])[n // 10 :]
         yield line_of("daemon", "get of 1 block of 64 KiB (ceiling: in process)", far, float(np.median(near)))
-        for clients in (1, 2, 4, MAX_CLIENTS):
+        for clients in counts:
             took = mixed(transfer, Path(name), clients, seconds)
             yield line_of("daemon", f"mixed requests of {clients} engines", took)
             yield Line("daemon", f"mixed requests of {clients} engines: rate", round(len(took) / seconds), "1/s")
