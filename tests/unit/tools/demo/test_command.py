@@ -16,7 +16,8 @@ import pytest
 FAKE = Path(__file__).parent / "fake_session.py"
 RUN = """
 import signal, sys
-signal.signal(signal.SIGHUP, signal.SIG_DFL)         # nohup(1) may have started the tests
+signal.signal(signal.SIGHUP, signal.SIG_DFL)         # a shell may have started the tests with these ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from flexkv.cli import main as cli
 from flexkv.tools.demo import child, command
 command.SESSION = sys.argv[1:5]
