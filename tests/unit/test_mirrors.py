@@ -33,7 +33,6 @@ COVERED_BY = {
     "integration/vllm/data_parallel": "tests/unit/integration/vllm/test_vllm_v1_adapter.py",
     "protocol/numbers": "tests/unit/controller/tasks/test_arguments.py",
     "rank/agent_in_use": "tests/fault/test_daemon.py",
-    "rank/agent_start": "tests/unit/rank/test_rank.py",
     "rank/fences": "tests/unit/test_kvmanager.py",
     "server/client_tasks": "tests/unit/server/test_engine_client.py",
     "server/session": "tests/fault/test_daemon.py",
