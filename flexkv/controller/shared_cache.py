@@ -38,8 +38,6 @@ class SharedCache:
         The tiers below host memory, the fastest first. Default: those of the configuration.
     ranks, note : str
         Parts of the line that the log gets when the cache is ready: its engine's ranks, in words, and the end.
-    has_gds : bool
-        Whether GPUDirect Storage may be used.
 
     Attributes
     ----------
@@ -63,7 +61,6 @@ class SharedCache:
         tiers: Sequence[TierKind] | None = None,
         ranks: str = "",
         note: str = "",
-        has_gds: bool = True,
     ) -> None:
         self._config = cache_config
         self._ranks, self._note = ranks, note
@@ -85,7 +82,7 @@ class SharedCache:
             host_bytes=cache_config.host_bytes,
             num_slots=cache_config.num_cpu_blocks,
             hugepage_bytes=cache_config.hugepage_bytes,
-            on_gds=self._on_gds if cache_config.ssd_bytes and cache_config.enable_gds and has_gds else None,
+            on_gds=self._on_gds if cache_config.ssd_bytes and cache_config.enable_gds else None,
         )
         self.space = Space(
             cache_config, domain, self.transfer, tiers_of(cache_config) if tiers is None else tiers, self._log_ready

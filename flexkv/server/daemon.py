@@ -74,6 +74,8 @@ class Daemon:
     """
 
     def __init__(self, config: FlexKVConfig, port: str, *, idle_exit_s: float = 0.0) -> None:
+        if config.cache.enable_gds:                  # its ops would not know to which engine a page belongs
+            logger.warning("enable_gds has no effect in the daemon: blocks on SSD go through host memory")
         self._config = config
         self._idle_exit_s = idle_exit_s
         self._idle_since = time.monotonic()
@@ -258,7 +260,7 @@ class Daemon:
         cache = SharedCache(
             config, self._config.transfer, hello.domain.encode(errors="replace"),
             {"model_name": hello.model, "engine": f"daemon-{index}"},
-            config.py_metrics_port and config.py_metrics_port + index, has_gds=hello.ranks == 1,
+            config.py_metrics_port and config.py_metrics_port + index,
             note=f"serves {hello.model or 'a model'} at {self.path}",
         )
         cache.start()
@@ -288,7 +290,7 @@ class Daemon:
         return config.replace(
             tokens_per_block=tokens_per_block, cpu_cache_gb=config.cpu_cache_gb / limit, num_cpu_blocks=blocks,
             ssd_cache_gb=config.ssd_cache_gb / limit,
-            ssd_cache_dir=";".join(map(str, directories)) if directories else config.ssd_cache_dir,
+            ssd_cache_dir=";".join(map(str, directories)) if directories else config.ssd_cache_dir, enable_gds=False,
             trace_path=config.trace_path and f"{config.trace_path}.{name}",
         )
 
