@@ -160,10 +160,9 @@ class TransferEngine(GraphRunner):
             if not self._closing and self._watch is not None:
                 self._watch.call_soon(function)
 
-    @property
-    def num_pages(self) -> int | None:
-        """Pages of the first layer group of the rank that has the fewest; None: no rank is connected."""
-        return min((link.hello.num_pages[0] for link in list(self._device.links)), default=None)
+    def num_pages(self, client: int) -> int | None:
+        """Pages of the first layer group of the client's rank that has the fewest; None: none is connected."""
+        return min((link.hello.num_pages[0] for link in self._device.links_of(client)), default=None)
 
     def shutdown(self) -> None:
         """Cancel all graphs, disconnect the agents, and free the memory. Waits for a bounded time.

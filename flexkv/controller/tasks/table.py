@@ -315,7 +315,7 @@ class TaskTable:
         with self._lock:
             if task.stage is TaskStage.SETTLED:
                 return
-            status, ok, reason = task.outcome(lambda: self._transfer.num_pages)
+            status, ok, reason = task.outcome(partial(self._transfer.num_pages, self._dp_client_id))
             tier, slots = task.to_erase(ok)
             if len(slots) == 0:
                 if graph.ops[-1].counter and status is not KVResponseStatus.SUCCESS:

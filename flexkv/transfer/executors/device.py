@@ -2,7 +2,8 @@
 
 import itertools
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +78,10 @@ class DeviceExecutor(Executor):
         """Agents that are connected."""
         return [link for links in list(self._links.values()) for link in links]     # also read without the lock
 
+    def links_of(self, client: int) -> Sequence[AgentLink]:
+        """Connected agents of a client."""
+        return tuple(self._links.get(client, ()))
+
     def reached(self, op: TransferOp) -> bool:
         """Whether every rank that the op concerns has finished the step of the op's fence, so that only the copies take
         time."""
@@ -85,12 +90,14 @@ class DeviceExecutor(Executor):
         links, _ = self._concerned(op)
         return all(link.rings.reached(op.kind in _LOADS) >= op.fence for link in links)
 
-    def _concerned(self, op: TransferOp) -> tuple[list[AgentLink], int]:
-        """Connected agents of the ranks that the op concerns, and the number of these ranks, connected or not."""
+    def _concerned(self, op: TransferOp) -> tuple[list[AgentLink], float]:
+        """Connected agents of the ranks that the op concerns, and the number of these ranks, connected or not; infinite
+        if the client is not known, so that its ops fail."""
         links, readers = self._links.get(op.dp_client_id, []), self._readers.get(op.dp_client_id)
+        num_ranks = self._ranks.get(op.dp_client_id, math.inf)
         if readers is None or op.kind in _LOADS:
-            return links, self._ranks.get(op.dp_client_id, 1)
-        return [link for link in links if link.writes], self._ranks.get(op.dp_client_id, 1) - len(readers)
+            return links, num_ranks
+        return [link for link in links if link.writes], num_ranks - len(readers)
 
     def submit(self, op: TransferOp, indices: NDArray[np.intp], progress: Progress, failed: bool = False) -> None:
         links, needed = self._concerned(op)

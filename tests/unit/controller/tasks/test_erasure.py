@@ -24,8 +24,6 @@ from tests.property.model_tree import keys_of
 class Plane:
     """Keeps graphs until the test ends them."""
 
-    num_pages = None
-
     def __init__(self) -> None:
         self.task_ids = itertools.count(1)
         self.graphs: list[tuple[TransferGraph, Callable[[TransferGraph], None]]] = []
@@ -37,6 +35,9 @@ class Plane:
         for op in graph.ops:
             op.started[:] = graph.verdict is None
         self.graphs.append((graph, on_done))
+
+    def num_pages(self, client: int) -> None:
+        return None
 
     def cancel(self, graph: TransferGraph) -> None:
         graph.verdict = graph.verdict or OpStatus.CANCELLED

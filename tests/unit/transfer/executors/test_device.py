@@ -140,6 +140,19 @@ def test_a_save_concerns_the_ranks_that_write(kind: OpKind, writes: list[bool]) 
         assert op.is_lost == (dead in concerned)
 
 
+@pytest.mark.parametrize("kind", [OpKind.D2H, OpKind.H2D])
+def test_ops_of_a_client_that_is_not_known_fail(kind: OpKind) -> None:
+    """Also a save, when all the ranks that were connected wrote nothing."""
+    executor, links = _executor([False])
+    executor._ranks.clear()                             # as after ``dismiss``, while the link still closes
+    links[0].healthy = False
+    numbers = np.arange(3, dtype=np.int32)
+    op = TransferOp(kind, numbers, numbers)
+    executor.submit(op, np.arange(3), TransferOp.resolve)
+    assert op.done
+    assert not op.ok.any()
+
+
 def test_the_step_of_a_save_is_reached_when_the_ranks_that_write_have_done_it() -> None:
     executor, links = _executor([True, False])
     links[0].rings.fence, links[1].rings.fence = 5, 4
