@@ -36,6 +36,7 @@ MODULES: dict[str, list[str]] = {
     "io.slot_records": [],
     "mapping": [],
     "record_rings": ["csrc/ring.c"],
+    "ring_pair": ["csrc/ring.c"],
     "slot_mapping": [],
 }
 

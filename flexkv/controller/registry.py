@@ -326,7 +326,7 @@ class Registry:
                 gds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 close_in_children(gds[0])
             link = AgentLink(connection, hello, rings, any(place.write_stop > place.write_start for place in places))
-            fds = [self._pool.fd, rings.fd, rings.submission_event_fd, rings.completion_event_fd]
+            fds = [self._pool.fd, *rings.fds]
             socket.send_fds(connection, [welcome.pack()], fds + [end.fileno() for end in gds[1:]])
         except BaseException:
             rings.close()

@@ -12,7 +12,8 @@ import enum
 import struct
 from dataclasses import dataclass, field
 
-from flexkv._core.device.ring import FAREWELL, RING_HEADER_BYTES
+from flexkv._core.device.ring import FAREWELL
+from flexkv._core.ring_pair import HEADER_BYTES
 from flexkv.errors import RegistrationError
 
 __all__ = [
@@ -222,7 +223,7 @@ class Welcome:
             _check("write_stop", place.write_stop, 0, place.segment_bytes)
             _check("write_start", place.write_start, 0, place.write_stop)
             end = place.offset + place.segment_bytes
-        data_bytes = ring_bytes - RING_HEADER_BYTES
+        data_bytes = ring_bytes - HEADER_BYTES
         _check("ring_bytes", data_bytes, _MIN_RING_BYTES, _MAX_RING_BYTES)
         if data_bytes & (data_bytes - 1):
             raise RegistrationError(f"ring_bytes of the controller is {data_bytes}: it must be a power of two")

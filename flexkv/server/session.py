@@ -140,13 +140,12 @@ class Session:
             listening, self._listening = self._listening, None
             listener.add(self._blocks.group, listening)
             end = partial(self.end, "the session's event could not be handled")
-            self._watch.add(self._rings.request_event_fd, self._serve, lambda error: self.end(str(error)))
+            self._watch.add(self._rings.receiving_event_fd, self._serve, lambda error: self.end(str(error)))
             self._watch.add(self._connection.fileno(), self._hear, lambda error: end())
             if self._process.fd >= 0:
                 self._watch.add(self._process.fd, self._check, lambda error: end())
             welcome = Welcome(protocol.RING_BYTES, self._first_task + 1)
-            fds = [self._rings.fd, self._rings.request_event_fd, self._rings.reply_event_fd]
-            socket.send_fds(self._connection, [welcome.pack()], fds)
+            socket.send_fds(self._connection, [welcome.pack()], self._rings.fds)
         except (FlexKVError, OSError) as error:
             self.end(f"it could not be welcomed: {error}")
             return
@@ -169,7 +168,7 @@ class Session:
         self._is_over = True
         logger.info("engine %s has left: %s", self.hello.name, reason)
         if self._watch is not None:
-            for fd in (self._rings.request_event_fd, self._connection.fileno(), self._process.fd):
+            for fd in (self._rings.receiving_event_fd, self._connection.fileno(), self._process.fd):
                 self._watch.remove(fd)
         if self._listening is not None:
             self._listening.close()
@@ -217,7 +216,7 @@ class Session:
     def _serve(self) -> None:
         """Handle the engine's records, up to ``_TURN`` of them."""
         with suppress(BlockingIOError):
-            os.eventfd_read(self._rings.request_event_fd)
+            os.eventfd_read(self._rings.receiving_event_fd)
         for _ in range(_TURN):
             record = self._rings.pop()
             if record is None:
@@ -232,7 +231,7 @@ class Session:
             handler(content)
             if self._is_over:
                 return
-        os.eventfd_write(self._rings.request_event_fd, 1)
+        os.eventfd_write(self._rings.receiving_event_fd, 1)
 
     def _send(self, kind: Reply, *parts: Any) -> None:
         if not self._unsent and self._rings.push(kind, *parts):

@@ -222,8 +222,8 @@ class SessionLink:
             return
         poll = select.poll()
         poll.register(link.socket.fileno(), select.POLLIN | select.POLLHUP)
-        poll.register(link.rings.reply_event_fd, select.POLLIN)
-        sock, event = link.socket.fileno(), link.rings.reply_event_fd
+        poll.register(link.rings.receiving_event_fd, select.POLLIN)
+        sock, event = link.socket.fileno(), link.rings.receiving_event_fd
         while not link.is_over:
             ready = [fd for fd, _ in poll.poll(1000)]
             if link.is_over:

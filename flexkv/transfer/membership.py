@@ -59,7 +59,7 @@ class Membership:
     def add(self, link: AgentLink) -> None:
         """Add an agent that has registered, and watch its connection, its results and its process."""
         handlers: dict[int, Callable[[], None]] = {
-            link.connection.fileno(): partial(self._hear, link), link.rings.completion_event_fd: link.clear_news,
+            link.connection.fileno(): partial(self._hear, link), link.rings.receiving_event_fd: link.clear_news,
             link.process.fd: partial(self._check, link),     # no hang-up if a child inherited the socket
         }
         try:
@@ -91,7 +91,7 @@ class Membership:
     def _leave(self, link: AgentLink) -> None:
         link.drain()
         self._watch.remove(link.connection.fileno())
-        self._watch.remove(link.rings.completion_event_fd)
+        self._watch.remove(link.rings.receiving_event_fd)
         self._device.detach(link)
         self._on_leave(link)
         name = f"rank {link.hello.rank}"

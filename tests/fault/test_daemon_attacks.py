@@ -265,7 +265,7 @@ def test_random_records_and_scribbled_rings_disturb_no_other_engine(tmp_path: Pa
                 rings.push(kind, *parts)
             for _ in range(rng.choice([0, 200])):
                 os.pwrite(rings.fd, rng.randbytes(1), rng.choice([0, rings.ring_bytes]) + rng.randrange(4096))
-            os.eventfd_write(rings.request_event_fd, 1)
+            os.eventfd_write(rings.sending_event_fd, 1)
             time.sleep(0.005)
             connection.shutdown(socket.SHUT_RDWR)
             connection.close()

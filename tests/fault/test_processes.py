@@ -224,7 +224,7 @@ def test_a_corrupt_ring_costs_the_rank_its_connection(tmp_path: Path, kind: str)
                 memory.write(np.full(4096, 0xA5, dtype=np.uint8).tobytes())
             memory.seek(rings.ring_bytes + 128)
             memory.write((1 << 40 if kind == "position" else 4096).to_bytes(8, "little"))
-        os.eventfd_write(rings.completion_event_fd, 1)
+        os.eventfd_write(rings.receiving_event_fd, 1)
         until(lambda: not link.healthy)
         task = manager.put_async(tokens_of(2, 1), mapping([2, 3]))
         assert manager.wait(task, timeout=1)[task].status is Status.FAILED  # at once: it is sent to no agent

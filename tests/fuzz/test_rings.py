@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from flexkv._core.device.agent import DeviceAgent
-from flexkv._core.device.ring import FAREWELL, RING_HEADER_BYTES, ControllerRings
+from flexkv._core.device.ring import FAREWELL, ControllerRings
+from flexkv._core.ring_pair import HEADER_BYTES
 from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import TransferError
 from flexkv.protocol.registration import Placement
@@ -55,7 +56,7 @@ def records(rng: random.Random) -> bytes:
 
 def give(rings: ControllerRings, ring: int, data: bytes, tail: int) -> None:
     with open(f"/proc/self/fd/{rings.fd}", "r+b", buffering=0) as memory:
-        memory.seek(ring * rings.ring_bytes + RING_HEADER_BYTES)
+        memory.seek(ring * rings.ring_bytes + HEADER_BYTES)
         memory.write(data)
         memory.seek(ring * rings.ring_bytes + TAIL_AT)
         memory.write(tail.to_bytes(8, "little"))
@@ -69,13 +70,13 @@ def play_agent(rng: random.Random, tensors: Tensors) -> None:
         regions=table.regions, num_pages=memory.num_pages, spans=table.spans, saves=table.saves, loads=table.loads,
         layers=table.layers, pool_fd=sealed_memfd("pool", SLOT * SLOTS), pool_bytes=SLOT * SLOTS,
         slot_bytes=SLOT, ring_fd=os.dup(rings.fd), ring_bytes=rings.ring_bytes,
-        submission_event_fd=os.dup(rings.submission_event_fd), completion_event_fd=os.dup(rings.completion_event_fd),
+        submission_event_fd=os.dup(rings.sending_event_fd), completion_event_fd=os.dup(rings.receiving_event_fd),
         socket_fd=theirs.detach(),
     )
     data = records(rng)
     tail = len(data) if rng.random() < 0.8 else rng.choice([8, 16, len(data) + 8, 4097, 1 << 40, (1 << 64) - 8])
     give(rings, 0, data, tail)
-    os.eventfd_write(rings.submission_event_fd, 1)
+    os.eventfd_write(rings.sending_event_fd, 1)
     agent.advance(rng.choice([0, 1]), 0)
     if rng.random() < 0.3:
         give(rings, 1, rng.randbytes(DATA), rng.getrandbits(64))      # the ring that is the agent's
@@ -129,7 +130,7 @@ def play_controller(path: Path, rng: random.Random) -> None:
         assert held is not None
         data = results(rng, list(link._outstanding))
         give(link.rings, 1, data, len(data) if rng.random() < 0.8 else rng.getrandbits(64))
-        os.eventfd_write(link.rings.completion_event_fd, 1)
+        os.eventfd_write(link.rings.receiving_event_fd, 1)
         tasks = controller_of(manager).tasks
         until(lambda: not link.healthy or not tasks.unsettled() or tasks.is_settled(held) or
               not link.rings.set_waiting(True))

@@ -60,7 +60,7 @@ def test_the_daemon(tmp_path: Path) -> None:
                     rings.push(kind, mutated(rng, content) if rng.random() < 0.5 else content)
             for _ in range(rng.choice([0, 0, 100])):
                 os.pwrite(rings.fd, rng.randbytes(1), rng.choice([0, rings.ring_bytes]) + rng.randrange(4096))
-            os.eventfd_write(rings.request_event_fd, 1)
+            os.eventfd_write(rings.sending_event_fd, 1)
             time.sleep(rng.choice([0.0, 0.003]))
             connection.close()
             rings.close()
@@ -109,7 +109,7 @@ def _daemon(listener: socket.socket, rng: random.Random, closing: threading.Even
                     size = rng.choice([rings.ring_bytes - 256, rings.ring_bytes - 256, 4096, 1 << 30])
                     message = rng.choice([Welcome(size, rng.choice([1, 7, 1 << 61])).pack(), pack_refusal("no")])
                     message = mutated(rng, message) if rng.random() < 0.3 else message
-                    fds = [rings.fd, rings.request_event_fd, rings.reply_event_fd][: rng.choice([3, 3, 3, 2])]
+                    fds = rings.fds[: rng.choice([3, 3, 3, 2])]
                     socket.send_fds(connection, [message], fds)
                     _answers(rng, rings)
                 finally:

@@ -1,17 +1,13 @@
 import numpy as np
 from numpy.typing import NDArray
 
-RING_HEADER_BYTES: int
+from flexkv._core.ring_pair import RingPair
+
 FAREWELL: bytes
 
-class ControllerRings:
-    fd: int
-    submission_event_fd: int
-    completion_event_fd: int
-    ring_bytes: int
+class ControllerRings(RingPair):
     max_blocks: int
     def __init__(self, data_bytes: int, num_groups: int = 1) -> None: ...
-    def close(self) -> None: ...
     def push_op(
         self,
         op_id: int,
@@ -31,5 +27,3 @@ class ControllerRings:
     def usable_slots(self) -> int: ...
     def note_populated(self, num_slots: int, last: bool) -> None: ...
     def reached(self, load: bool) -> int: ...
-    def set_waiting(self, waiting: bool) -> bool: ...
-    def spin(self, spin_ns: int) -> bool: ...

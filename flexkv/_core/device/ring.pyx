@@ -1,13 +1,9 @@
 """The controller's end of the two shared-memory rings to one device agent."""
-import os
-
 import numpy as np
 
 from libc.errno cimport EAGAIN, ENOSPC
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from flexkv._core.csrc.agent cimport (
     FLEXKV_FAREWELL,
@@ -24,26 +20,16 @@ from flexkv._core.csrc.agent cimport (
     flexkv_msg_result,
 )
 from flexkv._core.csrc.ring cimport (
-    FLEXKV_RING_HEADER,
     flexkv_part,
-    flexkv_ring,
-    flexkv_ring_attach,
-    flexkv_ring_create,
-    flexkv_ring_max_record,
     flexkv_ring_note,
     flexkv_ring_pop,
     flexkv_ring_push,
     flexkv_ring_read_note,
-    flexkv_ring_readable,
-    flexkv_ring_set_waiting,
 )
-from flexkv._core.mapping cimport SharedMapping
-from flexkv._core.sealed_memory import sealed_memfd
+from flexkv._core.ring_pair cimport RingPair
 from flexkv.errors import RingCorruptedError
 
 cdef object BOOL = np.dtype(np.bool_)
-
-RING_HEADER_BYTES = FLEXKV_RING_HEADER
 
 FAREWELL = bytes([FLEXKV_FAREWELL])
 """All that an agent says on its socket: it has ended, and touches no slot any more."""
@@ -52,14 +38,8 @@ cdef enum:
     CANCEL_BYTES = 16           # of a record that cancels an op: its header and an id
 
 
-cdef int64_t now_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
-
-
-cdef class ControllerRings:
-    """A memfd with two rings, ops to the agent and results from it, and an eventfd for each.
+cdef class ControllerRings(RingPair):
+    """The controller's end of two rings: it sends ops to the agent, and receives results.
 
     Parameters
     ----------
@@ -70,59 +50,17 @@ cdef class ControllerRings:
 
     Attributes
     ----------
-    fd, submission_event_fd, completion_event_fd : int
-        To be passed to the agent; owned by this object.
-    ring_bytes : int
-        Size of each ring, its header included.
     max_blocks : int
         Largest op that one record may hold: an eighth of the ring, so that records fit beside the room for cancels.
     """
-    cdef readonly int fd, submission_event_fd, completion_event_fd
-    cdef readonly Py_ssize_t ring_bytes, max_blocks
+    cdef readonly Py_ssize_t max_blocks
     cdef uint32_t num_groups
-    cdef SharedMapping memory
-    cdef uint8_t *buffer
-    cdef flexkv_ring submissions, completions
 
     def __cinit__(self, Py_ssize_t data_bytes, uint32_t num_groups=1):
-        self.fd = self.submission_event_fd = self.completion_event_fd = -1
-        self.buffer = NULL
         self.num_groups = num_groups
-        if data_bytes < 4096 or data_bytes & (data_bytes - 1):
-            raise ValueError(f"a ring of {data_bytes} bytes; give a power of two, at least 4096")
-        self.ring_bytes = FLEXKV_RING_HEADER + data_bytes
-        self.buffer = <uint8_t *>malloc(self.ring_bytes)
-        if self.buffer == NULL:
-            raise MemoryError(f"no memory for a ring of {data_bytes} bytes")
-        try:
-            self.open()
-        except BaseException:
-            self.close()
-            raise
-
-    cdef open(self):
-        self.fd = sealed_memfd("flexkv-rings", 2 * self.ring_bytes)
-        self.memory = SharedMapping(self.fd, 2 * self.ring_bytes)
-        cdef uint8_t *first = self.memory.data
-        cdef uint8_t *second = first + self.ring_bytes
-        self.submission_event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.completion_event_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        flexkv_ring_create(first, self.ring_bytes)
-        flexkv_ring_create(second, self.ring_bytes)
-        flexkv_ring_attach(&self.submissions, first, self.ring_bytes, self.submission_event_fd)
-        flexkv_ring_attach(&self.completions, second, self.ring_bytes, self.completion_event_fd)
-        cdef Py_ssize_t data_bytes = flexkv_ring_max_record(&self.submissions) // 4 - sizeof(flexkv_msg_op)
-        self.max_blocks = data_bytes // (4 * (1 + self.num_groups))
-
-    def __dealloc__(self):
-        free(self.buffer)
-
-    def close(self):
-        """Close descriptors; the memory is unmapped with the object, because a waiter may be watching it."""
-        for fd in (self.fd, self.submission_event_fd, self.completion_event_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self.submission_event_fd = self.completion_event_fd = -1
+        self.open("rings", data_bytes, True)
+        cdef Py_ssize_t op_bytes = self.max_record // 4 - <Py_ssize_t>sizeof(flexkv_msg_op)
+        self.max_blocks = op_bytes // (4 * (1 + self.num_groups))
 
     def push_op(self, uint64_t op_id, uint64_t task_id, int kind, uint64_t fence, const int32_t[::1] slots not None,
                 const int32_t[::1] pages not None, uint32_t op_blocks, uint32_t flags=0, uint32_t counter=0,
@@ -162,7 +100,7 @@ cdef class ControllerRings:
     cdef int push(self, uint32_t kind, const flexkv_part *parts, int num_parts, uint64_t reserve) except -1:
         cdef int rc
         with nogil:
-            rc = flexkv_ring_push(&self.submissions, kind, parts, num_parts, reserve)
+            rc = flexkv_ring_push(&self.sending, kind, parts, num_parts, reserve)
         if rc == 0:
             return True
         if rc == -ENOSPC:
@@ -178,7 +116,7 @@ cdef class ControllerRings:
             The agent wrote an invalid result.
         """
         cdef uint32_t kind
-        cdef int64_t size = flexkv_ring_pop(&self.completions, &kind, self.buffer, self.ring_bytes)
+        cdef int64_t size = flexkv_ring_pop(&self.receiving, &kind, self.buffer, self.ring_bytes)
         cdef flexkv_msg_result msg
         if size == -EAGAIN:
             return None
@@ -193,31 +131,15 @@ cdef class ControllerRings:
 
     def note_populated(self, uint64_t num_slots, bint last):
         """Publish the number of populated slots of the pool; ``last``: there will be no more."""
-        flexkv_ring_note(&self.submissions, FLEXKV_NOTE_POPULATED, num_slots)
+        flexkv_ring_note(&self.sending, FLEXKV_NOTE_POPULATED, num_slots)
         if last:
-            flexkv_ring_note(&self.submissions, FLEXKV_NOTE_ALL_POPULATED, 1)
+            flexkv_ring_note(&self.sending, FLEXKV_NOTE_ALL_POPULATED, 1)
 
     @property
     def usable_slots(self):
         """Slots that the agent can copy from and to, as it says: any 64-bit number."""
-        return flexkv_ring_read_note(&self.completions, FLEXKV_NOTE_USABLE)
+        return flexkv_ring_read_note(&self.receiving, FLEXKV_NOTE_USABLE)
 
     def reached(self, bint load):
         """The highest fence of loads (else of saves) whose compute is done, as the agent says: any 64-bit number."""
-        return flexkv_ring_read_note(&self.completions, FLEXKV_NOTE_LOAD_FENCE if load else FLEXKV_NOTE_SAVE_FENCE)
-
-    def set_waiting(self, bint waiting):
-        """Ask for a write to ``completion_event_fd`` at the next result, or waive it; True if one is there now."""
-        return bool(flexkv_ring_set_waiting(&self.completions, waiting))
-
-    def spin(self, Py_ssize_t spin_ns):
-        """Watch for a result for up to ``spin_ns`` nanoseconds, without the GIL; True if there is one."""
-        cdef int64_t until
-        cdef bint found = False
-        with nogil:
-            until = now_ns() + spin_ns
-            while not found:
-                found = flexkv_ring_readable(&self.completions)
-                if not found and now_ns() >= until:
-                    break
-        return found
+        return flexkv_ring_read_note(&self.receiving, FLEXKV_NOTE_LOAD_FENCE if load else FLEXKV_NOTE_SAVE_FENCE)

@@ -86,8 +86,8 @@ class Session:
         self.agent = DeviceAgent(
             regions=regions, num_pages=[num_pages], pool_fd=os.dup(self.pool.fd), pool_bytes=self.pool.num_bytes,
             slot_bytes=layout.slot_bytes, ring_fd=os.dup(self.rings.fd),
-            ring_bytes=self.rings.ring_bytes, submission_event_fd=os.dup(self.rings.submission_event_fd),
-            completion_event_fd=os.dup(self.rings.completion_event_fd), socket_fd=theirs.detach(), device=device,
+            ring_bytes=self.rings.ring_bytes, submission_event_fd=os.dup(self.rings.sending_event_fd),
+            completion_event_fd=os.dup(self.rings.receiving_event_fd), socket_fd=theirs.detach(), device=device,
             move_function=move_function(device), strategy=config.gpu_strategy,
             window_bytes=config.gpu_window_mb << 20, num_ctas=config.gpu_num_ctas,
         )

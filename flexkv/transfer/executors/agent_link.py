@@ -217,7 +217,7 @@ class AgentLink:
     def clear_news(self) -> None:
         """Reset the eventfd with which the agent announces results."""
         with suppress(BlockingIOError):
-            os.eventfd_read(self.rings.completion_event_fd)
+            os.eventfd_read(self.rings.receiving_event_fd)
 
     def drain(self) -> bool:
         """Collect the agent's results; True if there was any.

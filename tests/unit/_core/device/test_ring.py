@@ -7,7 +7,8 @@ import resource
 import numpy as np
 import pytest
 
-from flexkv._core.device.ring import RING_HEADER_BYTES, ControllerRings
+from flexkv._core.device.ring import ControllerRings
+from flexkv._core.ring_pair import HEADER_BYTES
 from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import RingCorruptedError
 
@@ -28,7 +29,7 @@ def test_a_full_ring_says_so(rings: ControllerRings) -> None:
     while rings.push_op(pushed + 1, 1, 1, 0, IDS, IDS, 8):
         pushed += 1
     assert 4096 // 120 - 2 <= pushed <= 4096 // 112
-    assert os.eventfd_read(rings.submission_event_fd) == 1          # one wake-up for all: nobody slept in between
+    assert os.eventfd_read(rings.sending_event_fd) == 1          # one wake-up for all: nobody slept in between
 
 
 def test_what_never_fits_is_refused(rings: ControllerRings) -> None:
@@ -48,7 +49,7 @@ def test_each_block_has_a_page_in_each_layer_group() -> None:
         with pytest.raises(ValueError, match="pages for 3 layer groups"):
             rings.push_op(1, 1, 1, 0, IDS, np.tile(IDS, groups), 8)
     with open(f"/proc/self/fd/{rings.fd}", "rb", buffering=0) as memory:
-        memory.seek(RING_HEADER_BYTES + 8 + 44)
+        memory.seek(HEADER_BYTES + 8 + 44)
         assert np.frombuffer(memory.read(4 + 4 * 32), dtype=np.int32).tolist() == [3, *[*range(8)] * 4]
     rings.close()
 
@@ -86,7 +87,7 @@ def test_garbage_is_reported_and_never_followed() -> None:
     for _ in range(300):
         rings = ControllerRings(4096)
         with open(f"/proc/self/fd/{rings.fd}", "r+b", buffering=0) as memory:
-            memory.seek(rings.ring_bytes + RING_HEADER_BYTES)
+            memory.seek(rings.ring_bytes + HEADER_BYTES)
             memory.write(rng.randbytes(4096) if rng.random() < 0.7 else bytes(4096))
             memory.seek(rings.ring_bytes + 128)
             tail = rng.choice([8, 16, 64, 4096, 4097, 1 << 63, rng.getrandbits(64)])

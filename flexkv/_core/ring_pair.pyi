@@ -1,0 +1,13 @@
+HEADER_BYTES: int
+
+class RingPair:
+    fd: int
+    sending_event_fd: int
+    receiving_event_fd: int
+    ring_bytes: int
+    max_record: int
+    @property
+    def fds(self) -> tuple[int, int, int]: ...
+    def close(self) -> None: ...
+    def set_waiting(self, waiting: bool) -> bool: ...
+    def spin(self, spin_ns: int) -> bool: ...
