@@ -16,9 +16,10 @@ from flexkv.controller.response import KVResponse
 from flexkv.controller.shared_cache import SharedCache
 from flexkv.controller.tasks.arguments import (
     block_of,
+    check_pages_of_task,
     keys_of,
+    launch_of,
     number_of,
-    pages_of,
     seconds_of,
     span_of,
     task_id_of,
@@ -26,8 +27,7 @@ from flexkv.controller.tasks.arguments import (
     unique_task_ids_of,
 )
 from flexkv.controller.tasks.table import TaskTable
-from flexkv.errors import ArgumentError, NotReadyError, PinError, SlotMappingError
-from flexkv.protocol.layer_signals import MAX_COUNTERS
+from flexkv.errors import NotReadyError, PinError
 from flexkv.protocol.numbers import fence_of, integer_of
 from flexkv.protocol.requests import Pin
 
@@ -150,11 +150,6 @@ class EngineBlocks(Blocks):
     def _tenant_of(self, tenant: int) -> int:
         return integer_of(tenant, "tenant", 0, self._space.num_tenants - 1)
 
-    def _length_of(self, num_tokens: int, keys: NDArray[np.uint64]) -> int:
-        """A number of tokens of which the whole blocks have these keys; else ArgumentError."""
-        shortest = len(keys) * self._tokens_per_block
-        return integer_of(num_tokens, "num_tokens", shortest, shortest + self._tokens_per_block - 1)
-
     # ---- matching ---------------------------------------------------------------------------------------------
 
     def record_request(self, keys: NDArray[np.uint64]) -> None:
@@ -177,7 +172,7 @@ class EngineBlocks(Blocks):
     ) -> tuple[int, NDArray[np.int32]]:
         """See ``Blocks``."""
         keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
-        num_tokens, space = self._length_of(num_tokens, keys), self._space
+        num_tokens, space = self._keys.length_of(num_tokens, keys), self._space
         self._cache.recorder.record(keys)
         task = self.tasks.new_get(
             self._cache.index, keys, start, None, num_tokens, host_only=bool(host_only), tenant=tenant
@@ -191,7 +186,7 @@ class EngineBlocks(Blocks):
     ) -> tuple[int, NDArray[np.int32]]:
         """See ``Blocks``."""
         keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
-        num_tokens, tasks = self._length_of(num_tokens, keys), self.tasks
+        num_tokens, tasks = self._keys.length_of(num_tokens, keys), self.tasks
         task = tasks.new_put(self._cache.index, keys, start, len(keys), num_tokens, tenant)
         tasks.hold(task)
         return task.task_id, task.blocks
@@ -201,21 +196,11 @@ class EngineBlocks(Blocks):
         layerwise: bool = False, counter: int = 0,
     ) -> list[int]:
         """See ``Blocks``."""
-        ids, fence, counter = task_ids_of(task_ids), fence_of(fence), integer_of(counter, "counter", 0, MAX_COUNTERS)
-        if layerwise and len(ids) != 1:
-            raise ArgumentError(f"a launch layer by layer of {len(ids)} tasks: launch one task at a time")
-        if len(ids) != len(pages):
-            raise SlotMappingError(f"{len(pages)} slot mappings for {len(ids)} tasks: give one for each")
-        tasks, launches = self.tasks, []
-        for task_id, given in zip(ids, pages, strict=True):
-            task, mapped = tasks.matched(task_id), pages_of(given)
-            if len(task.blocks) != len(mapped):
-                raise SlotMappingError(
-                    f"task {task_id} moves {len(task.blocks)} blocks of {task.tokens_per_block} tokens; "
-                    f"its slot mapping has {len(mapped)}: give one slot for each True of the mask"
-                )
-            launches.append((task, mapped))
-        tasks.launch(launches, fence, bool(layerwise), counter)
+        ids, given, fence, layerwise, counter = launch_of(task_ids, pages, fence, layerwise, counter)
+        launches = [(self.tasks.matched(task_id), part) for task_id, part in zip(ids, given, strict=True)]
+        for task, part in launches:
+            check_pages_of_task(task.task_id, len(task.blocks), len(part), task.tokens_per_block)
+        self.tasks.launch(launches, fence, layerwise, counter)
         return ids
 
     # ---- gets and puts in one call ----------------------------------------------------------------------------
@@ -258,7 +243,7 @@ class EngineBlocks(Blocks):
     ) -> int | None:
         """See ``Blocks``."""
         keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
-        num_tokens = self._length_of(num_tokens, keys) if num_tokens else 0
+        num_tokens = self._keys.length_of(num_tokens, keys) if num_tokens else 0
         tiering = self._space.tiering
         is_busy = tiering is not None and tiering.promotes_enough
         if is_busy and not must_answer:

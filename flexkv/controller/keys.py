@@ -10,6 +10,7 @@ from flexkv._core.index.block_keys import SequenceHasher, chain_seed, hash_block
 from flexkv.config import changed_domain
 from flexkv.controller.tasks.arguments import extras_of, namespace_of, tokens_of
 from flexkv.errors import ArgumentError
+from flexkv.protocol.numbers import integer_of
 
 _MAX_SEEDS = 256
 """Chain seeds of namespaces that are remembered; to make one costs as much as all checks of a request."""
@@ -51,6 +52,11 @@ class Keys:
             return hash_blocks(tokens, self._tokens_per_block, seed, extras=extras)
         except (ValueError, TypeError) as error:
             raise ArgumentError(f"token_ids: {error}") from error
+
+    def length_of(self, num_tokens: object, keys: NDArray[np.uint64]) -> int:
+        """Check a number of tokens, of which the whole blocks have these keys ((n, 2) uint64); else ArgumentError."""
+        shortest = len(keys) * self._tokens_per_block
+        return integer_of(num_tokens, "num_tokens", shortest, shortest + self._tokens_per_block - 1)
 
     def _seed(self, namespace: Sequence[str] | None) -> bytes:
         return self._chain_seed(self._domain, namespace_of(namespace), self._secret)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from flexkv.cache.plan import NO_MATCH, MatchResult
 from flexkv.controller.response import KVResponse, KVResponseStatus, mask_of_blocks
 from flexkv.controller.tasks import reasons
-from flexkv.errors import RegistrationError, SlotMappingError, TaskError
+from flexkv.controller.tasks.arguments import check_pages_of_task
+from flexkv.errors import RegistrationError, TaskError
 from flexkv.protocol.requests import Pin
 from flexkv.protocol.session import unpack_result
 
@@ -104,15 +105,11 @@ class ClientTasks:
         for task_id, part in zip(task_ids, pages, strict=True):
             task = self._tasks.get(task_id)
             if task is None or task.is_launched or task_ids.count(task_id) > 1:
-                state = "not known: match first, or it expired or was cancelled" if task is None else (
+                state = reasons.NOT_MATCHED if task is None else (
                     "launched already" if task.is_launched else "given twice"
                 )
                 raise TaskError(f"task {task_id} is {state}")
-            if len(task.blocks) != len(part):
-                raise SlotMappingError(
-                    f"task {task_id} moves {len(task.blocks)} blocks of {self._tokens_per_block} tokens; its slot "
-                    f"mapping has {len(part)}: give one slot for each True of the mask"
-                )
+            check_pages_of_task(task_id, len(task.blocks), len(part), self._tokens_per_block)
         for task_id in task_ids:
             self._tasks[task_id].is_launched = True
             del self._matched[task_id]
@@ -165,7 +162,7 @@ class ClientTasks:
         """The result as it is now; one that has settled is forgotten."""
         task = self._tasks.get(task_id)
         if task is None:
-            return KVResponse(KVResponseStatus.NOTFOUND, task_id, reason="no such task, or its result was taken")
+            return KVResponse(KVResponseStatus.NOTFOUND, task_id, reason=reasons.NO_TASK)
         if not task.is_launched:
             return KVResponse(KVResponseStatus.UNREADY, task_id)
         if task.response is None:

@@ -20,18 +20,17 @@ from flexkv.controller.tasks import reasons
 from flexkv.controller.tasks.arguments import (
     block_of,
     keys_of,
+    launch_of,
     namespace_of,
     number_of,
-    pages_of,
     seconds_of,
     span_of,
     task_id_of,
     task_ids_of,
     unique_task_ids_of,
 )
-from flexkv.errors import ArgumentError, FlexKVError, NotReadyError, RegistrationError, SlotMappingError
+from flexkv.errors import FlexKVError, NotReadyError, RegistrationError
 from flexkv.protocol import session as protocol
-from flexkv.protocol.layer_signals import MAX_COUNTERS
 from flexkv.protocol.numbers import fence_of, integer_of
 from flexkv.protocol.requests import Pin
 from flexkv.protocol.session import BlocksRequest, Flag, Hello, LaunchRequest, Reply, Request
@@ -39,6 +38,9 @@ from flexkv.server.client_tasks import NO_BLOCKS, ClientTask, ClientTasks, pin_o
 from flexkv.server.session_link import Answer, SessionLink
 
 _READY_POLL_S = 0.02
+
+_MAX_TENANTS = 4096
+"""Numbers of tenants that are remembered; with more, all are asked for again."""
 
 
 class EngineClient(Blocks):
@@ -156,14 +158,10 @@ class EngineClient(Blocks):
                 found = self._link.call({"command": "tenant", "namespace": parts}, int)
             except FlexKVError:
                 return 0
-            if len(self._tenants) > 4096:
+            if len(self._tenants) >= _MAX_TENANTS:
                 self._tenants.clear()
             self._tenants[entries] = found
         return found
-
-    def _length_of(self, num_tokens: int, keys: NDArray[np.uint64]) -> int:
-        size = self._hello.tokens_per_block
-        return integer_of(num_tokens, "num_tokens", len(keys) * size, (len(keys) + 1) * size - 1)
 
     # ---- matching ---------------------------------------------------------------------------------------------
 
@@ -212,7 +210,7 @@ class EngineClient(Blocks):
         self, kind: Request, keys: NDArray[np.uint64], start_block: int, num_tokens: int, tenant: int, flags: int
     ) -> tuple[int, NDArray[np.int32]]:
         keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), _tenant_of(tenant)
-        num_tokens, number = self._length_of(num_tokens, keys), self._link.next_number()
+        num_tokens, number = self._keys.length_of(num_tokens, keys), self._link.next_number()
         answer = None
         if self.is_ready():
             ask = BlocksRequest(number, keys, start, tenant, flags, num_tokens)
@@ -229,12 +227,7 @@ class EngineClient(Blocks):
         layerwise: bool = False, counter: int = 0,
     ) -> list[int]:
         """See ``Blocks``."""
-        ids, fence, counter = task_ids_of(task_ids), fence_of(fence), integer_of(counter, "counter", 0, MAX_COUNTERS)
-        if layerwise and len(ids) != 1:
-            raise ArgumentError(f"a launch layer by layer of {len(ids)} tasks: launch one task at a time")
-        if len(ids) != len(pages):
-            raise SlotMappingError(f"{len(pages)} slot mappings for {len(ids)} tasks: give one for each")
-        given = [pages_of(part) for part in pages]
+        ids, given, fence, layerwise, counter = launch_of(task_ids, pages, fence, layerwise, counter)
         number = self._link.next_number()
         with self._link.lock:
             self._tasks.launch(ids, given)
@@ -310,7 +303,7 @@ class EngineClient(Blocks):
     ) -> int | None:
         """See ``Blocks``."""
         keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), _tenant_of(tenant)
-        num_tokens = self._length_of(num_tokens, keys) if num_tokens else 0
+        num_tokens = self._keys.length_of(num_tokens, keys) if num_tokens else 0
         if not self.is_ready() and not must_answer:
             return None
         number, flags = self._link.next_number(), Flag.MUST_ANSWER if must_answer else 0

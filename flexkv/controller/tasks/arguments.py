@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from flexkv.config.namespace_entry import NamespaceEntry, namespace_entries
 from flexkv.errors import ArgumentError, SlotMappingError
-from flexkv.protocol.numbers import MAX_STEP, integer_of, shortened
+from flexkv.protocol.layer_signals import MAX_COUNTERS
+from flexkv.protocol.numbers import MAX_STEP, fence_of, integer_of, shortened
 
 _UINT64, _INT32 = np.dtype(np.uint64), np.dtype(np.int32)
 
@@ -101,6 +102,42 @@ def span_of(keys: object, start_block: object, pages: object) -> tuple[NDArray[n
     return keys, start, pages
 
 
+def launch_of(
+    task_ids: int | Iterable[int], pages: Sequence[ArrayLike], fence: object, layerwise: object, counter: object
+) -> tuple[list[int], list[NDArray[np.int32]], int, bool, int]:
+    """Check the arguments of ``Blocks.launch``, which knows the tasks and the number of their blocks.
+
+    Returns
+    -------
+    task_ids : list of int
+    pages : list of (m,) int32
+        Copies; one for each task.
+    fence : int
+    layerwise : bool
+    counter : int
+
+    Raises
+    ------
+    ArgumentError, SlotMappingError
+        As ``Blocks.launch``.
+    """
+    ids, fence, counter = task_ids_of(task_ids), fence_of(fence), integer_of(counter, "counter", 0, MAX_COUNTERS)
+    if layerwise and len(ids) != 1:
+        raise ArgumentError(f"a launch layer by layer of {len(ids)} tasks: launch one task at a time")
+    if len(ids) != len(pages):
+        raise SlotMappingError(f"{len(pages)} slot mappings for {len(ids)} tasks: give one for each")
+    return ids, [pages_of(part) for part in pages], fence, bool(layerwise), counter
+
+
+def check_pages_of_task(task_id: int, num_blocks: int, num_pages: int, tokens_per_block: int) -> None:
+    """Raise SlotMappingError unless a task of ``num_blocks`` blocks is launched with as many pages."""
+    if num_blocks != num_pages:
+        raise SlotMappingError(
+            f"task {task_id} moves {num_blocks} blocks of {tokens_per_block} tokens; its slot mapping has {num_pages}: "
+            "give one slot for each True of the mask"
+        )
+
+
 def namespace_of(namespace: Sequence[str] | None) -> tuple[NamespaceEntry, ...]:
     """Parse the entries of a namespace (None: no entry); ArgumentError if it is not a sequence of valid str."""
     if namespace is None:
@@ -157,7 +194,6 @@ def _array_of(value: object, name: str) -> NDArray[Any]:
 def _shape_of(value: object) -> str:
     array = _array_of(value, "the argument")
     return f"{array.dtype} {array.shape}"
-
 
 
 def tokens_and_start(

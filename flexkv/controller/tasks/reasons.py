@@ -10,6 +10,8 @@ NO_DAEMON = "the daemon does not answer or has ended, so the result of its trans
 NOTHING_TO_DO = "the daemon has nothing to do for this task, and its reply was late"
 RANK_LOST = "a rank ended or left before the copies were complete"
 NOT_MOVED = "some blocks are not cached any more, name a page that does not exist, or could not be copied"
+NO_TASK = "no such task, or its result was taken"
+NOT_MATCHED = "not known: match first, or it expired or was cancelled"
 NOT_READY = (
     "nothing can be moved: not every rank has registered its tensors yet (KVManager.wait_ready waits for them), or the "
     "manager was shut down or is out of service"

@@ -160,7 +160,7 @@ class TaskTable:
         task = self._tasks.get(task_id)
         if isinstance(task, KVTask) and task.stage is TaskStage.MATCHED:
             return task
-        state = "not known: match first, or it expired or was cancelled" if task is None else (
+        state = reasons.NOT_MATCHED if task is None else (
             f"ended already: {task.reason}" if isinstance(task, EndedTask) and task.reason else "launched already"
         )
         raise TaskError(f"task {task_id} is {state}")
@@ -386,7 +386,7 @@ class TaskTable:
         with self._lock:
             task = self._tasks.get(task_id)
             if task is None:
-                return KVResponse(KVResponseStatus.NOTFOUND, task_id, reason="no such task, or its result was taken")
+                return KVResponse(KVResponseStatus.NOTFOUND, task_id, reason=reasons.NO_TASK)
             if isinstance(task, EndedTask):
                 del self._tasks[task_id], self._unclaimed[task_id]
             return task.response()
