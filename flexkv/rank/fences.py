@@ -13,7 +13,7 @@ class Fences:
         self._streams: dict[bool, int] = {}          # stream of the last fence of loads (True), of saves
 
     def start(self, agent: DeviceAgent, gds: GdsWorker | None) -> None:
-        """Give the steps of before to an agent that begins."""
+        """Give a new agent the steps that have begun, and those that are done."""
         for is_load, stream in self._streams.items():
             agent.fence(stream, is_load, self._load if is_load else self._save)
             if gds is not None:

@@ -5,7 +5,7 @@ from typing import Self
 from flexkv.errors import RegistrationError
 
 TASK_BITS = 32
-"""A session numbers its requests within so many bits; the bits above are the session's number."""
+"""Bits of a request's number within its session; the bits above them are the number of the session."""
 
 _MAX_LATE = 4096
 """Numbers that may still come after a larger one."""
@@ -14,7 +14,7 @@ _MAX_LATE = 4096
 class RequestNumbers:
     """Accepts each number of a session once, and gives it to the next task. Not thread safe.
 
-    Threads of an engine send requests in another order than that in which they number them. A number of another
+    Threads of an engine may send requests in another order than that of their numbers. A number of another
     session would be the id of a task there.
 
     Parameters

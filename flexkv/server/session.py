@@ -38,7 +38,7 @@ _TURN = 64
 """Records of one session that are handled before other sessions have their turn."""
 
 _MAX_UNSENT = 4096
-"""Replies that wait for room in a session's ring. An engine that has left so many unread does not work any more."""
+"""Replies of one session that may wait for room in its ring. At more the session ends: its engine reads none."""
 
 _SPIN_S = 100e-6
 """Time for which the daemon polls after its last work, in seconds: an engine's next request often comes within it."""

@@ -80,7 +80,7 @@ class PoolGrowth:
             link.caught_up = link.caught_up or pinned[link] >= self.usable
         usable = self._next_usable(pinned)
         for link in links:
-            if pinned[link] < usable:                # it stands still
+            if pinned[link] < usable:                # it pins nothing more
                 link.caught_up = False
         complete = all(link.caught_up for link in links)
         changed = complete != self.complete or usable > self.usable
@@ -92,7 +92,7 @@ class PoolGrowth:
             self._on_change()
 
     def _next_usable(self, pinned: dict[AgentLink, int]) -> int:
-        """Slots that every rank has pinned, but for those of engines that stand still."""
+        """Slots that every rank has pinned, except the ranks of engines that pin nothing more."""
         now, shares = self._clock(), dict[int, int]()
         for link, count in pinned.items():
             client = link.hello.dp_client_id

@@ -68,7 +68,7 @@ def expected(pages: list[int], seed: int) -> bytes:
 
 
 def drained(daemon: Daemon, num_sessions: int = 0) -> bool:
-    """Whether only so many sessions are left, and no slot is held."""
+    """Whether ``num_sessions`` sessions are left, no task runs, and no slot is held."""
     caches = [domain.cache for domain in daemon._domains.values()]
     for cache in caches:
         cache.space.index.check_integrity()

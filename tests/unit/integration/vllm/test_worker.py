@@ -159,7 +159,7 @@ def test_a_lost_controller_fails_loads_and_lets_saves_go(side: Any) -> None:
 
 
 def test_a_rank_that_has_registered_again_has_lost_its_loads(side: Any) -> None:
-    """Nobody reports them: the controller has forgotten the ops of the agent before."""
+    """The controller dropped their ops when the connection ended, so the worker must report them as failed."""
     worker, client = side
     step(worker, 1, loads=[job("a", 5, 10, 11)])
     client.num_ended = 1
