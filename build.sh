@@ -14,7 +14,8 @@ usage: ./build.sh [COMMAND]
   (none)      build, and install into the environment, editable
   demo        a real vLLM on this machine, with and without its KV loaded by FlexKV
   test        linters, type checks, and all tests that need no GPU
-  nightly     what takes longer than a change can wait for: ten minutes of each fuzzer, and the tests marked nightly
+  nightly     what takes longer than a change can wait for: ten minutes of each fuzzer, five times as many examples of
+              each property, and the tests marked nightly
   sanitize    unit and property tests of the native code under ASan/UBSan, then under TSan
   --debug     as (none), with bounds checks and with invariants checked on every operation
   --release   a wheel, into dist/
@@ -221,6 +222,8 @@ case "${1:-}" in
         shift; environment; dependencies demo,replay,test; engine; build release
         step "fuzzers"
         FUZZ_SECONDS=${FUZZ_SECONDS:-600} "$PYTHON" -m pytest tests/fuzz "$@"
+        step "property tests"
+        PROPERTY_EXAMPLES=${PROPERTY_EXAMPLES:-20000} "$PYTHON" -m pytest tests/property "$@"
         step "long tests"
         "$PYTHON" -m pytest -m "nightly and not gpu" "$@" ;;
     sanitize)   environment; dependencies demo,replay,test; sanitize_with address; sanitize_with thread ;;
