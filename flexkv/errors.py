@@ -135,6 +135,10 @@ class RingCorruptedError(TransferError):
     """A shared-memory ring holds a record that its writer cannot have written."""
 
 
+class NodeLinkError(RingCorruptedError):
+    """The other end of a connection between two nodes does not know the secret, or sent an invalid message."""
+
+
 class StorageError(FlexKVError, RuntimeError):
     """A directory of the SSD tier cannot be used."""
 

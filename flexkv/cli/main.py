@@ -13,6 +13,7 @@ _USAGE = """\
 usage: flexkv COMMAND [OPTIONS]
 
   serve    keep the KV of this node's engines in one cache that they share
+  node     keep a node's part of the KV of an engine whose first node is another one
   demo     run a real vLLM that loads KV from memory and SSD instead of computing it
   bench    measure the control plane, a disk (ssd) or a GPU (gpu)
   replay   compute the hit rate of a trace of requests, by capacity and eviction policy
@@ -31,6 +32,12 @@ _SIGPIPE_STATUS = 128 + signal.SIGPIPE
 
 def _serve(argv: list[str]) -> int:
     from flexkv.cli.serve import main
+
+    return main(argv)
+
+
+def _node(argv: list[str]) -> int:
+    from flexkv.cli.node import main
 
     return main(argv)
 
@@ -84,8 +91,8 @@ def _pins(argv: list[str]) -> int:
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "serve": _serve, "demo": _demo, "bench": _bench, "replay": _replay, "config": _config, "inspect": _inspect,
-    "pin": _pin, "unpin": _unpin, "pins": _pins,
+    "serve": _serve, "node": _node, "demo": _demo, "bench": _bench, "replay": _replay, "config": _config,
+    "inspect": _inspect, "pin": _pin, "unpin": _unpin, "pins": _pins,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 from flexkv.config.field import read_field, setting
 from flexkv.config.memory import memory_limit
 from flexkv.config.namespaces import Quota, read_quotas
-from flexkv.config.paths import SEPARATOR, expand, expand_directories, register_port
+from flexkv.config.paths import SEPARATOR, expand, expand_directories, ports, register_port
 from flexkv.errors import ConfigError
 
 DTYPE_BYTES = {
@@ -56,6 +56,7 @@ class ModelConfig(_Settings):
     tp_size: int = setting(1, "Tensor-parallel ranks.", low=1)
     pp_size: int = setting(1, "Pipeline-parallel ranks.", low=1)
     dp_size: int = setting(1, "Data-parallel ranks.", low=1)
+    nnodes: int = setting(1, "Nodes over which the ranks of one engine are divided, in equal parts.", low=1, high=1024)
     model_id: str = setting("", "Name or path of the model. Different models never share KV.")
     revision: str = setting("", "Version of its weights. Different versions never share KV.")
     weights_id: str = setting("", "Identity of its weights, as by `weights_id(path)`. Different ones never share KV.")
@@ -272,6 +273,17 @@ class TransferConfig(_Settings):
         "`rank_rotate`: one rank writes all, another one in each engine.",
         choices=("sharded", "rank0_only", "rank_rotate", "layer_parallel", "all_write"),
     )
+    master_host: str = setting(
+        "localhost", "An engine on several nodes: address of its first node, to which the other nodes connect. See "
+        "[Nodes](nodes.md).",
+    )
+    master_ports: str = setting(
+        "5556", "TCP port of the first node. Of a list with commas, as upstream has it, the first port is used.",
+        read=ports,
+    )
+    node_secret: str = setting(
+        "", "Secret that the nodes of an engine share; required with several nodes.", secret=True,
+    )
     handshake_timeout_s: float = setting(
         5.0, "Time after which a connection is dropped if no message arrives on it.", unit="s", low=0.01
     )
@@ -300,6 +312,11 @@ class TransferConfig(_Settings):
         """Conflicts between settings, each of which is valid by itself."""
         if self.ring_bytes & (self.ring_bytes - 1):
             yield ConfigError("ring_bytes", self.ring_bytes, "must be a power of two, such as 1048576")
+
+    @property
+    def master_port(self) -> int:
+        """TCP port of the first node."""
+        return int(self.master_ports.partition(",")[0])
 
     @property
     def uses_daemon(self) -> bool:

@@ -1,5 +1,6 @@
 """The controller: a cache in the engine's process, for this engine alone."""
 
+import logging
 from collections.abc import Sequence
 
 from flexkv.at_exit import close_at_exit
@@ -10,6 +11,16 @@ from flexkv.controller.shared_cache import SharedCache
 from flexkv.errors import ConfigError
 from flexkv.metrics.exporter import Metrics
 from flexkv.storage.store import TierKind
+
+logger = logging.getLogger("flexkv.controller")
+
+
+def _check_nodes(num_ranks: int, num_nodes: int, config: TransferConfig) -> None:
+    """ConfigError unless an engine of ``num_ranks`` ranks can run on ``num_nodes`` nodes with these settings."""
+    if num_ranks % num_nodes:
+        raise ConfigError("nnodes", num_nodes, f"must divide the number of ranks, {num_ranks}, into equal parts")
+    if not config.node_secret:
+        raise ConfigError("node_secret", "", f"must be set to the same text on all {num_nodes} nodes of the engine")
 
 
 class Controller(EngineBlocks):
@@ -44,7 +55,12 @@ class Controller(EngineBlocks):
         tiers: Sequence[TierKind] | None = None,
         note: str = "",
     ) -> None:
-        ranks = model_config.tp_size * model_config.pp_size
+        ranks, num_nodes = model_config.tp_size * model_config.pp_size, model_config.nnodes
+        if num_nodes > 1:
+            _check_nodes(ranks, num_nodes, transfer_config)
+            if cache_config.ssd_bytes or tiers:
+                logger.warning("blocks are kept in host memory alone: an engine on several nodes has no SSD tier yet")
+            tiers = ()
         if cache_config.enable_gds and ranks > 1:
             raise ConfigError(
                 "enable_gds", True, f"supports one rank in this version; this model has {ranks}: turn it off"
@@ -56,11 +72,12 @@ class Controller(EngineBlocks):
         metrics_port = cache_config.py_metrics_port and cache_config.py_metrics_port + dp_client_id
         cache = SharedCache(
             cache_config, transfer_config, name, labels, metrics_port, tiers=tiers,
-            ranks="1 rank" if ranks == 1 else f"{ranks} ranks", note=note,
+            ranks="1 rank" if ranks == 1 else f"{ranks} ranks" + (f" on {num_nodes} nodes" if num_nodes > 1 else ""),
+            note=note,
         )
         super().__init__(
-            cache, Keys(name, cache_config.tokens_per_block, cache_config.secret), cache_config.tokens_per_block, ranks,
-            dp_client_id, transfer_config.op_timeout_s,
+            cache, Keys(name, cache_config.tokens_per_block, cache_config.secret), cache_config.tokens_per_block,
+            ranks // num_nodes, dp_client_id, transfer_config.op_timeout_s, num_nodes=num_nodes,
         )
 
     @property

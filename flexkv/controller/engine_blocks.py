@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flexkv._core.index.block_keys import SequenceHasher
+from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import NO_MATCH, MatchResult
 from flexkv.controller.blocks import Blocks
 from flexkv.controller.keys import Keys
@@ -43,6 +44,7 @@ class EngineBlocks(Blocks):
     keys : Keys
     tokens_per_block : int
     num_ranks : int
+        Ranks on each node.
     dp_client_id : int
         The engine's data-parallel rank, as its ranks name it.
     accept_within_s : float
@@ -53,6 +55,8 @@ class EngineBlocks(Blocks):
         As in ``TaskTable``.
     after_turn
         As in ``SharedCache.join``.
+    num_nodes : int
+        While one of several nodes is away, matches are empty and nothing is saved.
 
     Attributes
     ----------
@@ -74,6 +78,7 @@ class EngineBlocks(Blocks):
         task_ids: Iterator[int] | None = None,
         on_news: Callable[[int], None] | None = None,
         after_turn: Callable[[], float] | None = None,
+        num_nodes: int = 1,
     ) -> None:
         self._cache = cache
         self._space = cache.space
@@ -85,7 +90,7 @@ class EngineBlocks(Blocks):
             on_news=on_news,
         )
         control = Control(self.pin, self.unpin, self.pins)
-        self.group = RankGroup(client, num_ranks, dp_client_id, first_task, control.answer)
+        self.group = RankGroup(client, num_ranks, dp_client_id, first_task, num_nodes, control.answer)
         cache.join(self.tasks, after_turn)
 
     # ---- life -------------------------------------------------------------------------------------------------
@@ -150,6 +155,13 @@ class EngineBlocks(Blocks):
     def _tenant_of(self, tenant: int) -> int:
         return integer_of(tenant, "tenant", 0, self._space.num_tenants - 1)
 
+    @property
+    def _index(self) -> GlobalCacheEngine | None:
+        """The index, while blocks can be moved."""
+        if self.group.num_nodes > 1 and not self._cache.transfer.has_ranks(self.group.client):
+            return None
+        return self._cache.index
+
     # ---- matching ---------------------------------------------------------------------------------------------
 
     def record_request(self, keys: NDArray[np.uint64]) -> None:
@@ -161,7 +173,7 @@ class EngineBlocks(Blocks):
     ) -> MatchResult:
         """See ``Blocks``."""
         keys, start_block, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
-        index = self._cache.index
+        index = self._index
         match = index.match(keys, start_block, tenant) if index is not None else NO_MATCH
         if count:
             self._space.counts.count(match, start_block, len(keys))
@@ -175,7 +187,7 @@ class EngineBlocks(Blocks):
         num_tokens, space = self._keys.length_of(num_tokens, keys), self._space
         self._cache.recorder.record(keys)
         task = self.tasks.new_get(
-            self._cache.index, keys, start, None, num_tokens, host_only=bool(host_only), tenant=tenant
+            self._index, keys, start, None, num_tokens, host_only=bool(host_only), tenant=tenant
         )
         self.tasks.hold(task)
         space.counts.count(task.match, start, len(keys))
@@ -187,7 +199,7 @@ class EngineBlocks(Blocks):
         """See ``Blocks``."""
         keys, start, tenant = keys_of(keys), block_of(start_block, "start_block"), self._tenant_of(tenant)
         num_tokens, tasks = self._keys.length_of(num_tokens, keys), self.tasks
-        task = tasks.new_put(self._cache.index, keys, start, len(keys), num_tokens, tenant)
+        task = tasks.new_put(self._index, keys, start, len(keys), num_tokens, tenant)
         tasks.hold(task)
         return task.task_id, task.blocks
 
@@ -213,7 +225,7 @@ class EngineBlocks(Blocks):
         keys, start, pages = span_of(keys, start_block, pages)
         fence, tenant, tasks = fence_of(fence), self._tenant_of(tenant), self.tasks
         task = tasks.new_get(
-            self._cache.index, keys, start, start + len(pages), 0, host_only=bool(layerwise), tenant=tenant
+            self._index, keys, start, start + len(pages), 0, host_only=bool(layerwise), tenant=tenant
         )
         tasks.run(task, pages, fence, bool(layerwise))
         return task.task_id
@@ -225,7 +237,7 @@ class EngineBlocks(Blocks):
         """See ``Blocks``."""
         keys, start, pages = span_of(keys, start_block, pages)
         fence, tenant, loads, tasks = fence_of(fence), self._tenant_of(tenant), task_ids_of(after), self.tasks
-        task = tasks.new_put(self._cache.index, keys, start, start + len(pages), 0, tenant, bool(provisional))
+        task = tasks.new_put(self._index, keys, start, start + len(pages), 0, tenant, bool(provisional))
         if len(task.blocks) == 0:
             tasks.discard(task)
             return None
@@ -248,7 +260,7 @@ class EngineBlocks(Blocks):
         is_busy = tiering is not None and tiering.promotes_enough
         if is_busy and not must_answer:
             return None
-        return self.tasks.prefetch(self._cache.index, keys, num_tokens, start, tenant, host_only=is_busy)
+        return self.tasks.prefetch(self._index, keys, num_tokens, start, tenant, host_only=is_busy)
 
     def set_prefill_rate(self, tokens_per_s: float) -> None:
         """See ``Blocks``."""

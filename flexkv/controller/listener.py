@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from flexkv.config import TransferConfig
+from flexkv.controller.host_memory import HostMemory
+from flexkv.controller.nodes import NodeListener
 from flexkv.controller.registry import Registry
-from flexkv.errors import RegistrationError, TransferError
+from flexkv.errors import TransferError
+from flexkv.protocol.nodes import Terms
 from flexkv.protocol.registration import Hello
 from flexkv.protocol.sockets import ListeningSocket, socket_path
 from flexkv.storage.host_pool import HostPool
@@ -30,6 +33,8 @@ class RankGroup:
         The engine's data-parallel rank, as its ranks name it.
     first_task : int
         The engine's task ids are larger.
+    num_nodes : int
+        Nodes of the engine, with ``num_ranks`` ranks each. Those besides this one connect to ``master_host``.
     on_control : callable
         ``on_control(message, descriptors) -> reply`` to the request of a user.
     """
@@ -38,6 +43,7 @@ class RankGroup:
     num_ranks: int
     dp_client_id: int = 0
     first_task: int = 0
+    num_nodes: int = 1
     on_control: Callable[[bytes, Sequence[int]], bytes] = lambda message, fds: b"{}"
 
 
@@ -51,35 +57,33 @@ class Listener(AgentListener):
     config : TransferConfig
     transfer : TransferEngine
         Data plane that takes the agents. Its shutdown closes the listener.
-    host_bytes : int
-        Size of the host tier in bytes.
-    num_slots : int, optional
-        Slots of the host tier; default: as many as fit ``host_bytes``.
-    hugepage_bytes : int
-        0: ordinary pages.
+    memory : HostMemory
+    keeps_memory : bool
+        ``free`` leaves the memory to the caller.
     on_gds : callable, optional
         As in ``Registry``.
+    on_new_content : callable
+        As in ``NodeListener``.
     """
 
     def __init__(
         self,
         config: TransferConfig,
         transfer: TransferEngine,
+        memory: HostMemory,
         *,
-        host_bytes: int,
-        num_slots: int | None = None,
-        hugepage_bytes: int = 0,
+        keeps_memory: bool = False,
         on_gds: Callable[[GdsEnd], None] | None = None,
+        on_new_content: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._transfer = transfer
-        self._host_bytes = host_bytes
-        self._num_slots = num_slots
-        self._hugepage_bytes = hugepage_bytes
+        self._memory, self._keeps_memory = memory, keeps_memory
         self._on_gds = on_gds
+        self._on_new_content = on_new_content
         self._plane: tuple[Watch, Callable[[AgentLink], None]] | None = None
         self._registries: dict[int, Registry] = {}
-        self._pool: HostPool | None = None
+        self._nodes: dict[int, NodeListener] = {}
 
     def start(self, group: RankGroup | None = None, port: str = "") -> None:
         """Start the data plane, and listen for the ranks of ``group`` at ``port``; returns at once.
@@ -115,7 +119,16 @@ class Listener(AgentListener):
             listening.close()
             raise TransferError("the data plane does not run")
         watch, join = self._plane
-        self._transfer.expect_ranks(group.client, group.num_ranks)
+        self._transfer.expect_ranks(group.client, group.num_ranks, group.num_nodes)
+        if group.num_nodes > 1:
+            try:
+                self._nodes[group.client] = NodeListener(
+                    watch, self._config, group.client, Terms(group.num_ranks, group.dp_client_id), group.num_nodes - 1,
+                    join, self._on_new_content,
+                )
+            except BaseException:
+                listening.close()
+                raise
         self._registries[group.client] = Registry(
             watch, listening, group.client, group.dp_client_id, group.num_ranks, self._make_pool,
             self._config.handshake_timeout_s, self._config.ring_bytes, join, group.on_control, self._on_gds,
@@ -129,33 +142,15 @@ class Listener(AgentListener):
     def remove(self, client: int, reason: str) -> None:
         """Disconnect the ranks of an engine, and accept no more of them. On the background thread."""
         registry = self._registries.pop(client, None)
+        nodes = self._nodes.pop(client, None)
         if registry is not None:
             registry.close()
+        if nodes is not None:
+            nodes.close()
         self._transfer.dismiss_ranks(client, reason)
 
     def _make_pool(self, layout: SlotLayout) -> HostPool:
-        """The host pool; the first layout makes it.
-
-        Raises
-        ------
-        RegistrationError
-            It was made for another layout.
-        """
-        if self._pool is not None:
-            if (layout.slot_bytes, layout.content) != (self._pool.slot_bytes, self._pool.content):
-                raise RegistrationError("the layout of a block differs from that of the engines whose cache it shares")
-            return self._pool
-        slot_bytes = layout.slot_bytes
-        num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // slot_bytes
-        pool = HostPool(slot_bytes, num_slots, self._hugepage_bytes, layout.content)
-        self._pool = pool
-        try:
-            pool.populate(self._transfer.populated)
-        except BaseException:
-            self._pool = None
-            pool.close()
-            raise
-        return pool
+        return self._memory.pool_for(layout, self._transfer.populated)
 
     def is_ready(self, client: int) -> bool:
         """Whether every rank of an engine is registered and has pinned the usable slots, and the host pool exists."""
@@ -167,15 +162,17 @@ class Listener(AgentListener):
 
     def describe_ranks(self, client: int) -> str:
         """Number of an engine's connected ranks, in words; empty before ``start`` and after a shutdown."""
-        registry = self._registries.get(client)
-        return registry.describe() if registry is not None and self._transfer.is_running else ""
+        registry, nodes = self._registries.get(client), self._nodes.get(client)
+        if registry is None or not self._transfer.is_running:
+            return ""
+        return registry.describe() if nodes is None else f"{registry.describe()}, and {nodes.describe()}"
 
     @property
     def host_pool(self) -> HostPool:
         """The memory of the host tier; it exists when the ranks of one engine have registered."""
-        if self._pool is None:
+        if self._memory.pool is None:
             raise TransferError("no rank has registered yet, so there is no host pool")
-        return self._pool
+        return self._memory.pool
 
     # ---- called by the data plane -----------------------------------------------------------------------------
 
@@ -188,8 +185,11 @@ class Listener(AgentListener):
         """See ``AgentListener``."""
         for registry in list(self._registries.values()):
             registry.close()
+        for nodes in list(self._nodes.values()):
+            nodes.close()
 
     def free(self) -> None:
         """See ``AgentListener``."""
-        if self._pool is not None:
-            self._pool.close()
+        self._memory.leave()
+        if not self._keeps_memory:
+            self._memory.close()

@@ -275,7 +275,7 @@ class Registry:
         self._index = {rank_id: index for index, rank_id in enumerate(sorted(self._waiting))}
 
     def _welcome(self, rank_id: RankId) -> None:
-        """Give a rank what its agent needs; one that cannot have it is refused."""
+        """Send a rank its WELCOME; a rank for which there is no memory or descriptor is refused."""
         connection, hello = self._waiting[rank_id]
         try:
             link, gds = self._make_link(rank_id)

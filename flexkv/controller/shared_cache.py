@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.config import CacheConfig, TransferConfig, runtime_directory
+from flexkv.controller.host_memory import HostMemory
 from flexkv.controller.listener import Listener, RankGroup
 from flexkv.controller.space import Space
 from flexkv.controller.tasks.table import TaskTable
@@ -79,9 +80,8 @@ class SharedCache:
         self.listener = Listener(
             transfer_config,
             self.transfer,
-            host_bytes=cache_config.host_bytes,
-            num_slots=cache_config.num_cpu_blocks,
-            hugepage_bytes=cache_config.hugepage_bytes,
+            HostMemory(cache_config.host_bytes, cache_config.num_cpu_blocks, cache_config.hugepage_bytes),
+            on_new_content=self.reset,
             on_gds=self._on_gds if cache_config.ssd_bytes and cache_config.enable_gds else None,
         )
         self.space = Space(

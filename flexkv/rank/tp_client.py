@@ -68,7 +68,7 @@ class KVTPClient:
         self._config = transfer_config or load_config().transfer
         self.rank = RankClient(
             gpu_register_port, dp_client_id, device_id, pp_rank, intra_client_id, self._config,
-            reconnect=self._config.uses_daemon,
+            reconnect=self._config.uses_daemon or bool(self._config.node_secret),
         )
         self._lock = threading.Lock()
         self._signals: LayerSignals | None = None

@@ -1,5 +1,6 @@
 """Connects an engine to its controller, in its process or in the daemon, behind one interface."""
 
+import logging
 from collections.abc import Sequence
 
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, runtime_directory
@@ -11,6 +12,8 @@ from flexkv.protocol.sockets import socket_path
 from flexkv.server.engine_client import EngineClient
 from flexkv.server.launch import ensure_daemon, server_port
 from flexkv.storage.store import TierKind
+
+logger = logging.getLogger("flexkv.server")
 
 
 def connect(
@@ -25,7 +28,9 @@ def connect(
 ) -> Blocks:
     """The blocks of an engine, not started yet. Arguments as ``Controller``; ``tiers`` and most of ``cache_config`` are
     the daemon's, if ``transfer_config`` says that the engine uses one."""
-    if not transfer_config.uses_daemon:
+    if transfer_config.uses_daemon and model_config.nnodes > 1:
+        logger.warning("the KV of an engine on several nodes is kept in its own processes: the daemon is not used")
+    if not transfer_config.uses_daemon or model_config.nnodes > 1:
         return Controller(
             model_config, cache_config, transfer_config, dp_client_id, gpu_register_port, tiers=tiers, note=note
         )

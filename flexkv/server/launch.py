@@ -16,7 +16,7 @@ from flexkv.protocol.sockets import connect, socket_path
 
 logger = logging.getLogger("flexkv.server")
 
-_FLEXKV = "import sys; sys.path.remove(''); from flexkv.cli.main import main; sys.exit(main())"
+FLEXKV = "import sys; sys.path.remove(''); from flexkv.cli.main import main; sys.exit(main())"
 """The command ``flexkv`` of this interpreter and its path, wherever it is installed; not that of the directory in which
 the engine runs."""
 
@@ -64,7 +64,7 @@ def ensure_daemon(path: Path, cache: CacheConfig, transfer: TransferConfig) -> N
     if is_running(path):
         return
     _started[:] = [process for process in _started if process.poll() is None]
-    command = [sys.executable, "-c", _FLEXKV, "serve", "--socket", str(path), "--idle-exit", str(_IDLE_EXIT_S),
+    command = [sys.executable, "-c", FLEXKV, "serve", "--socket", str(path), "--idle-exit", str(_IDLE_EXIT_S),
                "--settings-from-stdin"]
     settings = {**_given(cache), **_given(transfer)}
     for name in ("tokens_per_block", "gpu_register_port"):

@@ -140,10 +140,11 @@ class TransferEngine(GraphRunner):
         """Whether the engine was started and not shut down."""
         return self._listener is not None and not self._closing
 
-    def expect_ranks(self, client: int, num_ranks: int) -> None:
-        """Record the number of ranks of a data-parallel client, which may join from now on."""
+    def expect_ranks(self, client: int, num_ranks: int, num_nodes: int = 1) -> None:
+        """Record the number of ranks on this node, and of nodes, of a data-parallel client. They may join from now
+        on."""
         with self._lock:
-            self._device.expect(client, num_ranks)
+            self._device.expect(client, num_ranks, num_nodes)
 
     def dismiss_ranks(self, client: int, reason: str) -> None:
         """Disconnect the ranks of a client, which may not join any more; ``reason`` is for the log."""
@@ -151,7 +152,7 @@ class TransferEngine(GraphRunner):
             self._device.dismiss(client, reason)
 
     def has_ranks(self, client: int) -> bool:
-        """Whether all ranks of a client have joined and have pinned the usable slots."""
+        """Whether all ranks and nodes of a client have joined and have pinned the usable slots."""
         return self._device.caught_up(client)
 
     def call_soon(self, function: Callable[[], None]) -> None:
@@ -159,6 +160,15 @@ class TransferEngine(GraphRunner):
         with self._lock:
             if not self._closing and self._watch is not None:
                 self._watch.call_soon(function)
+
+    def hellos(self, client: int) -> list[Hello]:
+        """Descriptions of the connected ranks of a client."""
+        return [link.hello for link in self._device.links_of(client)]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no graph runs: no slot and no page is accessed."""
+        return self._scheduler.idle
 
     def num_pages(self, client: int) -> int | None:
         """Pages of the first layer group of the client's rank that has the fewest; None: none is connected."""

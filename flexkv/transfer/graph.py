@@ -3,6 +3,7 @@
 import enum
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +102,23 @@ def _further(pages: NDArray[np.int32], count: int) -> NDArray[np.int32]:
     return _int32("further_pages", table.ravel()).reshape(table.shape)
 
 
+@dataclass(frozen=True)
+class PartOf:
+    """The op of another node's controller of which an op is a part, as the ranks must know it.
+
+    Attributes
+    ----------
+    task_id, num_blocks : int
+        Task and number of blocks of that op.
+    has_more : bool
+        Further parts follow.
+    """
+
+    task_id: int
+    num_blocks: int
+    has_more: bool
+
+
 class TransferOp:
     """Moves block i from ``src[i]`` to ``dst[i]``.
 
@@ -132,6 +150,7 @@ class TransferOp:
         the group, and its bytes of the group are not moved. A block without a page in any group fails.
     checksums : (n,) uint64, optional
         Expected checksums of the blocks of a read from a lower tier. A block with another checksum fails.
+    part_of : PartOf, optional
 
     Attributes
     ----------
@@ -167,6 +186,7 @@ class TransferOp:
         tier: int = 0,
         further_pages: NDArray[np.int32] | None = None,
         checksums: NDArray[np.uint64] | None = None,
+        part_of: PartOf | None = None,
     ) -> None:
         if len(src) != len(dst) or len(src) == 0:
             raise ValueError(f"{len(src)} sources, {len(dst)} destinations: the numbers must be equal, and at least 1")
@@ -183,6 +203,7 @@ class TransferOp:
         self.parents = parents
         self.further_pages = None if further_pages is None else _further(further_pages, len(src))
         self.checksums = checksums
+        self.part_of = part_of
         self.dependents: list[tuple[TransferOp, Dependency]] = []
         self.followers: list[TransferOp] = []
         self.unmet = 0

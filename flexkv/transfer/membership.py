@@ -94,14 +94,12 @@ class Membership:
         self._watch.remove(link.rings.receiving_event_fd)
         self._device.detach(link)
         self._on_leave(link)
-        name = f"rank {link.hello.rank}"
         if link.said_farewell or self.is_closing:
-            logger.info("%s has left", name)
+            logger.info("%s has left", link.name)
         else:
             logger.warning(
-                "%s (process %d) ended without a farewell: %d transfers have failed%s", name, link.process.pid,
-                len(link.ops), "; slots that it may still write stay reserved until the process is gone"
-                if link.busy else "",
+                "%s ended without a farewell: %d transfers have failed%s", link.name, len(link.ops),
+                "; slots that it may still write stay reserved until it is gone" if link.busy else "",
             )
         if link.said_farewell or not link.busy:
             self._bury(link)
@@ -121,7 +119,7 @@ class Membership:
         if not link.process.is_gone:
             return
         if link in self._dying:
-            logger.info("process %d of rank %d is gone; its slots are free", link.process.pid, link.hello.rank)
+            logger.info("%s is gone; its slots are free", link.name)
             self._locked(partial(self._bury, link))
         else:
             self._locked(partial(self._leave, link))

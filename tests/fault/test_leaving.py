@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from flexkv._core.device.agent import DeviceAgent
 from flexkv.config import CacheConfig, ModelConfig, TransferConfig
+from flexkv.controller.host_memory import HostMemory
 from flexkv.controller.listener import Listener
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import RegistrationError, TransferError
@@ -123,7 +125,7 @@ def test_a_rank_that_leaves_reads_like_one(tmp_path: Path, caplog: pytest.LogCap
         wait_ready(manager)
         assert save(manager, 1) is Status.SUCCESS
         client.close()
-        until(lambda: "rank 0 has left" in caplog.text)
+        until(lambda: re.search(r"rank 0 \(process \d+\) has left", caplog.text) is not None)
     with rank_of(tmp_path, tensors):
         wait_ready(manager)
         manager.shutdown()
@@ -208,7 +210,7 @@ def test_a_thread_that_is_stuck_does_not_hold_up_a_shutdown(tmp_path: Path, monk
 
     config = TransferConfig(gpu_register_port=str(tmp_path / "s"), handshake_timeout_s=0.2)
     engine = TransferEngine(config, on_capacity=lambda slots: None, housekeeping=housekeeping)
-    Listener(config, engine, host_bytes=1 << 20).start()
+    Listener(config, engine, HostMemory(1 << 20)).start()
     assert stuck.wait(5.0)
     start = time.monotonic()
     with pytest.raises(TransferError, match="does not end"):

@@ -26,7 +26,7 @@ LAYERS = [
     {"metrics"},
     {"controller"},
     {"server"},
-    {"kvmanager"},
+    {"kvmanager", "transfer_manager"},
     {"tools", "integration", "common"},
     {"cli"},
 ]
@@ -35,7 +35,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What nobody in the package imports, because it is for others.
 ENTRY_POINTS = {
     "flexkv.cli.__main__", "flexkv.common.config", "flexkv.common.memory_handle", "flexkv.common.request",
-    "flexkv.common.storage", "flexkv.server.client",
+    "flexkv.common.storage", "flexkv.server.client", "flexkv.transfer_manager",
     "flexkv.integration.vllm.vllm_v1_adapter", "flexkv.integration.vllm.connector",
 }
 

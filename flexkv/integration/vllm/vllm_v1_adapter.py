@@ -18,6 +18,7 @@ from flexkv.integration.vllm.data_parallel import data_parallel_rank, settings_o
 from flexkv.integration.vllm.identity import identify
 from flexkv.integration.vllm.log import follow_vllm_log
 from flexkv.integration.vllm.metadata import FlexKVConnectorMetadata
+from flexkv.integration.vllm.nodes import num_nodes, settings_of_nodes, start_storage_host, unsupported_nodes
 from flexkv.integration.vllm.off import OffScheduler, OffWorker
 from flexkv.integration.vllm.replicas import copy_name
 from flexkv.integration.vllm.scheduler import SchedulerSide
@@ -32,6 +33,7 @@ from flexkv.integration.vllm.worker import WorkerSide, find_metadata
 from flexkv.rank.rank import RankClient
 from flexkv.server.connect import connect
 from flexkv.server.launch import with_daemon
+from flexkv.server.node_launch import TransferManagerOnRemote
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +53,8 @@ logger = logging.getLogger("flexkv.vllm")
 def _settings(vllm_config: "VllmConfig", rank: int) -> FlexKVConfig:
     """Settings of this engine. ``kv_connector_extra_config`` overrides file and environment."""
     config = engine_config(vllm_config.kv_transfer_config.kv_connector_extra_config, follow_vllm_log)
-    return settings_of_rank(replace(config, transfer=with_daemon(config.transfer)), rank)
+    config = settings_of_rank(replace(config, transfer=with_daemon(config.transfer)), rank)
+    return settings_of_nodes(vllm_config, config, rank)
 
 
 def _register_port(vllm_config: "VllmConfig", config: FlexKVConfig) -> str:
@@ -79,6 +82,7 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
         use_mla=bool(model.use_mla),
         tp_size=parallel.tensor_parallel_size,
         pp_size=parallel.pipeline_parallel_size,
+        nnodes=num_nodes(vllm_config),
         model_id=str(model.model),
         revision=str(model.revision or ""),
         weights_id=identity.weights_id,
@@ -120,7 +124,8 @@ class FlexKVConnectorV1Impl:
         self._vllm_config = vllm_config
         self._scheduler = GuardedScheduler(None, vllm_config.cache_config.block_size)
         self._worker = GuardedWorker(None)
-        reason = unsupported(vllm_config)
+        self._storage_host: TransferManagerOnRemote | None = None
+        reason = unsupported(vllm_config) or unsupported_nodes(vllm_config, config)
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler.side = self._make_scheduler(rank) if reason is None else self._off(reason)
         else:
@@ -155,14 +160,16 @@ class FlexKVConnectorV1Impl:
     def _make_worker(self, rank: int) -> WorkerSide:
         from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
-        transfer = self._config.transfer
+        transfer, port = self._config.transfer, _register_port(self._vllm_config, self._config)
+        if num_nodes(self._vllm_config) > 1:
+            self._storage_host = start_storage_host(self._vllm_config, self._config, port)
+        reconnects = transfer.uses_daemon or num_nodes(self._vllm_config) > 1
         client = RankClient(
-            _register_port(self._vllm_config, self._config), dp_client_id=rank, pp_rank=get_pp_group().rank_in_group,
-            intra_client_id=get_tensor_model_parallel_rank(), transfer_config=transfer,
-            reconnect=transfer.uses_daemon,
+            port, dp_client_id=rank, pp_rank=get_pp_group().rank_in_group,
+            intra_client_id=get_tensor_model_parallel_rank(), transfer_config=transfer, reconnect=reconnects,
         )
         # a controller ends a transfer after ten times op_timeout_s in any case
-        leave_after_s = 12 * transfer.op_timeout_s if transfer.uses_daemon else math.inf
+        leave_after_s = 12 * transfer.op_timeout_s if reconnects else math.inf
         copy = copy_name(self._vllm_config, get_tensor_model_parallel_rank())
         return WorkerSide(client, self._config.connector, copy, leave_after_s)
 
@@ -188,6 +195,8 @@ class FlexKVConnectorV1Impl:
         """Stop all threads and free all memory."""
         self._scheduler.shutdown()
         self._worker.shutdown()
+        if self._storage_host is not None:
+            self._storage_host.shutdown()
 
     # ---- worker -----------------------------------------------------------------------------------------------
 

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkv._core.device.ring import ControllerRings
 from flexkv.errors import RingCorruptedError
 from flexkv.protocol.peer_process import PeerProcess
 from flexkv.protocol.registration import FAREWELL, MAX_MESSAGE_BYTES, Hello
@@ -80,6 +80,41 @@ class Part:
         return self.indices[start:stop] if self.first < 0 else slice(self.first + start, self.first + stop)
 
 
+class OpChannel(Protocol):
+    """Sends parts of ops to an agent or a node, and receives their results: the methods of ``ControllerRings`` that a
+    link uses, with the same meaning."""
+
+    @property
+    def max_blocks(self) -> int: ...
+    @property
+    def receiving_event_fd(self) -> int: ...
+    @property
+    def usable_slots(self) -> int: ...
+    def push_op(
+        self, op_id: int, task_id: int, kind: int, fence: int, slots: NDArray[np.int32], pages: NDArray[np.int32],
+        op_blocks: int, flags: int = 0, counter: int = 0, outstanding: int = 0,
+    ) -> bool: ...
+    def push_cancel(self, op_id: int) -> bool: ...
+    def pop_result(self) -> tuple[int, int, NDArray[np.bool_], bool] | None: ...
+    def note_populated(self, num_slots: int, last: bool) -> None: ...
+    def reached(self, load: bool) -> float: ...
+    def spin(self, nanoseconds: int) -> bool: ...
+    def set_waiting(self, waiting: bool) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Peer(Protocol):
+    """The process of an agent, as ``PeerProcess``."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def is_gone(self) -> bool: ...
+    def close(self) -> None: ...
+
+
 class AgentLink:
     """The controller's link to one rank's agent.
 
@@ -88,14 +123,14 @@ class AgentLink:
     connection : socket
         Non-blocking, after the handshake; owned by the link.
     hello : Hello
-    rings : ControllerRings
+    rings : OpChannel
         Owned by the link.
     writes : bool
         Whether the rank writes a part of a slot; otherwise it only reads.
 
     Attributes
     ----------
-    process : PeerProcess
+    process : Peer
         Process of the agent; owned by the link.
     said_farewell : bool
         The agent has ended on purpose: it accesses no slot and no page any more.
@@ -104,13 +139,13 @@ class AgentLink:
     """
 
     def __init__(
-        self, connection: socket.socket, hello: Hello, rings: ControllerRings, writes: bool = True
+        self, connection: socket.socket, hello: Hello, rings: OpChannel, writes: bool = True
     ) -> None:
         self.connection = connection
         self.hello = hello
         self.rings = rings
         self.writes = writes
-        self.process = PeerProcess(connection)
+        self.process = self._process()
         self.said_farewell = False
         self.on_backlog: Callable[[], None] = lambda: None
         self._outstanding: dict[int, Part] = {}
@@ -119,6 +154,14 @@ class AgentLink:
         self._disconnected = False
         self.caught_up = False      # it has pinned the usable slots: see PoolGrowth
         self._log = RepeatedLog(logger)
+
+    def _process(self) -> Peer:
+        return PeerProcess(self.connection)
+
+    @property
+    def name(self) -> str:
+        """The rank, for a log line."""
+        return f"rank {self.hello.rank} (process {self.process.pid})"
 
     # ---- to the agent -----------------------------------------------------------------------------------------
 
@@ -168,16 +211,19 @@ class AgentLink:
             further = op.further_pages if whole else op.further_pages[:, part.indices]
             pages = np.concatenate([pages, further.ravel()])
         flags = part.flags | part.flight.cancelled * OpFlag.CANCELLED
+        task_id, num_blocks = op.task_id, len(op)
+        if op.part_of is not None:
+            task_id, num_blocks = op.part_of.task_id, op.part_of.num_blocks
         try:
             if not self.rings.push_op(
-                part.part_id, op.task_id, op.kind, op.fence, slots, pages, len(op), flags, op.counter,
+                part.part_id, task_id, op.kind, op.fence, slots, pages, num_blocks, flags, op.counter,
                 len(self._outstanding),
             ):
                 return False
         except RingCorruptedError:
             raise
         except Exception as error:
-            self._log.write(logging.ERROR, f"task {op.task_id} cannot be sent to {self.hello}; its blocks fail", error)
+            self._log.write(logging.ERROR, f"task {op.task_id} cannot be sent to {self.name}; its blocks fail", error)
             self._backlog.popleft()
             part.flight.answer(part.indices, np.zeros(len(part.indices), dtype=np.bool_))
             return True
@@ -189,7 +235,7 @@ class AgentLink:
         """Disconnect an agent that cannot be trusted, so that it ends. Its slots and pages stay reserved until then."""
         if not self._disconnected:
             self._disconnected = True
-            logger.log(level, "agent of %s: %s; it is disconnected", self.hello, reason)
+            logger.log(level, "%s: %s; it is disconnected", self.name, reason)
             with suppress(OSError):                          # the agent has closed the connection already
                 self.connection.shutdown(socket.SHUT_WR)
 
@@ -253,12 +299,13 @@ class AgentLink:
             self.flush()
         return any_result
 
-    def fail_backlog(self) -> None:
-        """Fail the parts that were never sent."""
+    def fail_backlog(self) -> list[Part]:
+        """Fail the parts that were never sent, and return them."""
         parts = list(self._backlog)
         self._backlog.clear()
         self._cancels.clear()
         self._fail(parts)
+        return parts
 
     def lose(self) -> None:
         """Fail all blocks that the agent has not reported. It must not access any slot any more."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from flexkv.protocol.ring import OpFlag, OpKind
 from flexkv.transfer.executor import Executor, Progress
 from flexkv.transfer.executors.agent_link import AgentLink, Flight, Part
+from flexkv.transfer.executors.node_link import MissedOps
 from flexkv.transfer.graph import TransferOp
 
 _LOADS = frozenset({OpKind.H2D, OpKind.STORE2D})
@@ -41,10 +42,14 @@ class DeviceExecutor(Executor):
         self._flights: dict[TransferOp, Flight] = {}
         self._part_ids = itertools.count(1)
         self._readers: dict[int, set[tuple[int, int]]] = {}      # ranks that write nothing, by client
+        self._missed: dict[int, MissedOps] = {}                  # by client that has several nodes
 
-    def expect(self, client: int, num_ranks: int) -> None:
-        """Record the number of ranks of a data-parallel client, which may connect from now on."""
-        self._ranks[client] = num_ranks
+    def expect(self, client: int, num_ranks: int, num_nodes: int = 1) -> None:
+        """Record the number of ranks on this node, and of nodes, of a data-parallel client. They may connect from now
+        on."""
+        self._ranks[client] = num_ranks + num_nodes - 1
+        if num_nodes > 1:
+            self._missed[client] = MissedOps()
 
     def dismiss(self, client: int, reason: str) -> None:
         """Disconnect the ranks of a client: no more ranks of it connect, and no more ops of it come."""
@@ -62,6 +67,10 @@ class DeviceExecutor(Executor):
         self._links.setdefault(link.hello.dp_client_id, []).append(link)
         if not link.writes:                          # kept when the rank leaves: saves go on without it
             self._readers.setdefault(link.hello.dp_client_id, set()).add((link.hello.pp_rank, link.hello.rank))
+        if (missed := self._missed.get(link.hello.dp_client_id)) is not None:
+            for op, indices in missed.join(link):
+                flight = Flight(op, lambda *_: None, np.ones(len(op), np.int16), np.zeros(len(op), np.bool_))
+                self._send([link], flight, indices, OpFlag.CANCELLED, True)
 
     def detach(self, link: AgentLink) -> None:
         """Send no more ops to an agent; parts that were not sent yet fail. Can be called again."""
@@ -71,7 +80,10 @@ class DeviceExecutor(Executor):
         if not links and link.hello.dp_client_id not in self._ranks:         # none of its ranks will come again
             self._links.pop(link.hello.dp_client_id, None)
             self._readers.pop(link.hello.dp_client_id, None)
-        link.fail_backlog()
+            self._missed.pop(link.hello.dp_client_id, None)
+        unsent = link.fail_backlog()
+        if (missed := self._missed.get(link.hello.dp_client_id)) is not None:
+            missed.leave(link, unsent)
 
     @property
     def links(self) -> Iterable[AgentLink]:
@@ -113,11 +125,20 @@ class DeviceExecutor(Executor):
         if failed:
             flight.ok[rows] = False
         flight.missing[rows] = len(links)
+        if op.dp_client_id in self._missed:
+            self._missed[op.dp_client_id].record(op, indices, links)
         if not links:
             progress(op, rows, flight.ok[rows])
             return
         flags = failed * OpFlag.CANCELLED | op.layerwise * OpFlag.LAYERWISE     # int: an IntFlag is slow to create
-        complete = bool(np.count_nonzero(op.started) == len(op))
+        complete = bool(np.count_nonzero(op.started) == len(op)) and not (op.part_of and op.part_of.has_more)
+        self._send(links, flight, indices, flags, complete)
+
+    def _send(
+        self, links: Sequence[AgentLink], flight: Flight, indices: NDArray[np.intp], flags: int, complete: bool
+    ) -> None:
+        """Send blocks of an op to agents, in parts that fit a record; ``complete``: no others of the op follow."""
+        first = int(indices[0]) if _consecutive(indices) else -1
         for link in links:
             for start in range(0, len(indices), link.rings.max_blocks):
                 piece = indices[start : start + link.rings.max_blocks]

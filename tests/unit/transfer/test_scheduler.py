@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from flexkv.config import TransferConfig
+from flexkv.controller.host_memory import HostMemory
 from flexkv.controller.listener import Listener
 from flexkv.errors import InvariantError
 from flexkv.protocol.ring import OpKind
@@ -68,7 +69,7 @@ def pipeline(tmp_path: Path) -> Iterator[Pipeline]:
     engine = TransferEngine(config, on_capacity=lambda slots: None, executors=legs)
     for leg in legs:
         engine._executors.update(dict.fromkeys(leg.routes, leg))
-    Listener(config, engine, host_bytes=1 << 20).start()
+    Listener(config, engine, HostMemory(1 << 20)).start()
     yield Pipeline(engine, *legs)
     for leg in legs:
         rest = [i for i in leg.given if leg._op is not None and not leg._op.resolved[i]]

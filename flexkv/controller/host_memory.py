@@ -1,0 +1,97 @@
+"""The host pool of a controller or a storage host: made for the first layout, and checked against the others."""
+
+import secrets
+import threading
+from collections.abc import Callable
+
+from flexkv.errors import RegistrationError
+from flexkv.storage.host_pool import HostPool
+from flexkv.storage.layout import SlotLayout
+
+OnExtent = Callable[[int, bool], None]
+"""``on_extent(num_slots, last)``: more slots are populated; ``last``: these are all. As in ``HostPool.populate``."""
+
+
+class HostMemory:
+    """Makes the host pool, and keeps it.
+
+    Parameters
+    ----------
+    host_bytes : int
+    num_slots : int, optional
+        Default: as many as fit ``host_bytes``.
+    hugepage_bytes : int
+        0: ordinary pages.
+    replaces : bool
+        A layout that differs from the pool's gets a new pool, and the old one is freed. False: it is refused, because
+        engines share the pool.
+
+    Attributes
+    ----------
+    pool : HostPool or None
+    incarnation : str
+        Identity of the pool's content: a new pool has another one.
+    """
+
+    def __init__(
+        self, host_bytes: int, num_slots: int | None = None, hugepage_bytes: int = 0, *, replaces: bool = False
+    ) -> None:
+        self._host_bytes, self._num_slots, self._hugepage_bytes = host_bytes, num_slots, hugepage_bytes
+        self._replaces = replaces
+        self._lock = threading.Lock()
+        self._extent = (0, False)
+        self._on_extent: OnExtent = lambda num_slots, last: None
+        self.pool: HostPool | None = None
+        self.incarnation = ""
+
+    def pool_for(self, layout: SlotLayout, on_extent: OnExtent) -> HostPool:
+        """The pool for a layout. From now on ``on_extent`` is called with the populated slots, and the callable of an
+        earlier call no more.
+
+        Raises
+        ------
+        RegistrationError
+            The pool was made for another layout.
+        CapacityError
+        """
+        if self.pool is not None and (layout.slot_bytes, layout.content) != (self.pool.slot_bytes, self.pool.content):
+            if not self._replaces:
+                raise RegistrationError("the layout of a block differs from that of the engines whose cache it shares")
+            self.close()
+            self.pool = None
+        if self.pool is None:
+            self._make(layout)
+        assert self.pool is not None  # narrowing: it was made
+        with self._lock:
+            self._on_extent = on_extent
+            extent = self._extent
+        if extent != (0, False):
+            on_extent(*extent)
+        return self.pool
+
+    def _make(self, layout: SlotLayout) -> None:
+        num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // layout.slot_bytes
+        pool = HostPool(layout.slot_bytes, num_slots, self._hugepage_bytes, layout.content)
+        self._extent = (0, False)
+        try:
+            pool.populate(self._populated)
+        except BaseException:
+            pool.close()
+            raise
+        self.pool, self.incarnation = pool, secrets.token_hex(8)
+
+    def _populated(self, num_slots: int, last: bool) -> None:
+        with self._lock:
+            self._extent = (num_slots, last)
+            on_extent = self._on_extent
+        on_extent(num_slots, last)
+
+    def leave(self) -> None:
+        """Call the callable of ``pool_for`` no more."""
+        with self._lock:
+            self._on_extent = lambda num_slots, last: None
+
+    def close(self) -> None:
+        """Free the pool, which is not accessed any more. Can be called again."""
+        if self.pool is not None:
+            self.pool.close()

@@ -1,0 +1,57 @@
+"""The host pool: made once, announced to its present user, and replaced only where nobody shares it."""
+
+import pytest
+
+from flexkv.controller.host_memory import HostMemory
+from flexkv.errors import CapacityError, RegistrationError
+from flexkv.storage.layout import SlotLayout
+from tests.support.harness import until
+
+LAYOUT, OTHER = SlotLayout.sharded([5000]), SlotLayout.sharded([5000, 5000])
+
+
+def test_each_user_hears_of_all_slots_once_it_has_come() -> None:
+    memory = HostMemory(1 << 20, 16)
+    first: list[tuple[int, bool]] = []
+    pool = memory.pool_for(LAYOUT, lambda *extent: first.append(extent))
+    until(lambda: (16, True) in first)
+    second: list[tuple[int, bool]] = []
+    assert memory.pool_for(LAYOUT, lambda *extent: second.append(extent)) is pool
+    assert second == [(16, True)]
+    memory.leave()
+    count = len(second)
+    memory._populated(16, True)
+    assert len(second) == count
+    memory.close()
+    memory.close()
+
+
+def test_a_shared_pool_is_not_replaced() -> None:
+    memory = HostMemory(1 << 20, 16)
+    pool = memory.pool_for(LAYOUT, lambda *_: None)
+    incarnation = memory.incarnation
+    with pytest.raises(RegistrationError, match="layout"):
+        memory.pool_for(OTHER, lambda *_: None)
+    assert (memory.pool, memory.incarnation) == (pool, incarnation)
+    memory.close()
+
+
+def test_a_pool_of_one_engine_is_replaced_and_its_content_is_another() -> None:
+    memory = HostMemory(1 << 20, 16, replaces=True)
+    pool = memory.pool_for(LAYOUT, lambda *_: None)
+    incarnation = memory.incarnation
+    again: list[tuple[int, bool]] = []
+    other = memory.pool_for(OTHER, lambda *extent: again.append(extent))
+    assert other is not pool
+    assert memory.incarnation != incarnation
+    assert pool.fd == -1
+    until(lambda: (16, True) in again)
+    memory.close()
+
+
+def test_a_pool_that_cannot_be_made_leaves_nothing() -> None:
+    memory = HostMemory(100)
+    with pytest.raises(CapacityError):
+        memory.pool_for(LAYOUT, lambda *_: None)
+    assert memory.pool is None
+    memory.close()
