@@ -32,10 +32,13 @@ LIMIT_S = 240.0
 class Vllm:
     """A vLLM in a process of its own."""
 
-    def __init__(self, model: str, daemon: Path | None, log: Path, *, cores: str = "", **llm: Any) -> None:
-        settings = {} if daemon is None else {"server_recv_port": str(daemon), "server_launch_mode": "external",
-                                              "audit": False}
-        options = {"block_size": 32, "gpu_blocks": 100, "flexkv": daemon is not None, "settings": settings,
+    def __init__(
+        self, model: str, daemon: Path | None, log: Path, *, cores: str = "", settings: dict[str, Any] | None = None,
+        **llm: Any,
+    ) -> None:
+        if daemon is not None:
+            settings = {"server_recv_port": str(daemon), "server_launch_mode": "external", "audit": False}
+        options = {"block_size": 32, "gpu_blocks": 100, "flexkv": settings is not None, "settings": settings or {},
                    "model": model, "llm": llm}
         command = [sys.executable, "-m", "tests.integration.vllm_engine_process", json.dumps(options)]
         bind = {"VLLM_CPU_OMP_THREADS_BIND": cores} if cores else {}
