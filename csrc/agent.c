@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -529,8 +530,10 @@ static int sleep_until_news(struct flexkv_agent *agent)
                             { agent->options.socket_fd, POLLIN | POLLRDHUP, 0 } };
     eventfd_t count;
 
-    if (soon && now_ns() - agent->last_news_ns < SPIN_NS)
+    if (soon && now_ns() - agent->last_news_ns < SPIN_NS) {
+        sched_yield();                 /* to the controller, where there are few processors */
         return 0;
+    }
     if (flexkv_ring_set_waiting(&agent->submissions, 1))
         return 0;
     if (ppoll(fds, 3, busy || agent->fences_behind ? &pause : NULL, NULL) < 0 && errno != EINTR)

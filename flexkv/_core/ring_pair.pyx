@@ -20,6 +20,10 @@ from flexkv.errors import RingCorruptedError
 HEADER_BYTES = FLEXKV_RING_HEADER
 
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+
 cdef int64_t now_ns() noexcept nogil:
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
@@ -129,13 +133,16 @@ cdef class RingPair:
         return bool(flexkv_ring_set_waiting(&self.receiving, waiting))
 
     def spin(self, Py_ssize_t spin_ns):
-        """Watch for a record for up to ``spin_ns`` nanoseconds, without the GIL; True if there is one."""
+        """Watch for a record for up to ``spin_ns`` nanoseconds, without the GIL; True if there is one. Other threads that
+        wait for this processor run meanwhile: the sender may be one of them."""
         cdef int64_t until
         cdef bint found = False
         with nogil:
             until = now_ns() + spin_ns
             while not found:
                 found = flexkv_ring_readable(&self.receiving)
-                if not found and now_ns() >= until:
-                    break
+                if not found:
+                    if now_ns() >= until:
+                        break
+                    sched_yield()
         return found

@@ -112,6 +112,7 @@ class Watch:
             if events := self._epoll.poll(0):
                 self._last_event = time.monotonic()
                 return events
+            os.sched_yield()
         events = self._epoll.poll(timeout_s)
         if events and self.spin_s:
             self._last_event = time.monotonic()
