@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flexkv.errors import FlexKVError
-from flexkv.tools.bench import api, daemon, evict, gds, gpu, hash, insert, match, memory, recover, ssd, start
+from flexkv.tools.bench import api, daemon, evict, gds, gpu, hash, insert, match, memory, ranks, recover, ssd, start
 from flexkv.tools.bench.report import Line, show
 
 _BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
@@ -17,6 +17,7 @@ _BENCHES: dict[str, Callable[[argparse.Namespace], Iterator[Line]]] = {
     "recover": lambda args: recover.run(args.blocks),
     "api": lambda args: api.run(),
     "daemon": lambda args: daemon.run(),
+    "ranks": lambda args: ranks.run(),
     "gpu": lambda args: gpu.run(),
     "ssd": lambda args: ssd.run(args.dir),
     "gds": lambda args: gds.run(args.dir),
