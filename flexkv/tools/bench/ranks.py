@@ -126,14 +126,14 @@ def _engine(num_ranks: int, nodes: int, num_blocks: int, layer_bytes: int, on_gp
         ports = [str(Path(name) / f"node{node}.sock") for node in range(nodes)]
         manager = KVManager(
             ModelConfig(num_layers=_LAYERS, tp_size=num_ranks, nnodes=nodes, model_id="ranks"),
-            CacheConfig(tokens_per_block=_TOKENS, num_cpu_blocks=num_blocks + 8), gpu_register_port=ports[0],
+            CacheConfig(tokens_per_block=_TOKENS, num_cpu_blocks=2 * num_blocks), gpu_register_port=ports[0],
             transfer_config=TransferConfig(**transfer),
         )
         stack.callback(manager.shutdown)
         manager.start()
         processes = []
         if nodes > 1:
-            settings = {**transfer, "num_cpu_blocks": num_blocks + 8, "log_level": "ERROR"}
+            settings = {**transfer, "num_cpu_blocks": 2 * num_blocks, "log_level": "ERROR"}
             processes.append(context.Process(target=_host, args=(ports[1], settings), daemon=True))
         pipes = []
         for rank in range(num_ranks):
@@ -150,7 +150,7 @@ def _engine(num_ranks: int, nodes: int, num_blocks: int, layer_bytes: int, on_gp
                 raise AssertionError("a rank did not register")
             pipe.recv()
         until = time.monotonic() + 120
-        while not manager.is_ready() or manager.stats().get("num_slots", 0) < num_blocks + 8:
+        while not manager.is_ready() or manager.stats().get("num_slots", 0) < 2 * num_blocks:
             if time.monotonic() > until:
                 raise AssertionError("the pool does not grow")
             time.sleep(0.01)
