@@ -40,7 +40,7 @@ _TURN = 64
 _MAX_UNSENT = 4096
 """Replies of one session that may wait for room in its ring. At more the session ends: its engine reads none."""
 
-_SPIN_S = 100e-6
+_SPIN_S = 300e-6
 """Time for which the daemon polls after its last work, in seconds: an engine's next request often comes within it."""
 
 _PULSE_S = 0.5

@@ -27,8 +27,9 @@ CALL_S = 0.1
 """Maximum time of a request, in seconds. The engine's scheduler waits meanwhile."""
 
 _SPIN_NS = 20_000
-_SPIN_S = 150e-6
-"""Time for which a thread that waits polls the ring before it sleeps: the daemon answers most requests within it."""
+_SPIN_S = 220e-6
+"""Time for which a thread that waits polls the ring before it sleeps: the daemon answers most requests within it, and
+the wake-up of a processor takes longer than the rest. Polling yields the processor to others."""
 
 _MAX_LATE = 3
 """Requests in a row without a reply in time, after which nothing is asked until the daemon's pulse has changed."""
