@@ -65,8 +65,8 @@ class HandHost:
         self.frames.push(FrameKind.JOIN, pack_json(Join(incarnation, ranks, num_pages)))
         self.frames.push(FrameKind.USABLE, pack_number(usable))
 
-    def next_op(self) -> NodeOp:
-        kind, payload = self.next()
+    def next_op(self, timeout_s: float = 5.0) -> NodeOp:
+        kind, payload = self.next(timeout_s)
         assert kind is FrameKind.OP
         return NodeOp.unpack(payload)
 

@@ -1,5 +1,6 @@
 """The controller's link to the storage host of another node, which runs parts of ops on all ranks of its node."""
 
+import logging
 import os
 import socket
 import time
@@ -192,8 +193,14 @@ class NodeLink(AgentLink):
         return self.healthy and self.connection.fileno() >= 0 and not self._frames.has_ended()
 
     def drain_event(self) -> bool:
-        """Whether the storage host has left. Its messages are received by ``drain``."""
-        return self._frames.has_ended()
+        """Whether the storage host has left, or is not trusted any more. Its messages are received by ``drain``."""
+        return not self.healthy or self._frames.has_ended()
+
+    def disconnect(self, reason: str, level: int = logging.ERROR) -> None:
+        """Close the connection in both directions: there is no farewell, and only a new JOIN proves rest."""
+        super().disconnect(reason, level)
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def clear_news(self) -> None:
         """Do nothing: there is no eventfd."""
@@ -203,8 +210,6 @@ class NodeLink(AgentLink):
         now = time.monotonic()
         if now - self._frames.heard > SILENCE_S:
             self.disconnect(f"it has sent nothing for {SILENCE_S:g} s")
-            with suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
         elif now - self._pinged >= PING_S:
             self._pinged = now
             self._frames.push(FrameKind.PING)
