@@ -1,7 +1,7 @@
 """All settings of the package: parsed once, checked, frozen and passed down. No other package reads the environment."""
 
 from flexkv.config.directories import cache_directory, runtime_directory
-from flexkv.config.domain import changed_domain, domain
+from flexkv.config.domain import changed_domain, domain, layout_of
 from flexkv.config.effects import warn_overruled
 from flexkv.config.paths import register_port
 from flexkv.config.settings import CacheConfig, ConnectorConfig, FlexKVConfig, ModelConfig, TransferConfig
@@ -18,6 +18,7 @@ __all__ = [
     "changed_domain",
     "domain",
     "engine_config",
+    "layout_of",
     "load_config",
     "process_environment",
     "register_port",

@@ -11,6 +11,9 @@ LAYOUT_VERSION = 3
 
 _CHANGED = b" changed "
 
+_CONTENT = ("model_id", "revision", "weights_id", "config_digest")
+"""Parts of a domain that change the bytes of KV, and not their layout."""
+
 
 def domain(model: ModelConfig, cache: CacheConfig) -> bytes:
     """Domain of a model, the seed of its block keys: two deployments share KV only if their domains are equal.
@@ -34,6 +37,19 @@ def domain(model: ModelConfig, cache: CacheConfig) -> bytes:
         "layout": LAYOUT_VERSION,
     }
     return json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
+
+
+def layout_of(domain: str) -> str:
+    """The part of a domain that determines the layout of a slot: models with equal ones can share slots. Their keys
+    differ, so they share no KV."""
+    try:
+        identity = json.loads(domain)
+    except (ValueError, RecursionError):
+        return domain
+    if not isinstance(identity, dict):
+        return domain
+    layout = {key: value for key, value in identity.items() if key not in _CONTENT}
+    return json.dumps(layout, sort_keys=True, separators=(",", ":"))
 
 
 def changed_domain(before: bytes) -> bytes:

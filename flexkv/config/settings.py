@@ -135,9 +135,10 @@ class CacheConfig(_Settings):
     ssd_deadline_s: float = setting(
         10.0, "Time limit of a read or write on SSD. One that takes longer fails.", unit="s", low=0.01
     )
-    server_max_domains: int = setting(
-        1, "Domains (models with their settings) that `flexkv serve` caches at a time. Each gets an equal share of "
-        "host memory and SSD. A new domain replaces the one that has been without an engine for the longest.",
+    server_max_pools: int = setting(
+        1, "Pools of `flexkv serve`, one for each layout of a block. Models with equal layouts share a pool; each pool "
+        "gets an equal part of host memory and SSD. A new one replaces the one that has been without an engine for the "
+        "longest.",
         low=1, high=64,
     )
     load_policy: str = setting(

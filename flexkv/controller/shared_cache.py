@@ -1,4 +1,4 @@
-"""The part of a controller that its engines share: data plane, host pool, index, tiers and metrics of one domain."""
+"""The part of a controller that its engines share: data plane, host pool, index, tiers and metrics of one pool."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ logger = logging.getLogger("flexkv.controller")
 
 
 class SharedCache:
-    """Data plane, host pool, index and tiers of one domain, for one or more engines. Thread safe.
+    """Data plane, host pool, index and tiers of one pool, for one or more engines. Thread safe.
 
     Parameters
     ----------

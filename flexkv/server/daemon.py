@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-from flexkv.config import CacheConfig, FlexKVConfig
+from flexkv.config import CacheConfig, FlexKVConfig, layout_of
 from flexkv.controller.shared_cache import SharedCache
 from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.protocol.peer_process import peer_credentials
@@ -38,12 +38,12 @@ _MAX_SESSION = (1 << 30) - 1
 _TURN_S = 1.0
 
 
-def _digest(domain: str) -> str:
-    return hashlib.sha256(domain.encode(errors="replace")).hexdigest()[:32]
+def _digest(layout: str) -> str:
+    return hashlib.sha256(layout.encode(errors="replace")).hexdigest()[:32]
 
 
-class _Domain:
-    """A domain that the daemon caches: its cache, and its sessions."""
+class _Pool:
+    """The cache of all models whose slots have the same layout, and its sessions."""
 
     def __init__(self, cache: SharedCache, tokens_per_block: int, index: int) -> None:
         self.cache = cache
@@ -54,14 +54,14 @@ class _Domain:
 
 
 class Daemon:
-    """Accepts engines, and gives each a session on the cache of its domain.
+    """Accepts engines, and gives each a session on the cache of its pool.
 
     ``run`` serves until ``stop``. A fault of one connection closes that connection.
 
     Parameters
     ----------
     config : FlexKVConfig
-        Host memory and SSD are divided equally between ``server_max_domains`` domains.
+        Host memory and SSD are divided equally between ``server_max_pools`` pools.
     port : str
         Path of the Unix socket, or ``ipc://PATH``.
     idle_exit_s : float
@@ -79,10 +79,10 @@ class Daemon:
         self._config = config
         self._idle_exit_s = idle_exit_s
         self._idle_since = time.monotonic()
-        self._domains: dict[str, _Domain] = {}
+        self._pools: dict[str, _Pool] = {}
         self._watch = Watch()
         self._log = RepeatedLog(logger)
-        self._lock = threading.Lock()                # for the sessions of domains
+        self._lock = threading.Lock()                # for the sessions of pools
         self._stopping = False
         self._silent: set[socket.socket] = set()     # connections that have sent no HELLO
         self._numbers_ahead: set[int] = set()        # given, and larger than those that come next
@@ -118,7 +118,7 @@ class Daemon:
 
     def _end_if_idle(self) -> None:
         with self._lock:
-            is_used = any(domain.sessions for domain in self._domains.values())
+            is_used = any(pool.sessions for pool in self._pools.values())
         now = time.monotonic()
         self._idle_since = now if is_used else self._idle_since
         if self._idle_exit_s and now - self._idle_since > self._idle_exit_s:
@@ -129,12 +129,12 @@ class Daemon:
         self._listening.close()
         for connection in list(self._silent):
             self._drop(connection)
-        for domain in list(self._domains.values()):
+        for pool in list(self._pools.values()):
             try:
-                domain.cache.shutdown()
+                pool.cache.shutdown()
             except FlexKVError as error:
                 logger.error("a cache could not be shut down: %s", error)
-            for session in list(domain.sessions):
+            for session in list(pool.sessions):
                 session.end("the daemon ends")
         self._watch.close()
 
@@ -190,14 +190,14 @@ class Daemon:
     def _admit(self, connection: socket.socket, hello: Hello) -> None:
         listening = ListeningSocket(socket_path(hello.register_port))
         try:
-            domain = self._domain_of(hello)
+            pool = self._pool_of(hello)
             with ExitStack() as undo:
                 theirs = connection.dup()
                 undo.callback(theirs.close)
                 first_task = self._session_number(hello) << TASK_BITS
                 session = Session(
-                    theirs, listening, hello, domain.cache, self._config.cache.secret,
-                    self._config.transfer.op_timeout_s, first_task, partial(self._ended, domain),
+                    theirs, listening, hello, pool.cache, self._config.cache.secret,
+                    self._config.transfer.op_timeout_s, first_task, partial(self._ended, pool),
                 )
                 undo.pop_all()
         except BaseException:
@@ -205,8 +205,8 @@ class Daemon:
             raise
         self._drop(connection)
         with self._lock:
-            domain.sessions.add(session)
-        domain.cache.transfer.call_soon(session.begin)
+            pool.sessions.add(session)
+        pool.cache.transfer.call_soon(session.begin)
 
     def _session_number(self, hello: Hello) -> int:
         """An unused number, larger than that of the engine's session before, which another daemon may have given it.
@@ -221,71 +221,72 @@ class Daemon:
             self._numbers_ahead.add(number)
         return number
 
-    def _ended(self, domain: _Domain, session: Session) -> None:
+    def _ended(self, pool: _Pool, session: Session) -> None:
         with self._lock:
-            domain.sessions.discard(session)
-            domain.idle_since = time.monotonic()
+            pool.sessions.discard(session)
+            pool.idle_since = time.monotonic()
 
-    # ---- domains ----------------------------------------------------------------------------------------------
+    # ---- pools ------------------------------------------------------------------------------------------------
 
-    def _domain_of(self, hello: Hello) -> _Domain:
-        """The domain of an engine; a new one, if there is room.
+    def _pool_of(self, hello: Hello) -> _Pool:
+        """The pool of an engine; a new one, if there is room.
 
         Raises
         ------
         RegistrationError
-            It has other tokens per block than the domain, or all domains that fit have engines.
+            It has other tokens per block than the pool, or all pools that fit have engines.
         """
-        name = _digest(hello.domain)
-        domain = self._domains.get(name)
-        if domain is not None and not domain.cache.transfer.in_service and not domain.sessions:
-            del self._domains[name]
-            domain.cache.shutdown()
-            domain = None
-        if domain is None:
-            domain = self._domains[name] = self._new_domain(hello, name)
-        if domain.tokens_per_block != hello.tokens_per_block:
+        layout = layout_of(hello.domain)
+        name = _digest(layout)
+        pool = self._pools.get(name)
+        if pool is not None and not pool.cache.transfer.in_service and not pool.sessions:
+            del self._pools[name]
+            pool.cache.shutdown()
+            pool = None
+        if pool is None:
+            pool = self._pools[name] = self._new_pool(hello, name, layout)
+        if pool.tokens_per_block != hello.tokens_per_block:
             raise RegistrationError(
-                f"blocks of {hello.tokens_per_block} tokens; those of the domain have {domain.tokens_per_block}"
+                f"blocks of {hello.tokens_per_block} tokens; those of the pool have {pool.tokens_per_block}"
             )
-        return domain
+        return pool
 
-    def _new_domain(self, hello: Hello, name: str) -> _Domain:
-        limit = self._config.cache.server_max_domains
-        if len(self._domains) >= limit:
-            self._remove_idle_domain()
-        taken = {domain.index for domain in self._domains.values()}
+    def _new_pool(self, hello: Hello, name: str, layout: str) -> _Pool:
+        limit = self._config.cache.server_max_pools
+        if len(self._pools) >= limit:
+            self._remove_idle_pool()
+        taken = {pool.index for pool in self._pools.values()}
         index = next(number for number in range(limit) if number not in taken)
         config = self._share(hello.tokens_per_block, name)
         cache = SharedCache(
-            config, self._config.transfer, hello.domain.encode(errors="replace"),
+            config, self._config.transfer, layout.encode(errors="replace"),
             {"model_name": hello.model, "engine": f"daemon-{index}"},
             config.py_metrics_port and config.py_metrics_port + index,
             note=f"serves {hello.model or 'a model'} at {self.path}",
         )
         cache.start()
-        logger.info("new domain %s: model %s, blocks of %d tokens", name, hello.model, hello.tokens_per_block)
-        return _Domain(cache, hello.tokens_per_block, index)
+        logger.info("new pool %s: model %s, blocks of %d tokens", name, hello.model, hello.tokens_per_block)
+        return _Pool(cache, hello.tokens_per_block, index)
 
-    def _remove_idle_domain(self) -> None:
+    def _remove_idle_pool(self) -> None:
         with self._lock:
-            idle = [name for name, domain in self._domains.items() if not domain.sessions]
+            idle = [name for name, pool in self._pools.items() if not pool.sessions]
         if not idle:
             raise RegistrationError(
-                f"the daemon serves {len(self._domains)} domains (models with their settings), which all have engines: "
-                "raise server_max_domains"
+                f"the daemon has {len(self._pools)} pools, for other layouts of a block, which all have engines: "
+                "raise server_max_pools"
             )
-        name = min(idle, key=lambda name: self._domains[name].idle_since)
-        logger.info("domain %s has no engine; its memory goes to another", name)
-        self._domains.pop(name).cache.shutdown()
+        name = min(idle, key=lambda name: self._pools[name].idle_since)
+        logger.info("pool %s has no engine; its memory goes to another", name)
+        self._pools.pop(name).cache.shutdown()
 
     def _share(self, tokens_per_block: int, name: str) -> CacheConfig:
-        """The settings of a domain's cache: an equal share of host memory and SSD, and paths of its own."""
-        config, limit = self._config.cache, self._config.cache.server_max_domains
+        """The settings of a pool's cache: an equal share of host memory and SSD, and paths of its own."""
+        config, limit = self._config.cache, self._config.cache.server_max_pools
         blocks = config.num_cpu_blocks and max(1, config.num_cpu_blocks // limit)
         directories = [directory / name for directory in config.ssd_directories] if config.ssd_bytes else []
         for directory in directories:
-            _remove_old(directory.parent, {name, *self._domains}, limit)
+            _remove_old(directory.parent, {name, *self._pools}, limit)
             directory.mkdir(parents=True, exist_ok=True)
         return config.replace(
             tokens_per_block=tokens_per_block, cpu_cache_gb=config.cpu_cache_gb / limit, num_cpu_blocks=blocks,
@@ -296,12 +297,12 @@ class Daemon:
 
 
 def _remove_old(directory: Path, used: set[str], limit: int) -> None:
-    """Remove the SSD caches of domains that are not in use, the oldest first, until with the new one ``limit`` are
+    """Remove the SSD caches of pools that are not in use, the oldest first, until with the new one ``limit`` are
     left. Another daemon may use some."""
     with suppress(FileNotFoundError):
         found = [path for path in directory.iterdir() if re.fullmatch("[0-9a-f]{32}", path.name)]
         unused = [path for path in found if path.name not in used and not owner_of(path)]
         unused.sort(key=lambda path: path.stat().st_mtime)
         for path in unused[: max(0, len(unused) + len(used) - limit)]:
-            logger.info("the SSD cache of domain %s is removed, to make room for another domain", path.name)
+            logger.info("the SSD cache of pool %s is removed, to make room for another pool", path.name)
             shutil.rmtree(path, ignore_errors=True)

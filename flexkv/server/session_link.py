@@ -28,8 +28,7 @@ CALL_S = 0.1
 
 _SPIN_NS = 20_000
 _SPIN_S = 220e-6
-"""Time for which a thread that waits polls the ring before it sleeps: the daemon answers most requests within it, and
-the wake-up of a processor takes longer than the rest. Polling yields the processor to others."""
+"""Time for which a thread that waits polls the ring before it sleeps: the daemon answers most requests within it."""
 
 _MAX_LATE = 3
 """Requests in a row without a reply in time, after which nothing is asked until the daemon's pulse has changed."""

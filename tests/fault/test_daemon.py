@@ -29,7 +29,7 @@ from tests.support.harness import RankProcess, Tensors, mapping, tokens_of, unti
 KILLS = int(os.environ.get("DAEMON_KILLS", "6"))
 """Engines that are killed; 1,000 in the nightly run."""
 
-TWO_DOMAINS = {"server_max_domains": 2}
+TWO_POOLS = {"server_max_pools": 2}
 
 
 class DaemonProcess:
@@ -69,7 +69,7 @@ def expected(pages: list[int], seed: int) -> bytes:
 
 def drained(daemon: Daemon, num_sessions: int = 0) -> bool:
     """Whether ``num_sessions`` sessions are left, no task runs, and no slot is held."""
-    caches = [domain.cache for domain in daemon._domains.values()]
+    caches = [domain.cache for domain in daemon._pools.values()]
     for cache in caches:
         cache.space.index.check_integrity()
     return len(sessions_of(daemon)) == num_sessions and all(
@@ -102,18 +102,44 @@ def test_the_second_engine_loads_the_blocks_of_the_first(tmp_path: Path) -> None
         assert two.get_match(tokens_of(3))[1].all()                    # the blocks stay
 
 
-def test_other_models_have_other_caches(tmp_path: Path) -> None:
+def test_models_with_equal_layouts_share_memory_and_no_kv(tmp_path: Path) -> None:
+    """The share of each grows and shrinks by use."""
     path = tmp_path / "server"
-    with running(path, cache=TWO_DOMAINS) as daemon, engine(path, tmp_path / "r0") as (one, _, first):
-        with engine(path, tmp_path / "r1", model={"model_id": "other"}) as (two, _, _):
+    with running(path) as daemon, engine(path, tmp_path / "r0") as (one, _, first), engine(
+        path, tmp_path / "r1", model={"model_id": "other"}
+    ) as (two, _, second):
+        assert len({session.cache for session in sessions_of(daemon)}) == 1
+        first.fill(range(40), 7)
+        second.fill(range(40), 8)
+        task = one.put_async(tokens_of(40), mapping(range(40)))
+        assert one.wait(task)[task].status is Status.SUCCESS
+        task, mask = one.get_match(tokens_of(40))
+        assert mask.all()                                          # more than a half of the slots
+        one.cancel(task)
+        assert not two.get_match(tokens_of(40))[1].any()
+        task = two.put_async(tokens_of(40), mapping(range(40)))
+        assert two.wait(task)[task].status is Status.SUCCESS
+        task, mask = two.get_match(tokens_of(40))
+        blocks = int(mask.sum()) // 4
+        assert blocks > 24                                         # those of the first model were evicted
+        two.launch([task], [mapping(range(64 - blocks, 64))])
+        assert two.wait(task)[task].status is Status.SUCCESS
+        assert second.read(range(64 - blocks, 64)) == expected(list(range(blocks)), 8)
+        two.check_integrity()
+
+
+def test_other_layouts_have_other_pools(tmp_path: Path) -> None:
+    path = tmp_path / "server"
+    with running(path, cache=TWO_POOLS) as daemon, engine(path, tmp_path / "r0") as (one, _, first):
+        with engine(path, tmp_path / "r1", model={"dtype": "bfloat16"}) as (two, _, _):
             first.fill([0, 1], 7)
             task = one.put_async(tokens_of(2), mapping([0, 1]))
             assert one.wait(task)[task].status is Status.SUCCESS
             assert not two.get_match(tokens_of(2))[1].any()
             assert one.stats()["num_slots"] == two.stats()["num_slots"] == 24
-            third = make_engine(path, tmp_path / "r2", model={"model_id": "third"})
+            third = make_engine(path, tmp_path / "r2", model={"dtype": "int8"})
             time.sleep(0.2)
-            assert not third.is_ready()                                # both domains have engines
+            assert not third.is_ready()                                # both pools have engines
         until(lambda: len(sessions_of(daemon)) == 2, 10.0)             # it has the place of the second now
         third.shutdown()
 
@@ -310,7 +336,7 @@ def hello(port: Path, **changes: object) -> bytes:
 ])
 def test_a_bad_hello_is_refused(tmp_path: Path, message: bytes) -> None:
     path = tmp_path / "server"
-    with running(path, cache=TWO_DOMAINS) as daemon, engine(path, tmp_path / "r") as (manager, _, _):
+    with running(path, cache=TWO_POOLS) as daemon, engine(path, tmp_path / "r") as (manager, _, _):
         with connected(path, message[:16_000]) as connection:
             if message:
                 answer = connection.recv(20_000)
@@ -331,7 +357,7 @@ def session_of(path: Path, port: Path) -> tuple[socket.socket, RecordRings, int]
 @pytest.mark.parametrize("seed", range(6))
 def test_bad_records_end_their_session_alone(tmp_path: Path, seed: int) -> None:
     path, rng = tmp_path / "server", random.Random(seed)
-    with running(path, cache=TWO_DOMAINS) as daemon, engine(path, tmp_path / "r") as (manager, _, tensors):
+    with running(path, cache=TWO_POOLS) as daemon, engine(path, tmp_path / "r") as (manager, _, tensors):
         connection, rings, first = session_of(path, tmp_path / "bad")
         good = b"".join(bytes(part) for part in BlocksRequest(first, np.zeros((2, 2), np.uint64)).parts())
         kind, content = [
@@ -350,7 +376,7 @@ def test_bad_records_end_their_session_alone(tmp_path: Path, seed: int) -> None:
 
 def test_an_engine_that_reads_nothing_is_dropped_and_others_are_served(tmp_path: Path) -> None:
     path = tmp_path / "server"
-    with running(path, cache=TWO_DOMAINS) as daemon, engine(path, tmp_path / "r") as (manager, _, _):
+    with running(path, cache=TWO_POOLS) as daemon, engine(path, tmp_path / "r") as (manager, _, _):
         connection, rings, number = session_of(path, tmp_path / "deaf")
         keys, deadline = np.zeros((1, 2), np.uint64), time.monotonic() + 30.0
         while len(sessions_of(daemon)) == 2 and time.monotonic() < deadline:

@@ -23,7 +23,7 @@ from tests.support.harness import Tensors, mapping, tokens_of, until
 
 SEEDS = int(os.environ.get("DAEMON_FUZZ_SEEDS", "2"))
 
-TWO_DOMAINS = {"server_max_domains": 2}
+TWO_POOLS = {"server_max_pools": 2}
 
 
 def stop(daemon: DaemonProcess) -> None:
@@ -67,7 +67,7 @@ def test_the_number_of_another_session_is_refused(tmp_path: Path, other: int) ->
 
 def test_an_engine_with_large_numbers_does_not_use_up_those_of_others(tmp_path: Path) -> None:
     path = tmp_path / "server"
-    with running(path, cache=TWO_DOMAINS):
+    with running(path, cache=TWO_POOLS):
         for first in ((1 << 62) - 1, (1 << 62) - (1 << 33)):
             with connected(path, hello(tmp_path / "large", first_task=first)) as connection:
                 connection.recv(1000)
@@ -221,7 +221,7 @@ def test_a_hello_without_a_form_in_utf8_leaves_nothing_open(tmp_path: Path) -> N
             with connected(path, hello(tmp_path / "bad", domain="\ud800")) as connection:
                 assert b"error" in connection.recv(1000)
         until(lambda: num_open() == before)
-        assert not daemon._domains
+        assert not daemon._pools
         assert not (tmp_path / "bad").exists()
 
 
@@ -255,7 +255,7 @@ def random_record(rng: random.Random, first: int, number: int) -> tuple[Request,
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_random_records_and_scribbled_rings_disturb_no_other_engine(tmp_path: Path, seed: int) -> None:
     path, rng = tmp_path / "server", random.Random(seed)
-    with running(path, cache=TWO_DOMAINS) as daemon, engine(path, tmp_path / "r") as (manager, _, tensors):
+    with running(path, cache=TWO_POOLS) as daemon, engine(path, tmp_path / "r") as (manager, _, tensors):
         for turn in range(30):
             connection, rings, number = session_of(path, tmp_path / "bad")
             first = number
@@ -276,7 +276,7 @@ def test_random_records_and_scribbled_rings_disturb_no_other_engine(tmp_path: Pa
                 task, began = manager.put_async(tokens_of(1, turn), mapping([0])), time.monotonic()
                 assert manager.wait(task, 5.0)[task].status is Status.SUCCESS
                 assert time.monotonic() - began < 0.5
-        until(lambda: all(len(domain.sessions) == domain.cache.num_engines for domain in daemon._domains.values()))
+        until(lambda: all(len(domain.sessions) == domain.cache.num_engines for domain in daemon._pools.values()))
         manager.check_integrity()
         stats = manager.stats()
         assert stats["tasks"] == 0

@@ -18,7 +18,7 @@ from flexkv.errors import FlexKVError, RingCorruptedError
 from flexkv.kvmanager import KVManager
 from flexkv.protocol import session as protocol
 from flexkv.protocol.session import Hello, Note, Reply, Welcome, pack_refusal
-from tests.fault.test_daemon import TWO_DOMAINS, connected, hello, session_of
+from tests.fault.test_daemon import TWO_POOLS, connected, hello, session_of
 from tests.fault.test_daemon_attacks import random_record
 from tests.fuzz.rounds import Leaks, mutated, rounds
 from tests.support.daemon import engine, make_engine, running, sessions_of
@@ -37,7 +37,7 @@ def is_served(manager: KVManager, turn: int) -> bool:
 def test_the_daemon(tmp_path: Path) -> None:
     """HELLOs and records that are changed at random; the engine beside them is served."""
     path = tmp_path / "server"
-    with running(path, cache=TWO_DOMAINS) as daemon, engine(path, tmp_path / "r") as (manager, _, tensors):
+    with running(path, cache=TWO_POOLS) as daemon, engine(path, tmp_path / "r") as (manager, _, tensors):
         connection, rings, _ = session_of(path, tmp_path / "bad")      # a second domain, which stays
         connection.close()
         rings.close()
@@ -69,7 +69,7 @@ def test_the_daemon(tmp_path: Path) -> None:
             expected = tensors.read([0])
             until(partial(is_served, manager, turn), 10.0)
             assert tensors.read([1]) == expected
-        until(lambda: all(len(domain.sessions) == domain.cache.num_engines for domain in daemon._domains.values()))
+        until(lambda: all(len(domain.sessions) == domain.cache.num_engines for domain in daemon._pools.values()))
         manager.check_integrity()
         leaks.check(lambda condition: until(condition, 20.0))
 

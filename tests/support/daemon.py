@@ -44,7 +44,7 @@ def running(path: Path, num_slots: int = 48, cache: dict[str, Any] | None = None
 
 
 def sessions_of(daemon: Daemon) -> list[Session]:
-    return [session for domain in list(daemon._domains.values()) for session in list(domain.sessions)]
+    return [session for pool in list(daemon._pools.values()) for session in list(pool.sessions)]
 
 
 def blocks_of(client: EngineClient) -> EngineBlocks:

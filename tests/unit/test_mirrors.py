@@ -38,7 +38,6 @@ COVERED_BY = {
     "server/client_tasks": "tests/unit/server/test_engine_client.py",
     "server/session": "tests/fault/test_daemon.py",
     "server/session_link": "tests/fault/test_daemon.py",
-    "server/storage_host": "tests/fault/test_nodes.py",
     "storage/ssd/": "tests/unit/storage/ssd/test_store.py",
     "tools/bench/": "tests/bench/test_control_plane.py",
     "tools/demo/": "tests/unit/tools/demo/test_command.py",

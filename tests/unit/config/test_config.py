@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, load_config
+from flexkv.config import CacheConfig, ModelConfig, TransferConfig, domain, layout_of, load_config
 from flexkv.config.memory import memory_limit
 from flexkv.errors import ConfigError
 
@@ -134,3 +134,15 @@ def test_domain_depends_on_all_that_makes_bytes_comparable() -> None:
     assert len(domains) == 11
     assert domain(model, cache) == domain(model, cache.replace(cpu_cache_gb=0.25))
     assert ModelConfig(num_layers=2, num_kv_heads=4, head_size=8).kv_bytes_per_token == 2 * 2 * 4 * 8 * 2
+
+
+def test_the_layout_of_a_domain_is_that_of_all_models_with_its_shape() -> None:
+    def layout(**model: Any) -> str:
+        return layout_of(domain(ModelConfig(**model), CacheConfig()).decode())
+
+    assert layout(model_id="a", weights_id="x", revision="1", config_digest="y") == layout(model_id="b")
+    for other in ({"num_layers": 2}, {"dtype": "int8"}, {"tp_size": 2}, {"engine": "e"}, {"head_size": 2}):
+        assert layout(**other) != layout()
+    assert layout_of("no JSON") == "no JSON"
+    assert layout_of("[1]") == "[1]"
+    assert layout_of("[" * 100_000) == "[" * 100_000

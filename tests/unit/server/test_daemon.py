@@ -13,5 +13,5 @@ def test_gpudirect_storage_is_off(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with running(tmp_path / "server", cache=ssd) as daemon:
         assert "enable_gds has no effect in the daemon" in caplog.text
         with engine(tmp_path / "server", tmp_path / "ranks"):
-            [domain] = daemon._domains.values()
-            assert domain.cache.listener._on_gds is None
+            [pool] = daemon._pools.values()
+            assert pool.cache.listener._on_gds is None
