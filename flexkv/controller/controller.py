@@ -1,6 +1,8 @@
 """The controller: a cache in the engine's process, for this engine alone."""
 
+import itertools
 import logging
+import time
 from collections.abc import Sequence
 
 from flexkv.at_exit import close_at_exit
@@ -13,6 +15,16 @@ from flexkv.metrics.exporter import Metrics
 from flexkv.storage.store import TierKind
 
 logger = logging.getLogger("flexkv.controller")
+
+_EPOCH_MS = 1_700_000_000_000
+"""Task ids of controllers with several nodes begin with the milliseconds since this time."""
+
+
+
+def _first_task() -> int:
+    """A number below the ids of a new controller's tasks, and above those of all earlier ones, unless the clock was set
+    back."""
+    return max(1, time.time_ns() // 1_000_000 - _EPOCH_MS) << 20
 
 
 def _check_nodes(num_ranks: int, num_nodes: int, config: TransferConfig) -> None:
@@ -65,6 +77,7 @@ class Controller(EngineBlocks):
             raise ConfigError(
                 "enable_gds", True, f"supports one rank in this version; this model has {ranks}: turn it off"
             )
+        first_task = _first_task() if num_nodes > 1 else 0         # ranks of other nodes may outlive this controller
         default_port = f"ipc://{runtime_directory()}/register-{dp_client_id}.sock"
         self._port = gpu_register_port or transfer_config.gpu_register_port or default_port
         name = domain(model_config, cache_config)
@@ -77,7 +90,8 @@ class Controller(EngineBlocks):
         )
         super().__init__(
             cache, Keys(name, cache_config.tokens_per_block, cache_config.secret), cache_config.tokens_per_block,
-            ranks // num_nodes, dp_client_id, transfer_config.op_timeout_s, num_nodes=num_nodes,
+            ranks // num_nodes, dp_client_id, transfer_config.op_timeout_s, num_nodes=num_nodes, first_task=first_task,
+            task_ids=itertools.count(first_task + 1) if first_task else None,
         )
 
     @property

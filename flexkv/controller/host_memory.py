@@ -62,11 +62,10 @@ class HostMemory:
         if self.pool is None:
             self._make(layout)
         assert self.pool is not None  # narrowing: it was made
-        with self._lock:
+        with self._lock:                             # also while it is called: extents must come in order
             self._on_extent = on_extent
-            extent = self._extent
-        if extent != (0, False):
-            on_extent(*extent)
+            if self._extent != (0, False):
+                on_extent(*self._extent)
         return self.pool
 
     def _make(self, layout: SlotLayout) -> None:
@@ -78,13 +77,17 @@ class HostMemory:
         except BaseException:
             pool.close()
             raise
-        self.pool, self.incarnation = pool, secrets.token_hex(8)
+        self.pool = pool
+        self.renew()
 
     def _populated(self, num_slots: int, last: bool) -> None:
         with self._lock:
             self._extent = (num_slots, last)
-            on_extent = self._on_extent
-        on_extent(num_slots, last)
+            self._on_extent(num_slots, last)
+
+    def renew(self) -> None:
+        """Record that the content of the pool is lost, or of no use."""
+        self.incarnation = secrets.token_hex(8)
 
     def leave(self) -> None:
         """Call the callable of ``pool_for`` no more."""

@@ -1,5 +1,6 @@
 """Listener of a controller: the sockets of its engines, the ranks that have registered, and their host pool."""
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -122,9 +123,10 @@ class Listener(AgentListener):
         self._transfer.expect_ranks(group.client, group.num_ranks, group.num_nodes)
         if group.num_nodes > 1:
             try:
+                terms = Terms(group.num_ranks, group.dp_client_id, secrets.token_hex(8), group.first_task)
                 self._nodes[group.client] = NodeListener(
-                    watch, self._config, group.client, Terms(group.num_ranks, group.dp_client_id), group.num_nodes - 1,
-                    join, self._on_new_content,
+                    watch, self._config, group.client, terms, group.num_nodes - 1, join, self._on_new_content,
+                    partial(self._rank_ids, group.client), lambda: self._transfer.usable_slots,
                 )
             except BaseException:
                 listening.close()
@@ -134,6 +136,10 @@ class Listener(AgentListener):
             self._config.handshake_timeout_s, self._config.ring_bytes, join, group.on_control, self._on_gds,
             group.first_task, self._writer(group.client),
         )
+
+    def _rank_ids(self, client: int) -> list[tuple[int, int]]:
+        registry = self._registries.get(client)
+        return registry.rank_ids if registry is not None else []
 
     def _writer(self, client: int) -> int | None:
         """``writer`` of an engine's ``SlotLayout``."""

@@ -4,7 +4,7 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -12,7 +12,7 @@ from flexkv.at_fork import close_in_children
 from flexkv.config import TransferConfig
 from flexkv.errors import NodeLinkError, RegistrationError
 from flexkv.protocol.node_frames import REPLY_BYTES, Frames, Greeting
-from flexkv.protocol.nodes import PING_S, SILENCE_S, FrameKind, Join, Terms, pack_json, parse_join
+from flexkv.protocol.nodes import CONTROLLER_SILENCE_S, PING_S, FrameKind, Join, Terms, pack_json, parse_join
 from flexkv.protocol.registration import Hello
 from flexkv.transfer.executors.agent_link import AgentLink
 from flexkv.transfer.executors.node_link import NodeLink, Ranks
@@ -22,6 +22,9 @@ from flexkv.transfer.watch import Watch
 logger = logging.getLogger("flexkv.controller")
 
 _PAUSE_S = 0.5
+_AGAIN_S = 0.01
+"""Time after which a JOIN is looked at again that has come before the end of the node's last connection, in seconds."""
+
 _MAX_CONNECTIONS = 64
 """Connections at a time that have not joined yet: their other ends may not know the secret."""
 
@@ -58,6 +61,10 @@ class NodeListener:
         ``on_link(link)``, called with the NodeLink of each storage host that has joined; takes ownership.
     on_new_content : callable
         Called when a storage host has lost the content of its slots.
+    near_ranks : callable
+        Returns ``(pp_rank, rank)`` of the ranks on this node that have registered.
+    num_usable : callable
+        Returns the number of slots that have become usable.
 
     Raises
     ------
@@ -68,10 +75,12 @@ class NodeListener:
     def __init__(
         self, watch: Watch, config: TransferConfig, client: int, terms: Terms, num_nodes: int,
         on_link: Callable[[AgentLink], None], on_new_content: Callable[[], None],
+        near_ranks: Callable[[], Iterable[tuple[int, int]]] = lambda: (), num_usable: Callable[[], int] = lambda: 0,
     ) -> None:
         self._watch, self._client, self._terms, self._num_nodes = watch, client, terms, num_nodes
         self._secret, self._timeout_s = config.node_secret, config.handshake_timeout_s
         self._on_link, self._on_new_content = on_link, on_new_content
+        self._near_ranks, self._num_usable = near_ranks, num_usable
         self._guests: dict[int, _Guest] = {}         # by descriptor
         self._links: dict[Ranks, NodeLink] = {}      # the last of each node
         self._log = RepeatedLog(logger)
@@ -93,8 +102,8 @@ class NodeListener:
             return
         close_in_children(connection)
         if len(self._guests) >= _MAX_CONNECTIONS:
-            connection.close()
-            return
+            strangers = (guest for guest in self._guests.values() if guest.frames is None)
+            self._drop(next(strangers, next(iter(self._guests.values()))), "others have connected since")
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         guest = _Guest(connection, str(address[0]), self._secret, time.monotonic() + self._timeout_s)
@@ -156,6 +165,9 @@ class NodeListener:
         if before is not None and before.is_connected:
             raise NodeLinkError(f"ranks {_list(join.ranks)} are connected already: start one storage host a node")
         self._check(join, before)
+        if before is not None and not before.is_detached:          # its end is noticed in this turn or the next
+            self._watch.after(_AGAIN_S, partial(self._admit_again, guest, frames, join))
+            return
         self._watch.remove(guest.connection.fileno())
         self._guests.pop(guest.connection.fileno())
         if before is not None:
@@ -174,14 +186,24 @@ class NodeListener:
             raise
         self._links[join.ranks] = link
 
+    def _admit_again(self, guest: _Guest, frames: Frames, join: Join) -> None:
+        if guest.connection.fileno() >= 0:
+            try:
+                self._admit(guest, frames, join)
+            except NodeLinkError as error:
+                self._drop(guest, str(error))
+
     def _check(self, join: Join, before: NodeLink | None) -> None:
         """NodeLinkError if the ranks cannot be those of a node."""
-        others = [rank for ranks in self._links if ranks != join.ranks for rank in ranks]
+        others = [rank for ranks in self._links if ranks != join.ranks for rank in ranks] + list(self._near_ranks())
         if len(join.ranks) != self._terms.num_ranks or len(set(join.ranks)) != len(join.ranks):
             raise NodeLinkError(f"{len(join.ranks)} ranks, where each node has {self._terms.num_ranks}")
         if set(join.ranks) & set(others) or (before is None and len(self._links) >= self._num_nodes):
             raise NodeLinkError(f"ranks {_list(join.ranks)} do not fit those of the other nodes, {_list(others)}: give "
-                                "each rank a number of its own")
+                                "each rank a number of its own (intra_client_id)")
+        if join.num_slots < (usable := self._num_usable()):
+            raise NodeLinkError(f"it has {join.num_slots} slots, and {usable} are in use: give all nodes the same "
+                                "memory, and start the engine again")
 
     def _tick(self) -> None:
         """Send PINGs, and close connections that are silent."""
@@ -193,8 +215,8 @@ class NodeListener:
             if guest.frames is None and now > guest.until:
                 self._drop(guest, f"it has said nothing for {self._timeout_s:g} s")
             elif guest.frames is not None:
-                if now - guest.frames.heard > SILENCE_S:
-                    self._drop(guest, f"it has sent nothing for {SILENCE_S:g} s")
+                if now - guest.frames.heard > CONTROLLER_SILENCE_S:
+                    self._drop(guest, f"it has sent nothing for {CONTROLLER_SILENCE_S:g} s")
                 else:
                     guest.frames.push(FrameKind.PING)
         for link in self._links.values():
@@ -225,7 +247,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise RegistrationError(f"master_host {host!r} cannot be used: {error}") from error
     close_in_children(listener)
     try:

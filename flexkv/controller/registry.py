@@ -352,6 +352,11 @@ class Registry:
         self._connected.discard((hello.pp_rank, hello.rank))
 
     @property
+    def rank_ids(self) -> list[RankId]:
+        """The ranks that have sent their HELLO."""
+        return [*self._connected, *self._waiting]
+
+    @property
     def complete(self) -> bool:
         """Whether every rank is connected."""
         return len(self._connected) == self._ranks

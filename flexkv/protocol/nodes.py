@@ -16,8 +16,9 @@ from flexkv.protocol.ring import OpKind
 PING_S = 0.25
 """Interval of the controller's PINGs, in seconds."""
 
-SILENCE_S = 2.0
-"""Time without a message after which a connection is closed, in seconds."""
+HOST_SILENCE_S, CONTROLLER_SILENCE_S = 2.0, 3.0
+"""Time without a message after which storage host and controller close a connection, in seconds. The storage host comes
+first: it has cancelled its copies when the controller gives up."""
 
 _OP = struct.Struct("<QQQIIIIII")
 _RESULT = struct.Struct("<QI4x")
@@ -50,10 +51,16 @@ class Terms:
         Ranks on its node.
     dp_client_id : int
         The engine's data-parallel rank.
+    controller : str
+        Identity of the controller: the pool holds no content of another one.
+    first_task : int
+        The controller's task ids are larger.
     """
 
     num_ranks: int
     dp_client_id: int
+    controller: str
+    first_task: int
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,14 @@ class Join:
         ``(pp_rank, rank)`` of its ranks, ascending.
     num_pages : tuple of int
         Pages in each layer group, of the rank that has the fewest.
+    num_slots : int
+        Slots of its pool, when that is populated.
     """
 
     incarnation: str
     ranks: tuple[tuple[int, int], ...]
     num_pages: tuple[int, ...]
+    num_slots: int
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,12 @@ def pack_json(message: Terms | Join) -> bytes:
 def parse_terms(payload: bytes) -> Terms:
     """Parse the payload of TERMS; NodeLinkError if it is invalid."""
     given = _parse_json(payload, Terms)
-    return Terms(_number(given["num_ranks"], 1, 1 << 16), _number(given["dp_client_id"], 0, (1 << 16) - 1))
+    if not isinstance(given["controller"], str):
+        raise NodeLinkError("a controller that is no text")
+    return Terms(
+        _number(given["num_ranks"], 1, 1 << 16), _number(given["dp_client_id"], 0, (1 << 16) - 1),
+        given["controller"][:64], _number(given["first_task"], 0, 1 << 63),
+    )
 
 
 def parse_join(payload: bytes) -> Join:
@@ -145,7 +160,10 @@ def parse_join(payload: bytes) -> Join:
         raise NodeLinkError("a JOIN with fields of other lengths")
     limit = (1 << 16) - 1
     pairs = tuple((_number(pp_rank, 0, limit), _number(rank, 0, limit)) for pp_rank, rank in ranks)
-    return Join(incarnation[:64], pairs, tuple(_number(count, 1, 1 << 31) for count in pages))
+    return Join(
+        incarnation[:64], pairs, tuple(_number(count, 1, 1 << 31) for count in pages),
+        _number(given["num_slots"], 1, 1 << 31),
+    )
 
 
 def _parse_json(payload: bytes, kind: type) -> dict[str, Any]:

@@ -5,9 +5,13 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
-from flexkv.config import process_environment
+from flexkv.config import load_config, process_environment
+from flexkv.errors import ConfigError
 from flexkv.server.launch import FLEXKV
 
 logger = logging.getLogger("flexkv.server")
@@ -15,17 +19,31 @@ logger = logging.getLogger("flexkv.server")
 _END_S = 10.0
 
 
-class TransferManagerOnRemote:
-    """The process of a storage host (``flexkv node``), under upstream's name. It ends with the process that started
-    it."""
+_FIRST_PAUSE_S, _MAX_PAUSE_S = 1.0, 30.0
+"""Pause before a storage host that has failed is started again, in seconds; it doubles each time."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
-        self._process = process
+
+class TransferManagerOnRemote:
+    """The process of a storage host (``flexkv node``), under upstream's name. It ends with the process that started it.
+    If it fails, it is started again.
+
+    Parameters
+    ----------
+    command : sequence of str
+    settings : bytes
+        JSON object, for its standard input.
+    """
+
+    def __init__(self, command: Sequence[str], settings: bytes) -> None:
+        self._command, self._settings = list(command), settings
+        self._ending = threading.Event()
+        self._process = self._start()
+        threading.Thread(target=self._supervise, name="flexkv-node", daemon=True).start()
 
     @classmethod
     def create_process(
         cls, master_host: str = "", master_ports: str | int | Sequence[str | int] = "", *, gpu_register_port: str = "",
-        **settings: object,
+        **settings: Any,
     ) -> "TransferManagerOnRemote":
         """Start the storage host of this node.
 
@@ -39,19 +57,45 @@ class TransferManagerOnRemote:
             Socket at which the ranks of this node register; empty: the setting.
         settings : optional
             Further settings of the storage host, such as ``cpu_cache_gb``; None: not given.
+
+        Raises
+        ------
+        ConfigError
+            ``node_secret`` is not set.
         """
         given = master_ports if isinstance(master_ports, str | int) else ",".join(map(str, master_ports))
         settings |= {"master_host": master_host or None, "master_ports": str(given) or None}
+        values = {key: value for key, value in settings.items() if value is not None}
+        if not load_config(**values).transfer.node_secret:
+            raise ConfigError("node_secret", "", "must be set to the same text on all nodes")
         command = [sys.executable, "-c", FLEXKV, "node", "--parent", str(os.getpid()), "--settings-from-stdin"]
         if gpu_register_port:
             command += ["--register", gpu_register_port]
+        return cls(command, json.dumps(values).encode())
+
+    def _start(self) -> "subprocess.Popen[bytes]":
         environment = process_environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
+        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
         assert process.stdin is not None  # narrowing: a pipe
-        with process.stdin as pipe:
-            pipe.write(json.dumps({key: value for key, value in settings.items() if value is not None}).encode())
+        with suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(self._settings)
         logger.info("started the storage host of this node (process %d)", process.pid)
-        return cls(process)
+        return process
+
+    def _supervise(self) -> None:
+        pause = _FIRST_PAUSE_S
+        while True:
+            status = self._process.wait()
+            if self._ending.is_set():
+                return
+            logger.error("the storage host of this node has ended with status %d: it is started again", status)
+            if self._ending.wait(pause):
+                return
+            pause = min(_MAX_PAUSE_S, 2 * pause)
+            try:
+                self._process = self._start()
+            except OSError as error:
+                logger.error("the storage host cannot be started: %s", error)
 
     @property
     def pid(self) -> int:
@@ -70,7 +114,8 @@ class TransferManagerOnRemote:
             logger.debug("the storage host still runs")
 
     def terminate(self) -> None:
-        """Ask the process to end."""
+        """Ask the process to end, for good."""
+        self._ending.set()
         self._process.terminate()
 
     def shutdown(self) -> None:

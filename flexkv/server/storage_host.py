@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from flexkv.config import FlexKVConfig, TransferConfig
 from flexkv.controller.host_memory import HostMemory
 from flexkv.controller.listener import Listener, RankGroup
-from flexkv.errors import FlexKVError, NodeLinkError, TransferError
+from flexkv.errors import NodeLinkError, RegistrationError, TransferError
 from flexkv.protocol.node_frames import CHALLENGE_BYTES, PROOF_BYTES, Frames, Greeting
 from flexkv.protocol.nodes import (
-    SILENCE_S,
+    HOST_SILENCE_S,
     FrameKind,
     Join,
     NodeOp,
@@ -30,6 +30,7 @@ from flexkv.protocol.nodes import (
 from flexkv.protocol.ring import OpFlag, OpKind
 from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.graph import OpStatus, PartOf, TransferGraph, TransferOp
+from flexkv.transfer.repeated_log import RepeatedLog
 
 logger = logging.getLogger("flexkv.server")
 
@@ -64,6 +65,8 @@ class StorageHost:
         cache = config.cache
         self._config, self._port = config.transfer, port
         self._memory = HostMemory(cache.host_bytes, cache.num_cpu_blocks, cache.hugepage_bytes, replaces=True)
+        self._controller = ""                        # the last one
+        self._log = RepeatedLog(logger)
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -82,8 +85,8 @@ class StorageHost:
         try:
             while not self._stop.is_set():
                 try:
-                    frames, terms = _connect(self._config)
-                except (OSError, NodeLinkError) as error:
+                    frames, terms = _connect(self._config, self._stop)
+                except (OSError, UnicodeError, NodeLinkError) as error:
                     if str(error) != logged:
                         logger.warning(
                             "no connection to the controller at %s:%d: %s", self._config.master_host,
@@ -92,30 +95,39 @@ class StorageHost:
                     logged = str(error)
                 else:
                     logged = ""
-                    _Attachment(self._config, self._port, self._memory, frames, terms).run(self._stop)
+                    self._attach(frames, terms)
                 self._stop.wait(_RETRY_S)
         finally:
             self._memory.close()
 
+    def _attach(self, frames: Frames, terms: Terms) -> None:
+        if terms.controller != self._controller:     # the content is that of another one
+            self._memory.renew()
+        self._controller = terms.controller
+        try:
+            _Attachment(self._config, self._port, self._memory, frames, terms).run(self._stop)
+        except RegistrationError as error:
+            self._log.write(logging.ERROR, f"the ranks of this node cannot register: {error}")
 
-def _connect(config: TransferConfig) -> tuple[Frames, Terms]:
+
+def _connect(config: TransferConfig, stop: threading.Event) -> tuple[Frames, Terms]:
     """Connect to the controller, and authenticate."""
     deadline = time.monotonic() + config.handshake_timeout_s
     connection = socket.create_connection((config.master_host, config.master_port), config.handshake_timeout_s)
     try:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         greeting = Greeting(config.node_secret)
-        challenge = _receive(connection, CHALLENGE_BYTES, "another program listens there, or it is ending")
-        connection.sendall(greeting.reply_to(challenge))
-        greeting.check(_receive(connection, PROOF_BYTES, "set the same node_secret on all nodes"))
         connection.setblocking(False)
+        remedy = "another program listens there, or it is ending"
+        connection.send(greeting.reply_to(_receive(connection, CHALLENGE_BYTES, remedy, deadline, stop)))
+        remedy = "set the same node_secret on all nodes"
+        greeting.check(_receive(connection, PROOF_BYTES, remedy, deadline, stop))
         receiving_key, sending_key = greeting.keys()
         frames = Frames(connection, sending_key, receiving_key)
         while (frame := frames.receive()) is None:
-            left = deadline - time.monotonic()
-            if left <= 0 or frames.has_ended():
-                raise NodeLinkError("it sent no terms")
-            _wait_readable(connection, left)
+            if frames.has_ended():
+                raise NodeLinkError("it has closed the connection before it sent its terms")
+            _wait_readable(connection, deadline, stop)
         if frame[0] is not FrameKind.TERMS:
             raise NodeLinkError(f"a frame of kind {frame[0].name} in place of TERMS")
         return frames, parse_terms(frame[1])
@@ -124,20 +136,28 @@ def _connect(config: TransferConfig) -> tuple[Frames, Terms]:
         raise
 
 
-def _receive(connection: socket.socket, size: int, remedy: str) -> bytes:
+def _receive(connection: socket.socket, size: int, remedy: str, deadline: float, stop: threading.Event) -> bytes:
     data = b""
     while len(data) < size:
-        part = connection.recv(size - len(data))
+        try:
+            part = connection.recv(size - len(data))
+        except BlockingIOError:
+            _wait_readable(connection, deadline, stop)
+            continue
         if not part:
             raise NodeLinkError(f"it has closed the connection: {remedy}")
         data += part
     return data
 
 
-def _wait_readable(connection: socket.socket, timeout_s: float) -> None:
+def _wait_readable(connection: socket.socket, deadline: float, stop: threading.Event) -> None:
+    """Wait a moment for the controller's bytes; NodeLinkError after the deadline, or if this process must end."""
+    left = deadline - time.monotonic()
+    if left <= 0 or stop.is_set():
+        raise NodeLinkError("it does not answer in time")
     poll = select.poll()
     poll.register(connection, select.POLLIN)
-    poll.poll(math.ceil(1000 * timeout_s))
+    poll.poll(math.ceil(1000 * min(left, _LOOK_S)))
 
 
 class _Attachment:
@@ -156,7 +176,7 @@ class _Attachment:
     def run(self, stop: threading.Event) -> None:
         """Serve until the connection is lost, or ``stop`` is set."""
         transfer, listener, fd = self._transfer, self._listener, self._frames.connection.fileno()
-        group = RankGroup(_CLIENT, self._terms.num_ranks, self._terms.dp_client_id)
+        group = RankGroup(_CLIENT, self._terms.num_ranks, self._terms.dp_client_id, self._terms.first_task)
         try:
             listener.start(group, self._port)
             listener.watch.add(fd, self._hear, lambda error: self._lose(str(error)))
@@ -169,12 +189,10 @@ class _Attachment:
                 self._lost.wait(_LOOK_S)
             while not self._lost.is_set() and not stop.is_set():
                 self._lost.wait(_LOOK_S)
-        except FlexKVError as error:
-            logger.error("the ranks of this node cannot register: %s", error)
         finally:
             transfer.shutdown()
             self._frames.close()
-        if not transfer.is_idle:
+        if not transfer.at_rest:
             raise TransferError("a copy does not end: this process must end before the ranks can be used again")
 
     # ---- on the background thread -----------------------------------------------------------------------------
@@ -187,7 +205,8 @@ class _Attachment:
             return
         pages = tuple(min(counts) for counts in zip(*(hello.num_pages for hello in hellos), strict=True))
         ranks = tuple(sorted((hello.pp_rank, hello.rank) for hello in hellos))
-        self._frames.push(FrameKind.JOIN, pack_json(Join(self._memory.incarnation, ranks, pages)))
+        num_slots = self._listener.host_pool.num_slots
+        self._frames.push(FrameKind.JOIN, pack_json(Join(self._memory.incarnation, ranks, pages, num_slots)))
         self._has_joined = True
         self._frames.push(FrameKind.USABLE, pack_number(self._usable))
         logger.info("%d ranks are offered to the controller", len(ranks))
@@ -229,13 +248,17 @@ class _Attachment:
         self._transfer.submit(graph, self._report, background=True)
 
     def _report(self, graph: TransferGraph) -> None:
+        if self._transfer.at_rest is False:          # the agent was disconnected while it copied
+            return
         ok: NDArray[np.bool_] = graph.ops[0].ok
         self._frames.push(FrameKind.RESULT, pack_result(graph.task_id, ok))
 
     def _housekeeping(self) -> float:
-        if time.monotonic() - self._frames.heard > SILENCE_S:
-            self._lose(f"the controller has sent nothing for {SILENCE_S:g} s")
-        return SILENCE_S / 4 if self._frames.flush() else _RESEND_S
+        if time.monotonic() - self._frames.heard > HOST_SILENCE_S and not self._frames.has_news():
+            self._lose(f"the controller has sent nothing for {HOST_SILENCE_S:g} s")
+        if self._has_joined and len(self._transfer.hellos(_CLIENT)) < self._terms.num_ranks:
+            self._lose("a rank of this node has left")
+        return HOST_SILENCE_S / 8 if self._frames.flush() else _RESEND_S
 
     def _lose(self, reason: str) -> None:
         if not self._lost.is_set():

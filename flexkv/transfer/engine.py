@@ -13,6 +13,7 @@ from flexkv.protocol.registration import Hello
 from flexkv.transfer.background import BackgroundThread
 from flexkv.transfer.executor import Executor
 from flexkv.transfer.executors.agent_link import AgentLink
+from flexkv.transfer.executors.node_link import NodeLink
 from flexkv.transfer.membership import Membership
 from flexkv.transfer.pool_growth import PoolGrowth
 from flexkv.transfer.runner import GraphRunner
@@ -90,6 +91,7 @@ class TransferEngine(GraphRunner):
         self._listener: AgentListener | None = None
         self._thread: BackgroundThread | None = None
         self._is_shut_down = False
+        self._ended_at_rest = False
         self._ending = threading.Lock()             # one shutdown at a time, each of them bounded
         self._watch: Watch | None = None
         self._membership: Membership | None = None
@@ -166,9 +168,15 @@ class TransferEngine(GraphRunner):
         return [link.hello for link in self._device.links_of(client)]
 
     @property
-    def is_idle(self) -> bool:
-        """Whether no graph runs: no slot and no page is accessed."""
-        return self._scheduler.idle
+    def usable_slots(self) -> int:
+        """Slots that have become usable so far."""
+        return self._growth.usable
+
+    @property
+    def at_rest(self) -> bool | None:
+        """After ``shutdown``: whether no graph ran any more when the agents were disconnected, so that no slot and no
+        page is accessed. None: before."""
+        return self._ended_at_rest if self._is_shut_down else None
 
     def num_pages(self, client: int) -> int | None:
         """Pages of the first layer group of the client's rank that has the fewest; None: none is connected."""
@@ -224,7 +232,7 @@ class TransferEngine(GraphRunner):
         with self._lock:
             if self._is_shut_down:
                 return
-            self._is_shut_down = True
+            self._is_shut_down, self._ended_at_rest = True, self._scheduler.idle
             if self._membership is not None:
                 self._membership.close()
             if self._listener is not None:
@@ -266,7 +274,7 @@ class TransferEngine(GraphRunner):
         self._growth.joined()
 
     def _left(self, link: AgentLink) -> None:
-        if self._listener is not None:
+        if self._listener is not None and not isinstance(link, NodeLink):
             self._listener.lost(link.hello)
 
     # ---- the background thread --------------------------------------------------------------------------------
@@ -305,7 +313,7 @@ class TransferEngine(GraphRunner):
         self._pause_s, self._resend_s = self._resend_s, min(_MAX_RESEND_S, 2 * self._resend_s)
 
     def _grow(self) -> None:
-        self._growth.update(self._device.links)
+        self._growth.update(self._device.links, self._device.nodes_are_present)
 
     def _run_background_work(self) -> None:
         if self._housekeeping is None:

@@ -63,9 +63,9 @@ class PoolGrowth:
         """Record that a rank has registered; it has no pinned slots yet."""
         self.complete = False
 
-    def update(self, links: Iterable[AgentLink]) -> None:
+    def update(self, links: Iterable[AgentLink], may_grow: bool = True) -> None:
         """Announce the populated slots to the ranks, and read the number that each has pinned. Must be called by the
-        data plane's thread."""
+        data plane's thread. ``may_grow``: whether more slots may become usable."""
         links = set(links)
         extent = self._populated
         if extent != self._announced_extent:
@@ -73,7 +73,7 @@ class PoolGrowth:
         for link in links - self._announced:
             link.rings.note_populated(*extent)
         self._announced, self._announced_extent = links, extent
-        if self.complete and self.usable == extent[0]:
+        if (self.complete and self.usable == extent[0]) or not may_grow:
             return
         pinned = {link: min(extent[0], link.rings.usable_slots) for link in links}     # a rank may report any number
         for link in links:

@@ -47,8 +47,8 @@ def random_frame(rng: random.Random, op: NodeOp | None) -> tuple[FrameKind, byte
         (FrameKind.RESULT, pack_result(part, np.array([rng.random() < 0.8 for _ in range(count)], np.bool_))),
         (FrameKind.USABLE, pack_number(rng.choice([0, 5, 48, 1 << 40]))),
         (FrameKind.PONG, b""), (FrameKind.PING, b""), (FrameKind.CANCEL, pack_number(node_op.part_id)),
-        (FrameKind.JOIN, pack_json(Join("x", ((0, rng.randrange(3)),), (rng.choice([1, 64]),)))),
-        (FrameKind.TERMS, pack_json(Terms(rng.randrange(1, 3), 0))), (FrameKind.OP, node_op.pack()),
+        (FrameKind.JOIN, pack_json(Join("x", ((0, rng.randrange(3)),), (rng.choice([1, 64]),), 48))),
+        (FrameKind.TERMS, pack_json(Terms(rng.randrange(1, 3), 0, "c", 0))), (FrameKind.OP, node_op.pack()),
         (FrameKind.OP, node_op.pack()),
     ])
     return kind, mutated(rng, payload) if rng.random() < 0.3 else payload
@@ -170,7 +170,7 @@ def _controller(server: socket.socket) -> Frames:
             continue
         connection.setblocking(False)
         frames = Frames(connection, *greeting.keys())
-        frames.push(FrameKind.TERMS, pack_json(Terms(1, 0)))
+        frames.push(FrameKind.TERMS, pack_json(Terms(1, 0, "c", 0)))
         kind, payload = _next(frames, FrameKind.JOIN)
         assert kind is FrameKind.JOIN
         assert parse_join(payload).ranks == ((0, 1),)

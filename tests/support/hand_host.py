@@ -60,9 +60,9 @@ class HandHost:
 
     def join(
         self, ranks: tuple[tuple[int, int], ...] = RANKS, incarnation: str = "a", usable: int = 48,
-        num_pages: tuple[int, ...] = (64,),
+        num_pages: tuple[int, ...] = (64,), num_slots: int = 48,
     ) -> None:
-        self.frames.push(FrameKind.JOIN, pack_json(Join(incarnation, ranks, num_pages)))
+        self.frames.push(FrameKind.JOIN, pack_json(Join(incarnation, ranks, num_pages, num_slots)))
         self.frames.push(FrameKind.USABLE, pack_number(usable))
 
     def next_op(self, timeout_s: float = 5.0) -> NodeOp:

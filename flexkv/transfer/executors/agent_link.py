@@ -132,6 +132,8 @@ class AgentLink:
     ----------
     process : Peer
         Process of the agent; owned by the link.
+    is_detached : bool
+        It takes no more ops.
     said_farewell : bool
         The agent has ended on purpose: it accesses no slot and no page any more.
     on_backlog : callable
@@ -151,7 +153,7 @@ class AgentLink:
         self._outstanding: dict[int, Part] = {}
         self._backlog: deque[Part] = deque()
         self._cancels: deque[int] = deque()
-        self._disconnected = False
+        self._disconnected = self.is_detached = False
         self.caught_up = False      # it has pinned the usable slots: see PoolGrowth
         self._log = RepeatedLog(logger)
 

@@ -68,9 +68,9 @@ class DeviceExecutor(Executor):
         if not link.writes:                          # kept when the rank leaves: saves go on without it
             self._readers.setdefault(link.hello.dp_client_id, set()).add((link.hello.pp_rank, link.hello.rank))
         if (missed := self._missed.get(link.hello.dp_client_id)) is not None:
-            for op, indices in missed.join(link):
+            for op in missed.join(link):
                 flight = Flight(op, lambda *_: None, np.ones(len(op), np.int16), np.zeros(len(op), np.bool_))
-                self._send([link], flight, indices, OpFlag.CANCELLED, True)
+                self._send([link], flight, np.arange(len(op)), OpFlag.CANCELLED, True)
 
     def detach(self, link: AgentLink) -> None:
         """Send no more ops to an agent; parts that were not sent yet fail. Can be called again."""
@@ -82,13 +82,20 @@ class DeviceExecutor(Executor):
             self._readers.pop(link.hello.dp_client_id, None)
             self._missed.pop(link.hello.dp_client_id, None)
         unsent = link.fail_backlog()
+        link.is_detached = True
         if (missed := self._missed.get(link.hello.dp_client_id)) is not None:
-            missed.leave(link, unsent)
+            missed.leave(link, {part.flight.op for part in unsent} | link.ops)
 
     @property
     def links(self) -> Iterable[AgentLink]:
         """Agents that are connected."""
         return [link for links in list(self._links.values()) for link in links]     # also read without the lock
+
+    @property
+    def nodes_are_present(self) -> bool:
+        """Whether all ranks and nodes of each engine on several nodes are connected. Otherwise the pool must not grow:
+        an absent node may have fewer slots."""
+        return all(len(self._links.get(client, ())) >= self._ranks.get(client, 0) for client in list(self._missed))
 
     def links_of(self, client: int) -> Sequence[AgentLink]:
         """Connected agents of a client."""
@@ -126,7 +133,7 @@ class DeviceExecutor(Executor):
             flight.ok[rows] = False
         flight.missing[rows] = len(links)
         if op.dp_client_id in self._missed:
-            self._missed[op.dp_client_id].record(op, indices, links)
+            self._missed[op.dp_client_id].record(op, links)
         if not links:
             progress(op, rows, flight.ok[rows])
             return

@@ -4,7 +4,6 @@ import logging
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 from flexkv.errors import NodeLinkError
 from flexkv.protocol.node_frames import Frames
 from flexkv.protocol.nodes import (
+    CONTROLLER_SILENCE_S,
     MAX_BLOCKS,
     PING_S,
-    SILENCE_S,
     FrameKind,
     Join,
     NodeOp,
@@ -26,7 +25,7 @@ from flexkv.protocol.nodes import (
 )
 from flexkv.protocol.registration import Hello
 from flexkv.protocol.ring import OpKind
-from flexkv.transfer.executors.agent_link import AgentLink, Part, Peer
+from flexkv.transfer.executors.agent_link import AgentLink, Peer
 from flexkv.transfer.graph import TransferOp
 
 Ranks = tuple[tuple[int, int], ...]
@@ -205,11 +204,21 @@ class NodeLink(AgentLink):
     def clear_news(self) -> None:
         """Do nothing: there is no eventfd."""
 
+    @property
+    def backlog(self) -> bool:
+        """Whether messages wait for room in the connection."""
+        return super().backlog or (self.healthy and self._frames.unsent_bytes > 0)
+
+    def flush(self) -> None:
+        """Send waiting messages as far as there is room."""
+        self._frames.flush()
+        super().flush()
+
     def check_silence(self) -> None:
         """Send a PING if one is due; close the connection of a storage host that sends nothing."""
         now = time.monotonic()
-        if now - self._frames.heard > SILENCE_S:
-            self.disconnect(f"it has sent nothing for {SILENCE_S:g} s")
+        if now - self._frames.heard > CONTROLLER_SILENCE_S and not self._frames.has_news():
+            self.disconnect(f"it has sent nothing for {CONTROLLER_SILENCE_S:g} s")
         elif now - self._pinged >= PING_S:
             self._pinged = now
             self._frames.push(FrameKind.PING)
@@ -217,28 +226,33 @@ class NodeLink(AgentLink):
 
 
 class MissedOps:
-    """Blocks of ops that absent nodes of an engine have not received. They have failed, and the ranks of these nodes
-    must learn that: their workers wait for the result of each task. Nodes are known from their first join on; no op
-    comes before."""
+    """Ops that absent nodes of an engine have not received, or not answered. They have failed, and the ranks of these
+    nodes must learn that: their workers wait for the result of each task. A node gets them as cancelled, as a whole,
+    when it is back. Nodes are known from their first join on; no op comes before."""
 
     def __init__(self) -> None:
-        self._missed: dict[Ranks, deque[tuple[TransferOp, NDArray[np.intp]]]] = {}
+        self._missed: dict[Ranks, dict[TransferOp, None]] = {}
 
-    def record(self, op: TransferOp, indices: NDArray[np.intp], links: Iterable[AgentLink]) -> None:
-        """Record blocks of an op for the nodes that are not in ``links``."""
+    def record(self, op: TransferOp, links: Iterable[AgentLink]) -> None:
+        """Record an op for the nodes that are not in ``links``."""
         present = {link.ranks for link in links if isinstance(link, NodeLink)}
         for ranks in self._missed.keys() - present:
-            self._missed[ranks].append((op, indices))
+            self._add(self._missed[ranks], op)
 
-    def leave(self, link: AgentLink, unsent: Iterable[Part]) -> None:
-        """Record parts that wait for room in a connection that has ended."""
+    def leave(self, link: AgentLink, ops: Iterable[TransferOp]) -> None:
+        """Record the ops that a connection which has ended did not answer."""
         if isinstance(link, NodeLink):
-            self._missed[link.ranks].extend((part.flight.op, part.indices) for part in unsent)
+            for op in ops:
+                self._add(self._missed[link.ranks], op)
 
-    def join(self, link: AgentLink) -> list[tuple[TransferOp, NDArray[np.intp]]]:
-        """Return and forget the blocks that the node of a link has missed."""
+    def _add(self, missed: dict[TransferOp, None], op: TransferOp) -> None:
+        missed[op] = None
+        if len(missed) > _MAX_MISSED:
+            del missed[next(iter(missed))]
+
+    def join(self, link: AgentLink) -> list[TransferOp]:
+        """Return and forget the ops that the node of a link has missed."""
         if not isinstance(link, NodeLink):
             return []
-        missed = list(self._missed.get(link.ranks, ()))
-        self._missed[link.ranks] = deque(maxlen=_MAX_MISSED)
-        return missed
+        missed, self._missed[link.ranks] = self._missed.get(link.ranks, {}), {}
+        return list(missed)

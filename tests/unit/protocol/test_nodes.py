@@ -23,7 +23,7 @@ from flexkv.protocol.nodes import (
 )
 from flexkv.protocol.ring import OpKind
 
-JOIN = Join("ab12", ((0, 8), (0, 9)), (64, 32))
+JOIN = Join("ab12", ((0, 8), (0, 9)), (64, 32), 48)
 
 
 def op(count: int = 3, groups: int = 2) -> NodeOp:
@@ -43,7 +43,7 @@ def test_an_op_comes_back(count: int, groups: int) -> None:
 
 
 def test_other_messages_come_back() -> None:
-    assert parse_terms(pack_json(Terms(8, 1))) == Terms(8, 1)
+    assert parse_terms(pack_json(Terms(8, 1, "c", 1 << 62))) == Terms(8, 1, "c", 1 << 62)
     assert parse_join(pack_json(JOIN)) == JOIN
     assert parse_number(pack_number(1 << 63)) == 1 << 63
     part_id, ok = parse_result(pack_result(5, np.array([True, False])))
@@ -53,7 +53,7 @@ def test_other_messages_come_back() -> None:
 @pytest.mark.parametrize("change", [
     {"ranks": []}, {"ranks": [[0]]}, {"ranks": [[0, -1]]}, {"ranks": [[0, "1"]]}, {"ranks": [[True, 1]]}, {"ranks": 5},
     {"num_pages": []}, {"num_pages": [0]}, {"num_pages": [1.5]}, {"num_pages": [1] * 9}, {"incarnation": 5},
-    {"more": 1},
+    {"more": 1}, {"num_slots": 0},
 ])
 def test_an_invalid_join_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(NodeLinkError):
@@ -61,7 +61,8 @@ def test_an_invalid_join_is_refused(change: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("text", [
-    b"", b"{}", b"[]", b"null", b"\xff", b'{"num_ranks": 0, "dp_client_id": 0}', b"[" * 90_000,
+    b"", b"{}", b"[]", b"null", b"\xff", b'{"num_ranks": 0, "dp_client_id": 0, "controller": "", "first_task": 0}',
+    b'{"num_ranks": 1, "dp_client_id": 0, "controller": 5, "first_task": 0}', b"[" * 90_000,
 ])
 def test_invalid_terms_are_refused(text: bytes) -> None:
     with pytest.raises(NodeLinkError):

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from flexkv.errors import ConfigError
+from flexkv.server import node_launch
 from flexkv.transfer_manager import TransferManagerOnRemote
 from tests.support.harness import until
 from tests.support.node_cluster import SECRET, free_port
 
 _ENGINE = """
 import sys
+from flexkv.errors import ConfigError
+from flexkv.server import node_launch
 from flexkv.transfer_manager import TransferManagerOnRemote
 manager = TransferManagerOnRemote.create_process("127.0.0.1", ("1", "2", "3"), node_secret="s")
 print(manager.pid, flush=True)
@@ -49,11 +53,19 @@ def test_it_runs_until_it_is_shut_down(capfd: pytest.CaptureFixture[str]) -> Non
     assert not manager.is_alive()
 
 
-def test_without_a_secret_it_says_what_to_do(capfd: pytest.CaptureFixture[str]) -> None:
-    manager = TransferManagerOnRemote.create_process("127.0.0.1", "5556,5557")
-    manager.join(20.0)
+def test_without_a_secret_it_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="node_secret"):
+        TransferManagerOnRemote.create_process("127.0.0.1", "5556,5557")
+
+
+def test_one_that_fails_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_launch, "_FIRST_PAUSE_S", 0.01)
+    manager = TransferManagerOnRemote.create_process("127.0.0.1", free_port(), node_secret=SECRET)
+    first = manager.pid
+    os.kill(first, signal.SIGKILL)
+    until(lambda: manager.pid != first and manager.is_alive(), 10.0)
+    manager.shutdown()
     assert not manager.is_alive()
-    assert "node_secret" in capfd.readouterr().err
 
 
 def test_it_ends_with_the_process_that_started_it() -> None:
