@@ -3,17 +3,13 @@ hangs or leaks."""
 
 import random
 import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 
-from flexkv.config import TransferConfig, load_config
-from flexkv.errors import NodeLinkError
-from flexkv.protocol.node_frames import PROOF_BYTES, REPLY_BYTES, Frames, Greeting
+from flexkv.protocol.node_frames import PROOF_BYTES, REPLY_BYTES, Greeting
 from flexkv.protocol.nodes import (
     FrameKind,
     Join,
@@ -22,14 +18,12 @@ from flexkv.protocol.nodes import (
     pack_json,
     pack_number,
     pack_result,
-    parse_join,
 )
 from flexkv.protocol.ring import OpKind
-from flexkv.rank.rank import RankClient
-from flexkv.server.storage_host import StorageHost
 from tests.fuzz.rounds import Leaks, mutated, rounds
+from tests.support.hand_controller import controller, host_with_rank, joined, move
 from tests.support.hand_host import HandHost
-from tests.support.harness import Tensors, until
+from tests.support.harness import until
 from tests.support.node_cluster import SECRET, free_port
 from tests.unit.controller.test_nodes import Setup
 
@@ -105,25 +99,6 @@ def test_the_controller(tmp_path: Path) -> None:
         setup.manager.check_integrity()
 
 
-@contextmanager
-def host_with_rank(path: Path, port: int) -> Iterator[Tensors]:
-    """A storage host with one rank, both in this process."""
-    transfer = {"master_host": "127.0.0.1", "master_ports": str(port), "node_secret": SECRET}
-    host = StorageHost(load_config(num_cpu_blocks=48, handshake_timeout_s=1.0, **transfer), str(path / "n"))
-    thread = threading.Thread(target=host.run)
-    thread.start()
-    tensors = Tensors()
-    client = RankClient(str(path / "n"), intra_client_id=1, transfer_config=TransferConfig(), reconnect=True)
-    client.register_tensors(tensors.specs(), keep_alive=tensors)
-    try:
-        yield tensors
-    finally:
-        host.stop()
-        thread.join(20)
-        client.close()
-        assert not thread.is_alive()
-
-
 def test_the_storage_host(tmp_path: Path) -> None:
     """A controller that sends random frames; afterwards one that saves and loads gets the bytes."""
     port = free_port()
@@ -138,67 +113,18 @@ def test_the_storage_host(tmp_path: Path) -> None:
                     connection.settimeout(0.05)
                     connection.recv(1000)
                     connection.sendall(rng.randbytes(PROOF_BYTES))
-            frames = _controller(server)
+            frames = controller(server)
+            joined(frames)
             for _ in range(rng.randrange(1, 8)):
                 frames.push(*random_frame(rng, None))
             time.sleep(rng.choice([0.0, 0.02]))
             frames.close()
-            frames = _controller(server)
+            frames = controller(server)
+            assert joined(frames).ranks == ((0, 1),)
             tensors.fill([1, 2], seed)
             expected = tensors.read([1, 2])
-            assert _move(frames, OpKind.D2H, [4, 5], [1, 2]) == [True, True]
+            assert move(frames, OpKind.D2H, [4, 5], [1, 2]) == [True, True]
             tensors.zero()
-            assert _move(frames, OpKind.H2D, [4, 5], [8, 9]) == [True, True]
+            assert move(frames, OpKind.H2D, [4, 5], [8, 9]) == [True, True]
             assert tensors.read([8, 9]) == expected
             frames.close()
-
-
-def _controller(server: socket.socket) -> Frames:
-    """Accept a storage host, and wait until it has joined."""
-    for _ in range(20):
-        connection, _ = server.accept()
-        connection.settimeout(5.0)
-        greeting = Greeting(SECRET)
-        try:
-            connection.sendall(greeting.challenge())
-            reply = b""
-            while len(reply) < REPLY_BYTES and (data := connection.recv(REPLY_BYTES - len(reply))):
-                reply += data
-            connection.sendall(greeting.answer_to(reply))
-        except (OSError, NodeLinkError):
-            connection.close()
-            continue
-        connection.setblocking(False)
-        frames = Frames(connection, *greeting.keys())
-        frames.push(FrameKind.TERMS, pack_json(Terms(1, 0, "c", 0)))
-        kind, payload = _next(frames, FrameKind.JOIN)
-        assert kind is FrameKind.JOIN
-        assert parse_join(payload).ranks == ((0, 1),)
-        return frames
-    raise AssertionError("the storage host does not come")
-
-
-def _next(frames: Frames, wanted: FrameKind) -> tuple[FrameKind, bytes]:
-    deadline = time.monotonic() + 10.0
-    pinged = 0.0
-    while time.monotonic() < deadline:
-        if time.monotonic() - pinged > 0.2:
-            pinged = time.monotonic()
-            frames.push(FrameKind.PING)
-        if (frame := frames.receive()) is not None and frame[0] is wanted:
-            return frame
-        assert not frames.has_ended()
-        time.sleep(0.001)
-    raise AssertionError(f"no {wanted.name}")
-
-
-def _move(frames: Frames, kind: OpKind, slots: list[int], pages: list[int]) -> list[bool]:
-    part = next(_PARTS)
-    op = NodeOp(part, part, 0, kind, 0, 0, len(slots), np.array(slots, np.int32), np.array([pages], np.int32))
-    frames.push(FrameKind.OP, op.pack())
-    _, payload = _next(frames, FrameKind.RESULT)
-    assert int.from_bytes(payload[:8], "little") == part
-    return [byte == 1 for byte in payload[16:]]
-
-
-_PARTS = iter(range(1 << 40, 1 << 50))

@@ -171,12 +171,52 @@ def test_the_ranks_of_a_node_that_was_away_learn_what_they_missed(setup: Setup) 
         setup.joined().next(0.5)
 
 
+def test_ops_without_an_answer_are_told_again(setup: Setup) -> None:
+    """As a whole, and as cancelled: the worker may have heard of the task only after its rank registered again."""
+    host = setup.joined()
+    task = setup.manager.put_async(tokens_of(3), mapping([1, 2, 3]))
+    op = host.next_op()
+    host.close()
+    assert setup.manager.wait(task, timeout=3)[task].status is Status.FAILED
+    host = setup.joined()
+    again = host.next_op()
+    assert (again.task_id, again.kind, again.op_blocks, len(again.slots)) == (task, op.kind, 3, 3)
+    assert again.flags & OpFlag.CANCELLED
+    host.answer(again, ok=False)
+    setup.put(host, 2)
+
+
+def test_the_pool_has_the_slots_of_the_smallest_node(setup: Setup) -> None:
+    host = setup.host()
+    host.join(usable=40, num_slots=40)
+    until(lambda: setup.manager.is_ready() and setup.manager.stats()["num_slots"] == 40)
+    host.close()
+    until(lambda: not setup.manager.is_ready())
+    host = setup.host()
+    host.join(usable=40, num_slots=40)
+    until(setup.manager.is_ready)
+    host.close()
+    until(lambda: not setup.manager.is_ready())
+    host = setup.host()
+    host.join(usable=30, num_slots=30)                           # slots that are in use are missing
+    assert host.has_been_dropped()
+
+
+def test_bytes_that_are_no_frames_end_the_connection_at_once(setup: Setup) -> None:
+    host = setup.joined()
+    task = setup.manager.put_async(tokens_of(2), mapping([1, 2]))
+    host.next_op()
+    host.connection.send(bytes(range(256)) * 8)                  # more than is read before it is not trusted
+    assert setup.manager.wait(task, timeout=1)[task].status is Status.FAILED
+    until(lambda: not setup.manager.is_ready(), 1.0)
+
+
 def test_a_silent_node_is_lost(setup: Setup) -> None:
     setup.joined()                                               # and answers no PING
     until(lambda: not setup.manager.is_ready(), 5.0)
 
 
-@pytest.mark.parametrize("ranks", [((0, 1), (0, 2)), ((0, 5), (0, 5))])
+@pytest.mark.parametrize("ranks", [((0, 1), (0, 2)), ((0, 5), (0, 5)), ((0, 0),)])
 def test_a_node_with_other_ranks_is_refused(setup: Setup, ranks: tuple[tuple[int, int], ...]) -> None:
     host = setup.host()
     host.join(ranks=ranks)
