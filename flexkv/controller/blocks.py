@@ -310,7 +310,8 @@ class Blocks(ABC):
         the status UNREADY.
 
         ``completely``: also wait until the tasks access no page any more. A task that took longer than ``op_timeout_s``
-        (TIMEOUT) or was cancelled (CANCELLED) may access its pages for a short time after its result is known.
+        (TIMEOUT), was cancelled (CANCELLED) or lost a rank or node (FAILED) may access its pages for a short time after
+        its result is known.
         """
 
     @abstractmethod
