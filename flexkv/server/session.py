@@ -140,7 +140,7 @@ class Session:
             listening, self._listening = self._listening, None
             listener.add(self._blocks.group, listening)
             end = partial(self.end, "the session's event could not be handled")
-            self._watch.add(self._rings.receiving_event_fd, self._serve, lambda error: self.end(str(error)))
+            self._watch.add(self._rings.receiving_event_fd, self._hear_records, lambda error: self.end(str(error)))
             self._watch.add(self._connection.fileno(), self._hear, lambda error: end())
             if self._process.fd >= 0:
                 self._watch.add(self._process.fd, self._check, lambda error: end())
@@ -212,6 +212,12 @@ class Session:
             self.cache.transfer.wake()
 
     # ---- records ----------------------------------------------------------------------------------------------
+
+    def _hear_records(self) -> None:
+        try:
+            self._serve()
+        except FlexKVError as error:                 # an invalid record
+            self.end(str(error))
 
     def _serve(self) -> None:
         """Handle the engine's records, up to ``_TURN`` of them."""
@@ -367,7 +373,10 @@ class Session:
                 case {"command": "stats"}:
                     self._answer(number, self._blocks.stats())
                 case {"command": "tenant", "namespace": list(namespace)}:
-                    entries = [NamespaceEntry(*map(str, entry)) for entry in namespace if len(entry) == 3]
+                    entries = [
+                        NamespaceEntry(*map(str, entry)) for entry in namespace
+                        if isinstance(entry, list) and len(entry) == 3
+                    ]
                     self._answer(number, self._blocks.tenant(entries))
                 case {"command": "pins"}:
                     self._answer(number, [[pin.name, pin.num_blocks] for pin in self._blocks.pins()])

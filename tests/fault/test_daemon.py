@@ -350,7 +350,11 @@ def session_of(path: Path, port: Path) -> tuple[socket.socket, RecordRings, int]
     """A session of a process that makes its own records."""
     connection = connected(path, Hello("d", 4, 1, 0, str(port), "n", "m", 0).pack())
     message, fds, _, _ = socket.recv_fds(connection, 20_000, 3)
-    welcome = Welcome.unpack(message)
+    try:
+        welcome = Welcome.unpack(message)
+    except RegistrationError:
+        connection.close()
+        raise
     return connection, RecordRings(welcome.ring_bytes, fds), welcome.first_task
 
 
