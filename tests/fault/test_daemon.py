@@ -20,6 +20,7 @@ import pytest
 from flexkv._core.record_rings import RecordRings
 from flexkv.config import process_environment
 from flexkv.controller.response import KVResponseStatus as Status
+from flexkv.errors import RegistrationError
 from flexkv.protocol import session as protocol
 from flexkv.protocol.session import BlocksRequest, Hello, Request, Welcome
 from flexkv.server.daemon import Daemon
