@@ -99,7 +99,10 @@ class CacheConfig(_Settings):
         0.0, "Time by which each hit makes a block count as younger for eviction. No effect with `adaptive`.",
         unit="s", low=0.0,
     )
-    use_hugepage_cpu_buffer: bool = setting(False, "Host tier in hugepages; the system must have reserved them.")
+    use_hugepage_cpu_buffer: bool = setting(
+        False, "Host tier in hugepages, which the system must have reserved; if it has not, in smaller pages, with a "
+        "warning.",
+    )
     hugepage_size_bytes: int = setting(
         2 << 20, "Size of the hugepages of `use_hugepage_cpu_buffer`.", unit="bytes", low=4096
     )

@@ -1,12 +1,18 @@
 """The host pool of a controller or a storage host: made for the first layout, and checked against the others."""
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable
 
-from flexkv.errors import RegistrationError
+from flexkv.errors import CapacityError, RegistrationError
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
+
+logger = logging.getLogger("flexkv.controller")
+
+_HUGEPAGE_BYTES = 2 << 20
+"""Size of the hugepages that are tried when there are none of a larger size."""
 
 OnExtent = Callable[[int, bool], None]
 """``on_extent(num_slots, last)``: more slots are populated; ``last``: these are all. As in ``HostPool.populate``."""
@@ -21,7 +27,7 @@ class HostMemory:
     num_slots : int, optional
         Default: as many as fit ``host_bytes``.
     hugepage_bytes : int
-        0: ordinary pages.
+        0: ordinary pages. If there are no hugepages of this size, smaller pages are used, with a warning.
     replaces : bool
         A layout that differs from the pool's gets a new pool, and the old one is freed. False: it is refused, because
         engines share the pool.
@@ -69,8 +75,7 @@ class HostMemory:
         return self.pool
 
     def _make(self, layout: SlotLayout) -> None:
-        num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // layout.slot_bytes
-        pool = HostPool(layout.slot_bytes, num_slots, self._hugepage_bytes, layout.content)
+        pool = self._allocate(layout)
         self._extent = (0, False)
         try:
             pool.populate(self._populated)
@@ -79,6 +84,17 @@ class HostMemory:
             raise
         self.pool = pool
         self.renew()
+
+    def _allocate(self, layout: SlotLayout) -> HostPool:
+        """A pool in hugepages of the size that is set, else in smaller ones, else in ordinary pages."""
+        num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // layout.slot_bytes
+        smaller = [size for size in (_HUGEPAGE_BYTES,) if size < self._hugepage_bytes]
+        for size in [self._hugepage_bytes, *smaller] if self._hugepage_bytes else ():
+            try:
+                return HostPool(layout.slot_bytes, num_slots, size, layout.content)
+            except CapacityError as error:
+                logger.warning("no hugepages of %d KiB, so the host pool gets smaller pages: %s", size >> 10, error)
+        return HostPool(layout.slot_bytes, num_slots, 0, layout.content)
 
     def _populated(self, num_slots: int, last: bool) -> None:
         with self._lock:

@@ -4,6 +4,7 @@ import pytest
 
 from flexkv.controller.host_memory import HostMemory
 from flexkv.errors import CapacityError, RegistrationError
+from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
 from tests.support.harness import until
 
@@ -55,3 +56,19 @@ def test_a_pool_that_cannot_be_made_leaves_nothing() -> None:
         memory.pool_for(LAYOUT, lambda *_: None)
     assert memory.pool is None
     memory.close()
+
+
+@pytest.mark.parametrize("size", [2 << 20, 1 << 30])
+def test_without_hugepages_it_has_ordinary_pages(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    """More than any system has reserved: the kernel refuses at once."""
+    monkeypatch.setattr(HostPool, "populate", lambda self, on_extent: None)
+    memory = HostMemory(0, 1 << 24, size)
+    try:
+        pool = memory.pool_for(SlotLayout.sharded([1 << 20]), lambda *_: None)
+        assert pool.num_bytes == 1 << 44
+        assert caplog.text.count("no hugepages of") == (2 if size > 2 << 20 else 1)
+        assert "nr_hugepages" in caplog.text
+    finally:
+        memory.close()
