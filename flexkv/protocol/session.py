@@ -335,7 +335,8 @@ class LaunchRequest:
         """The parts of the record."""
         sizes = np.array([len(pages) for pages in self.pages], dtype=np.uint32)
         head = LAUNCH.pack(self.number, self.fence, self.counter, self.flags, len(sizes), int(sizes.sum()))
-        together = np.concatenate(self.pages) if self.pages else np.zeros(0, dtype=np.int32)
+        one = self.pages[0] if len(self.pages) == 1 else None
+        together = np.concatenate([np.zeros(0, np.int32), *self.pages]) if one is None else np.ascontiguousarray(one)
         return head, np.array(self.task_ids, dtype=np.uint64), sizes, together
 
     @classmethod
@@ -345,10 +346,12 @@ class LaunchRequest:
         tasks, sizes, pages = split(
             content, LAUNCH.size, (num_tasks, np.uint64), (num_tasks, np.uint32), (num_pages, np.int32)
         )
-        stops = np.cumsum(sizes, dtype=np.uint64)
-        if num_pages != (int(stops[-1]) if num_tasks else 0):
+        stop, parts = 0, []
+        for size in sizes.tolist():
+            parts.append(pages[stop : stop + size])
+            stop += size
+        if num_pages != stop:
             raise RegistrationError("a launch has other pages than its tasks")
-        parts = np.split(pages, stops[:-1].astype(np.int64)) if num_tasks else []
         return cls(number, tasks.tolist(), parts, fence, counter, flags)
 
 
