@@ -100,8 +100,8 @@ class CacheConfig(_Settings):
         unit="s", low=0.0,
     )
     use_hugepage_cpu_buffer: bool = setting(
-        False, "Host tier in hugepages, which the system must have reserved; if it has not, in smaller pages, with a "
-        "warning.",
+        False, "Host tier in hugepages of `hugepage_size_bytes`, reserved with `vm.nr_hugepages`. If too few are "
+        "reserved, hugepages of 2 MiB are tried, then ordinary pages; the log has a warning.",
     )
     hugepage_size_bytes: int = setting(
         2 << 20, "Size of the hugepages of `use_hugepage_cpu_buffer`.", unit="bytes", low=4096
@@ -140,8 +140,8 @@ class CacheConfig(_Settings):
     )
     server_max_pools: int = setting(
         1, "Pools of `flexkv serve`, one for each layout of a block. Models with equal layouts share a pool; each pool "
-        "gets an equal part of host memory and SSD. A new one replaces the one that has been without an engine for the "
-        "longest.",
+        "gets an equal part of host memory and SSD. If all are taken, a new layout replaces the pool that has been "
+        "without an engine for the longest, and its SSD blocks.",
         low=1, high=64,
     )
     load_policy: str = setting(
@@ -278,15 +278,17 @@ class TransferConfig(_Settings):
         choices=("sharded", "rank0_only", "rank_rotate", "layer_parallel", "all_write"),
     )
     master_host: str = setting(
-        "localhost", "An engine on several nodes: address of its first node, to which the other nodes connect. See "
-        "[Nodes](nodes.md).",
+        "localhost", "An engine on several nodes: address at which its first node listens, and to which the others "
+        "connect; with vLLM the default is its `--master-addr`. See [Nodes](nodes.md).",
     )
     master_ports: str = setting(
-        "5556", "TCP port of the first node. Of a list with commas, as upstream has it, the first port is used.",
+        "5556", "TCP port of the first node; with vLLM, data-parallel rank `i` uses the port plus `i`. Of a list with "
+        "commas, as upstream has it, the first port is used.",
         read=ports,
     )
     node_secret: str = setting(
-        "", "Secret that the nodes of an engine share; required with several nodes.", secret=True,
+        "", "Secret that the nodes of an engine share, at least 32 random characters; required with several nodes. "
+        "Messages are authenticated with it, not encrypted.", secret=True,
     )
     handshake_timeout_s: float = setting(
         5.0, "Time after which a connection is dropped if no message arrives on it.", unit="s", low=0.01

@@ -17,6 +17,7 @@ import enum
 import json
 import struct
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -247,13 +248,7 @@ def _check_number(key: str, value: object, low: int, high: int) -> None:
 
 def split(content: bytes, offset: int, *counts: tuple[int, type[np.generic]]) -> list[NDArray[Any]]:
     """The arrays of a record from ``offset`` to its end, aligned and not to be modified; ``counts``: number of elements
-    of each, and type.
-
-    Raises
-    ------
-    RegistrationError
-        The record has another length.
-    """
+    of each, and type. RegistrationError if the record has another length."""
     arrays = []
     for count, dtype in counts:
         size = count * np.dtype(dtype).itemsize
@@ -335,8 +330,7 @@ class LaunchRequest:
         """The parts of the record."""
         sizes = np.array([len(pages) for pages in self.pages], dtype=np.uint32)
         head = LAUNCH.pack(self.number, self.fence, self.counter, self.flags, len(sizes), int(sizes.sum()))
-        one = self.pages[0] if len(self.pages) == 1 else None
-        together = np.concatenate([np.zeros(0, np.int32), *self.pages]) if one is None else np.ascontiguousarray(one)
+        together = np.concatenate(self.pages) if self.pages else np.zeros(0, dtype=np.int32)
         return head, np.array(self.task_ids, dtype=np.uint64), sizes, together
 
     @classmethod
@@ -346,12 +340,10 @@ class LaunchRequest:
         tasks, sizes, pages = split(
             content, LAUNCH.size, (num_tasks, np.uint64), (num_tasks, np.uint32), (num_pages, np.int32)
         )
-        stop, parts = 0, []
-        for size in sizes.tolist():
-            parts.append(pages[stop : stop + size])
-            stop += size
-        if num_pages != stop:
+        stops = list(accumulate(sizes.tolist(), initial=0))
+        if num_pages != stops[-1]:
             raise RegistrationError("a launch has other pages than its tasks")
+        parts = [pages[start:stop] for start, stop in pairwise(stops)]
         return cls(number, tasks.tolist(), parts, fence, counter, flags)
 
 
