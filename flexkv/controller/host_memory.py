@@ -51,14 +51,15 @@ class HostMemory:
         self.incarnation = ""
 
     def pool_for(self, layout: SlotLayout, on_extent: OnExtent) -> HostPool:
-        """The pool for a layout. From now on ``on_extent`` is called with the populated slots, and the callable of an
-        earlier call no more.
+        """The pool for a layout, which stays this object's. ``on_extent`` replaces the callable of an earlier call; it
+        is called on this thread with the slots that are populated, and on another one with more.
 
         Raises
         ------
         RegistrationError
-            The pool was made for another layout.
+            The pool was made for another layout, and ``replaces`` is False.
         CapacityError
+            There is no address space, or not one slot fits ``host_bytes``.
         """
         if self.pool is not None and (layout.slot_bytes, layout.content) != (self.pool.slot_bytes, self.pool.content):
             if not self._replaces:

@@ -31,7 +31,8 @@ _READ_BYTES = 1 << 18
 
 class Greeting:
     """Mutual authentication by a shared secret. The controller sends a challenge, the storage host a reply with its
-    proof and its own challenge, and the controller its proof.
+    proof and its own challenge, and the controller its proof. The controller calls ``challenge``, ``answer_to`` and
+    ``keys``, in this order; the storage host ``reply_to``, ``check`` and ``keys``.
 
     Parameters
     ----------
@@ -104,7 +105,8 @@ class Frames:
         self.heard = time.monotonic()
 
     def push(self, kind: FrameKind, payload: bytes = b"") -> None:
-        """Send a frame, now or with a later ``flush``. The end of the connection is left to ``receive``."""
+        """Send a frame, now or with a later ``flush``. Neither waits nor raises: bytes without room are kept, and the
+        caller bounds them by ``unsent_bytes``. ``payload``: at most MAX_PAYLOAD_BYTES."""
         with self._sending:
             tag = _tag(self._sending_key, self._num_sent, kind, payload)
             self._num_sent += 1
@@ -149,12 +151,12 @@ class Frames:
             return False
 
     def receive(self) -> tuple[FrameKind, bytes] | None:
-        """The next frame, or None.
+        """The next frame; None: none is complete yet, or the connection has ended (``has_ended``).
 
         Raises
         ------
         NodeLinkError
-            A frame is invalid.
+            A frame is invalid; the connection must be closed.
         """
         while (frame := self._take()) is None:
             try:

@@ -21,9 +21,17 @@ HOST_SILENCE_S, CONTROLLER_SILENCE_S = 2.0, 3.0
 first: it has cancelled its copies when the controller gives up."""
 
 _OP = struct.Struct("<QQQIIIIII")
+"""Head of OP: part, task, fence; kind, flags, counter, blocks of the whole op, blocks (n), layer groups (g). Slots (n,)
+and pages (g, n) follow, int32, little-endian."""
+
 _RESULT = struct.Struct("<QI4x")
+"""Head of RESULT: part, blocks (n). One byte for each block follows, 1 or 0."""
+
 _NUMBER = struct.Struct("<Q")
+
 MAX_PAYLOAD_BYTES = 1 << 21
+"""Maximum payload of a frame, in bytes."""
+
 MAX_BLOCKS = 1 << 15
 """Blocks of an OP at most: with the pages of all layer groups they fit a frame."""
 
@@ -32,13 +40,21 @@ class FrameKind(enum.IntEnum):
     """Kinds of frames. The controller sends TERMS, OP, CANCEL and PING; the storage host the others."""
 
     TERMS = 1
+    """``Terms``, the first frame."""
     JOIN = 2
+    """``Join``, once: ops may come from now on."""
     OP = 3
+    """``NodeOp``: run it on all ranks of the node."""
     CANCEL = 4
+    """Id of a part: start no further block of it. It has a RESULT nevertheless."""
     RESULT = 5
+    """Id of a part, and whether each of its blocks was moved; its slots and pages are not accessed any more."""
     USABLE = 6
+    """Number of leading slots that all ranks of the node have pinned."""
     PING = 7
+    """Empty; to be answered with PONG."""
     PONG = 8
+    """Empty."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +112,9 @@ class NodeOp:
     kind : OpKind
         D2H or H2D.
     slots : (n,) int32
+        Slots of the node's pool.
     pages : (num_groups, n) int32
+        Page of each block in each layer group; -1: none. After ``unpack`` both are read-only views of the payload.
     """
 
     part_id: int

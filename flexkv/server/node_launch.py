@@ -25,7 +25,7 @@ _FIRST_PAUSE_S, _MAX_PAUSE_S = 1.0, 30.0
 
 class TransferManagerOnRemote:
     """The process of a storage host (``flexkv node``), under upstream's name. It ends with the process that started it.
-    If it fails, it is started again.
+    If it ends before ``terminate`` or ``shutdown``, it is started again after 1 to 30 s, as another process.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class TransferManagerOnRemote:
         return self._process.poll() is None
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end of the process, at most ``timeout`` seconds."""
+        """Wait for the end of the current process, at most ``timeout`` seconds."""
         try:
             self._process.wait(timeout)
         except subprocess.TimeoutExpired:

@@ -74,7 +74,8 @@ class StorageHost:
         self._stop.set()
 
     def run(self) -> None:
-        """Serve the controller until ``stop``.
+        """Serve the controller until ``stop``; frees the pool at the end. To be called once. Without a connection, with
+        another secret, or if the ranks' socket cannot be opened, it tries again each 0.5 s, and logs the reason.
 
         Raises
         ------

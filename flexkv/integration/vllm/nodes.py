@@ -2,13 +2,17 @@
 host."""
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING
 
 from flexkv.config import FlexKVConfig
+from flexkv.errors import FlexKVError
 from flexkv.server.node_launch import TransferManagerOnRemote
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger("flexkv.vllm")
 
 
 def num_nodes(vllm_config: "VllmConfig") -> int:
@@ -30,8 +34,8 @@ def unsupported_nodes(vllm_config: "VllmConfig", config: FlexKVConfig) -> str | 
 
 
 def settings_of_nodes(vllm_config: "VllmConfig", config: FlexKVConfig, rank: int) -> FlexKVConfig:
-    """The settings of an engine on several nodes: address of the first node, unless it is given, and a port of each
-    data-parallel rank."""
+    """The settings of an engine on several nodes: address of the first node, unless it is given, and a TCP port of its
+    own for each data-parallel ``rank``."""
     if num_nodes(vllm_config) == 1:
         return config
     transfer = config.transfer
@@ -44,14 +48,20 @@ def settings_of_nodes(vllm_config: "VllmConfig", config: FlexKVConfig, rank: int
 
 
 def start_storage_host(vllm_config: "VllmConfig", config: FlexKVConfig, port: str) -> TransferManagerOnRemote | None:
-    """Start the storage host of this node, if this worker is the first one of a node that is not the first."""
+    """Start the storage host of this node, if this worker has the lowest rank of a node other than the first; else
+    None. ``port``: path of the socket at which the node's ranks register. The caller shuts it down. If it cannot be
+    started, the log says so, and KV is neither loaded nor saved."""
     parallel = vllm_config.parallel_config
     nodes = num_nodes(vllm_config)
     node, local_rank = divmod(int(parallel.rank), int(parallel.world_size) // nodes)
     if node == 0 or local_rank != 0:
         return None
     transfer = config.transfer
-    return TransferManagerOnRemote.create_process(
-        transfer.master_host, transfer.master_ports, gpu_register_port=port, node_secret=transfer.node_secret,
-        cpu_cache_gb=config.cache.cpu_cache_gb, num_cpu_blocks=config.cache.num_cpu_blocks,
-    )
+    try:
+        return TransferManagerOnRemote.create_process(
+            transfer.master_host, transfer.master_ports, gpu_register_port=port, node_secret=transfer.node_secret,
+            cpu_cache_gb=config.cache.cpu_cache_gb, num_cpu_blocks=config.cache.num_cpu_blocks,
+        )
+    except (FlexKVError, OSError) as error:
+        logger.error("the storage host of this node cannot be started, so no KV is loaded or saved: %s", error)
+        return None

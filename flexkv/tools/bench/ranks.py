@@ -180,7 +180,8 @@ def _bandwidth(num_ranks: int) -> Iterator[Line]:
 
 def run(n: int = 400, counts: "tuple[tuple[int, int], ...]" = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (2, 2), (16, 2))
         ) -> Iterator[Line]:
-    """Measure a get of one block for numbers of ranks and nodes; with several GPUs, the bandwidth of all."""
+    """Measure ``n`` gets of one block, in microseconds, for each (ranks, nodes) of ``counts``; with GPUs also the
+    bandwidth of 1, 2, 4 and 8 of them at once, in GB/s of 1e9 bytes."""
     for num_ranks, nodes in counts:
         with _engine(num_ranks, nodes, _SMALL_BLOCKS, _SMALL_BYTES) as engine:
             took = np.array([engine.get(1) for _ in range(n)])[n // 10 :]

@@ -228,7 +228,8 @@ class NodeLink(AgentLink):
 class MissedOps:
     """Ops that absent nodes of an engine have not received, or not answered. They have failed, and the ranks of these
     nodes must learn that: their workers wait for the result of each task. A node gets them as cancelled, as a whole,
-    when it is back. Nodes are known from their first join on; no op comes before."""
+    when it is back; 4,096 of each node are kept. Nodes are known from their first join on; no op comes before. Every
+    method is called under the engine's lock."""
 
     def __init__(self) -> None:
         self._missed: dict[Ranks, dict[TransferOp, None]] = {}
