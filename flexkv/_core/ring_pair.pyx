@@ -133,8 +133,8 @@ cdef class RingPair:
         return bool(flexkv_ring_set_waiting(&self.receiving, waiting))
 
     def spin(self, Py_ssize_t spin_ns):
-        """Watch for a record for up to ``spin_ns`` nanoseconds, without the GIL; True if there is one. Other threads that
-        wait for this processor run meanwhile: the sender may be one of them."""
+        """Watch for a record for up to ``spin_ns`` nanoseconds, without the GIL; True if there is one. Other threads
+        that wait for this processor run meanwhile: the sender may be one of them."""
         cdef int64_t until
         cdef bint found = False
         with nogil:
