@@ -74,6 +74,10 @@ class RegistrationError(FlexKVError, ValueError):
     """Tensors, or the layout that describes them, cannot be registered."""
 
 
+class OtherLayoutError(RegistrationError):
+    """The layout of a block differs from that of the host pool, which other engines use."""
+
+
 class NotReadyError(FlexKVError, TimeoutError):
     """KV cannot be loaded or saved yet: a rank has not registered its tensors."""
 

@@ -110,7 +110,8 @@ def ports(key: str, value: object) -> object:
     ConfigError
         A part is not a number from 1 to 65535.
     """
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    is_port = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
+    text = str(value) if is_port else value
     if not isinstance(text, str):
         return value
     parts = [part.strip() for part in text.split(",")]

@@ -55,6 +55,8 @@ class EngineBlocks(Blocks):
         As in ``TaskTable``.
     after_turn
         As in ``SharedCache.join``.
+    on_other_layout
+        As in ``RankGroup``.
     num_nodes : int
         While one of several nodes is away, matches are empty and nothing is saved.
 
@@ -79,6 +81,7 @@ class EngineBlocks(Blocks):
         on_news: Callable[[int], None] | None = None,
         after_turn: Callable[[], float] | None = None,
         num_nodes: int = 1,
+        on_other_layout: Callable[[], None] = lambda: None,
     ) -> None:
         self._cache = cache
         self._space = cache.space
@@ -90,7 +93,9 @@ class EngineBlocks(Blocks):
             on_news=on_news,
         )
         control = Control(self.pin, self.unpin, self.pins)
-        self.group = RankGroup(client, num_ranks, dp_client_id, first_task, num_nodes, control.answer)
+        self.group = RankGroup(
+            client, num_ranks, dp_client_id, first_task, num_nodes, on_other_layout, control.answer
+        )
         cache.join(self.tasks, after_turn)
 
     # ---- life -------------------------------------------------------------------------------------------------

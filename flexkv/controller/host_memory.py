@@ -5,7 +5,7 @@ import secrets
 import threading
 from collections.abc import Callable
 
-from flexkv.errors import CapacityError, RegistrationError
+from flexkv.errors import CapacityError, OtherLayoutError
 from flexkv.storage.host_pool import HostPool
 from flexkv.storage.layout import SlotLayout
 
@@ -56,14 +56,14 @@ class HostMemory:
 
         Raises
         ------
-        RegistrationError
+        OtherLayoutError
             The pool was made for another layout, and ``replaces`` is False.
         CapacityError
             There is no address space, or not one slot fits ``host_bytes``.
         """
         if self.pool is not None and (layout.slot_bytes, layout.content) != (self.pool.slot_bytes, self.pool.content):
             if not self._replaces:
-                raise RegistrationError("the layout of a block differs from that of the engines whose cache it shares")
+                raise OtherLayoutError("the layout of a block differs from that of the engines whose cache it shares")
             self.close()
             self.pool = None
         if self.pool is None:

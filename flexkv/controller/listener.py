@@ -9,7 +9,7 @@ from flexkv.config import TransferConfig
 from flexkv.controller.host_memory import HostMemory
 from flexkv.controller.nodes import NodeListener
 from flexkv.controller.registry import Registry
-from flexkv.errors import TransferError
+from flexkv.errors import OtherLayoutError, TransferError
 from flexkv.protocol.nodes import Terms
 from flexkv.protocol.registration import Hello
 from flexkv.protocol.sockets import ListeningSocket, socket_path
@@ -36,6 +36,8 @@ class RankGroup:
         The engine's task ids are larger.
     num_nodes : int
         Nodes of the engine, with ``num_ranks`` ranks each. Those besides this one connect to ``master_host``.
+    on_other_layout : callable
+        Called when the ranks have registered, if the host pool is of another layout.
     on_control : callable
         ``on_control(message, descriptors) -> reply`` to the request of a user.
     """
@@ -45,6 +47,7 @@ class RankGroup:
     dp_client_id: int = 0
     first_task: int = 0
     num_nodes: int = 1
+    on_other_layout: Callable[[], None] = lambda: None
     on_control: Callable[[bytes, Sequence[int]], bytes] = lambda message, fds: b"{}"
 
 
@@ -132,7 +135,8 @@ class Listener(AgentListener):
                 listening.close()
                 raise
         self._registries[group.client] = Registry(
-            watch, listening, group.client, group.dp_client_id, group.num_ranks, self._make_pool,
+            watch, listening, group.client, group.dp_client_id, group.num_ranks,
+            partial(self._make_pool, group),
             self._config.handshake_timeout_s, self._config.ring_bytes, join, group.on_control, self._on_gds,
             group.first_task, self._writer(group.client),
         )
@@ -155,8 +159,12 @@ class Listener(AgentListener):
             nodes.close()
         self._transfer.dismiss_ranks(client, reason)
 
-    def _make_pool(self, layout: SlotLayout) -> HostPool:
-        return self._memory.pool_for(layout, self._transfer.populated)
+    def _make_pool(self, group: RankGroup, layout: SlotLayout) -> HostPool:
+        try:
+            return self._memory.pool_for(layout, self._transfer.populated)
+        except OtherLayoutError:
+            group.on_other_layout()
+            raise
 
     def is_ready(self, client: int) -> bool:
         """Whether every rank of an engine is registered and has pinned the usable slots, and the host pool exists."""

@@ -37,6 +37,9 @@ _MAX_SESSION = (1 << 30) - 1
 
 _TURN_S = 1.0
 
+_MAX_APART = 1000
+"""Domains that are remembered as such that do not share the pool of their layout."""
+
 
 def _digest(layout: str) -> str:
     return hashlib.sha256(layout.encode(errors="replace")).hexdigest()[:32]
@@ -80,6 +83,7 @@ class Daemon:
         self._idle_exit_s = idle_exit_s
         self._idle_since = time.monotonic()
         self._pools: dict[str, _Pool] = {}
+        self._apart: set[str] = set()                # domains that do not share the pool of their layout
         self._watch = Watch()
         self._log = RepeatedLog(logger)
         self._lock = threading.Lock()                # for the sessions of pools
@@ -222,6 +226,8 @@ class Daemon:
         return number
 
     def _ended(self, pool: _Pool, session: Session) -> None:
+        if session.needs_own_pool:                   # with equal settings tensors may still differ
+            self._apart = {*list(self._apart)[-_MAX_APART:], session.hello.domain}
         with self._lock:
             pool.sessions.discard(session)
             pool.idle_since = time.monotonic()
@@ -236,7 +242,7 @@ class Daemon:
         RegistrationError
             It has other tokens per block than the pool, or all pools that fit have engines.
         """
-        layout = layout_of(hello.domain)
+        layout = hello.domain if hello.domain in self._apart else layout_of(hello.domain)
         name = _digest(layout)
         pool = self._pools.get(name)
         if pool is not None and not pool.cache.transfer.in_service and not pool.sessions:

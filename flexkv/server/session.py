@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -49,14 +48,6 @@ _PULSE_S = 0.5
 _STATUSES = list(KVResponseStatus)
 
 
-@dataclass(slots=True)
-class _Reset:
-    """A reset that is answered when the session's tasks have settled."""
-
-    number: int
-    task_ids: list[int]
-
-
 class Session:
     """One engine that uses a cache of the daemon. ``begin`` and all that follows run on the cache's background thread.
 
@@ -85,6 +76,8 @@ class Session:
     ----------
     hello : Hello
     cache : SharedCache
+    needs_own_pool : bool
+        The engine's blocks have another layout than those of the pool.
     """
 
     def __init__(
@@ -109,15 +102,15 @@ class Session:
         self._ids = RequestNumbers(first_task)
         self._news: deque[int] = deque()
         self._unsent: deque[tuple[Reply, bytes]] = deque()
-        self._resets: list[_Reset] = []
-        self._is_over = False
+        self._resets: list[tuple[int, list[int]]] = []      # number, tasks that must settle before the answer
+        self._is_over = self.needs_own_pool = False
         self._pulse, self._pulsed = 0, -math.inf
         self._thread = 0
         self._watch: Watch | None = None
         self._blocks = EngineBlocks(
             cache, Keys(hello.domain.encode(), hello.tokens_per_block, secret), hello.tokens_per_block, hello.ranks,
             hello.dp_client_id, accept_within_s, first_task=first_task, task_ids=self._ids, on_news=self._note_news,
-            after_turn=self._after_turn,
+            after_turn=self._after_turn, on_other_layout=partial(cache.transfer.call_soon, self._leave_pool),
         )
         self._handlers: dict[Request, Callable[[bytes], None]] = {
             Request.LOOKUP: self._lookup, Request.MATCH_GET: self._match_get, Request.MATCH_PUT: self._match_put,
@@ -150,6 +143,12 @@ class Session:
             self.end(f"it could not be welcomed: {error}")
             return
         logger.info("engine %s has connected (process %d)", self.hello.name, self._process.pid)
+
+    def _leave_pool(self) -> None:
+        """The engine's ranks do not fit the pool: it connects again, and gets a pool of its own."""
+        if not self._is_over:
+            self.needs_own_pool = True
+            self.end("its blocks have another layout than those of the pool")
 
     def _hear(self) -> None:
         """The engine says nothing after its HELLO: this is its end."""
@@ -202,9 +201,9 @@ class Session:
         while self._news:
             self._send_result(self._news.popleft())
         for reset in list(self._resets):
-            if all(map(self._blocks.tasks.is_settled, reset.task_ids)):
+            if all(map(self._blocks.tasks.is_settled, reset[1])):
                 self._resets.remove(reset)
-                self._answer(reset.number, None)
+                self._answer(reset[0], None)
 
     def _note_news(self, task_id: int) -> None:
         self._news.append(task_id)
@@ -393,6 +392,6 @@ class Session:
                     self._blocks.set_prefill_rate(rate)
                     self._answer(number, None)
                 case {"command": "reset", "new_weights": bool(new_weights)}:
-                    self._resets.append(_Reset(number, self._blocks.begin_reset(new_weights)))
+                    self._resets.append((number, self._blocks.begin_reset(new_weights)))
                 case _:
                     raise RegistrationError("it has sent a command that this version does not know")

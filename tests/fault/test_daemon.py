@@ -103,48 +103,6 @@ def test_the_second_engine_loads_the_blocks_of_the_first(tmp_path: Path) -> None
         assert two.get_match(tokens_of(3))[1].all()                    # the blocks stay
 
 
-def test_models_with_equal_layouts_share_memory_and_no_kv(tmp_path: Path) -> None:
-    """The share of each grows and shrinks by use."""
-    path = tmp_path / "server"
-    with running(path) as daemon, engine(path, tmp_path / "r0") as (one, _, first), engine(
-        path, tmp_path / "r1", model={"model_id": "other"}
-    ) as (two, _, second):
-        assert len({session.cache for session in sessions_of(daemon)}) == 1
-        first.fill(range(40), 7)
-        second.fill(range(40), 8)
-        task = one.put_async(tokens_of(40), mapping(range(40)))
-        assert one.wait(task)[task].status is Status.SUCCESS
-        task, mask = one.get_match(tokens_of(40))
-        assert mask.all()                                          # more than a half of the slots
-        one.cancel(task)
-        assert not two.get_match(tokens_of(40))[1].any()
-        task = two.put_async(tokens_of(40), mapping(range(40)))
-        assert two.wait(task)[task].status is Status.SUCCESS
-        task, mask = two.get_match(tokens_of(40))
-        blocks = int(mask.sum()) // 4
-        assert blocks > 24                                         # those of the first model were evicted
-        two.launch([task], [mapping(range(64 - blocks, 64))])
-        assert two.wait(task)[task].status is Status.SUCCESS
-        assert second.read(range(64 - blocks, 64)) == expected(list(range(blocks)), 8)
-        two.check_integrity()
-
-
-def test_other_layouts_have_other_pools(tmp_path: Path) -> None:
-    path = tmp_path / "server"
-    with running(path, cache=TWO_POOLS) as daemon, engine(path, tmp_path / "r0") as (one, _, first):
-        with engine(path, tmp_path / "r1", model={"dtype": "bfloat16"}) as (two, _, _):
-            first.fill([0, 1], 7)
-            task = one.put_async(tokens_of(2), mapping([0, 1]))
-            assert one.wait(task)[task].status is Status.SUCCESS
-            assert not two.get_match(tokens_of(2))[1].any()
-            assert one.stats()["num_slots"] == two.stats()["num_slots"] == 24
-            third = make_engine(path, tmp_path / "r2", model={"dtype": "int8"})
-            time.sleep(0.2)
-            assert not third.is_ready()                                # both pools have engines
-        until(lambda: len(sessions_of(daemon)) == 2, 10.0)             # it has the place of the second now
-        third.shutdown()
-
-
 def test_new_weights_of_one_engine_leave_the_cache_of_others(tmp_path: Path) -> None:
     path = tmp_path / "server"
     with running(path), engine(path, tmp_path / "r0") as (one, _, first), engine(path, tmp_path / "r1") as (two, _, _):

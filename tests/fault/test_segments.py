@@ -342,7 +342,7 @@ def test_a_rank_with_several_groups_refuses_direct_storage(
         client.register_tensors([np.zeros((num_pages, 100)) for num_pages in (8, 4)], 10.0, groups=[0, 1])
         with pytest.raises(RegistrationError, match="GPUDirect Storage"):
             client.wait_connected(10.0)
-        until(lambda: "rank 0 has left" in caplog.text)
+        until(lambda: "rank 0 (process" in caplog.text and "has left" in caplog.text)
     finally:
         manager.shutdown()
         client.close()
