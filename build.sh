@@ -15,7 +15,7 @@ usage: ./build.sh [COMMAND]
   demo        a real vLLM on this machine, with and without its KV loaded by FlexKV
   test        linters, type checks, and all tests that need no GPU
   nightly     what takes longer than a change can wait for: ten minutes of each fuzzer, five times as many examples of
-              each property, and the tests marked nightly
+              each property, a thousand killed engines, and the tests marked nightly
   sanitize    unit and property tests of the native code under ASan/UBSan, then under TSan
   --debug     as (none), with bounds checks and with invariants checked on every operation
   --release   a wheel, into dist/
@@ -224,6 +224,8 @@ case "${1:-}" in
         FUZZ_SECONDS=${FUZZ_SECONDS:-600} "$PYTHON" -m pytest tests/fuzz "$@"
         step "property tests"
         PROPERTY_EXAMPLES=${PROPERTY_EXAMPLES:-20000} "$PYTHON" -m pytest tests/property "$@"
+        step "a thousand killed engines"
+        DAEMON_KILLS=${DAEMON_KILLS:-1000} "$PYTHON" -m pytest tests/fault/test_daemon.py -k killed_engines "$@"
         step "long tests"
         "$PYTHON" -m pytest -m "nightly and not gpu" "$@" ;;
     sanitize)   environment; dependencies demo,replay,test; sanitize_with address; sanitize_with thread ;;
