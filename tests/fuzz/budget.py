@@ -1,6 +1,6 @@
 """How long a fuzzer runs, and on which inputs.
 
-``FUZZ_SECONDS`` sets the time of each fuzzer (default 2.5; a nightly run gives 600), ``FUZZ_SEED`` the first seed. Input
+``FUZZ_SECONDS`` sets the time of each fuzzer (default 2.5; nightly: 600), ``FUZZ_SEED`` the first seed. Input
 n depends on seed n alone: a failure names its seed, and ``FUZZ_SEED=n`` plays it again at once.
 """
 
