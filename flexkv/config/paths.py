@@ -102,24 +102,6 @@ def register_port(key: str, value: object) -> object:
     return f"ipc://{expanded}" if scheme else expanded
 
 
-def ports(key: str, value: object) -> object:
-    """TCP ports, separated by commas; a whole number is one port.
-
-    Raises
-    ------
-    ConfigError
-        A part is not a number from 1 to 65535.
-    """
-    is_port = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
-    text = str(value) if is_port else value
-    if not isinstance(text, str):
-        return value
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 1 << 16 for part in parts):
-        raise ConfigError(key, value, "must be a TCP port from 1 to 65535, or several with commas between them")
-    return ",".join(parts)
-
-
 def is_service_link(text: str) -> bool:
     """Whether a value has the form that Kubernetes gives to variables of services: ``tcp://10.0.0.1:8080``."""
     return re.match(r"(tcp|udp|sctp)://", text.strip()) is not None

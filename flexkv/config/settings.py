@@ -10,7 +10,8 @@ from typing import Any, Self
 from flexkv.config.field import read_field, setting
 from flexkv.config.memory import memory_limit
 from flexkv.config.namespaces import Quota, read_quotas
-from flexkv.config.paths import SEPARATOR, expand, expand_directories, ports, register_port
+from flexkv.config.paths import SEPARATOR, expand, expand_directories, register_port
+from flexkv.config.values import ports
 from flexkv.errors import ConfigError
 
 DTYPE_BYTES = {

@@ -2,9 +2,8 @@
 
 MEANINGLESS: dict[str, str] = {
     **dict.fromkeys(
-        ("trt_subprocess_host", "trt_subprocess_ports", "local_zmq_ip",
-         "local_zmq_port", "worker_shutdown_timeout_s", "transfer_manager_shutdown_timeout_s", "enable_mps",
-         "vmm_fd_sock_dir"),
+        ("trt_subprocess_host", "trt_subprocess_ports", "local_zmq_ip", "local_zmq_port", "worker_shutdown_timeout_s",
+         "transfer_manager_shutdown_timeout_s", "enable_mps", "vmm_fd_sock_dir"),
         "all processes of a node meet at Unix sockets",
     ),
     **dict.fromkeys(

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flexkv.errors import ConfigError
+
 SWITCH = {
     "1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False,
 }
@@ -97,3 +99,20 @@ def read_value(key: str, value: object, field: dataclasses.Field[Any], kind: typ
     by_lower = {choice.lower(): choice for choice in meta["choices"]}
     return by_lower.get(text.lower(), value)
 
+
+def ports(key: str, value: object) -> object:
+    """TCP ports, separated by commas; a whole number is one port.
+
+    Raises
+    ------
+    ConfigError
+        A part is not a number from 1 to 65535.
+    """
+    is_port = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 16
+    text = str(value) if is_port else value
+    if not isinstance(text, str):
+        return value
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) < 1 << 16 for part in parts):
+        raise ConfigError(key, value, "must be a TCP port from 1 to 65535, or several with commas between them")
+    return ",".join(parts)

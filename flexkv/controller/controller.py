@@ -20,7 +20,6 @@ _EPOCH_MS = 1_700_000_000_000
 """Task ids of controllers with several nodes begin with the milliseconds since this time."""
 
 
-
 def _first_task() -> int:
     """A number below the ids of a new controller's tasks, and above those of all earlier ones, unless the clock was set
     back."""

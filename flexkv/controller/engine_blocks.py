@@ -160,14 +160,14 @@ class EngineBlocks(Blocks):
     def _tenant_of(self, tenant: int) -> int:
         return integer_of(tenant, "tenant", 0, self._space.num_tenants - 1)
 
+    # ---- matching ---------------------------------------------------------------------------------------------
+
     @property
     def _index(self) -> GlobalCacheEngine | None:
         """The index, while blocks can be moved."""
         if self.group.num_nodes > 1 and not self._cache.transfer.has_ranks(self.group.client):
             return None
         return self._cache.index
-
-    # ---- matching ---------------------------------------------------------------------------------------------
 
     def record_request(self, keys: NDArray[np.uint64]) -> None:
         """See ``Blocks``."""

@@ -90,13 +90,16 @@ class ListeningSocket:
             raise
 
     def close(self) -> None:
-        """Stop listening, and remove the file unless another process has replaced it. Can be called again."""
+        """Stop listening, and remove the file unless another process has replaced it. Can be called again.
+
+        The file is removed first: while the socket listens, no other start takes the path over, so the file is not one
+        that has its inode number by reuse."""
         if self.socket.fileno() < 0:
             return
-        self.socket.close()
         with suppress(OSError, RegistrationError), _locked(self.path.parent):
             if _identity(self.path) == self._file:
                 self.path.unlink()
+        self.socket.close()
 
 
 def remove_dead_sockets(directory: Path) -> list[Path]:

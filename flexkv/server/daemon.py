@@ -48,8 +48,9 @@ def _digest(layout: str) -> str:
 class _Pool:
     """The cache of all models whose slots have the same layout, and its sessions."""
 
-    def __init__(self, cache: SharedCache, tokens_per_block: int, index: int) -> None:
+    def __init__(self, cache: SharedCache, layout: str, tokens_per_block: int, index: int) -> None:
         self.cache = cache
+        self.layout = layout
         self.tokens_per_block = tokens_per_block
         self.index = index
         self.sessions: set[Session] = set()
@@ -83,7 +84,7 @@ class Daemon:
         self._idle_exit_s = idle_exit_s
         self._idle_since = time.monotonic()
         self._pools: dict[str, _Pool] = {}
-        self._apart: set[str] = set()                # domains that do not share the pool of their layout
+        self._apart: dict[str, None] = {}            # domains that do not share the pool of their layout
         self._watch = Watch()
         self._log = RepeatedLog(logger)
         self._lock = threading.Lock()                # for the sessions of pools
@@ -202,6 +203,7 @@ class Daemon:
                 session = Session(
                     theirs, listening, hello, pool.cache, self._config.cache.secret,
                     self._config.transfer.op_timeout_s, first_task, partial(self._ended, pool),
+                    may_leave_pool=pool.layout != hello.domain,
                 )
                 undo.pop_all()
         except BaseException:
@@ -226,9 +228,11 @@ class Daemon:
         return number
 
     def _ended(self, pool: _Pool, session: Session) -> None:
-        if session.needs_own_pool:                   # with equal settings tensors may still differ
-            self._apart = {*list(self._apart)[-_MAX_APART:], session.hello.domain}
         with self._lock:
+            if session.needs_own_pool:               # with equal settings tensors may still differ
+                self._apart[session.hello.domain] = None
+                if len(self._apart) > _MAX_APART:
+                    del self._apart[next(iter(self._apart))]
             pool.sessions.discard(session)
             pool.idle_since = time.monotonic()
 
@@ -272,7 +276,7 @@ class Daemon:
         )
         cache.start()
         logger.info("new pool %s: model %s, blocks of %d tokens", name, hello.model, hello.tokens_per_block)
-        return _Pool(cache, hello.tokens_per_block, index)
+        return _Pool(cache, layout, hello.tokens_per_block, index)
 
     def _remove_idle_pool(self) -> None:
         with self._lock:

@@ -36,7 +36,7 @@ class TransferManagerOnRemote:
 
     def __init__(self, command: Sequence[str], settings: bytes) -> None:
         self._command, self._settings = list(command), settings
-        self._ending = threading.Event()
+        self._ending, self._lock = threading.Event(), threading.Lock()
         self._process = self._start()
         threading.Thread(target=self._supervise, name="flexkv-node", daemon=True).start()
 
@@ -92,10 +92,13 @@ class TransferManagerOnRemote:
             if self._ending.wait(pause):
                 return
             pause = min(_MAX_PAUSE_S, 2 * pause)
-            try:
-                self._process = self._start()
-            except OSError as error:
-                logger.error("the storage host cannot be started: %s", error)
+            with self._lock:                         # no process may start after ``terminate``
+                if self._ending.is_set():
+                    return
+                try:
+                    self._process = self._start()
+                except OSError as error:
+                    logger.error("the storage host cannot be started: %s", error)
 
     @property
     def pid(self) -> int:
@@ -115,8 +118,9 @@ class TransferManagerOnRemote:
 
     def terminate(self) -> None:
         """Ask the process to end, for good."""
-        self._ending.set()
-        self._process.terminate()
+        with self._lock:
+            self._ending.set()
+            self._process.terminate()
 
     def shutdown(self) -> None:
         """End the process; it is killed if it does not end in time."""

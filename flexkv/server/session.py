@@ -71,6 +71,8 @@ class Session:
         The session's task ids are larger.
     on_end : callable
         ``on_end(session)``, called once on the background thread.
+    may_leave_pool : bool
+        The engine can have a pool of its own, if its ranks do not fit this one.
 
     Attributes
     ----------
@@ -90,6 +92,7 @@ class Session:
         accept_within_s: float,
         first_task: int,
         on_end: Callable[["Session"], None],
+        may_leave_pool: bool,
     ) -> None:
         self.hello = hello
         self.cache = cache
@@ -103,7 +106,7 @@ class Session:
         self._news: deque[int] = deque()
         self._unsent: deque[tuple[Reply, bytes]] = deque()
         self._resets: list[tuple[int, list[int]]] = []      # number, tasks that must settle before the answer
-        self._is_over = self.needs_own_pool = False
+        self._is_over, self.needs_own_pool, self._may_leave_pool = False, False, may_leave_pool
         self._pulse, self._pulsed = 0, -math.inf
         self._thread = 0
         self._watch: Watch | None = None
@@ -146,7 +149,7 @@ class Session:
 
     def _leave_pool(self) -> None:
         """The engine's ranks do not fit the pool: it connects again, and gets a pool of its own."""
-        if not self._is_over:
+        if self._may_leave_pool and not self._is_over:
             self.needs_own_pool = True
             self.end("its blocks have another layout than those of the pool")
 
@@ -171,12 +174,12 @@ class Session:
                 self._watch.remove(fd)
         if self._listening is not None:
             self._listening.close()
-        self._connection.close()
         self._process.close()
         self.cache.listener.remove(self._blocks.group.client, "its engine has left")
         self._blocks.tasks.reset()
         self._rings.close()
         self._on_end(self)
+        self._connection.close()                     # last: the engine connects again at once
 
     def _after_turn(self) -> float:
         """Send news to the engine; returns the time in seconds until the next call."""

@@ -54,22 +54,43 @@ def test_other_layouts_have_other_pools(tmp_path: Path) -> None:
         third.shutdown()
 
 
+def narrow_engine(path: Path, port: Path, head_size: int) -> tuple[KVManager, KVTPClient]:
+    """An engine of a model "narrow", whose tensors are not those of its settings."""
+    manager = make_engine(path, port, model={"model_id": "narrow"})
+    tensors = Tensors(page_shape=(2, 4, 2, head_size))
+    client = KVTPClient(str(port), transfer_config=TransferConfig(server_recv_port=str(path)))
+    client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+    return manager, client
+
+
 def test_an_engine_whose_blocks_do_not_fit_the_pool_gets_one_of_its_own(tmp_path: Path) -> None:
     """Equal settings need not mean equal tensors: the pool is replaced, or stays with the engines that it has."""
     path = tmp_path / "server"
 
-    def other(port: Path, model: str) -> tuple[KVManager, KVTPClient]:
-        manager, tensors = make_engine(path, port, model={"model_id": model}), Tensors(page_shape=(2, 4, 2, 32))
-        client = KVTPClient(str(port), transfer_config=TransferConfig(server_recv_port=str(path)))
-        client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
-        return manager, client
-
     with running(path) as daemon:
         with engine(path, tmp_path / "r0"):
-            manager, client = other(tmp_path / "r1", "narrow")
+            manager, client = narrow_engine(path, tmp_path / "r1", 32)
             time.sleep(0.5)
             assert not manager.is_ready()                              # the only pool is in use
             assert sessions_of(daemon)
         manager.wait_ready(20.0)
         manager.shutdown()
         client.close()
+
+
+def test_a_pool_of_ones_own_is_the_last_resort(tmp_path: Path) -> None:
+    """Two engines of one domain with different tensors: the second is refused, and does not connect again and again."""
+    path = tmp_path / "server"
+    with running(path, cache=TWO_POOLS) as daemon, engine(path, tmp_path / "r0"):
+        engines = [narrow_engine(path, tmp_path / "r1", 32)]
+        engines[0][0].wait_ready(20.0)
+        engines.append(narrow_engine(path, tmp_path / "r2", 16))
+        until(lambda: len(sessions_of(daemon)) == 3, 10.0)
+        before = set(sessions_of(daemon))
+        time.sleep(0.5)
+        assert set(sessions_of(daemon)) == before
+        assert not engines[1][0].is_ready()
+        assert engines[0][0].is_ready()
+        for manager, client in engines:
+            manager.shutdown()
+            client.close()

@@ -34,7 +34,7 @@ def pair(tmp_path: Path) -> Iterator[tuple[Cluster, Link]]:
 
 
 class Workload:
-    """Random puts and gets on a cluster, with a record of what was put."""
+    """Random puts and gets on a cluster, and a record of the sequences that were put."""
 
     def __init__(self, cluster: Cluster, rng: random.Random) -> None:
         self.cluster, self.rng = cluster, rng
@@ -90,7 +90,7 @@ def strike(cluster: Cluster, link: Link | VirtualLink, rng: random.Random, work:
             pages = rng.sample(range(PAGES), blocks)
             seed += 1
             work.next_seed = seed + 1
-            # the content is not filled in: a rank may be dead. What is put now must not be found with other content
+            # the pages are not filled, because a rank may be dead; these sequences are never looked up
             status, seconds = cluster.ask("put", blocks, 10_000_000 + seed, pages)
             assert seconds < MAX_WAIT_S, (what, status)
             if work.known:

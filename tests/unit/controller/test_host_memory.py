@@ -1,4 +1,4 @@
-"""The host pool: made once, announced to its present user, and replaced only where nobody shares it."""
+"""The host pool: it is made once, its last user gets the populated slots, and a pool that is shared is not replaced."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Messages between nodes: what is packed is parsed, and nothing else."""
+"""Messages between nodes: a packed message parses to the same fields, and invalid bytes raise NodeLinkError."""
 
 import json
 

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
@@ -167,3 +167,27 @@ def test_closing_ends_a_connect(tmp_path: Path) -> None:
     assert time.monotonic() - start < 2
     for each in [listener, *queued]:
         each.close()
+
+
+def test_no_start_takes_over_a_path_whose_file_is_being_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its new file could get the inode number of the old one, and be removed in its place."""
+    path, locked, attempts = tmp_path / "s", socket_file._locked, list[str]()
+
+    def start_meanwhile(directory: Path) -> AbstractContextManager[None]:
+        monkeypatch.setattr(socket_file, "_locked", locked)
+        try:
+            ListeningSocket(path).close()
+        except RegistrationError as error:
+            attempts.append(str(error))
+        return locked(directory)
+
+    first = ListeningSocket(path)
+    monkeypatch.setattr(socket_file, "_locked", start_meanwhile)
+    first.close()
+    assert "listens" in attempts[0]
+    assert not path.exists()
+    second = ListeningSocket(path)
+    assert path.exists()
+    second.close()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,18 @@ def test_one_that_fails_is_started_again(monkeypatch: pytest.MonkeyPatch) -> Non
     os.kill(first, signal.SIGKILL)
     until(lambda: manager.pid != first and manager.is_alive(), 10.0)
     manager.shutdown()
+    assert not manager.is_alive()
+
+
+def test_one_that_was_terminated_in_the_pause_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_launch, "_FIRST_PAUSE_S", 0.2)
+    manager = TransferManagerOnRemote.create_process("127.0.0.1", free_port(), node_secret=SECRET)
+    first = manager.pid
+    os.kill(first, signal.SIGKILL)
+    manager.join(5.0)
+    manager.terminate()
+    time.sleep(0.5)
+    assert manager.pid == first
     assert not manager.is_alive()
 
 

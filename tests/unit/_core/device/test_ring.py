@@ -29,7 +29,7 @@ def test_a_full_ring_says_so(rings: ControllerRings) -> None:
     while rings.push_op(pushed + 1, 1, 1, 0, IDS, IDS, 8):
         pushed += 1
     assert 4096 // 120 - 2 <= pushed <= 4096 // 112
-    assert os.eventfd_read(rings.sending_event_fd) == 1          # one wake-up for all: nobody slept in between
+    assert os.eventfd_read(rings.sending_event_fd) == 1          # written once: the reader has not asked again
 
 
 def test_what_never_fits_is_refused(rings: ControllerRings) -> None:
