@@ -1,17 +1,13 @@
 """The command ``flexkv node``."""
 
 import argparse
-import json
-import logging
 import os
 import select
-import signal
-import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
 
-from flexkv.config import load_config, runtime_directory
+from flexkv.cli.service import add_options, load, stop_at_signals
+from flexkv.config import runtime_directory
 from flexkv.errors import ConfigError
 from flexkv.server.storage_host import StorageHost
 
@@ -22,26 +18,19 @@ def main(argv: list[str]) -> int:
         prog="flexkv node",
         description="Keep this node's part of the KV of an engine whose first node is another one.",
     )
-    parser.add_argument("--config", type=Path, help="configuration file (default: FLEXKV_CONFIG_PATH)")
+    add_options(parser)
     parser.add_argument(
         "--register", default="", metavar="SOCKET",
         help="path at which the ranks of this node register (default: gpu_register_port)",
     )
     parser.add_argument("--parent", type=int, default=0, metavar="PID", help="end when this process, the parent, ends")
-    parser.add_argument("--settings-from-stdin", action="store_true", help=argparse.SUPPRESS)    # by an engine
     args = parser.parse_args(argv)
-    if args.config is not None and not args.config.is_file():
-        raise ConfigError("--config", str(args.config), "is no file")
-    config = load_config(args.config, **(json.load(sys.stdin) if args.settings_from_stdin else {}))
+    config = load(args)
     if not config.transfer.node_secret:
         raise ConfigError("node_secret", "", "must be set to the same text on all nodes")
-    logging.basicConfig(
-        stream=sys.stderr, level=config.connector.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     port = args.register or config.transfer.gpu_register_port or f"ipc://{runtime_directory()}/register-0.sock"
     host = StorageHost(config, port)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda signum, frame: host.stop())
+    stop_at_signals(host.stop)
     if args.parent:
         threading.Thread(target=_stop_after, args=(args.parent, host), daemon=True).start()
     host.run()

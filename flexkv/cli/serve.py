@@ -1,15 +1,11 @@
 """The command ``flexkv serve``."""
 
 import argparse
-import json
-import logging
-import signal
 import socket
-import sys
-from pathlib import Path
 
-from flexkv.config import load_config, process_environment
-from flexkv.errors import ConfigError, RegistrationError
+from flexkv.cli.service import add_options, load, stop_at_signals
+from flexkv.config import process_environment
+from flexkv.errors import RegistrationError
 from flexkv.protocol.sockets import socket_path
 from flexkv.server.daemon import Daemon
 from flexkv.server.launch import is_running, server_port
@@ -29,20 +25,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="flexkv serve", description="Keep the KV of this node's engines, in one cache that they share."
     )
-    parser.add_argument("--config", type=Path, help="configuration file (default: FLEXKV_CONFIG_PATH)")
+    add_options(parser)
     parser.add_argument("--socket", default="", help="path at which engines connect (default: server_recv_port)")
     parser.add_argument(
         "--idle-exit", type=float, default=0.0, metavar="SECONDS",
         help="end after so long without an engine (default: never)",
     )
-    parser.add_argument("--settings-from-stdin", action="store_true", help=argparse.SUPPRESS)    # by an engine
     args = parser.parse_args(argv)
-    if args.config is not None and not args.config.is_file():
-        raise ConfigError("--config", str(args.config), "is no file")
-    config = load_config(args.config, **(json.load(sys.stdin) if args.settings_from_stdin else {}))
-    logging.basicConfig(
-        stream=sys.stderr, level=config.connector.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    config = load(args)
     port = args.socket or server_port(config.transfer)
     try:
         daemon = Daemon(config, port, idle_exit_s=args.idle_exit)
@@ -50,8 +40,7 @@ def main(argv: list[str]) -> int:
         if args.settings_from_stdin and is_running(socket_path(port)):       # another engine was faster
             return 0
         raise
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda signum, frame: daemon.stop())
+    stop_at_signals(daemon.stop)
     _notify_systemd("READY=1")
     daemon.run()
     _notify_systemd("STOPPING=1")

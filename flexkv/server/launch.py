@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from flexkv.protocol.sockets import connect, socket_path
 
 logger = logging.getLogger("flexkv.server")
 
-FLEXKV = "import sys; sys.path.remove(''); from flexkv.cli.main import main; sys.exit(main())"
+_FLEXKV = "import sys; sys.path.remove(''); from flexkv.cli.main import main; sys.exit(main())"
 """The command ``flexkv`` of this interpreter and its path, wherever it is installed; not that of the directory in which
 the engine runs."""
 
@@ -58,23 +60,38 @@ def _given(config: CacheConfig | TransferConfig) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
+def start_command(arguments: Sequence[str], settings: Mapping[str, Any]) -> "subprocess.Popen[bytes]":
+    """Start a command of ``flexkv`` that outlives this process's session, with settings for its standard input.
+
+    Raises
+    ------
+    OSError
+        It cannot be started.
+    """
+    environment = process_environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", _FLEXKV, *arguments, "--settings-from-stdin"], stdin=subprocess.PIPE,
+        start_new_session=True, env=environment,
+    )
+    assert process.stdin is not None  # narrowing: a pipe
+    with suppress(BrokenPipeError), process.stdin as pipe:       # it may have ended: its status shows that
+        pipe.write(json.dumps(settings, default=dict).encode())
+    return process
+
+
 def ensure_daemon(path: Path, cache: CacheConfig, transfer: TransferConfig) -> None:
     """Start a daemon with these settings, unless one listens at the path. It outlives this process, and ends when no
     engine has used it for a minute. Of several that start at once, one stays."""
     if is_running(path):
         return
     _started[:] = [process for process in _started if process.poll() is None]
-    command = [sys.executable, "-c", FLEXKV, "serve", "--socket", str(path), "--idle-exit", str(_IDLE_EXIT_S),
-               "--settings-from-stdin"]
     settings = {**_given(cache), **_given(transfer)}
     for name in ("tokens_per_block", "gpu_register_port"):
         settings.pop(name, None)
     try:
-        environment = process_environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
-        assert process.stdin is not None  # narrowing: a pipe
-        with process.stdin as pipe:
-            pipe.write(json.dumps(settings, default=dict).encode())
+        process = start_command(
+            ["serve", "--socket", str(path), "--idle-exit", str(_IDLE_EXIT_S)], settings
+        )
     except OSError as error:
         logger.error("no daemon at %s, and none can be started: %s", path, error)
         return

@@ -1,18 +1,15 @@
 """How an engine starts the storage host on each of its nodes but the first."""
 
-import json
 import logging
 import os
 import subprocess
-import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexkv.config import load_config, process_environment
+from flexkv.config import load_config
 from flexkv.errors import ConfigError
-from flexkv.server.launch import FLEXKV
+from flexkv.server.launch import start_command
 
 logger = logging.getLogger("flexkv.server")
 
@@ -29,13 +26,13 @@ class TransferManagerOnRemote:
 
     Parameters
     ----------
-    command : sequence of str
-    settings : bytes
-        JSON object, for its standard input.
+    arguments : sequence of str
+        Of the command ``flexkv``.
+    settings : mapping
     """
 
-    def __init__(self, command: Sequence[str], settings: bytes) -> None:
-        self._command, self._settings = list(command), settings
+    def __init__(self, arguments: Sequence[str], settings: Mapping[str, Any]) -> None:
+        self._arguments, self._settings = list(arguments), dict(settings)
         self._ending, self._lock = threading.Event(), threading.Lock()
         self._process = self._start()
         threading.Thread(target=self._supervise, name="flexkv-node", daemon=True).start()
@@ -68,17 +65,11 @@ class TransferManagerOnRemote:
         values = {key: value for key, value in settings.items() if value is not None}
         if not load_config(**values).transfer.node_secret:
             raise ConfigError("node_secret", "", "must be set to the same text on all nodes")
-        command = [sys.executable, "-c", FLEXKV, "node", "--parent", str(os.getpid()), "--settings-from-stdin"]
-        if gpu_register_port:
-            command += ["--register", gpu_register_port]
-        return cls(command, json.dumps(values).encode())
+        register = ["--register", gpu_register_port] if gpu_register_port else []
+        return cls(["node", "--parent", str(os.getpid()), *register], values)
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        environment = process_environment(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
-        assert process.stdin is not None  # narrowing: a pipe
-        with suppress(BrokenPipeError), process.stdin as pipe:
-            pipe.write(self._settings)
+        process = start_command(self._arguments, self._settings)
         logger.info("started the storage host of this node (process %d)", process.pid)
         return process
 

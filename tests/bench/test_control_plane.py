@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flexkv._core.index.block_keys import chain_seed, hash_blocks
-from flexkv.tools.bench import api, daemon, evict, hash, insert, match, memory, recover
+from flexkv.tools.bench import api, daemon, evict, hash, insert, match, memory, ranks, recover
 from flexkv.tools.bench.filled_tree import NEW, SEQUENCE, SHARED, FilledTree
 
 pytestmark = pytest.mark.bench
@@ -62,6 +62,11 @@ def test_the_command_measures(lines) -> None:
     for line in lines():
         assert line.value > 0 or "less" in line.case or "growth" in line.case
         assert line.unit in ("us", "bytes/block")
+
+
+def test_ranks() -> None:
+    cases = [line.case for line in ranks.run(20, [(1, 1), (2, 2)]) if line.unit == "us"]
+    assert cases == ["get of 1 block, 1 rank", "get of 1 block, 2 ranks on 2 nodes"]
 
 
 def test_daemon() -> None:

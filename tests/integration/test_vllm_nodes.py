@@ -15,7 +15,6 @@ from flexkv.config import process_environment
 from tests.integration.test_vllm import ENVIRONMENT, ROOT
 from tests.integration.test_vllm_daemon import STAGE, Vllm
 from tests.integration.vllm_session import make_model
-from tests.support.harness import until
 from tests.support.node_cluster import SECRET, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.nightly]
@@ -99,7 +98,12 @@ def test_two_nodes(tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyP
     result = first.answer()
     assert result["answers"] == answers
     assert result["leaked_pages"] == 0
-    until(lambda: not host.exists() or "Z" in (host / "stat").read_text())
+    first.ask(wait_ready=True)                       # the worker of the second node has started another one
+    assert first.answer() == "ready"
+    assert first.run(**STAGE)["answers"] == answers
+    warm = first.run(**STAGE)
+    assert warm["answers"] == answers
+    assert warm["hit_tokens"] > 3 * 500
 
 
 def _is_storage_host(process: Path) -> bool:

@@ -19,6 +19,7 @@ COVERED_BY = {
     "cache/sources": "tests/property/test_tiers.py",
     "cache/write_backs": "tests/property/test_tiers.py",
     "cli/pin": "tests/unit/cli/test_main.py",
+    "cli/service": "tests/unit/cli/test_serve.py",
     "config/field": "tests/unit/config/test_config.py",
     "config/paths": "tests/unit/config/test_config.py",
     "controller/engine_blocks": "tests/unit/controller/test_blocks.py",
