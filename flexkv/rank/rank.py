@@ -227,7 +227,7 @@ class RankClient:
             if self._signals is not None:
                 agent.set_signals(self._signals, span_of_layer)
         self._connected.set()
-        PoolPinner(agent, self._closing.wait).run()
+        PoolPinner(agent, lambda seconds: self._closing.wait(seconds) or self._in_use.must_leave.is_set()).run()
 
     def wait_connected(self, timeout_s: float) -> None:
         """Wait until the agent runs.

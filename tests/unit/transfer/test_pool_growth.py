@@ -12,9 +12,13 @@ class Rings:
     def __init__(self) -> None:
         self.usable_slots = 0
         self.notes: list[tuple[int, bool]] = []
+        self.lowered = self.followed = 0
 
     def note_populated(self, num_slots: int, last: bool) -> None:
         self.notes.append((num_slots, last))
+
+    def note_lowered(self, count: int) -> None:
+        self.lowered = count
 
 
 class Engine:
@@ -27,6 +31,7 @@ class Link:
         self.hello = Engine(client)
         self.rings = Rings()
         self.caught_up = not is_node
+        self.is_at_rest = False
 
 
 class Pool:
