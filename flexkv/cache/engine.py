@@ -289,8 +289,8 @@ class GlobalCacheEngine:
         Must be called before the tier's first ``begin_write_back``. The lock is released after each chain.
 
         ``chains``: sequences ((n, 2) uint64) from their first block, and the slot of each block ((n,) int32; -1: the
-        block was in an earlier chain). These slots must be allocated. A sequence is skipped, and its slots are freed, if
-        blocks before it were evicted meanwhile or the index has no room for it.
+        block was in an earlier chain). These slots must be allocated. A sequence is skipped, and its slots are freed,
+        if blocks before it were evicted meanwhile or the index has no room for it.
 
         Returns False if the index was reset at any time. The caller then owns the slots of the remaining ``chains``.
         """

@@ -65,6 +65,8 @@ class HostPool:
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
         self.content = content
+        self.fixed_slots = num_slots
+        """Slots whose memory is never given back: only these may be pinned by this process."""
         self._page_bytes = hugepage_bytes or mmap.PAGESIZE
         self.num_bytes = self.bytes_of(num_slots)
         self.huge_bytes = 0
@@ -74,6 +76,7 @@ class HostPool:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._done = 0                      # bytes that are populated
+        self._asked = 0                     # slots that are to be
         self.fd = -1
         try:
             self.fd = sealed_memfd("flexkv-host-pool", self.num_bytes, hugepage_bytes)
@@ -104,7 +107,8 @@ class HostPool:
         populated, unless ``close`` is called before. If memory runs out, the pool stays at the size allocated so far,
         and an error is logged. Must not be called again before this has ended (``is_populating``).
         """
-        until = self.num_bytes if num_slots in (None, self.num_slots) else self.bytes_of(num_slots or 0)
+        self._asked = self.num_slots if num_slots is None else num_slots
+        until = self.bytes_of(self._asked)
         self._thread = threading.Thread(
             target=self._populate, args=(on_extent, until), name="flexkv-pool", daemon=True
         )
@@ -118,7 +122,7 @@ class HostPool:
     @property
     def populated_slots(self) -> int:
         """Number of slots that are populated; it changes while ``is_populating``."""
-        return min(self._done // self.slot_bytes, self.num_slots)
+        return min(self._done // self.slot_bytes, self._asked)
 
     def bytes_of(self, num_slots: int) -> int:
         """Bytes of the pages that the first ``num_slots`` slots need."""
@@ -128,9 +132,9 @@ class HostPool:
         """Free the memory of all slots from ``num_slots`` on, until ``populate`` allocates it again. Nothing may access
         it, or have it pinned; and ``is_populating`` must be False."""
         keep = self.bytes_of(num_slots)
-        if keep < self._done:
+        if keep < self._done and self.fd >= 0:
             self._memory.free(keep, self._done - keep)
-            self._done = keep
+            self._done, self._asked = keep, num_slots
 
     def _populate(self, on_extent: OnExtent, until: int) -> None:
         with suppress(OSError):             # optional: it only spares the engine's threads

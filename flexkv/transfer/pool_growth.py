@@ -12,10 +12,10 @@ class PoolGrowth:
     """Counts the usable slots of the host pool: the leading slots that are populated, and that all connected ranks of
     at least one engine have pinned.
 
-    The count decreases only by ``limit``. Ranks of another engine, and ranks that register again, take part in transfers at once:
-    until they have pinned the pool, too, they copy through the driver's own memory, which is slower. A storage host has
-    a pool of its own. It takes part in transfers when that has as many usable slots (``AgentLink.caught_up``), and the
-    count never exceeds theirs.
+    The count decreases only by ``limit``. Ranks of another engine, and ranks that register again, take part in
+    transfers at once: until they have pinned the pool, too, they copy through the driver's own memory, which is slower.
+    A storage host has a pool of its own. It takes part in transfers when that has as many usable slots
+    (``AgentLink.caught_up``), and the count never exceeds theirs.
 
     A pool shrinks in these steps:
 
