@@ -505,10 +505,12 @@ int flexkv_cuda_copy_unregister(struct flexkv_cuda_copy *copy, uint64_t keep, cu
         pthread_mutex_lock(&copy->pinning);
         atomic_store(&copy->registered, first);
         *error = copy->api->cuMemHostUnregister(at->pool + first * at->slot_bytes);
+        if (*error)
+            atomic_store(&copy->registered, registered);      /* for flexkv_cuda_copy_destroy */
         pthread_mutex_unlock(&copy->pinning);
         copy->api->cuCtxPopCurrent(&popped);
     }
-    if (registered == at->num_slots)
+    if (!*error && registered == at->num_slots)
         atomic_store(&copy->registering, 1);
     if (*error)
         atomic_store(&copy->is_stuck, 1);

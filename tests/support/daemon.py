@@ -30,13 +30,14 @@ SLOT_BYTES = -(-LAYERS * math.prod(PAGE_SHAPE) * 2 // 4096) * 4096
 
 @contextmanager
 def running(
-    path: Path, num_slots: int | None = 48, cache: dict[str, Any] | None = None, extent_slots: int = 4, **transfer: Any
+    path: Path, num_slots: int = 48, cache: dict[str, Any] | None = None, extent_slots: int = 4,
+    extent_bytes: int = 0, **transfer: Any
 ) -> Iterator[Daemon]:
-    """A daemon on a thread. ``extent_slots``: for slots of ``Tensors``."""
+    """A daemon on a thread. Extents are of ``extent_slots`` slots of ``Tensors``, or of ``extent_bytes``."""
     config = FlexKVConfig(
-        cache=CacheConfig(num_cpu_blocks=num_slots, **(cache or {})), transfer=TransferConfig(**transfer)
+        cache=CacheConfig(**{"num_cpu_blocks": num_slots, **(cache or {})}), transfer=TransferConfig(**transfer)
     )
-    daemon = Daemon(config, str(path), extent_bytes=extent_slots * SLOT_BYTES)
+    daemon = Daemon(config, str(path), extent_bytes=extent_bytes or extent_slots * SLOT_BYTES)
     thread = threading.Thread(target=daemon.run)
     thread.start()
     _running[path] = daemon

@@ -109,7 +109,7 @@ def test_a_part_is_used_as_soon_as_it_is_pinned(node: Node, cuda: FakeCuda) -> N
 def test_only_populated_memory_is_pinned(node: Node, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinning would allocate the rest, beyond the limit at which the controller has stopped."""
     reports: list[OnExtent] = []
-    monkeypatch.setattr(HostPool, "populate", lambda self, on_extent: reports.append(on_extent))
+    monkeypatch.setattr(HostPool, "populate", lambda self, on_extent, num_slots: reports.append(on_extent))
     node.add_rank()
     until(lambda: bool(reports), 20)
     reports[0](2 * PART_SLOTS + 5, False)
