@@ -254,7 +254,8 @@ class HostBudget:
         return max(0, num_slots)
 
     def balance(self) -> None:
-        """Continue what has begun, and begin what is due. Must be called often, by one thread."""
+        """Continue the shrinks under way, and begin growth and shrinks that are due. Must be called often, by one
+        thread."""
         with self._lock:
             now = self._clock()
             decay = 0.5 ** ((now - self._looked) / _HALF_LIFE_S)

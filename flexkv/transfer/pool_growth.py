@@ -52,7 +52,7 @@ class PoolGrowth:
         self._announced: set[AgentLink] = set()
         self._announced_extent = self._populated
         self._kept = 0
-        self._lock = threading.Lock()        # for ``usable`` and what the index knows of it
+        self._lock = threading.Lock()        # for ``usable``, and calls of ``on_capacity``
         self._limit = sys.maxsize
         self._lowerings = 0                  # plus 1; 0: the pool never shrinks
         self._announced_lowerings = 0

@@ -1,4 +1,4 @@
-"""Pools of a daemon that divide host memory, with ranks on a GPU (the fake driver): what is given back is not pinned."""
+"""Pools of a daemon that divide host memory, with ranks on a fake GPU: what is given back is not pinned."""
 
 import time
 from collections.abc import Iterator

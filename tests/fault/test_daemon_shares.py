@@ -98,9 +98,11 @@ def work_until(daemon: Daemon, manager: KVManager, tensors: Tensors, num_slots: 
         seed += 1
 
 
-def test_shares_follow_the_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ssd", [False, True])
+def test_shares_follow_the_load(tmp_path: Path, ssd: bool) -> None:
     path = tmp_path / "server"
-    with sharing(path) as daemon, engine(path, tmp_path / "r0") as (one, _, first), engine(
+    tier = {"ssd_cache_gb": 1 / 64, "ssd_cache_dir": str(tmp_path / "ssd"), "ssd_admission": "all"} if ssd else {}
+    with sharing(path, **tier) as daemon, engine(path, tmp_path / "r0") as (one, _, first), engine(
         path, tmp_path / "r1", model=OTHER
     ) as (two, _, second):
         for busy, idle, tensors in ((one, two, first), (two, one, second), (one, two, first)):

@@ -16,7 +16,8 @@ NUM_SLOTS = 12
 SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["begin_put", "begin_put", "end_put", "end_put", "begin_get", "end_get", "evict", "reset", "grow", "withdraw"]),
+        st.sampled_from(["begin_put", "begin_put", "end_put", "end_put", "begin_get", "end_get", "evict", "reset",
+                         "grow", "withdraw"]),
         SEQUENCES,
         st.integers(0, 63),
     ),

@@ -11,7 +11,10 @@ from flexkv.errors import InvariantError
 from .examples import EXAMPLES
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["allocate", "allocate", "free", "free", "grow", "withdraw", "settle", "double free"]), st.integers(0, 150)),
+    st.tuples(
+        st.sampled_from(["allocate", "allocate", "free", "free", "grow", "withdraw", "settle", "double free"]),
+        st.integers(0, 150),
+    ),
     max_size=30,
 )
 

@@ -546,7 +546,7 @@ cdef class RadixTree:
         return self.evictor.expire(tier, now, num_nodes, want)
 
     def withdraw(self, int tier, Py_ssize_t bound, Py_ssize_t num_nodes, Py_ssize_t want=1 << 16):
-        """Free slots of ``tier`` from slot ``bound`` on, looking at the next ``num_nodes`` nodes. Blocks that are in use
+        """Free slots of ``tier`` from slot ``bound`` on, looking at the next ``num_nodes`` nodes. Blocks that are used
         or being written stay. Returns the slots that are free now (int32), ``want`` at most."""
         return self.evictor.withdraw(tier, bound, num_nodes, want)
 

@@ -24,7 +24,8 @@ cdef enum:
 
 
 cdef class SlotAllocator:
-    """Allocator of slots ``0`` to ``capacity - 1``; ``capacity`` can grow up to ``limit``, and shrink. The caller locks.
+    """Allocator of slots ``0`` to ``capacity - 1``; ``capacity`` can grow up to ``limit``, and shrink. The caller
+    locks.
 
     Shrinking has two steps: after ``withdraw(bound)``, slots from ``bound`` on are not allocated; when all of them are
     free, ``settle`` ends the shrink. Each slot has a generation, which counts how often it was freed (modulo 2**32).
