@@ -149,8 +149,8 @@ class PausedPinner:
 
     def run(self) -> None:
         while self._agent.pinning and not self._pause(0.0):
-            if self.released.acquire(timeout=0.01):
-                self._agent.pin_next()
+            if self.released.acquire(timeout=0.01) and not self._agent.pin_next() and self._agent.pinning:
+                self.released.release()         # the controller has not told it yet how much is populated
 
 
 @pytest.mark.parametrize("pinned", [0, 1, 3])
