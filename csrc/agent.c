@@ -691,6 +691,17 @@ uint64_t flexkv_agent_populated(const struct flexkv_agent *agent, int *all)
     return slots < agent->options.at.num_slots ? slots : agent->options.at.num_slots;
 }
 
+uint64_t flexkv_agent_lowered(const struct flexkv_agent *agent)
+{
+    return flexkv_ring_read_note(&agent->submissions, FLEXKV_NOTE_LOWERED);
+}
+
+void flexkv_agent_report_followed(struct flexkv_agent *agent, uint64_t lowered)
+{
+    flexkv_ring_note(&agent->completions, FLEXKV_NOTE_FOLLOWED, lowered);
+    eventfd_write(agent->options.completion_event_fd, 1);
+}
+
 void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots)
 {
     flexkv_ring_note(&agent->completions, FLEXKV_NOTE_USABLE, slots);

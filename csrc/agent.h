@@ -13,11 +13,12 @@ enum flexkv_kind { FLEXKV_D2H = 1, FLEXKV_H2D = 2, FLEXKV_P2D = 3, FLEXKV_NUM_KI
 /* Records of the rings. */
 enum { FLEXKV_MSG_OP = 1, FLEXKV_MSG_CANCEL = 2, FLEXKV_MSG_RESULT = 3 };
 
-/* Numbers beside the records. The controller's: number of populated slots, whether it is final, and whether the exchange
- * is over because a peer has left. The agent's: number of slots that it can copy from and to, the fences of the steps
- * that the device has done, and whether it can copy from the pages of its peers. */
-enum { FLEXKV_NOTE_POPULATED, FLEXKV_NOTE_ALL_POPULATED, FLEXKV_NOTE_EXCHANGE_OVER };
-enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE, FLEXKV_NOTE_EXCHANGE };
+/* Numbers beside the records. The controller's: number of populated slots, whether it is final, whether the exchange is
+ * over because a peer has left, and how often the number of slots was lowered, plus 1 (0: it is never lowered). The
+ * agent's: number of slots that it can copy from and to, the fences of the steps that the device has done, whether it can
+ * copy from the pages of its peers, and the last of the controller's lowerings that it has followed. */
+enum { FLEXKV_NOTE_POPULATED, FLEXKV_NOTE_ALL_POPULATED, FLEXKV_NOTE_EXCHANGE_OVER, FLEXKV_NOTE_LOWERED };
+enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE, FLEXKV_NOTE_EXCHANGE, FLEXKV_NOTE_FOLLOWED };
 
 enum flexkv_op_flag {
     FLEXKV_OP_CANCELLED = 1,      /* do not copy, only report */
@@ -156,6 +157,14 @@ void flexkv_agent_advance(struct flexkv_agent *agent, uint64_t load_fence, uint6
 
 /* Number of slots that the controller has populated, at most all of the pool; *all: it is final. Any thread. */
 uint64_t flexkv_agent_populated(const struct flexkv_agent *agent, int *all);
+
+/* How often the controller has lowered the number of populated slots, plus 1; 0: it never does. It must be read before
+ * that number. Any thread. */
+uint64_t flexkv_agent_lowered(const struct flexkv_agent *agent);
+
+/* Report to the controller that nothing beyond the populated slots is pinned, after the lowering with this number. Any
+ * thread. */
+void flexkv_agent_report_followed(struct flexkv_agent *agent, uint64_t lowered);
 
 /* Report to the controller that it may use the first `slots` slots. Any thread. */
 void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots);

@@ -42,6 +42,7 @@ struct flexkv_cuda_copy {
     uint64_t chunk_slots;         /* slots that are registered at a time; no copy crosses such a part */
     _Atomic uint64_t registered;  /* slots; a multiple of chunk_slots until the last part */
     _Atomic int registering;      /* more will be */
+    _Atomic int is_stuck;         /* a part could not be unregistered */
     pthread_mutex_t pinning;      /* held while a part is registered, or copies of other memory are made */
     _Atomic int error;            /* the first; later calls may only repeat it */
     const char *_Atomic failed;
@@ -501,6 +502,39 @@ int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated,
     }
     if (*error)
         atomic_store(&copy->registering, 0);
+    return *error ? -EIO : 1;
+}
+
+int flexkv_cuda_copy_unregister(struct flexkv_cuda_copy *copy, uint64_t keep, cu_result *error)
+{
+    const struct flexkv_pages *at = copy->at;
+    uint64_t registered = atomic_load(&copy->registered), first;
+    cu_context popped;
+
+    *error = CU_SUCCESS;
+    if (atomic_load(&copy->is_stuck))
+        return -EIO;
+    if (registered <= keep)
+        return 0;
+    first = (registered - 1) / copy->chunk_slots * copy->chunk_slots;
+    if (first < keep) {
+        atomic_store(&copy->is_stuck, 1);
+        return -EINVAL;
+    }
+    *error = copy->api->cuCtxPushCurrent(copy->options.context);
+    if (!*error) {
+        pthread_mutex_lock(&copy->pinning);
+        atomic_store(&copy->registered, first);
+        *error = copy->api->cuMemHostUnregister(at->pool + first * at->slot_bytes);
+        if (*error)
+            atomic_store(&copy->registered, registered);      /* for flexkv_cuda_copy_destroy */
+        pthread_mutex_unlock(&copy->pinning);
+        copy->api->cuCtxPopCurrent(&popped);
+    }
+    if (!*error && registered == at->num_slots)
+        atomic_store(&copy->registering, 1);
+    if (*error)
+        atomic_store(&copy->is_stuck, 1);
     return *error ? -EIO : 1;
 }
 

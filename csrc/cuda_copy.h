@@ -28,6 +28,11 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
  * copies of the other slots are slow, not wrong. Must be called by one thread at a time. */
 int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated, int all, cu_result *error);
 
+/* Unpin the last part, if it is beyond the first `keep` slots, which must be whole parts. No copy of its slots may be
+ * under way. Returns 1, or 0 if nothing beyond is pinned; negative errno, then and ever after: a part cannot be
+ * unpinned, because of *error, or because it also holds slots that are kept. By the thread that registers. */
+int flexkv_cuda_copy_unregister(struct flexkv_cuda_copy *copy, uint64_t keep, cu_result *error);
+
 /* Number of slots that are pinned, from the first of the pool on; *more: further slots will be pinned. */
 uint64_t flexkv_cuda_copy_registered(const struct flexkv_cuda_copy *copy, int *more);
 

@@ -10,6 +10,7 @@ cdef extern from "<sys/mman.h>" nogil:
     void *mmap(void *addr, size_t length, int prot, int flags, int fd, long offset)
     int munmap(void *addr, size_t length)
     int madvise(void *addr, size_t length, int advice)
+    int MADV_REMOVE
     int PROT_NONE, PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE
     void *MAP_FAILED
 
@@ -87,6 +88,22 @@ cdef class SharedMapping:
         with nogil:
             rc = madvise(self.data + offset, num_bytes, MADV_COLLAPSE)
         return errno if rc else 0
+
+    def free(self, uint64_t offset, uint64_t num_bytes):
+        """Give the memory of whole pages back to the kernel, for every process that maps it: zeros are there then. A
+        page that is pinned somewhere stays allocated until it is unpinned, and is not part of this memory any more.
+
+        Raises
+        ------
+        OSError
+        """
+        cdef int rc
+        if offset + num_bytes > self.num_bytes or self.data == NULL:
+            raise ValueError(f"bytes {offset} to {offset + num_bytes} of {self.num_bytes}: not mapped")
+        with nogil:
+            rc = madvise(self.data + offset, num_bytes, MADV_REMOVE)
+        if rc:
+            raise OSError(errno, os.strerror(errno))
 
     def close(self):
         """Unmap, unless a view is in use: then the last one unmaps when the object is freed. Can be called again.

@@ -104,6 +104,14 @@ class GlobalCacheEngine:
         with self._lock:
             self._host_slots.grow(num_slots)
 
+    def withdraw(self, num_slots: int) -> bool:
+        """Allocate no host slot from ``num_slots`` on any more, and evict a bounded number of the blocks there. Must be
+        called until it returns True: none of these slots is in use then. ``grow`` makes them usable again."""
+        with self._lock:
+            self._host_slots.withdraw(min(num_slots, self._host_slots.bound))
+            self._host.withdraw(self._tree, num_slots)
+            return self._host_slots.settle()
+
     # ---- get --------------------------------------------------------------------------------------------------
 
     def match(self, keys: NDArray[np.uint64], start: int = 0, tenant: int = 0) -> MatchResult:
@@ -280,19 +288,11 @@ class GlobalCacheEngine:
 
         Must be called before the tier's first ``begin_write_back``. The lock is released after each chain.
 
-        Parameters
-        ----------
-        tier : int
-        service : TierService
-        chains : iterable of (keys, slots)
-            Sequences ((n, 2) uint64) from their first block, and the slot of each block ((n,) int32; -1: the block was
-            in an earlier chain). These slots must be allocated. A sequence is skipped, and its slots are freed, if
-            blocks before it were evicted meanwhile or the index has no room for it.
+        ``chains``: sequences ((n, 2) uint64) from their first block, and the slot of each block ((n,) int32; -1: the
+        block was in an earlier chain). These slots must be allocated. A sequence is skipped, and its slots are freed,
+        if blocks before it were evicted meanwhile or the index has no room for it.
 
-        Returns
-        -------
-        bool
-            False if the index was reset at any time. The caller then owns the slots of the remaining ``chains``.
+        Returns False if the index was reset at any time. The caller then owns the slots of the remaining ``chains``.
         """
         with self._lock:
             self._lower[tier - 1].attach(service)

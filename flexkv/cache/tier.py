@@ -310,6 +310,12 @@ class Tier:
             policy.evicted(gone.array())
         return freed
 
+    def withdraw(self, tree: RadixTree, bound: int) -> None:
+        """Evict a bounded number of blocks from slot ``bound`` on, except blocks that are in use."""
+        freed = tree.withdraw(self.number, bound, _EXPIRE_NODES, _MOST_AT_ONCE)
+        self.slots.free(freed)
+        self._evicted += len(freed)
+
     def sweep(self, tree: RadixTree) -> None:
         """Free all slots of a retired tree, except slots that a plan still reads or writes."""
         self.slots.free(tree.discard(self.number))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from flexkv.config.field import read_field, setting
+from flexkv.config.guarantees import check_guarantees, read_guarantees
 from flexkv.config.memory import memory_limit
 from flexkv.config.namespaces import Quota, read_quotas
 from flexkv.config.paths import SEPARATOR, expand, expand_directories, register_port
@@ -140,10 +141,15 @@ class CacheConfig(_Settings):
         10.0, "Time limit of a read or write on SSD. One that takes longer fails.", unit="s", low=0.01
     )
     server_max_pools: int = setting(
-        1, "Pools of `flexkv serve`, one for each layout of a block. Models with equal layouts share a pool; each pool "
-        "gets an equal part of host memory and SSD. If all are taken, a new layout replaces the pool that has been "
-        "without an engine for the longest, and its SSD blocks.",
+        1, "Pools of `flexkv serve`, one for each layout of a block. Models with equal layouts share a pool. The pools "
+        "divide host memory by use; each has an equal part of the SSD. If all are taken, a new layout replaces the "
+        "pool that has been without an engine for the longest, and its SSD blocks.",
         low=1, high=64,
+    )
+    server_guarantees: Mapping[str, Any] | None = setting(
+        None, "Host memory in GiB that each of these models keeps in any case, in a pool of its own: `{model: GiB}`, "
+        "with the model's name as the engine has it. As a variable: JSON or YAML. Needs `server_max_pools`. See "
+        "[daemon](daemon.md#several-models).",
     )
     load_policy: str = setting(
         "auto", "Blocks that are loaded from SSD. `auto`: blocks that load faster than they are computed; `always`: "
@@ -197,6 +203,9 @@ class CacheConfig(_Settings):
             yield ConfigError("enable_gds", True, "needs an SSD tier: set ssd_cache_gb, or turn it off")
         try:
             read_quotas(self.namespaces or {})                # a wrong quota stops the start
+            check_guarantees(
+                self.guarantees, self.host_bytes, self.num_cpu_blocks, self.server_max_pools, bool(self.hugepage_bytes)
+            )
         except ConfigError as error:
             yield error
 
@@ -229,6 +238,11 @@ class CacheConfig(_Settings):
     def quotas(self) -> dict[str, Quota]:
         """Quotas by namespace; ``""``: quota of all others."""
         return read_quotas(self.namespaces or {})
+
+    @property
+    def guarantees(self) -> dict[str, int]:
+        """Bytes of host memory that models of the daemon keep, by model."""
+        return read_guarantees(self.server_guarantees or {})
 
     @property
     def ssd_directories(self) -> list[Path]:

@@ -4,6 +4,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from flexkv.errors import CapacityError, OtherLayoutError
 from flexkv.storage.host_pool import HostPool
@@ -16,6 +17,14 @@ _HUGEPAGE_BYTES = 2 << 20
 
 OnExtent = Callable[[int, bool], None]
 """``on_extent(num_slots, last)``: more slots are populated; ``last``: these are all. As in ``HostPool.populate``."""
+
+
+class MemoryShare(Protocol):
+    """The share of a pool in memory that several pools divide."""
+
+    def begin(self, slot_bytes: int) -> tuple[int, int, int]:
+        """Begin to use the share for slots of this size. Returns the number of slots that it can ever have, that it has
+        now, and that it always keeps. Raises CapacityError. Any thread may call it."""
 
 
 class HostMemory:
@@ -31,19 +40,26 @@ class HostMemory:
     replaces : bool
         A layout that differs from the pool's gets a new pool, and the old one is freed. False: it is refused, because
         engines share the pool.
+    share : MemoryShare, optional
+        The pool grows and shrinks; ``host_bytes``, ``num_slots`` and ``hugepage_bytes`` have no effect.
 
     Attributes
     ----------
     pool : HostPool or None
     incarnation : str
         Identity of the pool's content: a new pool has another one.
+    frees_at_close : bool
+        ``close`` frees the memory also if another process still maps it. Set when none accesses it any more.
     """
 
     def __init__(
-        self, host_bytes: int, num_slots: int | None = None, hugepage_bytes: int = 0, *, replaces: bool = False
+        self, host_bytes: int, num_slots: int | None = None, hugepage_bytes: int = 0, *, replaces: bool = False,
+        share: MemoryShare | None = None,
     ) -> None:
         self._host_bytes, self._num_slots, self._hugepage_bytes = host_bytes, num_slots, hugepage_bytes
-        self._replaces = replaces
+        self._replaces, self._share = replaces, share
+        self._first_slots: int | None = None         # that are populated at the start; None: all
+        self.frees_at_close = False
         self._lock = threading.Lock()
         self._extent = (0, False)
         self._on_extent: OnExtent = lambda num_slots, last: None
@@ -79,7 +95,7 @@ class HostMemory:
         pool = self._allocate(layout)
         self._extent = (0, False)
         try:
-            pool.populate(self._populated)
+            pool.populate(self._populated, self._first_slots)
         except BaseException:
             pool.close()
             raise
@@ -88,6 +104,11 @@ class HostMemory:
 
     def _allocate(self, layout: SlotLayout) -> HostPool:
         """A pool in hugepages of the size that is set, else in smaller ones, else in ordinary pages."""
+        if self._share is not None:
+            num_slots, self._first_slots, fixed_slots = self._share.begin(layout.slot_bytes)
+            pool = HostPool(layout.slot_bytes, num_slots, 0, layout.content)
+            pool.fixed_slots = fixed_slots
+            return pool
         num_slots = self._num_slots if self._num_slots is not None else self._host_bytes // layout.slot_bytes
         smaller = [size for size in (_HUGEPAGE_BYTES,) if size < self._hugepage_bytes]
         for size in [self._hugepage_bytes, *smaller] if self._hugepage_bytes else ():
@@ -102,6 +123,23 @@ class HostMemory:
             self._extent = (num_slots, last)
             self._on_extent(num_slots, last)
 
+    def grow(self, num_slots: int) -> None:
+        """Populate memory up to ``num_slots`` slots."""
+        if self.pool is not None:
+            self.pool.populate(self._populated, num_slots)
+
+    def lower(self, num_slots: int, lower: Callable[[int], None]) -> None:
+        """Record that slots from ``num_slots`` on are not populated for the callables of ``pool_for``, and call
+        ``lower(num_slots)`` before any of them is called."""
+        with self._lock:
+            self._extent = (num_slots, False)
+            lower(num_slots)
+
+    def give_back(self, num_slots: int) -> None:
+        """Free the memory of slots from ``num_slots`` on; as ``HostPool.give_back``."""
+        if self.pool is not None:
+            self.pool.give_back(num_slots)
+
     def renew(self) -> None:
         """Record that the content of the pool is lost, or of no use."""
         self.incarnation = secrets.token_hex(8)
@@ -114,4 +152,6 @@ class HostMemory:
     def close(self) -> None:
         """Free the pool, which is not accessed any more. Can be called again."""
         if self.pool is not None:
+            if self.frees_at_close and not self.pool.is_populating:
+                self.pool.give_back(0)
             self.pool.close()

@@ -15,7 +15,7 @@ from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.cache.plan import Move, PutPlan
 from flexkv.config import CacheConfig
 from flexkv.controller.tasks.erasure import erase
-from flexkv.controller.tier_startup import index_blocks, open_store, write_back_to
+from flexkv.controller.tier_startup import in_flight_blocks, index_blocks, open_store, write_back_to
 from flexkv.errors import FlexKVError
 from flexkv.protocol.ring import OpKind
 from flexkv.storage.host_pool import HostPool
@@ -74,7 +74,7 @@ class LowerTier:
         self._write_lock = threading.RLock()   # from a plan to write until it is submitted; taken before any other
         self._lock = threading.Lock()          # taken before the index's and the data plane's
         self._writes: set[int] = set()
-        self._usable_slots = 0
+        self._num_slots = self._usable_slots = 0       # now; and those that the store may register
         self._flush = self._is_over = False    # a shutdown writes without the rate limit; then nothing more is written
         self._uncleared = False                # there was a reset, and the store was not cleared, or could not be
         self._cache: GlobalCacheEngine | None = None
@@ -96,10 +96,17 @@ class LowerTier:
                     target=self._open, args=(cache, transfer, pool), name=f"flexkv-{self._kind.name}", daemon=True
                 )
                 self._thread.start()
-            self._usable_slots = num_slots
+            self._usable_slots = min(num_slots, pool.fixed_slots)
             store = self._store
         if store is not None:
-            store.register(num_slots * store.slot_bytes)
+            store.register(self._usable_slots * store.slot_bytes)
+        self.limit(num_slots)
+
+    def limit(self, num_slots: int) -> None:
+        """Record that the pool has ``num_slots`` slots now, of which only a part may be written at a time."""
+        self._num_slots = num_slots
+        if self._writer is not None and self._store is not None:
+            self._writer.limit(in_flight_blocks(self._store.slot_bytes, num_slots))
 
     def _open(self, cache: GlobalCacheEngine, transfer: TransferEngine, pool: HostPool) -> None:
         try:
@@ -127,6 +134,7 @@ class LowerTier:
         writer = write_back_to(kind, self._number, cache, config, pool)
         with self._lock:
             self._writer = writer
+        self.limit(self._num_slots)
         self._wake()
 
     def _index(self, cache: GlobalCacheEngine, store: Store, found: Recovered) -> int:

@@ -7,13 +7,15 @@ from contextlib import ExitStack, suppress
 
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.config import CacheConfig, TransferConfig, runtime_directory
-from flexkv.controller.host_memory import HostMemory
+from flexkv.controller.host_memory import HostMemory, MemoryShare
 from flexkv.controller.listener import Listener, RankGroup
+from flexkv.controller.pool_resizing import PoolResizing
 from flexkv.controller.space import Space
 from flexkv.controller.tasks.table import TaskTable
 from flexkv.errors import FlexKVError
 from flexkv.metrics.exporter import Metrics
 from flexkv.metrics.request_trace import make_recorder
+from flexkv.protocol.ring import OpKind
 from flexkv.protocol.sockets import remove_dead_sockets
 from flexkv.storage.ssd.gds_queue import GdsEnd
 from flexkv.storage.store import TierKind
@@ -21,6 +23,8 @@ from flexkv.storage.tiers import tiers_of
 from flexkv.transfer.engine import TransferEngine
 
 logger = logging.getLogger("flexkv.controller")
+
+_LOADS_AND_SAVES = frozenset(kind.name for kind in (OpKind.H2D, OpKind.D2H, OpKind.STORE2D, OpKind.D2STORE))
 
 
 class SharedCache:
@@ -39,6 +43,8 @@ class SharedCache:
         The tiers below host memory, the fastest first. Default: those of the configuration.
     ranks, note : str
         Parts of the line that the log gets when the cache is ready: its engine's ranks, in words, and the end.
+    share : MemoryShare, optional
+        The host pool grows and shrinks; default: its size is that of the configuration.
 
     Attributes
     ----------
@@ -47,6 +53,10 @@ class SharedCache:
     space : Space
     metrics : Metrics or None
         None: the setting ``enable_metrics`` is off.
+    resizing : PoolResizing
+    memory : HostMemory
+    moved_blocks : int
+        Blocks loaded and saved since the start.
     recorder : Recorder
         Of the trace of requests.
     """
@@ -62,12 +72,14 @@ class SharedCache:
         tiers: Sequence[TierKind] | None = None,
         ranks: str = "",
         note: str = "",
+        share: MemoryShare | None = None,
     ) -> None:
         self._config = cache_config
-        self._ranks, self._note = ranks, note
+        self._ranks, self._note, self._is_shared = ranks, note, share is not None
         self._tables: dict[TaskTable, Callable[[], float]] = {}         # of the engines
         self._num_clients = 0
         self._is_closed = self._has_logged_out_of_service = False
+        self.moved_blocks = 0
         self.metrics = None
         if cache_config.enable_metrics:
             self.metrics = Metrics(self.stats, labels, cache_config.metrics_host, metrics_port)
@@ -75,18 +87,24 @@ class SharedCache:
             transfer_config,
             on_capacity=self._on_capacity,
             housekeeping=self._run_background_work,
-            observe=self.metrics.transfer_ended if self.metrics is not None else None,
+            observe=self._transfer_ended,
         )
+        self.memory = HostMemory(
+            cache_config.host_bytes, cache_config.num_cpu_blocks, cache_config.hugepage_bytes, share=share
+        )
+        if share is not None:
+            self.transfer.growth.may_lower()
         self.listener = Listener(
             transfer_config,
             self.transfer,
-            HostMemory(cache_config.host_bytes, cache_config.num_cpu_blocks, cache_config.hugepage_bytes),
+            self.memory,
             on_new_content=self.reset,
             on_gds=self._on_gds if cache_config.ssd_bytes and cache_config.enable_gds else None,
         )
         self.space = Space(
             cache_config, domain, self.transfer, tiers_of(cache_config) if tiers is None else tiers, self._log_ready
         )
+        self.resizing = PoolResizing(self.memory, self.space, self.transfer.growth)
         self.recorder = make_recorder(cache_config)
 
     # ---- life -------------------------------------------------------------------------------------------------
@@ -127,6 +145,12 @@ class SharedCache:
             return None
         return self.space.index
 
+    def _transfer_ended(self, kind: str, status: str, num_moved: int, seconds: float) -> None:
+        if kind in _LOADS_AND_SAVES:
+            self.moved_blocks += num_moved
+        if self.metrics is not None:
+            self.metrics.transfer_ended(kind, status, num_moved, seconds)
+
     def _on_capacity(self, num_slots: int) -> None:
         self.space.grow(self.listener.host_pool, num_slots)
 
@@ -145,8 +169,8 @@ class SharedCache:
         config, pool, tiering = self._config, self.listener.host_pool, self.space.tiering
         metrics = self.metrics.port if self.metrics is not None else None
         logger.info("ready: %s", "; ".join(part for part in (
-            f"host {pool.num_bytes / (1 << 30):.3g} GiB ({pool.num_slots} blocks of {config.tokens_per_block} tokens, "
-            f"{pool.slot_bytes / (1 << 20):.3g} MiB each)",
+            f"host {'up to ' * self._is_shared}{pool.num_bytes / (1 << 30):.3g} GiB ({pool.num_slots} blocks of "
+            f"{config.tokens_per_block} tokens, {pool.slot_bytes / (1 << 20):.3g} MiB each)",
             tiering.description if tiering is not None else "no SSD",
             self._ranks,
             f"eviction {config.eviction_policy}",

@@ -80,6 +80,12 @@ class Space:
         elif is_first:
             self._on_ready()
 
+    def withdraw(self, num_slots: int) -> bool:
+        """Use no host slot from ``num_slots`` on any more; as ``GlobalCacheEngine.withdraw``."""
+        if self.tiering is not None:
+            self.tiering.limit(num_slots)
+        return self.index is None or self.index.withdraw(num_slots)
+
     def run_background_work(self) -> float:
         """Abandon reads that hang, and start write-backs; returns the seconds until the next call."""
         if self.tiering is None:

@@ -90,17 +90,21 @@ def index_blocks(
     return int(indexed.sum())
 
 
+def in_flight_blocks(slot_bytes: int, num_slots: int) -> int:
+    """Maximum number of blocks that are written at a time, of a pool that has ``num_slots`` slots now."""
+    return max(1, min(max(_BATCH_BYTES, _IN_FLIGHT_BYTES) // slot_bytes, num_slots // _WRITE_SHARE))
+
+
 def write_back_to(
     kind: TierKind, tier: int, cache: GlobalCacheEngine, config: CacheConfig, pool: HostPool
 ) -> WriteBack:
     """Make the write-back to a tier; its limits follow from the tier's settings and the size of the host pool."""
     batch = max(1, _BATCH_BYTES // pool.slot_bytes)
-    in_flight = min(max(batch, _IN_FLIGHT_BYTES // pool.slot_bytes), pool.num_slots // _WRITE_SHARE)
     return WriteBack(
         cache, tier,
         write_all=kind.writes_all(config),
         batch_blocks=batch,
-        max_in_flight_blocks=max(1, in_flight),
+        max_in_flight_blocks=in_flight_blocks(pool.slot_bytes, pool.num_slots),
         max_queued_blocks=max(batch, pool.num_slots // _QUEUE_SHARE),
         blocks_per_s=kind.write_bytes_per_s(config) / pool.slot_bytes,
         clock=time.monotonic,

@@ -71,6 +71,13 @@ class Tiering:
         for tier in self._tiers:
             tier.grow(cache, transfer, pool, num_slots)
 
+    def limit(self, num_slots: int) -> None:
+        """Record that the pool shrinks to ``num_slots`` slots."""
+        with self._lock:
+            self._usable_slots = min(self._usable_slots, num_slots)
+        for tier in self._tiers:
+            tier.limit(num_slots)
+
     def attach_gds(self, end: GdsEnd) -> None:
         """Give the first lower tier a rank's socket for GPUDirect Storage; see ``LowerTier.attach_gds``."""
         self._tiers[0].attach_gds(end)

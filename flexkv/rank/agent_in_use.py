@@ -45,14 +45,20 @@ class AgentInUse:
                 if not self._uses:
                     self._idle.notify_all()
 
+    def pause(self, closing: threading.Event, seconds: float) -> bool:
+        """Wait at most ``seconds``, then release the memory of the agent's peers if the exchange is over. True: the
+        agent must end, or ``closing`` is set."""
+        is_over = closing.wait(seconds) or self.must_leave.is_set()
+        if not is_over and (agent := self.agent) is not None and agent.has_peers:
+            agent.release_peers()
+        return is_over
+
     def watch_peers(self, closing: threading.Event) -> None:
         """Release the memory of the agent's peers when the exchange is over. Returns then, or when the agent must end,
         or when ``closing`` is set."""
         agent = self.agent
-        while agent is not None and agent.has_peers and agent.status == 0 and not self.must_leave.is_set():
-            if closing.wait(_WATCH_S):
-                return
-            agent.release_peers()
+        while agent is not None and agent.has_peers and agent.status == 0 and not self.pause(closing, _WATCH_S):
+            pass
 
     def wait_end(self, closing: threading.Event) -> bool:
         """Wait until the agent has ended or ``must_leave`` is set; False: ``closing`` was set before."""

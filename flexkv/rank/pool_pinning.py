@@ -23,20 +23,24 @@ _FAST_PARTS = 4
 _POLL_S = 0.02
 """Interval at which the extent of populated memory is read, in seconds: a tenth of the time that 1 GiB takes."""
 
+_IDLE_FACTOR = 1.2
+"""Factor by which this interval grows while nothing happens: the pool of a daemon may shrink at any time."""
+
 
 class PinningAgent(Protocol):
     """The part of ``DeviceAgent`` that pinning uses."""
 
     @property
     def pinning(self) -> bool:
-        """Whether ``pin_next`` has more to pin, now or when the controller has populated more of the pool."""
+        """Whether ``pin_next`` has more to do, now or when the controller has populated more of the pool, or takes some
+        back."""
 
     @property
     def pinned_slots(self) -> int:
         """Number of pinned slots, counted from the first slot of the pool."""
 
     def pin_next(self) -> bool:
-        """Pin the next part of the populated memory; False if nothing can be pinned now. Raises CudaError."""
+        """Pin the next part of the populated memory, or unpin a part; False if there is none now. Raises CudaError."""
 
 
 class PoolPinner:
@@ -60,24 +64,29 @@ class PoolPinner:
 
     def run(self) -> None:
         """Pin until the pool is pinned, pinning fails, or the agent or ``pause`` ends it."""
-        agent, began, num_parts, busy_s = self._agent, self._clock(), 0, 0.0
-        try:
-            while agent.pinning:
-                start = self._clock()
-                pinned = agent.pin_next()
-                took = self._clock() - start
-                num_parts, busy_s = num_parts + pinned, busy_s + took * pinned
-                if pinned and num_parts <= _FAST_PARTS:
-                    took = 0.0
-                if self._pause(min(PAUSE_FACTOR * took, MAX_PAUSE_S) if pinned else _POLL_S):
-                    return
-        except CudaError as error:
-            logger.warning(
-                "the host pool cannot be pinned beyond slot %d, so copies from and to the rest are slow: %s; raise the "
-                "limit of locked memory (ulimit -l) or set cpu_cache_gb lower", agent.pinned_slots, error,
-            )
+        agent, began, num_parts, busy_s, idle_s = self._agent, self._clock(), 0, 0.0, _POLL_S
+        while agent.pinning:
+            start = self._clock()
+            pinned = self._pin_next()
+            took = self._clock() - start
+            num_parts, busy_s = num_parts + pinned, busy_s + took * pinned
+            idle_s = _POLL_S if pinned else min(_IDLE_FACTOR * idle_s, MAX_PAUSE_S)
+            if pinned and num_parts <= _FAST_PARTS:
+                took = 0.0
+            if self._pause(min(PAUSE_FACTOR * took, MAX_PAUSE_S) if pinned else idle_s):
+                return
         if num_parts:
             logger.info(
                 "%d slots of the host pool pinned in %.1f s, in %d parts (%.1f s without pauses)",
                 agent.pinned_slots, self._clock() - began, num_parts, busy_s,
             )
+
+    def _pin_next(self) -> bool:
+        try:
+            return self._agent.pin_next()
+        except CudaError as error:
+            logger.warning(
+                "the host pool cannot be pinned beyond slot %d, so copies from and to the rest are slow: %s; raise the "
+                "limit of locked memory (ulimit -l) or set cpu_cache_gb lower", self._agent.pinned_slots, error,
+            )
+            return False

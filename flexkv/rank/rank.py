@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -226,7 +227,7 @@ class RankClient:
             if self._signals is not None:
                 agent.set_signals(self._signals, span_of_layer)
         self._connected.set()
-        PoolPinner(agent, self._closing.wait).run()
+        PoolPinner(agent, partial(self._in_use.pause, self._closing)).run()
         self._in_use.watch_peers(self._closing)
 
     def wait_connected(self, timeout_s: float) -> None:

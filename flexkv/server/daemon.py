@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 
 from flexkv.config import CacheConfig, FlexKVConfig, layout_of
+from flexkv.controller.pool_resizing import PoolResizing
 from flexkv.controller.shared_cache import SharedCache
 from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.protocol.peer_process import peer_credentials
 from flexkv.protocol.session import MAX_MESSAGE_BYTES, Hello, pack_refusal
 from flexkv.protocol.sockets import ListeningSocket, socket_path
+from flexkv.server.host_budget import EXTENT_BYTES, HostBudget, Share
 from flexkv.server.request_numbers import TASK_BITS
 from flexkv.server.session import Session
 from flexkv.storage.ssd.directory_lock import owner_of
@@ -37,6 +39,9 @@ _MAX_SESSION = (1 << 30) - 1
 
 _TURN_S = 1.0
 
+_BALANCE_S = 0.1
+"""Time between two looks at the pools that divide host memory, in seconds."""
+
 _MAX_APART = 1000
 """Domains that are remembered as such that do not share the pool of their layout."""
 
@@ -48,13 +53,40 @@ def _digest(layout: str) -> str:
 class _Pool:
     """The cache of all models whose slots have the same layout, and its sessions."""
 
-    def __init__(self, cache: SharedCache, layout: str, tokens_per_block: int, index: int) -> None:
+    def __init__(
+        self, cache: SharedCache, layout: str, tokens_per_block: int, index: int, share: Share | None
+    ) -> None:
         self.cache = cache
+        self.share = share
         self.layout = layout
         self.tokens_per_block = tokens_per_block
         self.index = index
         self.sessions: set[Session] = set()
         self.idle_since = time.monotonic()
+        if share is not None:
+            share.pool = self
+
+    # ---- read by the budget -----------------------------------------------------------------------------------
+
+    @property
+    def resizing(self) -> PoolResizing:
+        """See ``PoolUse``."""
+        return self.cache.resizing
+
+    @property
+    def has_engines(self) -> bool:
+        """See ``PoolUse``."""
+        return bool(self.sessions)
+
+    @property
+    def moved_blocks(self) -> int:
+        """See ``PoolUse``."""
+        return self.cache.moved_blocks
+
+    def evicted_and_free(self) -> tuple[int, int]:
+        """See ``PoolUse``."""
+        stats = self.cache.space.index.stats() if self.cache.space.index is not None else {}
+        return stats.get("evicted_blocks", 0), stats.get("free_slots", 0)
 
 
 class Daemon:
@@ -65,11 +97,13 @@ class Daemon:
     Parameters
     ----------
     config : FlexKVConfig
-        Host memory and SSD are divided equally between ``server_max_pools`` pools.
+        The pools divide host memory by use, and have equal parts of the SSD.
     port : str
         Path of the Unix socket, or ``ipc://PATH``.
     idle_exit_s : float
         ``run`` returns after so long without an engine, in seconds; 0: never.
+    extent_bytes : int
+        As in ``HostBudget``.
 
     Raises
     ------
@@ -77,7 +111,9 @@ class Daemon:
         Another daemon listens at the path, or it cannot be used.
     """
 
-    def __init__(self, config: FlexKVConfig, port: str, *, idle_exit_s: float = 0.0) -> None:
+    def __init__(
+        self, config: FlexKVConfig, port: str, *, idle_exit_s: float = 0.0, extent_bytes: int = EXTENT_BYTES
+    ) -> None:
         if config.cache.enable_gds:                  # its ops would not know to which engine a page belongs
             logger.warning("enable_gds has no effect in the daemon: blocks on SSD go through host memory")
         self._config = config
@@ -85,6 +121,7 @@ class Daemon:
         self._idle_since = time.monotonic()
         self._pools: dict[str, _Pool] = {}
         self._apart: dict[str, None] = {}            # domains that do not share the pool of their layout
+        self._budget = _budget_of(config.cache, extent_bytes)
         self._watch = Watch()
         self._log = RepeatedLog(logger)
         self._lock = threading.Lock()                # for the sessions of pools
@@ -111,8 +148,9 @@ class Daemon:
         logger.info("engines can connect at %s", self.path)
         try:
             while not self._stopping:
-                self._watch.turn(_TURN_S)
+                self._watch.turn(_BALANCE_S if self._budget is not None and self._pools else _TURN_S)
                 self._end_if_idle()
+                self._balance()
         finally:
             self._close()
 
@@ -238,6 +276,28 @@ class Daemon:
 
     # ---- pools ------------------------------------------------------------------------------------------------
 
+    def _balance(self) -> None:
+        """Divide host memory between the pools, and remove those that have yielded all of it."""
+        if self._budget is None:
+            return
+        try:
+            self._budget.balance()
+            for name, pool in list(self._pools.items()):
+                if pool.share is not None and pool.share.is_spent and not pool.sessions:
+                    logger.info("pool %s has no engine, and others have its memory: it ends", name)
+                    self._remove(name)
+        except (FlexKVError, OSError) as error:      # engines go on with the memory that they have
+            self._log.write(logging.ERROR, "host memory cannot be divided anew", error)
+
+    def _remove(self, name: str) -> None:
+        """End a pool that no engine uses. Its memory is free afterwards, unless an agent may still have it pinned: then
+        it counts as used from now on."""
+        pool = self._pools.pop(name)
+        pool.cache.memory.frees_at_close = is_free = not pool.cache.transfer.growth.num_pinning
+        pool.cache.shutdown()
+        if self._budget is not None and pool.share is not None and is_free:
+            self._budget.close(pool.share)
+
     def _pool_of(self, hello: Hello) -> _Pool:
         """The pool of an engine; a new one, if there is room.
 
@@ -247,11 +307,12 @@ class Daemon:
             It has other tokens per block than the pool, or all pools that fit have engines.
         """
         layout = hello.domain if hello.domain in self._apart else layout_of(hello.domain)
+        if hello.model in self._config.cache.guarantees:
+            layout = f"{hello.model}\n{layout}"      # a pool of its own
         name = _digest(layout)
         pool = self._pools.get(name)
         if pool is not None and not pool.cache.transfer.in_service and not pool.sessions:
-            del self._pools[name]
-            pool.cache.shutdown()
+            self._remove(name)
             pool = None
         if pool is None:
             pool = self._pools[name] = self._new_pool(hello, name, layout)
@@ -268,30 +329,37 @@ class Daemon:
         taken = {pool.index for pool in self._pools.values()}
         index = next(number for number in range(limit) if number not in taken)
         config = self._share(hello.tokens_per_block, name)
+        share = self._budget.open(hello.model) if self._budget is not None else None
         cache = SharedCache(
             config, self._config.transfer, layout.encode(errors="replace"),
             {"model_name": hello.model, "engine": f"daemon-{index}"},
             config.py_metrics_port and config.py_metrics_port + index,
-            note=f"serves {hello.model or 'a model'} at {self.path}",
+            note=f"serves {hello.model or 'a model'} at {self.path}", share=share,
         )
+        pool = _Pool(cache, layout, hello.tokens_per_block, index, share)
         cache.start()
         logger.info("new pool %s: model %s, blocks of %d tokens", name, hello.model, hello.tokens_per_block)
-        return _Pool(cache, layout, hello.tokens_per_block, index)
+        return pool
 
     def _remove_idle_pool(self) -> None:
         with self._lock:
-            idle = [name for name, pool in self._pools.items() if not pool.sessions]
+            idle = [
+                name for name, pool in self._pools.items()
+                if not pool.sessions and not pool.cache.transfer.growth.num_pinning
+                and not (pool.share is not None and pool.share.guaranteed_bytes)
+            ]
         if not idle:
             raise RegistrationError(
-                f"the daemon has {len(self._pools)} pools, for other layouts of a block, which all have engines: "
-                "raise server_max_pools"
+                f"the daemon has {len(self._pools)} pools, for other layouts of a block, which all have engines or a "
+                "guarantee: raise server_max_pools"
             )
         name = min(idle, key=lambda name: self._pools[name].idle_since)
         logger.info("pool %s has no engine; its memory goes to another", name)
-        self._pools.pop(name).cache.shutdown()
+        self._remove(name)
 
     def _share(self, tokens_per_block: int, name: str) -> CacheConfig:
-        """The settings of a pool's cache: an equal share of host memory and SSD, and paths of its own."""
+        """The settings of a pool's cache: an equal part of the SSD (and of host memory, if pools have fixed sizes), and
+        paths of its own."""
         config, limit = self._config.cache, self._config.cache.server_max_pools
         blocks = config.num_cpu_blocks and max(1, config.num_cpu_blocks // limit)
         directories = [directory / name for directory in config.ssd_directories] if config.ssd_bytes else []
@@ -304,6 +372,16 @@ class Daemon:
             ssd_cache_dir=";".join(map(str, directories)) if directories else config.ssd_cache_dir, enable_gds=False,
             trace_path=config.trace_path and f"{config.trace_path}.{name}",
         )
+
+
+def _budget_of(config: CacheConfig, extent_bytes: int) -> HostBudget | None:
+    """The budget that several pools divide; None: there is one pool, or the pools have fixed sizes."""
+    if config.server_max_pools == 1 or config.hugepage_bytes:
+        return None
+    budget = HostBudget(config.host_bytes, config.num_cpu_blocks, extent_bytes)
+    for model, num_bytes in config.guarantees.items():
+        budget.reserve(model, num_bytes)
+    return budget
 
 
 def _remove_old(directory: Path, used: set[str], limit: int) -> None:

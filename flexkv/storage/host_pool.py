@@ -65,14 +65,18 @@ class HostPool:
         self.slot_bytes = slot_bytes
         self.num_slots = num_slots
         self.content = content
-        page = hugepage_bytes or mmap.PAGESIZE
-        self.num_bytes = -(-slot_bytes * num_slots // page) * page
+        self.fixed_slots = num_slots
+        """Slots whose memory is never given back: only these may be pinned by this process."""
+        self._page_bytes = hugepage_bytes or mmap.PAGESIZE
+        self.num_bytes = self.bytes_of(num_slots)
         self.huge_bytes = 0
         """Bytes that were collapsed into huge pages."""
         self._collapsing = not hugepage_bytes
         self._refusals: set[int] = set()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._done = 0                      # bytes that are populated
+        self._asked = 0                     # slots that are to be
         self.fd = -1
         try:
             self.fd = sealed_memfd("flexkv-host-pool", self.num_bytes, hugepage_bytes)
@@ -96,35 +100,64 @@ class HostPool:
             raise IndexError(f"slot {index} of {self.num_slots}")
         return memoryview(self._memory)[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
-    def populate(self, on_extent: OnExtent) -> None:
-        """Allocate the memory on a background thread, part by part.
+    def populate(self, on_extent: OnExtent, num_slots: int | None = None) -> None:
+        """Allocate the memory of the first ``num_slots`` slots (default: of all) on a background thread, part by part.
 
-        ``on_extent`` is called on that thread, with more slots each time, and once with ``last``, unless ``close`` is
-        called before. If memory runs out, the pool stays at the size allocated so far, and an error is logged.
+        ``on_extent`` is called on that thread, with more slots each time, and once with ``last`` if all slots are
+        populated, unless ``close`` is called before. If memory runs out, the pool stays at the size allocated so far,
+        and an error is logged. Must not be called again before this has ended (``is_populating``).
         """
-        self._thread = threading.Thread(target=self._populate, args=(on_extent,), name="flexkv-pool", daemon=True)
+        self._asked = self.num_slots if num_slots is None else num_slots
+        until = self.bytes_of(self._asked)
+        self._thread = threading.Thread(
+            target=self._populate, args=(on_extent, until), name="flexkv-pool", daemon=True
+        )
         self._thread.start()
 
-    def _populate(self, on_extent: OnExtent) -> None:
+    @property
+    def is_populating(self) -> bool:
+        """Whether memory is being allocated."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def populated_slots(self) -> int:
+        """Number of slots that are populated; it changes while ``is_populating``."""
+        return min(self._done // self.slot_bytes, self._asked)
+
+    def bytes_of(self, num_slots: int) -> int:
+        """Bytes of the pages that the first ``num_slots`` slots need."""
+        return -(-num_slots * self.slot_bytes // self._page_bytes) * self._page_bytes
+
+    def give_back(self, num_slots: int) -> None:
+        """Free the memory of all slots from ``num_slots`` on, until ``populate`` allocates it again. Nothing may access
+        it, or have it pinned; and ``is_populating`` must be False."""
+        keep = self.bytes_of(num_slots)
+        if keep < self._done and self.fd >= 0:
+            self._memory.free(keep, self._done - keep)
+            self._done, self._asked = keep, num_slots
+
+    def _populate(self, on_extent: OnExtent, until: int) -> None:
         with suppress(OSError):             # optional: it only spares the engine's threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        done, slots, out_of_memory = 0, 0, False
-        while done < self.num_bytes and not out_of_memory and not self._stop.is_set():
-            size = min(_PART_BYTES, self.num_bytes - done)
-            self._collapse(done, size)
+        out_of_memory = False
+        while self._done < until and not out_of_memory and not self._stop.is_set():
+            size = min(_PART_BYTES, until - self._done)
+            self._collapse(self._done, size)
             try:
-                self._allocate(done, size)  # all pages, or the pages that ``_collapse`` left out
-                done += size
+                self._allocate(self._done, size)    # all pages, or the pages that ``_collapse`` left out
+                self._done += size
             except OSError as error:
                 out_of_memory = True
                 logger.error(
                     "the host pool stops at %d of %d bytes: %s; set cpu_cache_gb lower",
-                    done, self.num_bytes, error.strerror,
+                    self._done, self.num_bytes, error.strerror,
                 )
             if not self._stop.is_set():
-                slots = min(done // self.slot_bytes, self.num_slots)
-                on_extent(slots, out_of_memory or done == self.num_bytes)
-        logger.info("the host pool has %d slots, %d of %d MiB in huge pages", slots, self.huge_bytes >> 20, done >> 20)
+                on_extent(self.populated_slots, out_of_memory or self._done == self.num_bytes)
+        logger.info(
+            "the host pool has %d slots, %d of %d MiB in huge pages",
+            self.populated_slots, self.huge_bytes >> 20, self._done >> 20,
+        )
 
     def _allocate(self, start: int, size: int) -> None:
         while True:
@@ -140,15 +173,16 @@ class HostPool:
         One small page of each is allocated first, because the kernel refuses to collapse an empty range. Collapsing
         fills the rest with zeros, which is faster than zeroing 512 small pages and copying them.
         """
-        whole = size // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
-        if not self._collapsing or not whole:
+        first = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+        whole = (start + size - first) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+        if not self._collapsing or whole <= 0:
             return
         try:
-            for page in range(start, start + whole, _HUGE_PAGE_BYTES):
+            for page in range(first, first + whole, _HUGE_PAGE_BYTES):
                 self._allocate(page, mmap.PAGESIZE)
         except OSError:                     # out of memory: the caller meets the same error, and reports it
             return
-        refusal = self._memory.collapse(start, whole)
+        refusal = self._memory.collapse(first, whole)
         if not refusal:
             self.huge_bytes += whole
             return

@@ -91,7 +91,8 @@ class Store(ABC):
     slots: Slots
 
     def register(self, upto_bytes: int) -> None:  # noqa: B027
-        """Announce that host memory exists up to ``upto_bytes``. The store must not access memory beyond that."""
+        """Announce that host memory exists up to ``upto_bytes``, for as long as the store is open. The store must not
+        keep memory beyond that pinned."""
 
     def recover(self) -> Recovered:
         """Find the blocks that were written before the start, and allocate their slots."""

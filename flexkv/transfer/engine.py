@@ -119,6 +119,7 @@ class TransferEngine(GraphRunner):
                 self._membership = Membership(
                     watch, self._device, self._scheduler, self._locked, self._joined, self._left
                 )
+                self._membership.waits_for_idle = self._growth.may_shrink
                 listener = listen(watch, self._membership.add)
                 undo.callback(listener.close)
                 for executor in self._watched:
@@ -273,6 +274,11 @@ class TransferEngine(GraphRunner):
         """Record that the first ``num_slots`` slots are populated; ``last``: the pool does not grow further. Any thread
         may call it."""
         self._growth.populated(num_slots, last)
+
+    @property
+    def growth(self) -> PoolGrowth:
+        """Growth of the host pool, whose ``limit``, ``lower`` and ``raise_limit`` shrink it."""
+        return self._growth
 
     def keep_slots(self, num_slots: int) -> None:
         """Record that ``num_slots`` slots were usable when the pool served another data plane. On the background

@@ -55,6 +55,9 @@ class Membership:
         self._dying: list[AgentLink] = []
         self.is_closing = False
         """Whether the engine stops, so that agents are expected to leave."""
+        self.waits_for_idle = False
+        """Whether an agent that moves nothing, and has said no farewell, is at rest only when its process has ended: it
+        may still have memory pinned."""
 
     def add(self, link: AgentLink) -> None:
         """Add an agent that has registered, and watch its connection, its results and its process."""
@@ -104,7 +107,7 @@ class Membership:
                 "%s ended without a farewell: %d transfers have failed%s", link.name, len(link.ops),
                 "; slots that it may still write stay reserved until it is gone" if link.busy else "",
             )
-        if link.said_farewell or not link.busy:
+        if link.said_farewell or (not link.busy and not self.waits_for_idle):
             self._bury(link)
             return
         for op in link.ops:                          # at once, also where other ranks have not moved their blocks yet

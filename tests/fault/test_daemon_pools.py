@@ -46,7 +46,7 @@ def test_other_layouts_have_other_pools(tmp_path: Path) -> None:
             task = one.put_async(tokens_of(2), mapping([0, 1]))
             assert one.wait(task)[task].status is Status.SUCCESS
             assert not two.get_match(tokens_of(2))[1].any()
-            assert one.stats()["num_slots"] == two.stats()["num_slots"] == 24
+            assert 0 < one.stats()["num_slots"] <= 48 - two.stats()["num_slots"] < 48
             third = make_engine(path, tmp_path / "r2", model={"dtype": "int8"})
             time.sleep(0.2)
             assert not third.is_ready()                                # both pools have engines

@@ -16,7 +16,8 @@ NUM_SLOTS = 12
 SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(tuple)
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["begin_put", "begin_put", "end_put", "end_put", "begin_get", "end_get", "evict", "reset"]),
+        st.sampled_from(["begin_put", "begin_put", "end_put", "end_put", "begin_get", "end_get", "evict", "reset",
+                         "grow", "withdraw"]),
         SEQUENCES,
         st.integers(0, 63),
     ),
@@ -31,6 +32,7 @@ class Checked:
         self.now = 0.0
         self.engine = GlobalCacheEngine(NUM_SLOTS, LRU, 0.9, 0.2, clock=self.clock)
         self.engine.grow(NUM_SLOTS)
+        self.bound = NUM_SLOTS
         self.content: dict[int, tuple[int, Prefix]] = {}        # slot -> (epoch, prefix)
         self.epoch = 0
         self.puts: list[tuple[PutPlan, Prefix, int]] = []
@@ -48,6 +50,7 @@ class Checked:
         start = seed % 3 if seed % 2 else 0
         busy = self.in_use()
         plan = self.engine.begin_put(keys_of(sequence), min(start, len(sequence)), len(sequence))
+        assert (plan.slots_on(HOST) < self.bound).all()
         assert not busy & set(plan.slots_on(HOST).tolist())              # no slot is reused while something touches it
         assert all(block >= min(start, len(sequence)) for block in plan.blocks)
         for block, slot in zip(plan.blocks.tolist(), plan.slots_on(HOST).tolist(), strict=True):
@@ -89,6 +92,22 @@ class Checked:
             self.engine.reset()
             assert self.engine.match(keys_of(sequence)).num_ready == 0
 
+    def grow(self, sequence: Prefix, seed: int) -> None:
+        self.bound = min(NUM_SLOTS, self.bound + seed % 5)
+        self.engine.grow(self.bound)
+        self.engine.check_integrity()
+
+    def withdraw(self, sequence: Prefix, seed: int) -> None:
+        """Shrink: nothing in use is touched, and when it is over, the memory of the slots is given away."""
+        self.bound = min(self.bound, seed % NUM_SLOTS)
+        busy = {slot for slot in self.in_use() if slot >= self.bound}
+        is_over = self.engine.withdraw(self.bound)
+        assert is_over == (not busy)
+        if is_over:
+            self.content = {slot: (-1, ()) if slot >= self.bound else at for slot, at in self.content.items()}
+        assert self.engine.stats()["num_slots"] == self.bound + len(busy)
+        self.engine.check_integrity()
+
     def finish(self) -> None:
         self.engine.check_integrity()
         while self.puts:
@@ -97,7 +116,9 @@ class Checked:
             self.end_get((), 0)
         self.engine.check_integrity()
         self.engine.reset()
-        assert self.engine.stats()["free_slots"] == NUM_SLOTS
+        assert self.engine.stats()["free_slots"] == self.bound
+        assert self.engine.withdraw(self.bound)
+        assert self.engine.stats()["num_slots"] == self.bound
         self.engine.check_integrity()
 
 

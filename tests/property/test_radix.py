@@ -18,7 +18,8 @@ from .model_tree import ModelBlock, ModelTree, Prefix, keys_of
 SEQUENCES = st.lists(st.integers(0, 1), min_size=1, max_size=7).map(tuple)
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["put", "put", "put", "acquire", "release", "evict", "fail", "fail", "reclaim", "get", "bad"]),
+        st.sampled_from(["put", "put", "put", "acquire", "release", "evict", "fail", "fail", "reclaim", "get", "bad",
+                         "withdraw"]),
         SEQUENCES, st.integers(0, 7),
     ),
     min_size=1, max_size=25,
@@ -94,6 +95,18 @@ class Pair:
         self.tree.check_integrity()
         if len(slots) < seed:
             assert not self.model.out_of_reach()
+
+    def withdraw(self, sequence: Prefix, seed: int) -> None:
+        """Ready blocks without a reference in slots from a number on: all of them, or as many as are asked for."""
+        bound, want = seed * 7 % 11, 1 + seed % 5
+        mine = [block for block in self.model.blocks.values() if block.slot >= bound and block.ready]
+        free = [block for block in mine if block.references == 0]
+        slots = self.tree.withdraw(0, bound, 1 << 20, want).tolist()
+        assert len(slots) == min(want, len(free))
+        assert set(slots) <= {block.slot for block in free}
+        for block in free:
+            if block.slot in slots:
+                block.slot, block.ready = -1, False
 
     def get(self, sequence: Prefix, seed: int) -> None:
         self.now += 1

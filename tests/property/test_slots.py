@@ -11,7 +11,10 @@ from flexkv.errors import InvariantError
 from .examples import EXAMPLES
 
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["allocate", "allocate", "free", "grow", "double free"]), st.integers(0, 150)),
+    st.tuples(
+        st.sampled_from(["allocate", "allocate", "free", "free", "grow", "withdraw", "settle", "double free"]),
+        st.integers(0, 150),
+    ),
     max_size=30,
 )
 
@@ -24,13 +27,15 @@ def test_allocator_agrees_with_set(capacity: int, operations: list[tuple[str, in
     held: list[np.ndarray] = []
     times = np.zeros(500, dtype=np.uint32)
     everything = np.arange(500, dtype=np.int32)
+    end = bound = capacity
     for name, n in operations:
         if name == "allocate":
             got = slots.allocate(n)
-            assert (got is None) == (n > len(free))
+            below = {slot for slot in free if slot < bound}
+            assert (got is None) == (n > len(below))
             if got is not None:
                 assert len(set(got.tolist())) == n
-                assert set(got.tolist()) <= free
+                assert set(got.tolist()) <= below
                 free -= set(got.tolist())
                 held.append(got)
         elif name == "free" and held:
@@ -43,18 +48,28 @@ def test_allocator_agrees_with_set(capacity: int, operations: list[tuple[str, in
             assert found == sorted(back.tolist())
             free |= set(back.tolist())
         elif name == "grow":
-            bigger = min(500, slots.capacity + n)
-            free |= set(range(slots.capacity, bigger))
-            slots.grow(bigger)
+            bound = min(500, bound + n)
+            free |= set(range(end, bound))
+            end = max(end, bound)
+            slots.grow(bound)
+        elif name == "withdraw":
+            bound = max(0, bound - n)
+            slots.withdraw(bound)
+        elif name == "settle":
+            is_over = set(range(bound, end)) <= free
+            assert slots.settle() == is_over
+            if is_over:
+                free -= set(range(bound, end))
+                end = bound
         elif name == "double free" and free and held:
             wrong = np.concatenate([held[0], np.array([next(iter(free))], dtype=np.int32)])
             with pytest.raises(InvariantError):
                 slots.free(wrong)
-        assert slots.num_free == len(free)
+        assert slots.num_free == sum(slot < bound for slot in free)
+        assert slots.capacity == slots.num_free + sum(map(len, held))
+        slots.check_integrity()
         assert (slots.generations(everything) == times).all()
-    slots.check_integrity()
-    assert {slot for slot in range(slots.capacity) if slots.is_free(slot)} == free
-    assert slots.num_free + sum(map(len, held)) == slots.capacity
+    assert {slot for slot in range(end) if slots.is_free(slot)} == free
 
 
 def test_prefers_a_run_that_is_long_enough() -> None:

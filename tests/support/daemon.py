@@ -1,6 +1,7 @@
 """A daemon in this process, and engines that use it."""
 
 import itertools
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,19 +19,25 @@ from flexkv.server.engine_client import EngineClient
 from flexkv.server.session import Session
 from flexkv.storage.store import TierKind
 
-from .harness import LAYERS, TOKENS, Tensors
+from .harness import LAYERS, PAGE_SHAPE, TOKENS, Tensors
 
 _running: dict[Path, Daemon] = {}
 _numbers = itertools.count()
 
+SLOT_BYTES = -(-LAYERS * math.prod(PAGE_SHAPE) * 2 // 4096) * 4096
+"""Bytes of a slot of ``Tensors``, in whole pages."""
+
 
 @contextmanager
-def running(path: Path, num_slots: int = 48, cache: dict[str, Any] | None = None, **transfer: Any) -> Iterator[Daemon]:
-    """A daemon on a thread."""
+def running(
+    path: Path, num_slots: int = 48, cache: dict[str, Any] | None = None, extent_slots: int = 4,
+    extent_bytes: int = 0, **transfer: Any
+) -> Iterator[Daemon]:
+    """A daemon on a thread. Extents are of ``extent_slots`` slots of ``Tensors``, or of ``extent_bytes``."""
     config = FlexKVConfig(
-        cache=CacheConfig(num_cpu_blocks=num_slots, **(cache or {})), transfer=TransferConfig(**transfer)
+        cache=CacheConfig(**{"num_cpu_blocks": num_slots, **(cache or {})}), transfer=TransferConfig(**transfer)
     )
-    daemon = Daemon(config, str(path))
+    daemon = Daemon(config, str(path), extent_bytes=extent_bytes or extent_slots * SLOT_BYTES)
     thread = threading.Thread(target=daemon.run)
     thread.start()
     _running[path] = daemon

@@ -26,7 +26,6 @@ COVERED_BY = {
     "controller/keys": "tests/unit/controller/test_controller.py",
     "controller/requests": "tests/fuzz/test_sockets.py",
     "controller/shared_cache": "tests/unit/controller/test_ready_line.py",
-    "controller/space": "tests/unit/controller/test_controller.py",
     "controller/tasks/graphs": "tests/property/test_tasks.py",
     "controller/tasks/loads": "tests/property/test_tasks.py",
     "controller/tasks/task_log": "tests/unit/controller/tasks/test_reasons.py",

@@ -13,11 +13,13 @@ cdef extern from "agent.h" nogil:
         FLEXKV_MSG_RESULT
         FLEXKV_NOTE_POPULATED
         FLEXKV_NOTE_ALL_POPULATED
+        FLEXKV_NOTE_LOWERED
         FLEXKV_NOTE_USABLE
         FLEXKV_NOTE_LOAD_FENCE
         FLEXKV_NOTE_SAVE_FENCE
         FLEXKV_NOTE_EXCHANGE
         FLEXKV_NOTE_EXCHANGE_OVER
+        FLEXKV_NOTE_FOLLOWED
         FLEXKV_FAREWELL
 
     struct flexkv_msg_op:
@@ -103,6 +105,8 @@ cdef extern from "agent.h" nogil:
     int flexkv_agent_start(flexkv_agent **agent, const flexkv_agent_options *options)
     void flexkv_agent_advance(flexkv_agent *agent, uint64_t load_fence, uint64_t save_fence)
     uint64_t flexkv_agent_populated(const flexkv_agent *agent, int *all)
+    uint64_t flexkv_agent_lowered(const flexkv_agent *agent)
+    void flexkv_agent_report_followed(flexkv_agent *agent, uint64_t lowered)
     void flexkv_agent_report_usable(flexkv_agent *agent, uint64_t slots)
     int flexkv_agent_peers_released(const flexkv_agent *agent)
     flexkv_outcome *flexkv_agent_take(flexkv_agent *agent)

@@ -18,6 +18,7 @@ cdef extern from "cuda_copy.h" nogil:
     int flexkv_cuda_copy_create(flexkv_cuda_copy **result, const flexkv_cuda *api, const flexkv_cuda_options *options,
                                 const flexkv_pages *at, int *error)
     int flexkv_cuda_copy_register(flexkv_cuda_copy *copy, uint64_t populated, int all, int *error)
+    int flexkv_cuda_copy_unregister(flexkv_cuda_copy *copy, uint64_t keep, int *error)
     uint64_t flexkv_cuda_copy_registered(const flexkv_cuda_copy *copy, int *more)
     int flexkv_cuda_copy_fence(flexkv_cuda_copy *copy, flexkv_kind kind, uint64_t fence, cu_stream stream)
     int flexkv_cuda_copy_follow(flexkv_cuda_copy *copy, uint32_t span, cu_stream stream)

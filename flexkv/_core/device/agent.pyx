@@ -14,9 +14,11 @@ from libc.string cimport memcpy
 from flexkv._core.csrc.agent cimport (
     flexkv_agent,
     flexkv_agent_advance,
+    flexkv_agent_lowered,
     flexkv_agent_options,
     flexkv_agent_peers_released,
     flexkv_agent_populated,
+    flexkv_agent_report_followed,
     flexkv_agent_report_usable,
     flexkv_agent_set_signals,
     flexkv_agent_start,
@@ -47,6 +49,7 @@ from flexkv._core.csrc.cuda_copy cimport (
     flexkv_cuda_copy_follow,
     flexkv_cuda_copy_register,
     flexkv_cuda_copy_registered,
+    flexkv_cuda_copy_unregister,
     flexkv_cuda_options,
 )
 from flexkv._core.device.cuda_driver cimport Device, Driver
@@ -133,6 +136,7 @@ cdef class DeviceAgent:
     cdef flexkv_pages at
     cdef Driver driver
     cdef int ended, socket_fd
+    cdef uint64_t followed
     cdef object regions, spans, num_pages, signals, imports
     cdef SharedMapping pool, rings
     cdef list fds
@@ -148,6 +152,7 @@ cdef class DeviceAgent:
         self.agent = NULL
         self.cuda = NULL
         self.ended = 0
+        self.followed = 0
         self.socket_fd = socket_fd
         self.imports = imports
         self.fds = [submission_event_fd, completion_event_fd, socket_fd]
@@ -190,6 +195,7 @@ cdef class DeviceAgent:
             raise TransferError(f"the device agent did not start: {os.strerror(-rc)}")
         if self.cuda == NULL:
             flexkv_agent_report_usable(self.agent, self.at.num_slots)
+            flexkv_agent_report_followed(self.agent, ~<uint64_t>0)      # nothing is pinned
 
     cdef set_tables(self, regions, spans, num_pages, saves, loads, layers):
         cdef uint8_t[::1] region_view, span_view
@@ -228,7 +234,8 @@ cdef class DeviceAgent:
             raise MemoryError
 
     def pin_next(self):
-        """Pin the next part of the memory that the controller has populated, and report the slots to the controller.
+        """Pin the next part of the memory that the controller has populated, or unpin a part that it takes back, and
+        report the slots to the controller.
 
         Meant for a thread of its own: the driver holds a lock for milliseconds. Without a GPU nothing is pinned.
 
@@ -240,21 +247,28 @@ cdef class DeviceAgent:
         Raises
         ------
         CudaError
-            Nothing more is pinned. All slots are reported: copies from and to the rest are slow, not wrong.
+            Nothing more is pinned. All slots are reported: copies from and to the rest are slow, not wrong. Or a part
+            cannot be unpinned: the controller does not use it any more, and cannot give it back.
         """
         cdef flexkv_cuda_copy *cuda = self.cuda
-        cdef uint64_t slots
-        cdef int rc, all_populated = 0, more = 0, error = 0
+        cdef uint64_t slots, lowered
+        cdef int rc, unpinned, all_populated = 0, more = 0, error = 0
         if cuda == NULL or self.agent == NULL:
             return False
         with nogil:
+            lowered = flexkv_agent_lowered(self.agent)     # before the number that was lowered
             slots = flexkv_agent_populated(self.agent, &all_populated)
-            rc = flexkv_cuda_copy_register(cuda, slots, all_populated, &error)
-            if rc:
+            unpinned = rc = flexkv_cuda_copy_unregister(cuda, slots, &error) if lowered > 1 else 0
+            if not unpinned:
+                if lowered > self.followed:
+                    self.followed = lowered
+                    flexkv_agent_report_followed(self.agent, lowered)
+                rc = flexkv_cuda_copy_register(cuda, slots, all_populated, &error)
+            if rc > 0 or (rc and not unpinned):
                 slots = flexkv_cuda_copy_registered(cuda, &more) if rc > 0 else self.at.num_slots
                 flexkv_agent_report_usable(self.agent, slots)
                 flexkv_agent_advance(self.agent, 0, 0)     # wakes it
-        self.driver.check(error, "cuMemHostRegister")
+        self.driver.check(error, "cuMemHostUnregister" if unpinned else "cuMemHostRegister")
         return rc == 1
 
     @property
@@ -265,11 +279,12 @@ cdef class DeviceAgent:
 
     @property
     def pinning(self):
-        """Whether ``pin_next`` has more to do, now or when the controller has populated more."""
+        """Whether ``pin_next`` has more to do, now or when the controller has populated more or takes some back."""
         cdef int more = 0
         if self.cuda != NULL and self.status == 0:
             flexkv_cuda_copy_registered(self.cuda, &more)
-        return bool(more)
+            return bool(more) or flexkv_agent_lowered(self.agent) > 0
+        return False
 
     def fence(self, uint64_t stream, bint load, uint64_t fence):
         """Loads (else saves) with at most this fence wait for the work already queued on the compute stream.

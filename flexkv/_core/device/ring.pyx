@@ -15,7 +15,9 @@ from flexkv._core.csrc.agent cimport (
     FLEXKV_NOTE_ALL_POPULATED,
     FLEXKV_NOTE_EXCHANGE,
     FLEXKV_NOTE_EXCHANGE_OVER,
+    FLEXKV_NOTE_FOLLOWED,
     FLEXKV_NOTE_LOAD_FENCE,
+    FLEXKV_NOTE_LOWERED,
     FLEXKV_NOTE_POPULATED,
     FLEXKV_NOTE_SAVE_FENCE,
     FLEXKV_NOTE_USABLE,
@@ -135,6 +137,8 @@ cdef class ControllerRings(RingPair):
 
     def note_populated(self, uint64_t num_slots, bint last):
         """Publish the number of populated slots of the pool; ``last``: there will be no more."""
+        if not last:
+            flexkv_ring_note(&self.sending, FLEXKV_NOTE_ALL_POPULATED, 0)
         flexkv_ring_note(&self.sending, FLEXKV_NOTE_POPULATED, num_slots)
         if last:
             flexkv_ring_note(&self.sending, FLEXKV_NOTE_ALL_POPULATED, 1)
@@ -143,6 +147,17 @@ cdef class ControllerRings(RingPair):
         """Announce that a peer of the agent has left: its memory must not be read any more."""
         flexkv_ring_note(&self.sending, FLEXKV_NOTE_EXCHANGE_OVER, 1)
         os.eventfd_write(self.sending_event_fd, 1)
+
+    def note_lowered(self, uint64_t count):
+        """Publish how often the number of populated slots was lowered, plus 1, after that number; without it, the agent
+        ends its look at these numbers when it has pinned all slots."""
+        flexkv_ring_note(&self.sending, FLEXKV_NOTE_LOWERED, count)
+
+    @property
+    def followed(self):
+        """The last lowering after which the agent has nothing pinned beyond the populated slots, as it says: any 64-bit
+        number."""
+        return flexkv_ring_read_note(&self.receiving, FLEXKV_NOTE_FOLLOWED)
 
     @property
     def usable_slots(self):

@@ -30,12 +30,16 @@ cdef class Evictor:
     cdef double *ttl                  # seconds, of each tenant; NULL: none expires
     cdef int num_tenants
     cdef int32_t hand[MAX_TIERS]      # the node that ``expire`` looked at last
+    cdef int32_t withdraw_hand        # the same, of ``withdraw``
 
     cdef int configure(self, num_queues, ttl_s) except -1
     cdef object evict(self, int tier, int tenant, int queue, Py_ssize_t want, double now, int64_t leave, int spare_to,
                       uint32_t why, double below, Pieces pieces)
     cdef object reclaim(self, int tier, Py_ssize_t want, int tenant)
     cdef object expire(self, int tier, double now, Py_ssize_t num_nodes, Py_ssize_t want)
+    cdef object withdraw(self, int tier, Py_ssize_t bound, Py_ssize_t num_nodes, Py_ssize_t want)
+    cdef void free_slots_from(self, int32_t node, int tier, Py_ssize_t bound, Py_ssize_t want, int32_t *out,
+                              Py_ssize_t *count) noexcept nogil
     cdef object discard(self, int tier)
     cdef double expires_at(self, Node *p, int tenant) noexcept nogil
     cdef Py_ssize_t take_from_end(self, int32_t node, int tier, Py_ssize_t want, int32_t *out, uint32_t why,

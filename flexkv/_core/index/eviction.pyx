@@ -303,6 +303,49 @@ cdef class Evictor:
                     self.store.forget(p.keys + 2 * <size_t>i, MISS_EVICTED)
                     self.store.note_hole(node)
 
+    cdef object withdraw(self, int tier, Py_ssize_t bound, Py_ssize_t num_nodes, Py_ssize_t want):
+        cdef NodeStore store = self.store
+        store.check_tier(tier)
+        want = max(min(want, store.num_blocks), 0)
+        out_array = np.empty(want, INT32)
+        if want == 0:
+            return out_array
+        cdef int32_t *out = <int32_t *>data_of(out_array, True)
+        cdef Py_ssize_t count = 0
+        with nogil:
+            for _ in range(min(num_nodes, <Py_ssize_t>store.used_nodes)):
+                if count == want:
+                    break
+                self.withdraw_hand = (self.withdraw_hand + 1) % store.used_nodes
+                if store.nodes[self.withdraw_hand].ready[tier]:
+                    self.free_slots_from(self.withdraw_hand, tier, bound, want, out, &count)
+                    store.prune(self.withdraw_hand)
+            if count == want and self.withdraw_hand:       # more of this node may be left
+                self.withdraw_hand -= 1
+        if FLEXKV_CHECKS:
+            store.check_integrity()
+        return out_array[:count]
+
+    cdef void free_slots_from(self, int32_t node, int tier, Py_ssize_t bound, Py_ssize_t want, int32_t *out,
+                              Py_ssize_t *count) noexcept nogil:
+        """Free slots of a node from slot ``bound`` on whose blocks are ready and not in use."""
+        cdef Node *p = &self.store.nodes[node]
+        cdef int32_t *slots = self.store.slots_of(p, tier)
+        cdef bint any_absent = False
+        cdef uint32_t i
+        for i in range(p.length):
+            if count[0] == want:
+                break
+            if slots[i] >= bound and self.store.state_of(p)[i] >> tier & 1 and self.store.references_of(p)[i] == 0:
+                out[count[0]] = slots[i]
+                count[0] += 1
+                self.store.clear_slot(node, i, tier)
+                if self.store.is_absent(p, i):
+                    any_absent = True
+                    self.store.forget(p.keys + 2 * <size_t>i, MISS_EVICTED)
+        if any_absent:
+            self.store.note_hole(node)
+
     cdef object expire(self, int tier, double now, Py_ssize_t num_nodes, Py_ssize_t want):
         cdef NodeStore store = self.store
         store.check_tier(tier)

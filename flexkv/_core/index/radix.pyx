@@ -545,15 +545,14 @@ cdef class RadixTree:
         """
         return self.evictor.expire(tier, now, num_nodes, want)
 
+    def withdraw(self, int tier, Py_ssize_t bound, Py_ssize_t num_nodes, Py_ssize_t want=1 << 16):
+        """Free slots of ``tier`` from slot ``bound`` on, looking at the next ``num_nodes`` nodes. Blocks that are used
+        or being written stay. Returns the slots that are free now (int32), ``want`` at most."""
+        return self.evictor.withdraw(tier, bound, num_nodes, want)
+
     def discard(self, int tier):
         """Free all slots of ``tier`` but those of blocks that are in use or being written, and of blocks before them.
-        For a tree that is out of use.
-
-        Returns
-        -------
-        ndarray of int32
-            The slots that are free now.
-        """
+        For a tree that is out of use. Returns the slots that are free now (int32)."""
         return self.evictor.discard(tier)
 
     # ---- counts ------------------------------------------------------------------------------------------------

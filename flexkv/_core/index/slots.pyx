@@ -24,18 +24,31 @@ cdef enum:
 
 
 cdef class SlotAllocator:
-    """Allocator of slots ``0`` to ``capacity - 1``; ``capacity`` can grow up to ``limit``. The caller locks.
+    """Allocator of slots ``0`` to ``capacity - 1``; ``capacity`` can grow up to ``limit``, and shrink. The caller
+    locks.
 
-    Each slot has a generation, which counts how often it was freed (modulo 2**32).
+    Shrinking has two steps: after ``withdraw(bound)``, slots from ``bound`` on are not allocated; when all of them are
+    free, ``settle`` ends the shrink. Each slot has a generation, which counts how often it was freed (modulo 2**32).
+
+    Attributes
+    ----------
+    capacity : int
+        Slots in use, and slots that can be allocated.
+    bound : int
+        Only slots below it are allocated.
+    num_free : int
+        Slots that can be allocated.
 
     Raises
     ------
     InvariantError
         A slot was freed that is not in use; nothing has changed then.
     """
-    cdef readonly Py_ssize_t capacity
+    cdef readonly Py_ssize_t bound
     cdef readonly Py_ssize_t limit
     cdef readonly Py_ssize_t num_free
+    cdef Py_ssize_t end        # slots below it exist
+    cdef Py_ssize_t num_above  # free slots from ``bound`` on
     cdef Arena bits_arena
     cdef Arena summary_arena
     cdef Arena times_arena
@@ -56,16 +69,61 @@ cdef class SlotAllocator:
         self.times = <uint32_t *>self.times_arena.data
         self.grow(capacity)
 
+    @property
+    def capacity(self):
+        return self.end - self.num_above
+
     def grow(self, Py_ssize_t capacity):
-        """Make slots up to ``capacity - 1`` available."""
-        if not self.capacity <= capacity <= self.limit:
-            raise ValueError(f"grow to {capacity}: allowed is {self.capacity} to {self.limit}")
+        """Make slots up to ``capacity - 1`` available, also slots that were withdrawn."""
+        if not self.bound <= capacity <= self.limit:
+            raise ValueError(f"grow to {capacity}: allowed is {self.bound} to {self.limit}")
         cdef Py_ssize_t slot
         with nogil:
-            for slot in range(self.capacity, capacity):
+            for slot in range(self.end, capacity):
                 self.set_free(slot)
-        self.num_free += capacity - self.capacity
-        self.capacity = capacity
+        self.num_above += max(0, capacity - self.end)
+        self.end = max(self.end, capacity)
+        self.move_bound(capacity)
+
+    def withdraw(self, Py_ssize_t bound):
+        """Allocate no slot from ``bound`` on any more. Slots in use stay until they are freed."""
+        if not 0 <= bound <= self.bound:
+            raise ValueError(f"withdraw from {bound} on: allowed is 0 to {self.bound}")
+        self.move_bound(bound)
+
+    cdef void move_bound(self, Py_ssize_t bound) noexcept:
+        cdef Py_ssize_t moved = self.count_free(min(bound, self.bound), max(bound, self.bound))
+        if bound < self.bound:
+            moved = -moved
+        self.num_free += moved
+        self.num_above -= moved
+        self.bound = bound
+        if self.hint >= bound:
+            self.hint = 0
+
+    def settle(self):
+        """End a shrink: slots from ``bound`` on do not exist any more, until ``grow``. Returns False, and changes
+        nothing, while one of them is in use."""
+        cdef Py_ssize_t slot
+        if self.num_above < self.end - self.bound:
+            return False
+        with nogil:
+            for slot in range(self.bound, self.end):
+                self.set_used(slot)
+        self.end, self.num_above = self.bound, 0
+        return True
+
+    cdef Py_ssize_t count_free(self, Py_ssize_t start, Py_ssize_t stop) noexcept nogil:
+        cdef Py_ssize_t word, count = 0
+        cdef uint64_t bits
+        for word in range(start >> 6, (stop + 63) >> 6):
+            bits = self.bits[word]
+            if word == start >> 6:
+                bits &= ~<uint64_t>0 << (start & 63)
+            if word == stop >> 6:
+                bits &= ~(~<uint64_t>0 << (stop & 63))
+            count += __builtin_popcountll(bits)
+        return count
 
     cdef inline void set_free(self, Py_ssize_t slot) noexcept nogil:
         self.bits[slot >> 6] |= <uint64_t>1 << (slot & 63)
@@ -77,11 +135,11 @@ cdef class SlotAllocator:
             self.summary[slot >> 12] &= ~(<uint64_t>1 << ((slot >> 6) & 63))
 
     cdef Py_ssize_t next_free(self, Py_ssize_t slot) noexcept nogil:
-        """The first free slot at or after ``slot``; ``capacity`` if there is none."""
+        """The first free slot at or after ``slot``; ``bound`` if there is none."""
         cdef Py_ssize_t word, group
         cdef uint64_t found
-        if slot >= self.capacity:
-            return self.capacity
+        if slot >= self.bound:
+            return self.bound
         word = slot >> 6
         found = self.bits[word] >> (slot & 63)
         if found:
@@ -91,17 +149,18 @@ cdef class SlotAllocator:
         found = self.summary[group] & (~<uint64_t>0 << (word & 63))
         while not found:
             group += 1
-            if group << 12 >= self.capacity:
-                return self.capacity
+            if group << 12 >= self.bound:
+                return self.bound
             found = self.summary[group]
         word = (group << 6) + __builtin_ctzll(found)
-        return min((word << 6) + __builtin_ctzll(self.bits[word]), self.capacity)
+        return min((word << 6) + __builtin_ctzll(self.bits[word]), self.bound)
 
     cdef Py_ssize_t run_length(self, Py_ssize_t slot, Py_ssize_t enough) noexcept nogil:
         """Free slots from ``slot`` on, counted up to ``enough``."""
         cdef Py_ssize_t length = 0
         cdef uint64_t used
-        while length < enough and slot < self.capacity:
+        enough = min(enough, self.bound - slot)
+        while length < enough and slot < self.bound:
             used = ~(self.bits[slot >> 6] >> (slot & 63))
             if used and __builtin_ctzll(used) < 64 - (slot & 63):
                 length += __builtin_ctzll(used)
@@ -135,7 +194,7 @@ cdef class SlotAllocator:
         cdef Py_ssize_t start = self.hint, taken = 0, run, best = -1, best_run = 0, _
         for _ in range(SEARCH_RUNS):               # one run for all, or the longest of those seen
             start = self.next_free(start)
-            if start == self.capacity:
+            if start == self.bound:
                 if self.hint == 0:
                     break
                 self.hint = start = 0
@@ -149,7 +208,7 @@ cdef class SlotAllocator:
         start = best
         while taken < count:
             start = self.next_free(start)
-            if start == self.capacity:
+            if start == self.bound:
                 start = 0
                 continue
             run = self.run_length(start, count - taken)
@@ -163,10 +222,10 @@ cdef class SlotAllocator:
 
     def free(self, const int32_t[::1] slots not None):
         """Give slots back."""
-        cdef Py_ssize_t i, n = slots.shape[0], bad = -1
+        cdef Py_ssize_t i, n = slots.shape[0], bad = -1, above = 0
         with nogil:
             for i in range(n):
-                if not 0 <= slots[i] < self.capacity or self.bits[slots[i] >> 6] >> (slots[i] & 63) & 1:
+                if not 0 <= slots[i] < self.end or self.bits[slots[i] >> 6] >> (slots[i] & 63) & 1:
                     bad = i
                     break
                 self.set_free(slots[i])
@@ -174,9 +233,11 @@ cdef class SlotAllocator:
                 for i in range(bad):
                     self.set_used(slots[i])
             else:
-                self.num_free += n
                 for i in range(n):
                     self.times[slots[i]] += 1
+                    above += slots[i] >= self.bound
+                self.num_free += n - above
+                self.num_above += above
         if bad >= 0:
             raise InvariantError(f"slot {slots[bad]} is not in use, and cannot be freed")
         if FLEXKV_CHECKS:
@@ -210,8 +271,8 @@ cdef class SlotAllocator:
 
     def is_free(self, Py_ssize_t slot):
         """Whether ``slot`` is free."""
-        if not 0 <= slot < self.capacity:
-            raise ValueError(f"slot {slot}: there are {self.capacity}")
+        if not 0 <= slot < self.end:
+            raise ValueError(f"slot {slot}: there are {self.end}")
         return bool(self.bits[slot >> 6] >> (slot & 63) & 1)
 
     def check_integrity(self):
@@ -221,7 +282,7 @@ cdef class SlotAllocator:
             free += __builtin_popcountll(self.bits[word])
             if bool(self.bits[word]) != bool(self.summary[word >> 6] >> (word & 63) & 1):
                 raise InvariantError(f"slots: the summary of word {word} is wrong")
-        if free != self.num_free:
-            raise InvariantError(f"slots: {free} are free, {self.num_free} counted")
-        if self.next_free(0) < self.capacity and self.num_free == 0:
+        if free != self.num_free + self.num_above or self.num_above != self.count_free(self.bound, self.end):
+            raise InvariantError(f"slots: {free} are free, {self.num_free} + {self.num_above} counted")
+        if self.next_free(0) < self.bound and self.num_free == 0:
             raise InvariantError("slots: one is free, none counted")

@@ -127,6 +127,11 @@ class WriteBack:
                     return plan
         return None
 
+    def limit(self, max_in_flight_blocks: int) -> None:
+        """Replace ``max_in_flight_blocks``: the size of the host tier has changed."""
+        with self._lock:
+            self._max_in_flight = max_in_flight_blocks
+
     def _room(self) -> int:
         return min(self._batch, self._max_in_flight - self._in_flight)
 

@@ -100,6 +100,9 @@ class OpChannel(Protocol):
     def push_cancel(self, op_id: int) -> bool: ...
     def pop_result(self) -> tuple[int, int, NDArray[np.bool_], bool] | None: ...
     def note_populated(self, num_slots: int, last: bool) -> None: ...
+    def note_lowered(self, count: int) -> None: ...
+    @property
+    def followed(self) -> int: ...
     def reached(self, load: bool) -> float: ...
     def spin(self, nanoseconds: int) -> bool: ...
     def set_waiting(self, waiting: bool) -> bool: ...
@@ -139,6 +142,8 @@ class AgentLink:
         It takes no more ops.
     caught_up : bool
         It can copy from and to the usable slots: see ``PoolGrowth``.
+    is_at_rest : bool
+        It accesses no slot any more: it has said farewell, or its process has ended.
     said_farewell : bool
         The agent has ended on purpose: it accesses no slot and no page any more.
     exchange : int
@@ -162,7 +167,7 @@ class AgentLink:
         self._outstanding: dict[int, Part] = {}
         self._backlog: deque[Part] = deque()
         self._cancels: deque[int] = deque()
-        self._disconnected = self.is_detached = False
+        self._disconnected = self.is_detached = self.is_at_rest = False
         self.exchange = self.spared_bytes = 0
         self.caught_up = True
         self._log = RepeatedLog(logger)
@@ -360,7 +365,8 @@ class AgentLink:
         return bool(self._outstanding)
 
     def close(self) -> None:
-        """Close the connection, the rings and the descriptor of the process."""
+        """Close the connection, the rings and the descriptor of the process, of an agent at rest."""
+        self.is_at_rest = True
         self.connection.close()
         self.rings.close()
         self.process.close()

@@ -109,6 +109,14 @@ class NodeChannel:
     def end_exchange(self) -> None:
         """Do nothing: there is none."""
 
+    def note_lowered(self, count: int) -> None:
+        """Do nothing: the node has a pool of its own."""
+
+    @property
+    def followed(self) -> int:
+        """0: a pool with storage hosts does not shrink."""
+        return 0
+
     def reached(self, load: bool) -> float:
         """Infinite: the fences of the other nodes are not known here, and those of this node show how far the step
         is."""

@@ -344,6 +344,7 @@ size_t fake_cuda_part(int number, size_t *bytes)
 
 static cu_result fake_cuMemHostUnregister(void *ptr)
 {
+    ENTER;
     NEEDS_CONTEXT;
     for (int i = 0; i < MAX_PARTS; i++)
         if (parts[i].ptr == ptr) {

@@ -63,7 +63,7 @@ def test_without_hugepages_it_has_ordinary_pages(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, size: int
 ) -> None:
     """More than any system has reserved: the kernel refuses at once."""
-    monkeypatch.setattr(HostPool, "populate", lambda self, on_extent: None)
+    monkeypatch.setattr(HostPool, "populate", lambda self, on_extent, num_slots: None)
     memory = HostMemory(0, 1 << 24, size)
     try:
         pool = memory.pool_for(SlotLayout.sharded([1 << 20]), lambda *_: None)

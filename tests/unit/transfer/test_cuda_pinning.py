@@ -109,7 +109,7 @@ def test_a_part_is_used_as_soon_as_it_is_pinned(node: Node, cuda: FakeCuda) -> N
 def test_only_populated_memory_is_pinned(node: Node, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinning would allocate the rest, beyond the limit at which the controller has stopped."""
     reports: list[OnExtent] = []
-    monkeypatch.setattr(HostPool, "populate", lambda self, on_extent: reports.append(on_extent))
+    monkeypatch.setattr(HostPool, "populate", lambda self, on_extent, num_slots: reports.append(on_extent))
     node.add_rank()
     until(lambda: bool(reports), 20)
     reports[0](2 * PART_SLOTS + 5, False)
@@ -149,8 +149,8 @@ class PausedPinner:
 
     def run(self) -> None:
         while self._agent.pinning and not self._pause(0.0):
-            if self.released.acquire(timeout=0.01):
-                self._agent.pin_next()
+            if self.released.acquire(timeout=0.01) and not self._agent.pin_next() and self._agent.pinning:
+                self.released.release()         # the controller has not told it yet how much is populated
 
 
 @pytest.mark.parametrize("pinned", [0, 1, 3])

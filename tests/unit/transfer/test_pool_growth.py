@@ -12,9 +12,13 @@ class Rings:
     def __init__(self) -> None:
         self.usable_slots = 0
         self.notes: list[tuple[int, bool]] = []
+        self.lowered = self.followed = 0
 
     def note_populated(self, num_slots: int, last: bool) -> None:
         self.notes.append((num_slots, last))
+
+    def note_lowered(self, count: int) -> None:
+        self.lowered = count
 
 
 class Engine:
@@ -27,6 +31,7 @@ class Link:
         self.hello = Engine(client)
         self.rings = Rings()
         self.caught_up = not is_node
+        self.is_at_rest = False
 
 
 class Pool:
@@ -177,3 +182,90 @@ def test_the_ranks_of_one_engine_wait_for_each_other() -> None:
     pool.populate(100, last=True)
     pool.pin(pool.links[0], 100)
     assert pool.capacities == []
+
+
+def lowered(*links: Link) -> Pool:
+    """A pool of 100 slots that is about to shrink to 40."""
+    pool = Pool()
+    pool.growth.may_lower()
+    pool.links += links
+    pool.populate(100)
+    for link in links:
+        pool.pin(link, 100)
+    pool.growth.limit(40)
+    pool.update()
+    assert pool.growth.usable == 40
+    pool.growth.lower(40)
+    assert not pool.growth.is_lowered                # no rank knows of it yet
+    pool.update()
+    return pool
+
+
+def test_memory_is_free_when_every_rank_has_confirmed() -> None:
+    one, two = Link(1), Link(2)
+    pool = lowered(one, two)
+    assert [link.rings.notes[-1] for link in (one, two)] == [(40, False)] * 2
+    one.rings.followed = one.rings.lowered
+    pool.update()
+    assert not pool.growth.is_lowered
+    two.rings.followed = two.rings.lowered
+    pool.update()
+    assert pool.growth.is_lowered
+    assert pool.growth.usable == 40
+    pool.growth.raise_limit()
+    pool.pin(one, 100)                               # a rank may report any number
+    assert pool.growth.usable == 40
+
+
+def test_a_rank_that_leaves_counts_until_it_is_at_rest() -> None:
+    one, two = Link(1), Link(2)
+    pool = lowered(one, two)
+    pool.links.remove(two)
+    one.rings.followed = one.rings.lowered
+    pool.update()
+    assert not pool.growth.is_lowered
+    assert pool.growth.num_pinning == 2
+    two.is_at_rest = True
+    pool.update()
+    assert pool.growth.is_lowered
+    assert pool.growth.num_pinning == 1
+
+
+def test_a_rank_that_has_left_before_counts_too() -> None:
+    gone = Link(2)
+    pool = Pool()
+    pool.growth.may_lower()
+    pool.links += [Link(1), gone]
+    pool.populate(100)
+    pool.links.remove(gone)
+    pool.growth.limit(40)
+    pool.growth.lower(40)
+    pool.links[0].rings.followed = 99
+    pool.update()
+    assert not pool.growth.is_lowered
+    gone.is_at_rest = True
+    pool.update()
+    assert pool.growth.is_lowered
+
+
+def test_a_rank_that_joins_during_a_shrink_is_not_waited_for() -> None:
+    one = Link(1)
+    pool = lowered(one)
+    late = pool.join(2)
+    one.rings.followed = one.rings.lowered
+    pool.update()
+    assert late.rings.notes == [(40, False)]
+    assert pool.growth.is_lowered
+
+
+def test_a_limit_can_be_raised_while_no_rank_knows_of_it() -> None:
+    pool = Pool(Link())
+    pool.growth.may_lower()
+    pool.populate(100)
+    pool.pin(pool.links[0], 100)
+    pool.growth.limit(10)
+    pool.update()
+    assert pool.growth.usable == 10
+    pool.growth.raise_limit()
+    pool.update()
+    assert pool.growth.usable == 100 == pool.capacities[-1]
