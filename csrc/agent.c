@@ -55,9 +55,9 @@ struct flexkv_agent {
     int wake_fd;
     pthread_t thread;
     struct op *ops;               /* given and not finished, oldest first; of the thread alone */
-    struct window *windows[FLEXKV_H2D + 1];  /* under way of each kind, oldest first */
+    struct window *windows[FLEXKV_NUM_KINDS];  /* under way of each kind, oldest first */
     uint64_t last_news_ns;        /* when something started or ended */
-    uint64_t reached[FLEXKV_H2D + 1];        /* fences of compute that is done, as reported */
+    uint64_t reached[FLEXKV_H2D + 1];          /* fences of compute that is done, as reported */
     uint64_t fences_read_ns;
     int fences_behind;            /* compute of a fence is not known to be done */
     int layers_lost;              /* a load with a counter is incomplete: layers are not signalled any more */
@@ -95,7 +95,12 @@ static int in_range(const struct flexkv_pages *at, const struct op *op, uint32_t
     return any && op->slots[block] >= 0 && (uint64_t)op->slots[block] < at->num_slots;
 }
 
-/* Keep the op's outcome for the process itself. */
+static int is_load(const struct op *op)
+{
+    return op->msg.kind != FLEXKV_D2H;
+}
+
+/* Keep the op's outcome for the process itself. A load in two steps has one, that of the second step. */
 static void keep_outcome(struct flexkv_agent *agent, const struct op *op)
 {
     uint32_t count = op->msg.count;
@@ -104,7 +109,7 @@ static void keep_outcome(struct flexkv_agent *agent, const struct op *op)
     int32_t *pages;
     uint8_t *ok;
 
-    if (!agent->options.keep_outcomes)
+    if (!agent->options.keep_outcomes || op->msg.flags & FLEXKV_OP_SHARE)
         return;
     outcome = malloc(sizeof(*outcome) + pages_bytes + count);
     if (!outcome)
@@ -113,8 +118,8 @@ static void keep_outcome(struct flexkv_agent *agent, const struct op *op)
     ok = (uint8_t *)pages + pages_bytes;
     memcpy(pages, op->pages, pages_bytes);
     memcpy(ok, op->ok, count);
-    *outcome = (struct flexkv_outcome){ NULL, op->msg.task_id, op->msg.kind, count, op->msg.op_blocks, op->msg.groups,
-                                        pages, ok };
+    *outcome = (struct flexkv_outcome){ NULL, op->msg.task_id, is_load(op) ? FLEXKV_H2D : FLEXKV_D2H, count,
+                                        op->msg.op_blocks, op->msg.groups, pages, ok };
     pthread_mutex_lock(&agent->lock);
     *agent->last = outcome;
     agent->last = &outcome->next;
@@ -159,7 +164,9 @@ static void unlink_op(struct flexkv_agent *agent, struct op *op)
 
 static const struct flexkv_spans *spans_of(const struct flexkv_agent *agent, const struct op *op)
 {
-    return op->msg.flags & FLEXKV_OP_LAYERWISE ? &agent->options.at.layers : &agent->options.at.moves[op->msg.kind];
+    return op->msg.flags & FLEXKV_OP_LAYERWISE ? &agent->options.at.layers
+           : op->msg.flags & FLEXKV_OP_SHARE   ? &agent->options.at.shares
+                                               : &agent->options.at.moves[op->msg.kind];
 }
 
 static uint32_t last_span(const struct flexkv_agent *agent, const struct op *op)
@@ -261,10 +268,14 @@ static int accept_op(struct flexkv_agent *agent, uint64_t size)
     if (size < sizeof(msg))
         return -EBADMSG;
     memcpy(&msg, agent->buffer, sizeof(msg));
-    if (msg.groups != agent->options.at.num_groups || !msg.count || (msg.kind != FLEXKV_D2H && msg.kind != FLEXKV_H2D))
+    if (msg.groups != agent->options.at.num_groups || !msg.count || msg.kind < FLEXKV_D2H || msg.kind > FLEXKV_P2D)
         return -EBADMSG;
-    if (msg.kind == FLEXKV_D2H)
-        msg.flags &= ~(uint32_t)FLEXKV_OP_LAYERWISE;
+    if (msg.kind != FLEXKV_H2D)
+        msg.flags &= ~(uint32_t)(FLEXKV_OP_LAYERWISE | FLEXKV_OP_SHARE);
+    if (msg.flags & FLEXKV_OP_LAYERWISE)
+        msg.flags &= ~(uint32_t)FLEXKV_OP_SHARE;
+    if (msg.flags & FLEXKV_OP_SHARE || msg.kind == FLEXKV_P2D)
+        msg.counter = 0;
     numbers_bytes = (1ull + msg.groups) * msg.count * sizeof(int32_t);
     if (size != sizeof(msg) + numbers_bytes)
         return -EBADMSG;
@@ -335,7 +346,7 @@ static int drain_submissions(struct flexkv_agent *agent)
 /* The oldest op of the kind that may start and has blocks that have not; of those that compute waits for, if any. */
 static struct op *next_op(struct flexkv_agent *agent, enum flexkv_kind kind)
 {
-    uint64_t fence = atomic_load(kind == FLEXKV_H2D ? &agent->load_fence : &agent->save_fence);
+    uint64_t fence = atomic_load(kind == FLEXKV_D2H ? &agent->save_fence : &agent->load_fence);
     struct op *oldest = NULL;
 
     for (struct op *op = agent->ops; op; op = op->next)
@@ -355,10 +366,10 @@ static int under_way(const struct flexkv_agent *agent, const struct op *op)
     return 0;
 }
 
-/* Whether the backend must move a block in the group whose pages these are. */
-static int is_moved(const struct op *op, const int32_t *pages, uint32_t block)
+/* Whether the backend must move a block of a span; `pages`: those of the span's group. */
+static int is_moved(const struct op *op, const struct flexkv_span *span, const int32_t *pages, uint32_t block)
 {
-    return op->slots[block] >= 0 && pages[block] >= 0;
+    return span->num_regions && op->slots[block] >= 0 && pages[block] >= 0;
 }
 
 /* Pass the op's blocks up to `until`, which have nothing to move in its span. Returns their number. */
@@ -378,6 +389,7 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
     const struct flexkv_backend *backend = &agent->options.backend;
     const struct flexkv_pages *at = &agent->options.at;
     struct op *op = next_op(agent, kind);
+    const struct flexkv_span *span;
     struct window *window, **end;
     const int32_t *pages;
     uint32_t run;
@@ -385,10 +397,11 @@ static int start_some(struct flexkv_agent *agent, enum flexkv_kind kind)
 
     if (!op)
         return 0;
-    pages = op->pages + at->spans[op->span].group * op->msg.count;
+    span = at->spans + op->span;
+    pages = op->pages + span->group * op->msg.count;
     run = op->started;
-    is_empty = !is_moved(op, pages, run);
-    while (run < op->msg.count && is_moved(op, pages, run) == !is_empty)
+    is_empty = !is_moved(op, span, pages, run);
+    while (run < op->msg.count && is_moved(op, span, pages, run) == !is_empty)
         run++;
     window = malloc(sizeof(*window));
     taken = !window    ? -ENOMEM
@@ -476,12 +489,12 @@ static int finish_idle(struct flexkv_agent *agent)
 /* One round of work: 1 if something has changed, 0 if there is nothing to do now, or negative errno. */
 static int work(struct flexkv_agent *agent)
 {
-    static const enum flexkv_kind kinds[] = { FLEXKV_H2D, FLEXKV_D2H };
+    static const enum flexkv_kind kinds[] = { FLEXKV_P2D, FLEXKV_H2D, FLEXKV_D2H };
     int changed = 0, rc;
 
     if ((rc = finish_idle(agent)))
         return rc;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         changed |= start_some(agent, kinds[i]);
         if ((rc = end_window(agent, kinds[i])) < 0)
             return rc;
@@ -493,7 +506,7 @@ static int work(struct flexkv_agent *agent)
 /* Whether the engine may be waiting for an op under way: a small one, or one that signals each layer. */
 static int urgent(const struct flexkv_agent *agent)
 {
-    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
+    for (int kind = FLEXKV_D2H; kind < FLEXKV_NUM_KINDS; kind++)
         for (const struct window *window = agent->windows[kind]; window; window = window->next)
             if (window->op->msg.counter || window->op->msg.op_blocks * agent->options.at.block_bytes <= SMALL_BYTES)
                 return 1;
@@ -524,7 +537,8 @@ static void report_fences(struct flexkv_agent *agent)
 
 static int sleep_until_news(struct flexkv_agent *agent)
 {
-    int busy = agent->windows[FLEXKV_D2H] || agent->windows[FLEXKV_H2D], soon = busy && urgent(agent);
+    int busy = agent->windows[FLEXKV_D2H] || agent->windows[FLEXKV_H2D] || agent->windows[FLEXKV_P2D];
+    int soon = busy && urgent(agent);
     struct timespec pause = { 0, soon ? POLL_NS : busy ? BULK_POLL_NS : FENCE_NS };
     struct pollfd fds[] = { { agent->options.submission_event_fd, POLLIN, 0 }, { agent->wake_fd, POLLIN, 0 },
                             { agent->options.socket_fd, POLLIN | POLLRDHUP, 0 } };
@@ -552,7 +566,7 @@ static int come_to_rest(struct flexkv_agent *agent)
     struct timespec pause = { 0, POLL_NS };
     struct window *window;
 
-    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
+    for (int kind = FLEXKV_D2H; kind < FLEXKV_NUM_KINDS; kind++)
         while ((window = agent->windows[kind])) {
             while (!poll_window(agent, (enum flexkv_kind)kind, window)) {
                 if (now_ns() > until)
@@ -679,6 +693,11 @@ void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots)
 {
     flexkv_ring_note(&agent->completions, FLEXKV_NOTE_USABLE, slots);
     eventfd_write(agent->options.completion_event_fd, 1);
+}
+
+void flexkv_agent_report_exchange(struct flexkv_agent *agent)
+{
+    flexkv_ring_note(&agent->completions, FLEXKV_NOTE_EXCHANGE, 1);
 }
 
 struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent)

@@ -8,20 +8,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum flexkv_kind { FLEXKV_D2H = 1, FLEXKV_H2D = 2 };
+enum flexkv_kind { FLEXKV_D2H = 1, FLEXKV_H2D = 2, FLEXKV_P2D = 3, FLEXKV_NUM_KINDS };   /* P2D: from the pages of peers */
 
 /* Records of the rings. */
 enum { FLEXKV_MSG_OP = 1, FLEXKV_MSG_CANCEL = 2, FLEXKV_MSG_RESULT = 3 };
 
 /* Numbers beside the records. The controller's: number of populated slots, and whether it is final. The agent's: number
- * of slots that it can copy from and to, and the fences of the steps that the device has done. */
+ * of slots that it can copy from and to, the fences of the steps that the device has done, and whether it can copy from
+ * the pages of its peers. */
 enum { FLEXKV_NOTE_POPULATED, FLEXKV_NOTE_ALL_POPULATED };
-enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE };
+enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE, FLEXKV_NOTE_EXCHANGE };
 
 enum flexkv_op_flag {
     FLEXKV_OP_CANCELLED = 1,      /* do not copy, only report */
     FLEXKV_OP_LAYERWISE = 2,      /* a load, layer after layer; a save ignores it */
     FLEXKV_OP_MORE = 4,           /* not the last part of the op */
+    FLEXKV_OP_SHARE = 8,          /* a load of the rank's part of each copy; a P2D of the same blocks follows, whose
+                                   * outcome is that of the load */
 };
 
 enum { FLEXKV_FAREWELL = 'F' };   /* the only byte sent on the socket: the agent ends and accesses no slot any more */
@@ -55,10 +58,10 @@ struct flexkv_region {            /* as REGION_DTYPE */
     uint64_t base;
     int64_t page_stride;
     uint64_t chunk_bytes;
-    uint64_t slot_offset;         /* from the start of the slot */
+    uint64_t slot_offset;         /* from the start of the slot; of a P2D: address of the bytes in page 0 of a peer */
 };
 
-/* Regions of one layer group that are adjacent in a slot. */
+/* Regions of one layer group: adjacent in a slot, or, of a P2D, in any order. A span without regions moves nothing. */
 struct flexkv_span {              /* as SPAN_DTYPE */
     uint32_t first;
     uint32_t num_regions;
@@ -66,6 +69,7 @@ struct flexkv_span {              /* as SPAN_DTYPE */
     uint64_t bytes;
     uint64_t max_chunk;
     uint64_t group;
+    uint64_t peer_stride;         /* of a P2D: distance of two pages of the peer */
 };
 
 struct flexkv_spans {             /* consecutive spans; an op moves them in their order */
@@ -81,8 +85,9 @@ struct flexkv_pages {             /* the memory that a backend copies between */
     uint32_t num_regions;
     const struct flexkv_span *spans;
     uint32_t num_spans;
-    struct flexkv_spans moves[FLEXKV_H2D + 1]; /* by kind: those that a save writes (perhaps none), a load reads */
+    struct flexkv_spans moves[FLEXKV_NUM_KINDS]; /* by kind: those that a save writes (perhaps none), a load reads */
     struct flexkv_spans layers;   /* of a layerwise load; those of a load if it cannot be divided */
+    struct flexkv_spans shares;   /* of a load with FLEXKV_OP_SHARE; none, as those of P2D, if there are no peers */
     const uint64_t *num_pages;    /* by layer group */
     uint32_t num_groups;
     uint64_t block_bytes;         /* that a load of a block moves */
@@ -154,6 +159,9 @@ uint64_t flexkv_agent_populated(const struct flexkv_agent *agent, int *all);
 
 /* Report to the controller that it may use the first `slots` slots. Any thread. */
 void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots);
+
+/* Report to the controller that P2D ops may be sent. Any thread. */
+void flexkv_agent_report_exchange(struct flexkv_agent *agent);
 
 /* The oldest outcome that was not taken, or NULL. */
 struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent);

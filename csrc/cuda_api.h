@@ -23,6 +23,7 @@ enum { CU_MEMORYTYPE_DEVICE = 2, CU_MEMORYTYPE_UNIFIED = 4 };
 enum { CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1 };
 enum { CU_POINTER_MEMORY_TYPE = 2, CU_POINTER_DEVICE_ORDINAL = 9, CU_POINTER_IPC_CAPABLE = 10 };
 enum { CU_IPC_LAZY_PEER_ACCESS = 1 };
+enum { CU_P2P_ACCESS_SUPPORTED = 2, CU_P2P_NATIVE_ATOMIC_SUPPORTED = 3 };
 enum { CU_HANDLE_FILE_DESCRIPTOR = 1, CU_LOCATION_DEVICE = 1, CU_ACCESS_READ_WRITE = 3 };
 
 struct cu_memcpy2d {              /* CUDA_MEMCPY2D_v2 */
@@ -76,6 +77,7 @@ _Static_assert(sizeof(struct cu_allocation_properties) == 32 && sizeof(struct cu
     X(cuDeviceGetCount, (int *count)) \
     X(cuDeviceGetUuid, (struct cu_uuid *uuid, cu_device device)) \
     X(cuDeviceGetAttribute, (int *value, int attribute, cu_device device)) \
+    X(cuDeviceGetP2PAttribute, (int *value, int attribute, cu_device from, cu_device to)) \
     X(cuDevicePrimaryCtxRetain, (cu_context *context, cu_device device)) \
     X(cuCtxPushCurrent, (cu_context context)) \
     X(cuCtxPopCurrent, (cu_context *context)) \

@@ -11,6 +11,7 @@
 #define DIRECT_BYTES (128u << 10) /* up to here the kernel copies over the bus, without staging: lower latency */
 #define BATCH_CHUNK_BYTES (4u << 20)        /* from here on the copy engine needs no staging */
 #define MAX_BATCH 1024            /* copies of one call */
+#define PEER_WINDOWS 4            /* windows of one launch that reads peers: NVLink is several times as fast as the bus */
 #define FIRST_WINDOW_SHARE 4      /* the first window of a burst is smaller: the bus starts earlier */
 #define NUM_FENCES 64             /* steps back that an op finds its own fence; older ones wait for a later step */
 #define REGISTER_BYTES (16u << 20) /* pinned at a time. The driver holds a lock meanwhile that kernel launches need:
@@ -35,7 +36,7 @@ struct flexkv_cuda_copy {
     const struct flexkv_cuda *api;
     struct flexkv_cuda_options options;
     const struct flexkv_pages *at;
-    struct lane lanes[3];         /* by kind; [0] is not used */
+    struct lane lanes[FLEXKV_NUM_KINDS];        /* by kind; [0] is not used */
     cu_ptr regions;
     uint64_t chunk_slots;         /* slots that are registered at a time; no copy crosses such a part */
     _Atomic uint64_t registered;  /* slots; a multiple of chunk_slots until the last part */
@@ -88,7 +89,7 @@ static uint64_t pool_address(const struct flexkv_cuda_copy *copy, int32_t slot)
     return (uint64_t)copy->at->pool + (uint64_t)slot * copy->at->slot_bytes;
 }
 
-/* Move the span between the pages and the slots that begin at `far`. */
+/* Move the span between the pages and the slots that begin at `far`; of a P2D, the peers' pages take their place. */
 static int launch(struct flexkv_cuda_copy *copy, const struct job *job, cu_ptr far, uint64_t far_stride, int direct)
 {
     struct flexkv_move move = {
@@ -100,7 +101,7 @@ static int launch(struct flexkv_cuda_copy *copy, const struct job *job, cu_ptr f
         .far = far,
         .far_stride = far_stride,
         .gather = job->kind == FLEXKV_D2H,
-        .slots = direct ? job->slots : NULL,
+        .slots = !direct ? NULL : job->kind == FLEXKV_P2D ? job->pages : job->slots,
         .pages = job->pages,
         .count = job->count,
     };
@@ -131,10 +132,10 @@ static int flush(struct flexkv_cuda_copy *copy, struct batch *batch, cu_stream s
 }
 
 static int add(struct flexkv_cuda_copy *copy, struct batch *batch, enum flexkv_kind kind, uint64_t device,
-               uint64_t host, uint64_t bytes, cu_stream stream)
+               uint64_t far, uint64_t bytes, cu_stream stream)
 {
-    batch->from[batch->count] = kind == FLEXKV_D2H ? device : host;
-    batch->to[batch->count] = kind == FLEXKV_D2H ? host : device;
+    batch->from[batch->count] = kind == FLEXKV_D2H ? device : far;
+    batch->to[batch->count] = kind == FLEXKV_D2H ? far : device;
     batch->sizes[batch->count++] = bytes;
     return batch->count == MAX_BATCH ? flush(copy, batch, stream) : 0;
 }
@@ -176,7 +177,15 @@ static int copy_runs(struct flexkv_cuda_copy *copy, const struct job *job, cu_pt
     return flush(copy, &batch, stream);
 }
 
-/* Copy each chunk between pages and slots, by the copy engine. */
+/* Address of a region's bytes in a block, on the other side of its page. */
+static uint64_t far_address(const struct flexkv_cuda_copy *copy, const struct job *job,
+                            const struct flexkv_region *region, uint32_t block)
+{
+    return region->slot_offset + (job->kind == FLEXKV_P2D ? (uint64_t)job->pages[block] * job->span->peer_stride
+                                                          : pool_address(copy, job->slots[block]));
+}
+
+/* Copy each chunk between pages and slots or the peers' pages, by the copy engine. */
 static int copy_chunks(struct flexkv_cuda_copy *copy, const struct job *job, cu_stream stream)
 {
     const struct flexkv_region *first = copy->at->regions + job->span->first, *end = first + job->span->num_regions;
@@ -185,7 +194,7 @@ static int copy_chunks(struct flexkv_cuda_copy *copy, const struct job *job, cu_
     for (uint32_t i = 0; i < job->count; i++)
         for (const struct flexkv_region *region = first; region < end; region++)
             if (add(copy, &batch, job->kind, region->base + (uint64_t)(job->pages[i] * region->page_stride),
-                    pool_address(copy, job->slots[i]) + region->slot_offset, region->chunk_bytes, stream))
+                    far_address(copy, job, region, i), region->chunk_bytes, stream))
                 return 1;
     return flush(copy, &batch, stream);
 }
@@ -247,6 +256,9 @@ static uint32_t strategy_of(const struct flexkv_cuda_copy *copy, const struct jo
     uint32_t strategy = copy->options.strategy;
     const struct flexkv_span *span = job->span;
 
+    if (job->kind == FLEXKV_P2D)  /* both sides are GPU memory: the kernel needs no staging */
+        return strategy == FLEXKV_BATCH || span->bytes / span->num_regions >= BATCH_CHUNK_BYTES ? FLEXKV_BATCH
+                                                                                               : FLEXKV_DIRECT;
     if (strategy == FLEXKV_AUTO)
         strategy = span->bytes / span->num_regions >= BATCH_CHUNK_BYTES          ? FLEXKV_BATCH
                    : job->pinned && job->count * span->bytes <= DIRECT_BYTES      ? FLEXKV_DIRECT
@@ -264,6 +276,8 @@ static uint32_t fit(const struct flexkv_cuda_copy *copy, const struct job *job, 
     const struct lane *lane = &copy->lanes[job->kind];
     uint64_t window = copy->options.window_bytes, stride = stride_of(job->span);
 
+    if (job->kind == FLEXKV_P2D)
+        window *= PEER_WINDOWS;
     if (strategy != FLEXKV_STAGED)
         return (uint32_t)(window / stride + 1);
     if (lane->num_started == lane->num_ended && job->count * stride > window / FIRST_WINDOW_SHARE)
@@ -285,8 +299,9 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
         return -EIO;
     if (lane->num_started - lane->num_ended >= (is_layer(at, span) ? MAX_AHEAD : MAX_WINDOWS))
         return 0;
-    job.count = usable(copy, slots, count < FLEXKV_MOVE_BLOCKS ? count : FLEXKV_MOVE_BLOCKS, &job.pinned);
-    if (!job.count)
+    job.count = count < FLEXKV_MOVE_BLOCKS ? count : FLEXKV_MOVE_BLOCKS;
+    job.pinned = 1;
+    if (kind != FLEXKV_P2D && !(job.count = usable(copy, slots, job.count, &job.pinned)))
         return 0;
     strategy = strategy_of(copy, &job);
     most = fit(copy, &job, strategy);
@@ -303,10 +318,10 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
     if (strategy == FLEXKV_STAGED)
         failed = move_staged(copy, &job);
     else
-        failed = wait_fence(copy, lane, fence, last) ||
-                 (strategy == FLEXKV_DIRECT
-                      ? launch(copy, &job, (uint64_t)at->pool, at->slot_bytes, 1)
-                      : copy_chunks(copy, &job, lane->copy));
+        failed = wait_fence(copy, kind == FLEXKV_P2D ? &copy->lanes[FLEXKV_H2D] : lane, fence, last) ||
+                 (strategy == FLEXKV_BATCH ? copy_chunks(copy, &job, lane->copy)
+                  : kind == FLEXKV_P2D     ? launch(copy, &job, 0, job.span->peer_stride, 1)
+                                           : launch(copy, &job, (uint64_t)at->pool, at->slot_bytes, 1));
     if (failed || TRY(cuEventRecord, lane->ended[lane->num_started % MAX_AHEAD], last)) {
         copy->api->cuStreamSynchronize(lane->copy);           /* no started copy may outlive its slots */
         copy->api->cuStreamSynchronize(lane->kernel);
@@ -375,9 +390,9 @@ static int poll_window(void *context, enum flexkv_kind kind)
     return result == CU_SUCCESS ? 1 : -EIO;
 }
 
-static cu_result create_lane(struct flexkv_cuda_copy *copy, struct lane *lane, int priority)
+static cu_result create_lane(struct flexkv_cuda_copy *copy, struct lane *lane, int priority, int num_buffers)
 {
-    uint32_t num_marks = copy->at->num_spans + 1;
+    uint32_t num_marks = num_buffers ? copy->at->num_spans + 1 : 0;
 
     if (TRY(cuStreamCreateWithPriority, &lane->kernel, CU_STREAM_NON_BLOCKING, priority) ||
         TRY(cuStreamCreateWithPriority, &lane->copy, CU_STREAM_NON_BLOCKING, priority))
@@ -391,7 +406,7 @@ static cu_result create_lane(struct flexkv_cuda_copy *copy, struct lane *lane, i
     for (uint32_t i = 0; i < num_marks; i++)
         if (TRY(cuEventCreate, &lane->marks[i], CU_EVENT_DISABLE_TIMING))
             return copy->error;
-    for (int i = 0; i < NUM_BUFFERS; i++)
+    for (int i = 0; i < num_buffers; i++)
         if (TRY(cuEventCreate, &lane->filled[i], CU_EVENT_DISABLE_TIMING) ||
             TRY(cuMemAlloc, &lane->buffers[i], copy->options.window_bytes))
             return copy->error;
@@ -404,8 +419,10 @@ static cu_result create_all(struct flexkv_cuda_copy *copy)
     struct lane *lane = &copy->lanes[FLEXKV_D2H];
     int least, greatest;
 
-    if (TRY(cuCtxGetStreamPriorityRange, &least, &greatest) || create_lane(copy, lane, least) ||
-        create_lane(copy, &copy->lanes[FLEXKV_H2D], least) || TRY(cuMemAlloc, &copy->regions, bytes) ||
+    if (TRY(cuCtxGetStreamPriorityRange, &least, &greatest) || create_lane(copy, lane, least, NUM_BUFFERS) ||
+        create_lane(copy, &copy->lanes[FLEXKV_H2D], least, NUM_BUFFERS) ||
+        (copy->at->moves[FLEXKV_P2D].count && create_lane(copy, &copy->lanes[FLEXKV_P2D], least, 0)) ||
+        TRY(cuMemAlloc, &copy->regions, bytes) ||
         TRY(cuMemcpyAsync, copy->regions, (uint64_t)copy->at->regions, bytes, lane->copy) ||
         TRY(cuStreamSynchronize, lane->copy))
         return copy->error;
@@ -423,11 +440,12 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
     copy->options = *options;
     copy->at = at;
     for (const struct flexkv_span *span = at->spans; span < at->spans + at->num_spans; span++)
-        if (copy->options.window_bytes < stride_of(span) && stride_of(span) <= MOST_FOR_A_BLOCK)
+        if (!span->peer_stride && copy->options.window_bytes < stride_of(span) && stride_of(span) <= MOST_FOR_A_BLOCK)
             copy->options.window_bytes = stride_of(span);
-    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++)
+    for (int kind = FLEXKV_D2H; kind < FLEXKV_NUM_KINDS; kind++)
         if (!(copy->lanes[kind].marks = calloc(at->num_spans + 1, sizeof(cu_event)))) {
-            free(copy->lanes[FLEXKV_D2H].marks);
+            while (--kind >= FLEXKV_D2H)
+                free(copy->lanes[kind].marks);
             free(copy);
             return -ENOMEM;
         }
@@ -513,7 +531,7 @@ void flexkv_cuda_copy_destroy(struct flexkv_cuda_copy *copy)
     cu_context popped;
     int pushed = !api->cuCtxPushCurrent(copy->options.context);
 
-    for (int kind = FLEXKV_D2H; kind <= FLEXKV_H2D; kind++) {
+    for (int kind = FLEXKV_D2H; kind < FLEXKV_NUM_KINDS; kind++) {
         struct lane *lane = &copy->lanes[kind];
 
         for (int i = 0; i < MAX_AHEAD; i++)

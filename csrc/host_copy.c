@@ -22,7 +22,10 @@ static int copy_with_cpu(void *context, const struct flexkv_pages *at, enum flex
         for (const struct flexkv_region *region = first; region < end; region++) {
             uint8_t *page = (uint8_t *)(region->base + (uint64_t)(pages[i] * region->page_stride));
 
-            if (kind == FLEXKV_D2H)
+            if (kind == FLEXKV_P2D)
+                memcpy(page, (uint8_t *)(region->slot_offset + (uint64_t)pages[i] * at->spans[span].peer_stride),
+                       region->chunk_bytes);
+            else if (kind == FLEXKV_D2H)
                 memcpy(slot + region->slot_offset, page, region->chunk_bytes);
             else
                 memcpy(page, slot + region->slot_offset, region->chunk_bytes);

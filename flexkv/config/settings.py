@@ -278,6 +278,11 @@ class TransferConfig(_Settings):
         "`rank_rotate`: one rank writes all, another one in each engine.",
         choices=("sharded", "rank0_only", "rank_rotate", "layer_parallel", "all_write"),
     )
+    exchange_copies: bool = setting(
+        True, "Large loads of such KV: each rank reads a part from host memory and the other parts from the other ranks' "
+        "GPUs over NVLink, if all ranks are on one node and their GPUs have NVLink. Off: each rank reads all of it from "
+        "host memory.",
+    )
     master_host: str = setting(
         "localhost", "An engine on several nodes: address at which its first node listens, and to which the others "
         "connect; with vLLM the default is its `--master-addr`. See [Nodes](nodes.md).",

@@ -138,7 +138,7 @@ class Listener(AgentListener):
             watch, listening, group.client, group.dp_client_id, group.num_ranks,
             partial(self._make_pool, group),
             self._config.handshake_timeout_s, self._config.ring_bytes, join, group.on_control, self._on_gds,
-            group.first_task, self._writer(group.client),
+            group.first_task, self._writer(group.client), self._config.exchange_copies and group.num_nodes == 1,
         )
 
     def _rank_ids(self, client: int) -> list[tuple[int, int]]:

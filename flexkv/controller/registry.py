@@ -12,9 +12,10 @@ from functools import partial
 
 from flexkv._core.device.ring import ControllerRings
 from flexkv.at_fork import close_in_children
+from flexkv.controller.exchanges import ExchangeTerms, RankTerms
 from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.protocol.peer_process import PeerProcess, peer_credentials
-from flexkv.protocol.registration import MAX_MESSAGE_BYTES, Hello, Welcome, pack_refusal
+from flexkv.protocol.registration import MAX_HELLO_BYTES, MAX_MESSAGE_BYTES, Hello, Welcome, pack_refusal
 from flexkv.protocol.requests import is_request
 from flexkv.protocol.sockets import ListeningSocket
 from flexkv.storage.host_pool import HostPool
@@ -74,6 +75,8 @@ class Registry:
         The engine's task ids are larger.
     writer : int, optional
         As in ``SlotLayout.of``.
+    exchanges : bool
+        Whether ranks that share copies may read one another's memory.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Registry:
         on_gds: Callable[[GdsEnd], None] | None = None,
         first_task: int = 0,
         writer: int | None = None,
+        exchanges: bool = False,
     ) -> None:
         self._watch = watch
         self._client = client
@@ -98,6 +102,7 @@ class Registry:
         self._ranks = num_ranks
         self._first_task = first_task
         self._writer = writer
+        self._exchanges = ExchangeTerms(exchanges)
         self._make_pool = make_pool
         self._timeout_s = handshake_timeout_s
         self._ring_bytes = ring_bytes
@@ -175,7 +180,7 @@ class Registry:
         fds: list[int] = []
         stays = False
         try:
-            message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(connection, MAX_HELLO_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             if is_request(message):
                 self._answer(connection, message, fds)
             elif message:
@@ -253,8 +258,17 @@ class Registry:
             except Exception as error:
                 self._refuse_all(error)
         if self._layout is not None:
-            for rank_id in list(self._welcomable()):
-                self._welcome(rank_id)
+            self._welcome_all(self._layout)
+
+    def _welcome_all(self, layout: SlotLayout) -> None:
+        """Welcome the ranks that wait, unless further ranks must come before, for an exchange with these."""
+        welcomable = list(self._welcomable())
+        hellos = {self._index[rank_id]: self._waiting[rank_id][1] for rank_id in welcomable}
+        if not self._connected and self._exchanges.needs_more(layout, hellos):
+            return
+        terms = self._exchanges.of(layout, hellos)
+        for rank_id in welcomable:
+            self._welcome(rank_id, terms.get(self._index[rank_id]))
 
     def _refuse_all(self, error: Exception) -> None:
         """There is no host pool: no rank that waits for it can be welcomed."""
@@ -274,11 +288,11 @@ class Registry:
         self._layout, self._num_groups = layout, len(hellos[0].num_pages)
         self._index = {rank_id: index for index, rank_id in enumerate(sorted(self._waiting))}
 
-    def _welcome(self, rank_id: RankId) -> None:
+    def _welcome(self, rank_id: RankId, terms: RankTerms | None) -> None:
         """Send a rank its WELCOME; a rank for which there is no memory or descriptor is refused."""
         connection, hello = self._waiting[rank_id]
         try:
-            link, gds = self._make_link(rank_id)
+            link, gds = self._make_link(rank_id, terms)
         except BrokenPipeError as error:
             logger.info("rank %s has left before it was welcomed: %s", rank_id, error.strerror)
             self._drop(connection)
@@ -309,7 +323,7 @@ class Registry:
             end.close()
             self._log.write(logging.ERROR, "GPUDirect Storage cannot be used", error)
 
-    def _make_link(self, rank_id: RankId) -> tuple[AgentLink, GdsEnd | None]:
+    def _make_link(self, rank_id: RankId, terms: RankTerms | None) -> tuple[AgentLink, GdsEnd | None]:
         """A link to a rank that has got its WELCOME, and the controller's end of its socket of GPUDirect Storage."""
         connection, hello = self._waiting[rank_id]
         assert self._layout is not None  # narrowing; _admit has made sure
@@ -320,12 +334,15 @@ class Registry:
         link = None
         try:
             welcome = Welcome(
-                self._pool.num_bytes, self._pool.slot_bytes, rings.ring_bytes, places, self._first_task
+                self._pool.num_bytes, self._pool.slot_bytes, rings.ring_bytes, places, self._first_task,
+                None if terms is None else terms.exchange,
             )
             if self._on_gds is not None and self._has_plain_slots(hello):
                 gds = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 close_in_children(gds[0])
             link = AgentLink(connection, hello, rings, any(place.write_stop > place.write_start for place in places))
+            if terms is not None:
+                link.exchange, link.spared_bytes = terms.number, terms.spared_bytes
             fds = [self._pool.fd, *rings.fds]
             socket.send_fds(connection, [welcome.pack()], fds + [end.fileno() for end in gds[1:]])
         except BaseException:

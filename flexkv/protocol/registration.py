@@ -15,24 +15,29 @@ from dataclasses import dataclass, field
 from flexkv._core.device.ring import FAREWELL
 from flexkv._core.ring_pair import HEADER_BYTES
 from flexkv.errors import RegistrationError
+from flexkv.protocol.exchange import MAX_EXCHANGE_BYTES, MAX_EXPORT_BYTES, Exchange, Exports
 
 __all__ = [
-    "DIGEST_BYTES", "FAREWELL", "MAX_LAYER_GROUPS", "MAX_MESSAGE_BYTES", "MAX_SEGMENTS", "NUM_FDS", "Hello",
-    "Placement", "SegmentClaim", "SegmentKind", "Welcome", "pack_refusal",
+    "DIGEST_BYTES", "FAREWELL", "MAX_HELLO_BYTES", "MAX_LAYER_GROUPS", "MAX_MESSAGE_BYTES", "MAX_SEGMENTS",
+    "MAX_WELCOME_BYTES", "NUM_FDS", "Hello", "Placement", "SegmentClaim", "SegmentKind", "Welcome", "pack_refusal",
 ]
 
-_MAGIC = b"FLEXKV05"
-_HELLO = struct.Struct("<8siiiiII")
-"""Then the number of pages of each layer group (uint64), and the segments."""
+_MAGIC = b"FLEXKV06"
+_HELLO = struct.Struct("<8siiiiIII")
+"""Then the number of pages of each layer group (uint64), the segments, and exports, whose size is the last number."""
 
 _SEGMENT = struct.Struct("<IIQ16s16s")
 _WELCOME = struct.Struct("<8sQQQQII")
-"""Then the placements."""
+"""Then the placements, and the exchange, whose size is the last number."""
 
 _PLACEMENT = struct.Struct("<QQQQ")
 _REFUSAL = struct.Struct("<8s1024s")
 _REFUSED = b"FLEXKVNO"
 MAX_MESSAGE_BYTES = 2048
+"""Maximum size of all other messages."""
+
+MAX_HELLO_BYTES = MAX_MESSAGE_BYTES + MAX_EXPORT_BYTES
+MAX_WELCOME_BYTES = MAX_MESSAGE_BYTES + MAX_EXCHANGE_BYTES
 NUM_FDS = 4
 """Number of descriptors that come with a WELCOME. With GPUDirect Storage there is one more, its socket
 (``flexkv.storage.ssd.gds_queue``)."""
@@ -112,6 +117,8 @@ class Hello:
         Number of pages in each layer group.
     segments : tuple of SegmentClaim
         The rank reads all of them; the Welcome assigns the part of each that the rank writes.
+    exports : Exports or None
+        Memory of the rank's copies, which its peers may read; None: they may not.
     """
 
     dp_client_id: int
@@ -120,40 +127,47 @@ class Hello:
     pid: int
     num_pages: tuple[int, ...]
     segments: tuple[SegmentClaim, ...]
+    exports: Exports | None = field(default=None, repr=False)
 
     def pack(self) -> bytes:
         """Encode the HELLO message."""
+        exports = b"" if self.exports is None else self.exports.pack()
         head = _HELLO.pack(
-            _MAGIC, self.dp_client_id, self.pp_rank, self.rank, self.pid, len(self.num_pages), len(self.segments)
+            _MAGIC, self.dp_client_id, self.pp_rank, self.rank, self.pid, len(self.num_pages), len(self.segments),
+            len(exports),
         )
         pages = struct.pack(f"<{len(self.num_pages)}Q", *self.num_pages)
-        return head + pages + b"".join(segment.pack() for segment in self.segments)
+        return head + pages + b"".join(segment.pack() for segment in self.segments) + exports
 
     @classmethod
     def unpack(cls, message: bytes) -> "Hello":
         """Parse a HELLO; RegistrationError if the message is not a HELLO or a number in it is out of range."""
         if len(message) < _HELLO.size or message[:8] != _MAGIC:
             raise RegistrationError(_OTHER_VERSION.format("message is no HELLO"))
-        _, dp_client_id, pp_rank, rank, pid, num_groups, num_segments = _HELLO.unpack_from(message)
+        _, dp_client_id, pp_rank, rank, pid, num_groups, num_segments, num_exported = _HELLO.unpack_from(message)
         _check("dp_client_id", dp_client_id, 0, _MAX_RANK)
         _check("pp_rank", pp_rank, 0, _MAX_RANK)
         _check("rank", rank, 0, _MAX_RANK)
         _check("number of layer groups", num_groups, 1, MAX_LAYER_GROUPS)
         _check("number of segments", num_segments, 1, MAX_SEGMENTS)
         first = _HELLO.size + 8 * num_groups
-        if len(message) != first + _SEGMENT.size * num_segments:
+        end = first + _SEGMENT.size * num_segments
+        if len(message) != end + num_exported:
             raise RegistrationError(_OTHER_VERSION.format("message is no HELLO"))
         num_pages = struct.unpack_from(f"<{num_groups}Q", message, _HELLO.size)
         for number in num_pages:
             _check("num_pages", number, 1, _MAX_PAGES)
         segments = tuple(
             SegmentClaim.parse(kind, segment_bytes, content, copy)
-            for kind, _, segment_bytes, content, copy in _SEGMENT.iter_unpack(message[first:])
+            for kind, _, segment_bytes, content, copy in _SEGMENT.iter_unpack(message[first:end])
         )
         copies = [segment.copy for segment in segments if segment.kind is SegmentKind.REPLICA]
         if len(set(copies)) < len(copies):
             raise RegistrationError("two segments of a rank are the same copy: declare it once")
-        return cls(dp_client_id, pp_rank, rank, pid, num_pages, segments)
+        exports = Exports.unpack(message[end:]) if num_exported else None
+        if exports is not None and any(copy.copy not in copies for copy in exports.copies):
+            raise RegistrationError("exports of a copy that the rank does not declare")
+        return cls(dp_client_id, pp_rank, rank, pid, num_pages, segments, exports)
 
 
 @dataclass(frozen=True)
@@ -181,7 +195,8 @@ class Welcome:
 
     The message carries descriptors: host pool, rings, eventfd of ops, eventfd of results. ``placements``: one for each
     segment of the Hello, in its order. ``first_task``: tasks that the rank will get from this controller have larger
-    ids; a task with a smaller one is lost.
+    ids; a task with a smaller one is lost. ``exchange``: how the rank gets its copies in a load that reads peers; None:
+    there are no such loads.
     """
 
     pool_bytes: int
@@ -189,16 +204,19 @@ class Welcome:
     ring_bytes: int
     placements: tuple[Placement, ...]
     first_task: int = 0
+    exchange: Exchange | None = field(default=None, repr=False)
 
     def pack(self) -> bytes:
         """Encode the WELCOME message."""
+        exchange = b"" if self.exchange is None else self.exchange.pack()
         head = _WELCOME.pack(
-            _MAGIC, self.pool_bytes, self.slot_bytes, self.ring_bytes, self.first_task, len(self.placements), 0
+            _MAGIC, self.pool_bytes, self.slot_bytes, self.ring_bytes, self.first_task, len(self.placements),
+            len(exchange),
         )
         return head + b"".join(
             _PLACEMENT.pack(place.offset, place.segment_bytes, place.write_start, place.write_stop)
             for place in self.placements
-        )
+        ) + exchange
 
     @classmethod
     def unpack(cls, message: bytes) -> "Welcome":
@@ -208,12 +226,14 @@ class Welcome:
             raise RegistrationError(_REFUSAL.unpack(message)[1].rstrip(b"\0").decode(errors="replace"))
         if len(message) < _WELCOME.size or message[:8] != _MAGIC:
             raise RegistrationError(_OTHER_VERSION.format("answer is no WELCOME"))
-        _, pool_bytes, slot_bytes, ring_bytes, first_task, num_segments, _ = _WELCOME.unpack_from(message)
+        _, pool_bytes, slot_bytes, ring_bytes, first_task, num_segments, num_more = _WELCOME.unpack_from(message)
         _check("number of segments", num_segments, 1, MAX_SEGMENTS)
-        if len(message) != _WELCOME.size + _PLACEMENT.size * num_segments:
+        end = _WELCOME.size + _PLACEMENT.size * num_segments
+        if len(message) != end + num_more:
             raise RegistrationError(_OTHER_VERSION.format("answer is no WELCOME"))
-        places = tuple(Placement(*numbers) for numbers in _PLACEMENT.iter_unpack(message[_WELCOME.size :]))
-        welcome = cls(pool_bytes, slot_bytes, ring_bytes, places, first_task)
+        places = tuple(Placement(*numbers) for numbers in _PLACEMENT.iter_unpack(message[_WELCOME.size : end]))
+        exchange = Exchange.unpack(message[end:], [place.segment_bytes for place in places]) if num_more else None
+        welcome = cls(pool_bytes, slot_bytes, ring_bytes, places, first_task, exchange)
         _check("pool_bytes", pool_bytes, 1, _MAX_POOL_BYTES)
         _check("slot_bytes", slot_bytes, 1, pool_bytes)
         end = 0

@@ -11,6 +11,7 @@ from flexkv.rank.gds_worker import GdsWorker
 from flexkv.rank.handshake import abandon
 from flexkv.rank.kernels import move_function
 from flexkv.rank.memory import RankMemory
+from flexkv.rank.peers import open_peers
 
 
 def start_agent(
@@ -35,7 +36,9 @@ def start_agent(
             undo.callback(gds_end.close)
         with ExitStack() as theirs:
             theirs.callback(abandon, connection, fds)
-            table = memory.copy_table(welcome.placements)
+            imports, exchange = undo.enter_context(ExitStack()), welcome.exchange
+            peers = None if exchange is None else open_peers(exchange, memory, device, imports)
+            table = memory.copy_table(welcome.placements, () if exchange is None else exchange.shares, peers)
             move = 0 if device is None else move_function(device)
             theirs.pop_all()                         # the agent owns them from here on
         agent = DeviceAgent(
@@ -45,6 +48,9 @@ def start_agent(
             saves=table.saves,
             loads=table.loads,
             layers=table.layers,
+            shares=table.shares,
+            peers=table.peers,
+            imports=imports.pop_all(),
             pool_fd=fds[0],
             pool_bytes=welcome.pool_bytes,
             slot_bytes=welcome.slot_bytes,

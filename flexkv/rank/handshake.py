@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flexkv._core.sealed_memory import check_sealed
 from flexkv.errors import RegistrationError
-from flexkv.protocol.registration import FAREWELL, MAX_MESSAGE_BYTES, NUM_FDS, Hello, SegmentKind, Welcome
+from flexkv.protocol.registration import FAREWELL, MAX_WELCOME_BYTES, NUM_FDS, Hello, SegmentKind, Welcome
 from flexkv.protocol.sockets import connect
 
 
@@ -88,7 +88,7 @@ def _introduce(
         connection.settimeout(min(0.2, max(0.01, deadline - time.monotonic())))
         try:
             message, received, _, _ = socket.recv_fds(
-                connection, MAX_MESSAGE_BYTES, NUM_FDS + 1, socket.MSG_CMSG_CLOEXEC
+                connection, MAX_WELCOME_BYTES, NUM_FDS + 1, socket.MSG_CMSG_CLOEXEC
             )
         except TimeoutError:
             if time.monotonic() >= deadline:

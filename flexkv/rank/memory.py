@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexkv._core.device.agent import REGION_DTYPE, SPAN_DTYPE, spans_of
 from flexkv.errors import RegistrationError
+from flexkv.protocol.exchange import Share
 from flexkv.protocol.registration import (
     DIGEST_BYTES,
     MAX_LAYER_GROUPS,
@@ -17,11 +18,14 @@ from flexkv.protocol.registration import (
     SegmentClaim,
     SegmentKind,
 )
-from flexkv.rank.regions import TensorSpec, clipped, layer_spans, regions_from_tensors
+from flexkv.rank.regions import TensorSpec, clipped, layer_spans, paired, regions_from_tensors
 from flexkv.rank.tensors import content_digest
 
 _LAYER_SPANS = 8
 """Maximum number of parts of a layerwise load: compute starts after an eighth; copies stay large."""
+
+
+_PAIR_DTYPE = np.dtype([("region", REGION_DTYPE), ("stride", np.uint64), ("group", np.uint64)])
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class CopyTable:
     spans : (m,) SPAN_DTYPE
     saves, loads, layers : (int, int)
         First span and number of spans of a save, a load and a layerwise load.
+    shares, peers : (int, int)
+        The same of the two steps of an exchange; (0, 0) without peers.
     span_of_layer : list of int
         The span of layerwise loads with the last byte of each layer.
     """
@@ -46,6 +52,23 @@ class CopyTable:
     loads: tuple[int, int]
     layers: tuple[int, int]
     span_of_layer: list[int]
+    shares: tuple[int, int] = (0, 0)
+    peers: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class PeerShare:
+    """A share that a peer has, and its memory.
+
+    Attributes
+    ----------
+    share : Share
+    addresses : sequence of int
+        Address in this process of each of the peer's tensors of the segment, in the order of ``RankMemory.tensors_of``.
+    """
+
+    share: Share
+    addresses: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,8 @@ class RankMemory:
     num_pages : tuple of int
         Number of pages in each layer group.
     segments : tuple of SegmentClaim
+    tensors_of : list of list of TensorSpec
+        Tensors of each segment, in the order of their bytes.
 
     Raises
     ------
@@ -106,6 +131,8 @@ class RankMemory:
                 f"without gaps, at most {MAX_LAYER_GROUPS}, in at most {MAX_SEGMENTS} segments"
             )
         self._pieces: list[_Piece] = []
+        self.tensors_of: list[list[TensorSpec]] = []
+        self._order: list[list[int]] = []
         pages: dict[int, int] = {}
         claims = []
         for segment, name in enumerate(segments):
@@ -116,6 +143,8 @@ class RankMemory:
                 if tensors:
                     order, size = order + tensors, size + self._add_piece(segment, group, tensors, size, pages)
             claims.append(self._claim(name, order, size))
+            self.tensors_of.append([self._specs[i] for i in order])
+            self._order.append(order)
         self.num_pages = tuple(pages[group] for group in range(num_groups))
         self.segments = tuple(claims)
 
@@ -142,8 +171,12 @@ class RankMemory:
             SegmentKind.REPLICA, size, content, hashlib.sha256(name.encode()).digest()[:DIGEST_BYTES]
         )
 
-    def copy_table(self, placements: Sequence[Placement]) -> CopyTable:
-        """The copies for a slot in which segment i is at ``placements[i]``."""
+    def copy_table(
+        self, placements: Sequence[Placement], shares: Sequence[Share] = (),
+        peers: Sequence[PeerShare] | None = None,
+    ) -> CopyTable:
+        """The copies for a slot in which segment i is at ``placements[i]``, and for an exchange in which this rank reads
+        ``shares`` and the peers read theirs; None: there is no exchange."""
         regions = [_moved(piece.regions, placements[piece.segment].offset) for piece in self._pieces]
         parts, saved_parts = list(regions), []
         spans = _spans(regions, self._pieces, 0)
@@ -163,9 +196,62 @@ class RankMemory:
                 saved_parts.append(clipped(table, place.offset + place.write_start, place.offset + place.write_stop))
             saved = _spans(saved_parts, self._pieces, num_load_regions)
             saves, spans = (len(spans), len(saved)), np.concatenate([spans, saved])
-        return CopyTable(
+        table = CopyTable(
             np.concatenate(parts + saved_parts), num_load_regions, spans, saves, loads, layers, span_of_layer
         )
+        return self._with_exchange(table, placements, regions, shares, peers) if peers is not None else table
+
+    def _with_exchange(
+        self, table: CopyTable, placements: Sequence[Placement], regions: Sequence[NDArray[np.void]],
+        shares: Sequence[Share], peers: Sequence[PeerShare],
+    ) -> CopyTable:
+        """Add the spans of an exchange. Both steps have one, perhaps without regions, so that each has a result."""
+        shared = {share.segment for share in shares} | {peer.share.segment for peer in peers}
+        mine = {share.segment: share for share in shares}
+        parts = []
+        for piece, whole in zip(self._pieces, regions, strict=True):
+            offset, share = placements[piece.segment].offset, mine.get(piece.segment, Share(piece.segment, 0, 0))
+            is_shared = piece.segment in shared
+            parts.append(clipped(whole, offset + share.start, offset + share.stop) if is_shared else whole)
+        reads = _spans(parts, self._pieces, len(table.regions))
+        reads = reads if len(reads) else np.zeros(1, dtype=SPAN_DTYPE)
+        all_regions = [table.regions, *parts]
+        pairs = self._pairs(peers)
+        copies = []
+        first = sum(map(len, all_regions))
+        for group, stride in sorted(set(zip(pairs["group"].tolist(), pairs["stride"].tolist(), strict=True))):
+            chosen = pairs["region"][(pairs["group"] == group) & (pairs["stride"] == stride)]
+            sizes = chosen["chunk_bytes"]
+            copies.append((first, len(chosen), 0, int(sizes.sum()), int(sizes.max()), group, stride))
+            all_regions.append(chosen)
+            first += len(chosen)
+        reached = np.array(copies, dtype=SPAN_DTYPE) if copies else np.zeros(1, dtype=SPAN_DTYPE)
+        return replace(
+            table, regions=np.concatenate(all_regions), spans=np.concatenate([table.spans, reads, reached]),
+            shares=(len(table.spans), len(reads)), peers=(len(table.spans) + len(reads), len(reached)),
+        )
+
+    def _pairs(self, peers: Sequence[PeerShare]) -> NDArray[np.void]:
+        """(n,) _PAIR_DTYPE: the regions that copy the peers' shares. Neighbours are of different peers, so that the links
+        of all peers are used at the same time."""
+        found, nth = [np.empty(0, dtype=_PAIR_DTYPE)], [np.empty(0, dtype=np.intp)]
+        for peer in peers:
+            share, address_of = peer.share, dict(zip(self._order[peer.share.segment], peer.addresses, strict=True))
+            count = 0
+            for piece in (piece for piece in self._pieces if piece.segment == share.segment):
+                specs = [replace(self._specs[i], ptr=address_of[i]) for i in piece.tensors]
+                theirs = _moved(regions_from_tensors(specs)[0], int(piece.regions["slot_offset"][0]))
+                near, far = (clipped(table, share.start, share.stop) for table in (piece.regions, theirs))
+                if len(near):
+                    regions, strides = paired(near, far)
+                    rows = np.zeros(len(regions), dtype=_PAIR_DTYPE)
+                    rows["region"], rows["stride"], rows["group"] = regions, strides, piece.group
+                    found.append(rows)
+                    nth.append(count + np.arange(len(regions)))
+                    count += len(regions)
+        rows = np.concatenate(found)
+        ordered: NDArray[np.void] = rows[np.argsort(np.concatenate(nth), kind="stable")]
+        return ordered
 
     def _layer_bytes(self) -> list[int]:
         """Bytes of a block in each layer."""

@@ -24,6 +24,7 @@ from flexkv.rank.fences import Fences
 from flexkv.rank.gds_worker import GdsWorker
 from flexkv.rank.handshake import join_controller
 from flexkv.rank.memory import RankMemory
+from flexkv.rank.peers import export_copies
 from flexkv.rank.pool_pinning import PoolPinner
 from flexkv.rank.regions import TensorSpec
 from flexkv.rank.results import OpResult, ResultQueue
@@ -152,7 +153,8 @@ class RankClient:
         if opened is not None:
             self._opened = opened.pop_all()
         hello = Hello(
-            self._dp_client_id, self._pp_rank, self._rank, os.getpid(), memory.num_pages, memory.segments
+            self._dp_client_id, self._pp_rank, self._rank, os.getpid(), memory.num_pages, memory.segments,
+            export_copies(memory, self._device, opened is None),
         )
         deadline = time.monotonic() + connect_timeout_s
         self._thread = threading.Thread(

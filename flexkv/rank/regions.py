@@ -38,6 +38,12 @@ class TensorSpec:
     tokens_per_page: int | None = None
     device: int | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes from the first to the last element, inclusive."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.itemsize
+
 
 def _chunks(spec: TensorSpec) -> tuple[int, int, list[tuple[int, int]]]:
     """(num_pages, page stride in bytes, [(offset, size)]) with the chunks of a page in logical order."""
@@ -122,6 +128,33 @@ def clipped(regions: NDArray[np.void], start: int, stop: int) -> NDArray[np.void
     parts["base"] += (first[kept] - parts["slot_offset"].astype(np.int64)).astype(np.uint64)
     parts["slot_offset"], parts["chunk_bytes"] = first[kept], (last - first)[kept]
     return parts
+
+
+def paired(mine: NDArray[np.void], theirs: NDArray[np.void]) -> tuple[NDArray[np.void], NDArray[np.uint64]]:
+    """Regions that copy from a peer's pages to the pages of this rank.
+
+    Parameters
+    ----------
+    mine, theirs : ndarray of REGION_DTYPE
+        The same range of a slot, without gaps and in order, in the memory of each of the two.
+
+    Returns
+    -------
+    regions : (n,) REGION_DTYPE
+        ``slot_offset`` is the address of the bytes in page 0 of the peer.
+    strides : (n,) uint64
+        Distance of two pages of the peer, in bytes.
+    """
+    starts = np.union1d(mine["slot_offset"], theirs["slot_offset"])
+    stops = np.append(starts[1:], mine["slot_offset"][-1:] + mine["chunk_bytes"][-1:]).astype(np.uint64)
+    near, far = (
+        regions[np.searchsorted(regions["slot_offset"], starts, side="right") - 1] for regions in (mine, theirs)
+    )
+    pairs: NDArray[np.void] = near.copy()
+    pairs["base"] = near["base"] + (starts - near["slot_offset"])
+    pairs["slot_offset"] = far["base"] + (starts - far["slot_offset"])
+    pairs["chunk_bytes"] = stops - starts
+    return pairs, far["page_stride"].astype(np.uint64)
 
 
 def layer_spans(

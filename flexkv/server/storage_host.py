@@ -6,6 +6,7 @@ import select
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,7 +172,7 @@ class _Attachment:
         self._usable, self._has_joined = 0, False
         self._lost = threading.Event()
         self._transfer = TransferEngine(config, on_capacity=self._on_capacity, housekeeping=self._housekeeping)
-        self._listener = Listener(config, self._transfer, memory, keeps_memory=True)
+        self._listener = Listener(replace(config, exchange_copies=False), self._transfer, memory, keeps_memory=True)
         self._port = port
 
     def run(self, stop: threading.Event) -> None:

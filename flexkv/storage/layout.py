@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexkv.errors import InvariantError, RegistrationError
+from flexkv.protocol.exchange import Share
 from flexkv.protocol.registration import DIGEST_BYTES, Hello, Placement, SegmentClaim, SegmentKind
 
 SLOT_ALIGNMENT_BYTES = 4096
@@ -180,6 +181,17 @@ class SlotLayout:
             start, stop = next(((part.start, part.stop) for part in segment.parts if part.rank == rank), (0, 0))
             places.append(Placement(segment.offset, segment.claim.segment_bytes, start, stop))
         return tuple(places)
+
+    def shares(self, rank: int) -> dict[int, tuple[Share, ...]]:
+        """By rank: the parts of the segments of ``rank`` which that rank reads from host memory in an exchange. Segments
+        with one reader have no parts. Parts are even, whichever ranks write."""
+        shares: dict[int, list[Share]] = {}
+        for number, index in enumerate(self.held[rank]):
+            segment = self.segments[index]
+            if len(segment.readers) > 1:
+                for part in _parts(segment.claim, segment.readers, None):
+                    shares.setdefault(part.rank, []).append(Share(number, part.start, part.stop))
+        return {reader: tuple(parts) for reader, parts in shares.items()}
 
     def claims(self, rank: int) -> tuple[SegmentClaim, ...]:
         """The segments that a rank has declared."""

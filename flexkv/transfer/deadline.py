@@ -14,9 +14,10 @@ LONGEST_TICK_S = 1.0
 """Maximum interval between two checks of deadlines, in seconds: the maximum delay of a transfer's end."""
 
 _SUBJECT = {
-    OpKind.D2H: "saving", OpKind.H2D: "loading", OpKind.STORE2H: "reading from a lower tier",
-    OpKind.H2STORE: "writing to a lower tier", OpKind.STORE2D: "loading from a lower tier",
-    OpKind.D2STORE: "saving to a lower tier", OpKind.ERASE: "erasing on a lower tier", OpKind.ARRIVAL: "waiting for",
+    OpKind.D2H: "saving", OpKind.H2D: "loading", OpKind.P2D: "loading from other ranks",
+    OpKind.STORE2H: "reading from a lower tier", OpKind.H2STORE: "writing to a lower tier",
+    OpKind.STORE2D: "loading from a lower tier", OpKind.D2STORE: "saving to a lower tier",
+    OpKind.ERASE: "erasing on a lower tier", OpKind.ARRIVAL: "waiting for",
 }
 
 

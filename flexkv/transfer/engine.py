@@ -157,6 +157,10 @@ class TransferEngine(GraphRunner):
         """Whether all ranks and nodes of a client have joined and have pinned the usable slots."""
         return self._device.caught_up(client)
 
+    def exchange_of(self, client: int, num_blocks: int) -> int:
+        """Number of the exchange with which a client loads so many blocks; 0: each rank reads all of its segments."""
+        return self._device.exchange_of(client, num_blocks)
+
     def call_soon(self, function: Callable[[], None]) -> None:
         """Call ``function`` on the background thread; not at all, if that does not run."""
         with self._lock:

@@ -151,6 +151,9 @@ class TransferOp:
     checksums : (n,) uint64, optional
         Expected checksums of the blocks of a read from a lower tier. A block with another checksum fails.
     part_of : PartOf, optional
+    exchange : int
+        Number of the exchange of which the op is the first step (H2D: each rank reads its shares) or the second (P2D);
+        0: none.
 
     Attributes
     ----------
@@ -187,6 +190,7 @@ class TransferOp:
         further_pages: NDArray[np.int32] | None = None,
         checksums: NDArray[np.uint64] | None = None,
         part_of: PartOf | None = None,
+        exchange: int = 0,
     ) -> None:
         if len(src) != len(dst) or len(src) == 0:
             raise ValueError(f"{len(src)} sources, {len(dst)} destinations: the numbers must be equal, and at least 1")
@@ -204,6 +208,7 @@ class TransferOp:
         self.further_pages = None if further_pages is None else _further(further_pages, len(src))
         self.checksums = checksums
         self.part_of = part_of
+        self.exchange = exchange
         self.dependents: list[tuple[TransferOp, Dependency]] = []
         self.followers: list[TransferOp] = []
         self.unmet = 0

@@ -93,6 +93,9 @@ class Membership:
         self._watch.remove(link.connection.fileno())
         self._watch.remove(link.rings.receiving_event_fd)
         self._device.detach(link)
+        for op in self._device.exchanging(link.hello.dp_client_id):      # peers may read its pages
+            op.is_lost = True
+            self._scheduler.stop(op.task_id, OpStatus.FAILED)
         self._on_leave(link)
         if link.said_farewell or self.is_closing:
             logger.info("%s has left", link.name)

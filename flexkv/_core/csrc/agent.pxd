@@ -5,6 +5,7 @@ cdef extern from "agent.h" nogil:
     enum flexkv_kind:
         FLEXKV_D2H
         FLEXKV_H2D
+        FLEXKV_P2D
 
     enum:
         FLEXKV_MSG_OP
@@ -15,6 +16,7 @@ cdef extern from "agent.h" nogil:
         FLEXKV_NOTE_USABLE
         FLEXKV_NOTE_LOAD_FENCE
         FLEXKV_NOTE_SAVE_FENCE
+        FLEXKV_NOTE_EXCHANGE
         FLEXKV_FAREWELL
 
     struct flexkv_msg_op:
@@ -55,8 +57,9 @@ cdef extern from "agent.h" nogil:
         uint32_t num_regions
         const flexkv_span *spans
         uint32_t num_spans
-        flexkv_spans moves[3]
+        flexkv_spans moves[4]
         flexkv_spans layers
+        flexkv_spans shares
         const uint64_t *num_pages
         uint32_t num_groups
         uint64_t block_bytes
@@ -100,6 +103,7 @@ cdef extern from "agent.h" nogil:
     void flexkv_agent_advance(flexkv_agent *agent, uint64_t load_fence, uint64_t save_fence)
     uint64_t flexkv_agent_populated(const flexkv_agent *agent, int *all)
     void flexkv_agent_report_usable(flexkv_agent *agent, uint64_t slots)
+    void flexkv_agent_report_exchange(flexkv_agent *agent)
     flexkv_outcome *flexkv_agent_take(flexkv_agent *agent)
     int flexkv_agent_wait(flexkv_agent *agent, int timeout_ms)
     int flexkv_agent_wait_span(flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms)

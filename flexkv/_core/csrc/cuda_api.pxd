@@ -27,6 +27,8 @@ cdef extern from "cuda_api.h" nogil:
         CU_POINTER_DEVICE_ORDINAL
         CU_POINTER_IPC_CAPABLE
         CU_IPC_LAZY_PEER_ACCESS
+        CU_P2P_ACCESS_SUPPORTED
+        CU_P2P_NATIVE_ATOMIC_SUPPORTED
         CU_HANDLE_FILE_DESCRIPTOR
         CU_LOCATION_DEVICE
         CU_ACCESS_READ_WRITE
@@ -53,6 +55,7 @@ cdef extern from "cuda_api.h" nogil:
         int (*cuDeviceGetCount)(int *count)
         int (*cuDeviceGetUuid)(cu_uuid *uuid, int device)
         int (*cuDeviceGetAttribute)(int *value, int attribute, int device)
+        int (*cuDeviceGetP2PAttribute)(int *value, int attribute, int source, int target)
         int (*cuDevicePrimaryCtxRetain)(cu_context *context, int device)
         int (*cuCtxPushCurrent)(cu_context context)
         int (*cuCtxPopCurrent)(cu_context *context)

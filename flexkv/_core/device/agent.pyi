@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ class DeviceAgent:
         saves: tuple[int, int] | None = None,
         loads: tuple[int, int] | None = None,
         layers: tuple[int, int] | None = None,
+        shares: tuple[int, int] = (0, 0),
+        peers: tuple[int, int] = (0, 0),
+        imports: ExitStack | None = None,
         pool_fd: int,
         pool_bytes: int,
         slot_bytes: int,

@@ -16,6 +16,7 @@ from flexkv._core.csrc.agent cimport (
     flexkv_agent_advance,
     flexkv_agent_options,
     flexkv_agent_populated,
+    flexkv_agent_report_exchange,
     flexkv_agent_report_usable,
     flexkv_agent_set_signals,
     flexkv_agent_start,
@@ -33,6 +34,7 @@ from flexkv._core.csrc.agent cimport (
     flexkv_span,
     FLEXKV_D2H,
     FLEXKV_H2D,
+    FLEXKV_P2D,
 )
 from flexkv._core.csrc.cuda_api cimport cu_function, cu_stream
 from flexkv._core.csrc.cuda_copy cimport (
@@ -59,9 +61,9 @@ REGION_DTYPE = np.dtype([("base", "u8"), ("page_stride", "i8"), ("chunk_bytes", 
 
 SPAN_DTYPE = np.dtype(
     [("first", np.uint32), ("num_regions", np.uint32), ("slot_offset", np.uint64), ("bytes", np.uint64),
-     ("max_chunk", np.uint64), ("group", np.uint64)]
+     ("max_chunk", np.uint64), ("group", np.uint64), ("peer_stride", np.uint64)]
 )
-"""Regions of one layer group whose bytes follow one another in a slot: ``struct flexkv_span``."""
+"""Regions of one layer group, whose bytes follow one another in a slot or come from peers: ``struct flexkv_span``."""
 
 assert REGION_DTYPE.itemsize == sizeof(flexkv_region) and SPAN_DTYPE.itemsize == sizeof(flexkv_span)
 
@@ -101,6 +103,10 @@ cdef class DeviceAgent:
         Default: one span of all regions.
     saves, loads, layers : (int, int), optional
         First span and number of spans that a save, a load and a layerwise load move; default: all spans.
+    shares, peers : (int, int)
+        The same of the two steps of a load that reads peers' pages; none: such loads fail.
+    imports : ExitStack, optional
+        Owner of the peers' memory in this process; closed when no copy accesses it any more.
     pool_fd, pool_bytes : int
         The host pool: a memfd, mapped whole.
     slot_bytes : int
@@ -127,12 +133,12 @@ cdef class DeviceAgent:
     cdef flexkv_pages at
     cdef Driver driver
     cdef int ended, socket_fd
-    cdef object regions, spans, num_pages, signals
+    cdef object regions, spans, num_pages, signals, imports
     cdef SharedMapping pool, rings
     cdef list fds
 
-    def __cinit__(self, *, regions, num_pages, spans=None, saves=None, loads=None, layers=None, int pool_fd,
-                  uint64_t pool_bytes, uint64_t slot_bytes, int ring_fd, uint64_t ring_bytes, int submission_event_fd,
+    def __cinit__(self, *, regions, num_pages, spans=None, saves=None, loads=None, layers=None, shares=(0, 0),
+                  peers=(0, 0), imports=None, int pool_fd, uint64_t pool_bytes, uint64_t slot_bytes, int ring_fd, uint64_t ring_bytes, int submission_event_fd,
                   int completion_event_fd, int socket_fd, bint keep_outcomes=True, Device device=None,
                   uint64_t move_function=0, str strategy="auto", uint64_t window_bytes=0, uint32_t num_ctas=0,
                   double rest_timeout_s=10.0):
@@ -142,6 +148,7 @@ cdef class DeviceAgent:
         self.cuda = NULL
         self.ended = 0
         self.socket_fd = socket_fd
+        self.imports = imports
         self.fds = [submission_event_fd, completion_event_fd, socket_fd]
         try:
             self.pool = SharedMapping(pool_fd, pool_bytes)
@@ -156,6 +163,8 @@ cdef class DeviceAgent:
         self.at.slot_bytes = slot_bytes
         self.at.num_slots = pool_bytes // slot_bytes
         self.set_tables(regions, spans, num_pages, saves, loads, layers)
+        self.at.shares.first, self.at.shares.count = shares
+        self.at.moves[<int>FLEXKV_P2D].first, self.at.moves[<int>FLEXKV_P2D].count = peers
         options.at = self.at
         options.backend = flexkv_host_backend
         if device is not None:
@@ -180,6 +189,8 @@ cdef class DeviceAgent:
             raise TransferError(f"the device agent did not start: {os.strerror(-rc)}")
         if self.cuda == NULL:
             flexkv_agent_report_usable(self.agent, self.at.num_slots)
+        if peers[1]:
+            flexkv_agent_report_exchange(self.agent)
 
     cdef set_tables(self, regions, spans, num_pages, saves, loads, layers):
         cdef uint8_t[::1] region_view, span_view
@@ -386,16 +397,23 @@ cdef class DeviceAgent:
             logger.error("the GPU does not finish its copies: memory that it may still touch stays allocated until "
                          "this process ends, on purpose")
             _left_behind.append((self.pool, self.rings, self.regions, self.spans, self.num_pages, self.signals,
-                                 self.driver, self.fds))
+                                 self.driver, self.fds, self.imports))
             self.cuda = NULL
             self.fds = []
+            self.imports = None
         if self.cuda != NULL:
             flexkv_cuda_copy_destroy(self.cuda)
             self.cuda = NULL
         self.pool = self.rings = None
+        imports, self.imports = self.imports, None
         fds, self.fds = self.fds, []
         for fd in fds:
             os.close(fd)
+        if imports is not None:
+            try:
+                imports.close()
+            except CudaError as error:
+                logger.warning("the memory of a peer could not be unmapped: %s", error)
         return rc == 0
 
     def __del__(self):

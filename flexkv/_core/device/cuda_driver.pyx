@@ -1,7 +1,15 @@
 """CUDA: the driver's functions, found at run time. The only module that knows where they come from."""
 from libc.stdint cimport uint64_t, uintptr_t
 
-from flexkv._core.csrc.cuda_api cimport cu_context, cu_function, cu_module, cu_uuid, flexkv_cuda
+from flexkv._core.csrc.cuda_api cimport (
+    CU_P2P_ACCESS_SUPPORTED,
+    CU_P2P_NATIVE_ATOMIC_SUPPORTED,
+    cu_context,
+    cu_function,
+    cu_module,
+    cu_uuid,
+    flexkv_cuda,
+)
 from flexkv.errors import CudaError, CudaUnavailableError
 
 
@@ -86,6 +94,32 @@ cdef class Driver:
         for ordinal in range(count):
             if self.uuid_of(ordinal) == uuid:
                 return self.device(ordinal)
+        return None
+
+    def no_peer_access(self, Device device not None, bytes uuid not None):
+        """Reason why a device must not read the memory of the GPU with a UUID: it cannot, or not over NVLink, so that a
+        read would take as long as one of host memory. None: there is no such reason. Opens no context on that GPU.
+
+        Raises
+        ------
+        CudaError
+        """
+        cdef int ordinal, count = 0, value = 0, mine = 0, theirs = 0
+        if uuid == device.uuid:
+            return None
+        self.check(self.table.cuDeviceGetCount(&count), "cuDeviceGetCount")
+        for ordinal in range(count):
+            if self.uuid_of(ordinal) == uuid:
+                break
+        else:
+            return f"GPU {uuid.hex()} is not visible to this process (CUDA_VISIBLE_DEVICES)"
+        self.check(self.table.cuDeviceGet(&mine, device.ordinal), "cuDeviceGet")
+        self.check(self.table.cuDeviceGet(&theirs, ordinal), "cuDeviceGet")
+        for attribute, reason in ((CU_P2P_ACCESS_SUPPORTED, "cannot access"),
+                                  (CU_P2P_NATIVE_ATOMIC_SUPPORTED, "has no NVLink to")):
+            self.check(self.table.cuDeviceGetP2PAttribute(&value, attribute, mine, theirs), "cuDeviceGetP2PAttribute")
+            if not value:
+                return f"GPU {device.ordinal} {reason} GPU {ordinal}"
         return None
 
     cdef bytes uuid_of(self, int ordinal):

@@ -122,7 +122,7 @@ cdef class ImportedMemory:
     Parameters
     ----------
     device : Device
-        The device that has the memory.
+        The device that has the memory, or, with a handle of CUDA IPC, one that can access it.
     handle : bytes or int
         From ``export_memory``; a file descriptor stays the caller's.
     num_bytes : int
@@ -195,6 +195,18 @@ cdef class ImportedMemory:
             table.cuMemAddressFree(address, self.num_bytes)
         self.device.driver.check(code, function)
         return 0
+
+    @property
+    def mapped_bytes(self):
+        """Size of the mapping as the driver reports it; 0 if the driver does not report one."""
+        cdef uint64_t base = 0
+        cdef size_t num_bytes = 0
+        self.device.enter()
+        try:
+            code = self.device.driver.table.cuMemGetAddressRange(&base, &num_bytes, self.address)
+        finally:
+            self.device.leave()
+        return num_bytes - (self.address - base) if code == 0 else 0
 
     cdef tuple release(self):
         """Unmap; (error, function) of the first call that failed. The context must be current."""

@@ -11,6 +11,7 @@ from flexkv._core.csrc.agent cimport (
     FLEXKV_MSG_OP,
     FLEXKV_MSG_RESULT,
     FLEXKV_NOTE_ALL_POPULATED,
+    FLEXKV_NOTE_EXCHANGE,
     FLEXKV_NOTE_LOAD_FENCE,
     FLEXKV_NOTE_POPULATED,
     FLEXKV_NOTE_SAVE_FENCE,
@@ -139,6 +140,11 @@ cdef class ControllerRings(RingPair):
     def usable_slots(self):
         """Slots that the agent can copy from and to, as it says: any 64-bit number."""
         return flexkv_ring_read_note(&self.receiving, FLEXKV_NOTE_USABLE)
+
+    @property
+    def exchanges(self):
+        """Whether the agent can copy from its peers' pages, as it says."""
+        return flexkv_ring_read_note(&self.receiving, FLEXKV_NOTE_EXCHANGE) == 1
 
     def reached(self, bint load):
         """The highest fence of loads (else of saves) whose compute is done, as the agent says: any 64-bit number."""

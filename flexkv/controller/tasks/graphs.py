@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 from flexkv.cache.plan import DEVICE, Move
 from flexkv.controller.tasks.task import KVTask, direct_moves
 from flexkv.protocol.ring import IN_PLACE, OpKind
+from flexkv.transfer.engine import TransferEngine
 from flexkv.transfer.graph import Dependency, TransferGraph, TransferOp
 
 
 def graph_of(
     task: KVTask, pages: NDArray[np.int32], dp_client_id: int, fence: int, layerwise: bool, counter: int,
-    after: Sequence[TransferOp],
+    after: Sequence[TransferOp], transfer: TransferEngine,
 ) -> TransferGraph:
     """Make the graph that moves the blocks of a task between their slots and the engine's pages.
 
@@ -29,6 +30,9 @@ def graph_of(
         As in ``TransferOp``. ``layerwise`` and ``counter`` have no effect on a save.
     after : sequence of TransferOp
         Loads that must succeed before any block starts.
+    transfer : TransferEngine
+        Decides whether the ranks load in an exchange: each reads a part of the copies, and then the other parts from its
+        peers. A load layer by layer, or with blocks that come straight from a lower tier, does not.
     """
     ops, needs, slots = [], task.needs, task.slots
     for move in direct_moves(task.plan):
@@ -39,8 +43,16 @@ def graph_of(
         slots[where] = IN_PLACE
         if task.loading and task.cache is not None:
             task.cache.begin_read(move)
+    kind, exchange = OpKind.H2D if task.loading else OpKind.D2H, 0
+    if task.loading and not ops and not layerwise and not counter:
+        exchange = transfer.exchange_of(dp_client_id, len(task.blocks))
+    if exchange:
+        ops.append(TransferOp(
+            OpKind.H2D, slots, pages, dp_client_id, fence, depends_on=needs, after=after, exchange=exchange
+        ))
+        kind, needs = OpKind.P2D, (Dependency.each(ops[-1]),)
     ops.append(TransferOp(
-        OpKind.H2D if task.loading else OpKind.D2H,
+        kind,
         src=slots if task.loading else pages,
         dst=pages if task.loading else slots,
         dp_client_id=dp_client_id,
@@ -49,6 +61,7 @@ def graph_of(
         counter=counter if task.loading else 0,
         depends_on=needs,
         after=after,
+        exchange=exchange,
     ))
     return TransferGraph(task.task_id, ops)
 

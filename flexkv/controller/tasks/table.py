@@ -210,7 +210,7 @@ class TaskTable:
             self._settle(task, *task.empty_outcome())
             return None
         loads, are_good = self._good_loads.needed(task, after, self._tasks)
-        task.graph = graph_of(task, pages, self._dp_client_id, fence, layerwise, counter, loads)
+        task.graph = graph_of(task, pages, self._dp_client_id, fence, layerwise, counter, loads, self._transfer)
         if (on_news := self._on_news) is not None:
             task.graph.on_stop = lambda graph: on_news(graph.task_id)
         if task.is_stale or not are_good:            # the rank still learns that these pages were not moved

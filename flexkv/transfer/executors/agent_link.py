@@ -90,6 +90,8 @@ class OpChannel(Protocol):
     def receiving_event_fd(self) -> int: ...
     @property
     def usable_slots(self) -> int: ...
+    @property
+    def exchanges(self) -> bool: ...
     def push_op(
         self, op_id: int, task_id: int, kind: int, fence: int, slots: NDArray[np.int32], pages: NDArray[np.int32],
         op_blocks: int, flags: int = 0, counter: int = 0, outstanding: int = 0,
@@ -136,6 +138,10 @@ class AgentLink:
         It takes no more ops.
     said_farewell : bool
         The agent has ended on purpose: it accesses no slot and no page any more.
+    exchange : int
+        Number of the exchange of which the rank knows its peers' memory; 0: it does not.
+    spared_bytes : int
+        Bytes of a block that the rank does not read from host memory in an exchange.
     on_backlog : callable
         Called when the ring has no room for a message; ``flush`` must then be called until ``backlog`` is False.
     """
@@ -154,6 +160,7 @@ class AgentLink:
         self._backlog: deque[Part] = deque()
         self._cancels: deque[int] = deque()
         self._disconnected = self.is_detached = False
+        self.exchange = self.spared_bytes = 0
         self.caught_up = False      # it has pinned the usable slots: see PoolGrowth
         self._log = RepeatedLog(logger)
 
@@ -205,7 +212,7 @@ class AgentLink:
     def _push(self, part: Part) -> bool:
         """Write the first part of the backlog; False if the ring has no room. A part that cannot be written as a record
         fails; the other parts are sent."""
-        op, loading = part.flight.op, part.flight.op.kind is OpKind.H2D
+        op, loading = part.flight.op, part.flight.op.kind is not OpKind.D2H
         whole = len(part.indices) == len(op)
         src, dst = (op.src, op.dst) if whole else (op.src[part.indices], op.dst[part.indices])
         slots, pages = (src, dst) if loading else (dst, src)
@@ -260,6 +267,16 @@ class AgentLink:
         if message and message != FAREWELL:
             raise RingCorruptedError(f"a message of {len(message)} bytes where only a farewell is allowed")
         self.said_farewell = message == FAREWELL
+        return True
+
+    def has_left(self) -> bool:
+        """Whether the agent has sent a farewell or hung up, which ``drain_event`` may not have read yet."""
+        try:
+            self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
         return True
 
     def clear_news(self) -> None:

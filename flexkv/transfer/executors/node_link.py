@@ -49,10 +49,13 @@ class NodeChannel:
         Blocks of a part at most.
     receiving_event_fd : int
         -1: the results arrive on the connection.
+    exchanges : bool
+        False: an exchange does not cross nodes.
     """
 
     max_blocks = MAX_BLOCKS
     receiving_event_fd = -1
+    exchanges = False
 
     def __init__(self, frames: Frames, num_groups: int) -> None:
         self.frames = frames
