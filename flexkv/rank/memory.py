@@ -196,10 +196,10 @@ class RankMemory:
                 saved_parts.append(clipped(table, place.offset + place.write_start, place.offset + place.write_stop))
             saved = _spans(saved_parts, self._pieces, num_load_regions)
             saves, spans = (len(spans), len(saved)), np.concatenate([spans, saved])
-        table = CopyTable(
+        copies = CopyTable(
             np.concatenate(parts + saved_parts), num_load_regions, spans, saves, loads, layers, span_of_layer
         )
-        return self._with_exchange(table, placements, regions, shares, peers) if peers is not None else table
+        return self._with_exchange(copies, placements, regions, shares, peers) if peers is not None else copies
 
     def _with_exchange(
         self, table: CopyTable, placements: Sequence[Placement], regions: Sequence[NDArray[np.void]],

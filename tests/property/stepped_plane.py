@@ -176,6 +176,9 @@ class Plane:
     def num_pages(self, client: int) -> None:
         """No client's pages are counted: every page is valid."""
 
+    def exchange_of(self, client: int, num_blocks: int) -> int:
+        return 0
+
     def submit(self, graph: TransferGraph, on_done: OnDone) -> None:
         assert self.lock.depth == 0
         if self.fails and graph.ops[0].kind is not OpKind.ERASE:

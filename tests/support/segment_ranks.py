@@ -1,6 +1,6 @@
 """Ranks in this process whose tensors are in several segments and layer groups, with a model of their bytes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from flexkv.kvmanager import KVManager
 from flexkv.protocol.ring import OpKind
 from flexkv.rank.rank import RankClient
 from flexkv.rank.tensors import tensor_spec
-from flexkv.transfer.graph import TransferGraph, TransferOp
+from flexkv.transfer.graph import Dependency, TransferGraph, TransferOp
 from tests.support.harness import controller_of, make_manager, wait_ready
 
 
@@ -72,14 +72,19 @@ def segmented(
 
 
 def begin(
-    manager: KVManager, kind: OpKind, slots: Sequence[int], pages: Sequence[Sequence[int]], **options: Any
+    manager: KVManager, kind: OpKind, slots: Sequence[int], pages: Sequence[Sequence[int]],
+    second: Mapping[str, Any] = {}, **options: Any,
 ) -> tuple[TransferGraph, list[TransferGraph]]:
-    """Submit an op with the pages of each layer group; the graph is in the list once it is at rest."""
+    """Submit an op with the pages of each layer group; the graph is in the list once it is at rest. A load with an
+    ``exchange`` has a second op, with the options ``second``."""
     transfer = controller_of(manager)._cache.transfer
     slot_array, table = np.array(slots, dtype=np.int32), np.array(pages, dtype=np.int32)
     src, dst = (slot_array, table[0]) if kind is OpKind.H2D else (table[0], slot_array)
-    further = table[1:] if len(table) > 1 else None
-    graph = TransferGraph(next(transfer.task_ids), [TransferOp(kind, src, dst, further_pages=further, **options)])
+    options["further_pages"] = table[1:] if len(table) > 1 else None
+    ops = [TransferOp(kind, src, dst, **options)]
+    if options.get("exchange"):
+        ops.append(TransferOp(OpKind.P2D, src, dst, depends_on=[Dependency.each(ops[0])], **{**options, **second}))
+    graph = TransferGraph(next(transfer.task_ids), ops)
     done: list[TransferGraph] = []
     transfer.submit(graph, done.append)
     return graph, done
@@ -91,7 +96,12 @@ def move(
     """Run an op; returns whether each block was moved."""
     graph, done = begin(manager, kind, slots, pages, **options)
     assert controller_of(manager)._cache.transfer.wait(lambda: bool(done), 5.0)
-    return graph.ops[0].ok
+    return graph.ops[-1].ok
+
+
+def exchange_of(manager: KVManager) -> int:
+    """Number of the exchange of the manager's ranks, as for a large load; 0: there is none."""
+    return controller_of(manager)._cache.transfer.exchange_of(0, 1 << 40)
 
 
 class SlotModel:

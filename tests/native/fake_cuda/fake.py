@@ -51,6 +51,10 @@ class FakeCuda:
         """So many more parts can be pinned, and the next one waits; -1: all."""
         self._library.fake_cuda_allow_registering(ctypes.c_long(number))
 
+    def plan_devices(self, count: int = 1, access: bool = True, nvlink: bool = True) -> None:
+        """So many GPUs; whether they can access one another's memory, and over NVLink."""
+        self._library.fake_cuda_plan_devices(count, access, nvlink)
+
     @property
     def parts(self) -> list[tuple[int, int]]:
         """Address and size of each part pinned since ``checked``, in order; an earlier test may have left others."""
@@ -67,6 +71,7 @@ class FakeCuda:
         self.allow_registering(-1)
         self.delay(0)
         self.delay_registering(0)
+        self.plan_devices()
 
     @contextmanager
     def checked(self) -> Iterator["FakeCuda"]:

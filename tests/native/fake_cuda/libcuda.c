@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -48,7 +49,11 @@ static char failing[64];
 static int fail_after, fail_code;
 static long delay_us, registering_us, live_objects, live_bytes, registered_bytes, calls;
 static long registrations_allowed = -1;
-static __thread int depth;
+static int num_devices = 1, has_access = 1, has_nvlink = 1;
+#define MAX_DEVICES 8
+static char contexts[MAX_DEVICES];
+#define MAX_DEPTH 32
+static __thread int depth, current[MAX_DEPTH];        /* devices of the contexts that were pushed */
 
 /* ---- what tests call ---- */
 
@@ -63,6 +68,14 @@ void fake_cuda_fail(const char *name, int after, int code)
 }
 
 void fake_cuda_delay(long microseconds) { __atomic_store_n(&delay_us, microseconds, __ATOMIC_SEQ_CST); }
+
+/* So many GPUs; whether they can access one another, and over NVLink. */
+void fake_cuda_plan_devices(int count, int access, int nvlink)
+{
+    num_devices = count;
+    has_access = access;
+    has_nvlink = nvlink;
+}
 
 /* So many more parts can be registered, the next one waits; -1: all. */
 void fake_cuda_allow_registering(long number)
@@ -213,15 +226,20 @@ static cu_result fake_cuGetErrorString(cu_result error, const char **text)
 }
 
 static cu_result fake_cuDriverGetVersion(int *version) { ENTER; *version = 13000; return 0; }
-static cu_result fake_cuDeviceGet(cu_device *device, int ordinal) { ENTER; *device = ordinal; return ordinal ? 101 : 0; }
+static cu_result fake_cuDeviceGet(cu_device *device, int ordinal)
+{
+    ENTER;
+    *device = ordinal;
+    return ordinal < num_devices ? 0 : 101;
+}
 
-static cu_result fake_cuDeviceGetCount(int *number) { ENTER; *number = 1; return 0; }
+static cu_result fake_cuDeviceGetCount(int *number) { ENTER; *number = num_devices; return 0; }
 
 static cu_result fake_cuDeviceGetUuid(struct cu_uuid *uuid, cu_device device)
 {
     ENTER;
-    (void)device;
     memcpy(uuid->bytes, "a fake GPU's id.", 16);
+    uuid->bytes[0] += (unsigned char)device;
     return 0;
 }
 
@@ -233,21 +251,35 @@ static cu_result fake_cuDeviceGetAttribute(int *value, int attribute, cu_device 
     return 0;
 }
 
-static cu_result fake_cuDevicePrimaryCtxRetain(cu_context *context, cu_device device)
+static cu_result fake_cuDeviceGetP2PAttribute(int *value, int attribute, cu_device from, cu_device to)
 {
     ENTER;
-    (void)device;
-    *context = (cu_context)&lock;
+    if (from == to || (attribute != CU_P2P_ACCESS_SUPPORTED && attribute != CU_P2P_NATIVE_ATOMIC_SUPPORTED))
+        return INVALID_VALUE;
+    *value = attribute == CU_P2P_ACCESS_SUPPORTED ? has_access : has_access && has_nvlink;
     return 0;
 }
 
-static cu_result fake_cuCtxPushCurrent(cu_context context) { ENTER; (void)context; depth++; return 0; }
+static cu_result fake_cuDevicePrimaryCtxRetain(cu_context *context, cu_device device)
+{
+    ENTER;
+    *context = (cu_context)(contexts + device);
+    return 0;
+}
+
+static cu_result fake_cuCtxPushCurrent(cu_context context)
+{
+    ENTER;
+    if (depth == MAX_DEPTH)
+        return INVALID_VALUE;
+    current[depth++] = (int)((char *)context - contexts);
+    return 0;
+}
 
 static cu_result fake_cuCtxPopCurrent(cu_context *context)
 {
     NEEDS_CONTEXT;
-    *context = (cu_context)&lock;
-    depth--;
+    *context = (cu_context)(contexts + current[--depth]);
     return 0;
 }
 

@@ -5,6 +5,13 @@ struct memory {                   /* what cuMemAlloc gave, or a mapping */
     cu_ptr ptr;
     size_t bytes;
     struct physical *physical;    /* of a mapping */
+    int fd, device, is_foreign;   /* memory of the process, shared with others: memfd; is_foreign: of another one */
+};
+
+struct ticket {                   /* a handle of CUDA IPC */
+    cu_ptr ptr;
+    uint64_t bytes;
+    int32_t pid, fd, device;
 };
 
 struct physical {
@@ -27,14 +34,15 @@ static struct memory *memory_at(cu_ptr ptr)
     return memory;
 }
 
-static void add_memory(cu_ptr ptr, size_t bytes, struct physical *physical)
+static struct memory *add_memory(cu_ptr ptr, size_t bytes, struct physical *physical)
 {
     struct memory *memory = malloc(sizeof(*memory));
 
     pthread_mutex_lock(&lock);
-    *memory = (struct memory){ memories, ptr, bytes, physical };
+    *memory = (struct memory){ memories, ptr, bytes, physical, -1, depth ? current[depth - 1] : 0, 0 };
     memories = memory;
     pthread_mutex_unlock(&lock);
+    return memory;
 }
 
 static struct physical *remove_memory(cu_ptr ptr)
@@ -58,14 +66,20 @@ static struct physical *remove_memory(cu_ptr ptr)
 static cu_result fake_cuMemAlloc(cu_ptr *ptr, size_t bytes)
 {
     void *block;
+    int fd;
 
     ENTER;
     NEEDS_CONTEXT;
-    if (!(block = aligned_alloc(64, (bytes + 63) / 64 * 64)))
+    if ((fd = memfd_create("fake GPU memory", MFD_CLOEXEC)) < 0)
         return OUT_OF_MEMORY;
+    if (ftruncate(fd, (off_t)bytes) ||
+        (block = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)) == MAP_FAILED) {
+        close(fd);
+        return OUT_OF_MEMORY;
+    }
     memset(block, 0xa5, bytes);
     *ptr = (cu_ptr)block;
-    add_memory(*ptr, bytes, NULL);
+    add_memory(*ptr, bytes, NULL)->fd = fd;
     count(1, (long)bytes);
     return 0;
 }
@@ -75,11 +89,12 @@ static cu_result fake_cuMemFree(cu_ptr ptr)
     struct memory *memory = memory_at(ptr);
 
     NEEDS_CONTEXT;
-    if (!memory || memory->ptr != ptr || memory->physical)
+    if (!memory || memory->ptr != ptr || memory->physical || memory->is_foreign)
         return INVALID_VALUE;
     count(-1, -(long)memory->bytes);
+    munmap((void *)ptr, memory->bytes);
+    close(memory->fd);
     remove_memory(ptr);
-    free((void *)ptr);
     return 0;
 }
 
@@ -107,9 +122,9 @@ static cu_result fake_cuPointerGetAttribute(void *value, int attribute, cu_ptr p
     if (attribute == CU_POINTER_MEMORY_TYPE)
         *(unsigned int *)value = CU_MEMORYTYPE_DEVICE;
     else if (attribute == CU_POINTER_DEVICE_ORDINAL)
-        *(int *)value = 0;
+        *(int *)value = memory->device;
     else if (attribute == CU_POINTER_IPC_CAPABLE)
-        *(unsigned char *)value = !memory->physical;
+        *(unsigned char *)value = !memory->physical && !memory->is_foreign;
     else
         return INVALID_VALUE;
     return 0;
@@ -117,32 +132,68 @@ static cu_result fake_cuPointerGetAttribute(void *value, int attribute, cu_ptr p
 
 static cu_result fake_cuIpcGetMemHandle(struct cu_ipc_handle *handle, cu_ptr ptr)
 {
+    struct memory *memory = memory_at(ptr);
+    struct ticket ticket = { .ptr = ptr, .pid = getpid() };
+
     ENTER;
     NEEDS_CONTEXT;
+    if (!memory || memory->physical || memory->is_foreign || memory->ptr != ptr)
+        return INVALID_VALUE;
+    ticket.bytes = memory->bytes;
+    ticket.fd = memory->fd;
+    ticket.device = memory->device;
     memset(handle, 0x5c, sizeof(*handle));
-    memcpy(handle->bytes, &ptr, sizeof(ptr));
+    memcpy(handle->bytes, &ticket, sizeof(ticket));
     return 0;
 }
 
 static cu_result fake_cuIpcOpenMemHandle(cu_ptr *ptr, struct cu_ipc_handle handle, unsigned int flags)
 {
     struct memory *memory;
+    struct ticket ticket;
+    char path[64];
+    void *block;
+    int fd;
 
     ENTER;
     NEEDS_CONTEXT;
-    memcpy(ptr, handle.bytes, sizeof(*ptr));
-    memory = memory_at(*ptr);
-    if (!memory || memory->ptr != *ptr || handle.bytes[63] != 0x5c || flags != CU_IPC_LAZY_PEER_ACCESS)
+    memcpy(&ticket, handle.bytes, sizeof(ticket));
+    if (handle.bytes[63] != 0x5c || flags != CU_IPC_LAZY_PEER_ACCESS)
         return INVALID_VALUE;
+    if (ticket.pid == getpid()) {                  /* the real driver refuses it; tests have one process */
+        memory = memory_at(ticket.ptr);
+        if (!memory || memory->ptr != ticket.ptr)
+            return INVALID_VALUE;
+    } else {
+        if (ticket.device != current[depth - 1] && !has_access)
+            return 217;
+        snprintf(path, sizeof(path), "/proc/%d/fd/%d", ticket.pid, ticket.fd);
+        if ((fd = open(path, O_RDWR | O_CLOEXEC)) < 0)
+            return INVALID_VALUE;
+        block = mmap(NULL, ticket.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        close(fd);
+        if (block == MAP_FAILED)
+            return INVALID_VALUE;
+        ticket.ptr = (cu_ptr)block;
+        memory = add_memory(ticket.ptr, ticket.bytes, NULL);
+        memory->is_foreign = 1;
+    }
+    *ptr = ticket.ptr;
     count(1, 0);
     return 0;
 }
 
 static cu_result fake_cuIpcCloseMemHandle(cu_ptr ptr)
 {
+    struct memory *memory = memory_at(ptr);
+
     NEEDS_CONTEXT;
-    if (!memory_at(ptr))
+    if (!memory)
         return INVALID_VALUE;
+    if (memory->is_foreign) {
+        munmap((void *)ptr, memory->bytes);
+        remove_memory(ptr);
+    }
     count(-1, 0);
     ENTER;
     return 0;

@@ -33,10 +33,12 @@ def test_a_span_for_each_layer_group_of_each_segment() -> None:
     table = memory.copy_table([Placement(0, 500, 64, 164), Placement(512, 500, 0, 500)])
     first, count = table.loads
     assert table.spans[first : first + count].tolist() == [
-        (0, 1, 0, 100, 100, 0), (1, 1, 100, 400, 400, 1), (2, 1, 512, 200, 200, 0), (3, 1, 712, 300, 300, 1)]
+        (0, 1, 0, 100, 100, 0, 0), (1, 1, 100, 400, 400, 1, 0), (2, 1, 512, 200, 200, 0, 0),
+        (3, 1, 712, 300, 300, 1, 0)]
     first, count = table.saves
     assert table.spans[first : first + count].tolist() == [
-        (4, 1, 64, 36, 36, 0), (5, 1, 100, 64, 64, 1), (6, 1, 512, 200, 200, 0), (7, 1, 712, 300, 300, 1)]
+        (4, 1, 64, 36, 36, 0, 0), (5, 1, 100, 64, 64, 1, 0), (6, 1, 512, 200, 200, 0, 0),
+        (7, 1, 712, 300, 300, 1, 0)]
     assert table.regions["base"][4] == ARRAYS[0].ctypes.data + 64
     assert table.span_of_layer == [0, 2, 3, 1]
     assert (table.layers, table.num_load_regions) == (table.loads, 4)
