@@ -1,5 +1,6 @@
 #include "agent.h"
 
+#include "clock.h"
 #include "ring.h"
 
 #include <errno.h>
@@ -60,6 +61,8 @@ struct flexkv_agent {
     uint64_t reached[FLEXKV_H2D + 1];          /* fences of compute that is done, as reported */
     uint64_t fences_read_ns;
     int fences_behind;            /* compute of a fence is not known to be done */
+    int exchange_over;            /* no P2D starts any more */
+    _Atomic int peers_released;   /* and none is under way */
     int layers_lost;              /* a load with a counter is incomplete: layers are not signalled any more */
     uint8_t *buffer;              /* for a record */
     uint64_t buffer_size;
@@ -71,14 +74,6 @@ struct flexkv_agent {
     struct flexkv_outcome *first;
     struct flexkv_outcome **last;
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* Whether a block of the op can be moved: its slot and its pages exist, and it has a page in one group or more. */
 static int in_range(const struct flexkv_pages *at, const struct op *op, uint32_t block)
@@ -93,11 +88,6 @@ static int in_range(const struct flexkv_pages *at, const struct op *op, uint32_t
         any |= page >= 0;
     }
     return any && op->slots[block] >= 0 && (uint64_t)op->slots[block] < at->num_slots;
-}
-
-static int is_load(const struct op *op)
-{
-    return op->msg.kind != FLEXKV_D2H;
 }
 
 /* Keep the op's outcome for the process itself. A load in two steps has one, that of the second step. */
@@ -118,8 +108,8 @@ static void keep_outcome(struct flexkv_agent *agent, const struct op *op)
     ok = (uint8_t *)pages + pages_bytes;
     memcpy(pages, op->pages, pages_bytes);
     memcpy(ok, op->ok, count);
-    *outcome = (struct flexkv_outcome){ NULL, op->msg.task_id, is_load(op) ? FLEXKV_H2D : FLEXKV_D2H, count,
-                                        op->msg.op_blocks, op->msg.groups, pages, ok };
+    *outcome = (struct flexkv_outcome){ NULL, op->msg.task_id, op->msg.kind == FLEXKV_D2H ? FLEXKV_D2H : FLEXKV_H2D,
+                                        count, op->msg.op_blocks, op->msg.groups, pages, ok };
     pthread_mutex_lock(&agent->lock);
     *agent->last = outcome;
     agent->last = &outcome->next;
@@ -283,7 +273,8 @@ static int accept_op(struct flexkv_agent *agent, uint64_t size)
     if (!op)
         return -ENOMEM;
     op->msg = msg;
-    if ((op->cancelled = (msg.flags & FLEXKV_OP_CANCELLED) != 0 || !spans_of(agent, op)->count))
+    if ((op->cancelled = (msg.flags & FLEXKV_OP_CANCELLED) != 0 || !spans_of(agent, op)->count ||
+                         (msg.kind == FLEXKV_P2D && agent->exchange_over)))
         lose_layers(agent, op);
     op->span = spans_of(agent, op)->first;
     op->slots = (int32_t *)(op + 1);
@@ -462,11 +453,6 @@ static int end_window(struct flexkv_agent *agent, enum flexkv_kind kind)
     return (rc = report(agent, op, first, 0)) ? rc : 1;
 }
 
-static int all_started(const struct flexkv_agent *agent, const struct op *op)
-{
-    return op->started == op->msg.count && op->span == last_span(agent, op);
-}
-
 /* Finish ops that have nothing under way and nothing left to start: 1 if there was one, or negative errno. Layerwise
  * ones in their order: when one has ended, those before it have ended. */
 static int finish_idle(struct flexkv_agent *agent)
@@ -477,7 +463,8 @@ static int finish_idle(struct flexkv_agent *agent)
         layerwise = (op->msg.flags & FLEXKV_OP_LAYERWISE) != 0;
         if (layerwise && behind)
             continue;
-        if ((op->cancelled || all_started(agent, op)) && !under_way(agent, op)) {
+        if ((op->cancelled || (op->started == op->msg.count && op->span == last_span(agent, op))) &&
+            !under_way(agent, op)) {
             int rc = finish(agent, op, op->done);
 
             return rc ? rc : 1;
@@ -486,12 +473,25 @@ static int finish_idle(struct flexkv_agent *agent)
     return 0;
 }
 
+/* Once the controller has ended the exchange, start no P2D, and tell when the last one has ended. */
+static void end_exchange(struct flexkv_agent *agent)
+{
+    if (!agent->exchange_over && flexkv_ring_read_note(&agent->submissions, FLEXKV_NOTE_EXCHANGE_OVER)) {
+        agent->exchange_over = 1;
+        for (struct op *op = agent->ops; op; op = op->next)
+            op->cancelled |= op->msg.kind == FLEXKV_P2D;
+    }
+    if (agent->exchange_over && !agent->windows[FLEXKV_P2D])
+        atomic_store(&agent->peers_released, 1);
+}
+
 /* One round of work: 1 if something has changed, 0 if there is nothing to do now, or negative errno. */
 static int work(struct flexkv_agent *agent)
 {
     static const enum flexkv_kind kinds[] = { FLEXKV_P2D, FLEXKV_H2D, FLEXKV_D2H };
     int changed = 0, rc;
 
+    end_exchange(agent);
     if ((rc = finish_idle(agent)))
         return rc;
     for (int i = 0; i < 3; i++) {
@@ -658,6 +658,8 @@ int flexkv_agent_start(struct flexkv_agent **result, const struct flexkv_agent_o
                                 options->completion_event_fd);
     if (!rc)
         rc = -pthread_create(&agent->thread, NULL, run, agent);
+    if (!rc && options->at.moves[FLEXKV_P2D].count)
+        flexkv_ring_note(&agent->completions, FLEXKV_NOTE_EXCHANGE, 1);
     if (rc)
         free_agent(agent);
     else
@@ -695,9 +697,9 @@ void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots)
     eventfd_write(agent->options.completion_event_fd, 1);
 }
 
-void flexkv_agent_report_exchange(struct flexkv_agent *agent)
+int flexkv_agent_peers_released(const struct flexkv_agent *agent)
 {
-    flexkv_ring_note(&agent->completions, FLEXKV_NOTE_EXCHANGE, 1);
+    return atomic_load(&agent->peers_released);
 }
 
 struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent)
@@ -713,20 +715,6 @@ struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent)
     }
     pthread_mutex_unlock(&agent->lock);
     return outcome;
-}
-
-static struct timespec after(clockid_t clock, int timeout_ms)
-{
-    struct timespec until;
-
-    clock_gettime(clock, &until);
-    until.tv_sec += timeout_ms / 1000;
-    until.tv_nsec += (timeout_ms % 1000) * 1000000L;
-    if (until.tv_nsec >= 1000000000L) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000L;
-    }
-    return until;
 }
 
 int flexkv_agent_wait(struct flexkv_agent *agent, int timeout_ms)

@@ -13,10 +13,10 @@ enum flexkv_kind { FLEXKV_D2H = 1, FLEXKV_H2D = 2, FLEXKV_P2D = 3, FLEXKV_NUM_KI
 /* Records of the rings. */
 enum { FLEXKV_MSG_OP = 1, FLEXKV_MSG_CANCEL = 2, FLEXKV_MSG_RESULT = 3 };
 
-/* Numbers beside the records. The controller's: number of populated slots, and whether it is final. The agent's: number
- * of slots that it can copy from and to, the fences of the steps that the device has done, and whether it can copy from
- * the pages of its peers. */
-enum { FLEXKV_NOTE_POPULATED, FLEXKV_NOTE_ALL_POPULATED };
+/* Numbers beside the records. The controller's: number of populated slots, whether it is final, and whether the exchange
+ * is over because a peer has left. The agent's: number of slots that it can copy from and to, the fences of the steps
+ * that the device has done, and whether it can copy from the pages of its peers. */
+enum { FLEXKV_NOTE_POPULATED, FLEXKV_NOTE_ALL_POPULATED, FLEXKV_NOTE_EXCHANGE_OVER };
 enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE, FLEXKV_NOTE_EXCHANGE };
 
 enum flexkv_op_flag {
@@ -160,8 +160,8 @@ uint64_t flexkv_agent_populated(const struct flexkv_agent *agent, int *all);
 /* Report to the controller that it may use the first `slots` slots. Any thread. */
 void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots);
 
-/* Report to the controller that P2D ops may be sent. Any thread. */
-void flexkv_agent_report_exchange(struct flexkv_agent *agent);
+/* 1: the controller has ended the exchange, and no copy accesses the pages of peers any more. Any thread. */
+int flexkv_agent_peers_released(const struct flexkv_agent *agent);
 
 /* The oldest outcome that was not taken, or NULL. */
 struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent);

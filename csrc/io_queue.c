@@ -1,5 +1,6 @@
 #include "io_queue.h"
 
+#include "clock.h"
 #include "io_job.h"
 
 #include <errno.h>
@@ -8,7 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <time.h>
 #include <unistd.h>
 
 #define XXH_INLINE_ALL
@@ -69,14 +69,6 @@ struct flexkv_io_queue {
     uint64_t num_busy;            /* pieces of stuck jobs */
     struct file files[];
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* The piece has a result. */
 static void report(struct flexkv_io_queue *queue, const struct piece *piece, int64_t result)

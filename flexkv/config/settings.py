@@ -279,9 +279,9 @@ class TransferConfig(_Settings):
         choices=("sharded", "rank0_only", "rank_rotate", "layer_parallel", "all_write"),
     )
     exchange_copies: bool = setting(
-        True, "Large loads of such KV: each rank reads a part from host memory and the other parts from the other ranks' "
-        "GPUs over NVLink, if all ranks are on one node and their GPUs have NVLink. Off: each rank reads all of it from "
-        "host memory.",
+        True, "Large loads of such KV: each rank reads a part from host memory, and the other parts from the GPUs of "
+        "the other ranks. Needs all ranks on one node and NVLink between their GPUs. Off: each rank reads all of it "
+        "from host memory.",
     )
     master_host: str = setting(
         "localhost", "An engine on several nodes: address at which its first node listens, and to which the others "

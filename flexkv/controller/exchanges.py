@@ -19,8 +19,8 @@ class RankTerms:
     Attributes
     ----------
     number : int
-        Number of the exchange, from 1. Each set of ranks that are welcomed together has a number of its own: a rank that
-        registers again has other memory.
+        Number of the exchange, from 1. Each set of ranks that are welcomed together has its own number, because a rank
+        that registers again has other memory.
     exchange : Exchange
         For the rank's WELCOME; empty if the rank shares no copy.
     spared_bytes : int
@@ -56,8 +56,8 @@ class ExchangeTerms:
         return len(hellos) < len(layout.held) and self._is_possible(layout) and offered
 
     def of(self, layout: SlotLayout, hellos: Mapping[int, Hello]) -> dict[int, RankTerms]:
-        """Terms of the ranks that are welcomed together, by their index in the layout; empty: each rank reads all of its
-        segments from host memory."""
+        """Make the terms of the ranks that are welcomed together, by their index in the layout. Empty: there is no
+        exchange, and each rank reads all of its segments from host memory."""
         if not self._is_possible(layout):
             return {}
         if len(hellos) < len(layout.held):

@@ -34,8 +34,8 @@ MAX_EXPORT_BYTES = 16 << 10
 """Maximum size of one rank's exports: about 190 tensors with an allocation each."""
 
 MAX_EXCHANGE_BYTES = 128 << 10
-"""Maximum size of the exports of a rank's peers. With the rest of a WELCOME it fits the default buffer of a Unix socket,
-208 KiB."""
+"""Maximum size of an exchange in a WELCOME: the exports of 8 ranks. With the rest of the message it fits the default
+buffer of a Unix socket, 208 KiB."""
 
 MAX_PEERS = 64
 _MAX_SEGMENTS = 8
@@ -45,8 +45,8 @@ _MAX_ADDRESS = (1 << 64) - 1
 class _Reader:
     """Reads structs from a message; RegistrationError if it is too short."""
 
-    def __init__(self, message: bytes, what: str) -> None:
-        self._message, self._what, self._at = message, what, 0
+    def __init__(self, message: bytes, subject: str) -> None:
+        self._message, self._subject, self._at = message, subject, 0
 
     def one(self, layout: struct.Struct) -> tuple[int, ...]:
         return layout.unpack(self.part(layout.size))
@@ -54,7 +54,7 @@ class _Reader:
     def part(self, size: int) -> bytes:
         end = self._at + size
         if end > len(self._message):
-            raise RegistrationError(f"{self._what} of {len(self._message)} bytes end in the middle")
+            raise RegistrationError(f"{self._subject} of {len(self._message)} bytes end in the middle")
         part, self._at = self._message[self._at : end], end
         return part
 
@@ -63,7 +63,7 @@ class _Reader:
 
     def finish(self) -> None:
         if self._at != len(self._message):
-            raise RegistrationError(f"{self._what} of {len(self._message)} bytes: {self._at} were expected")
+            raise RegistrationError(f"{self._subject} of {len(self._message)} bytes: {self._at} were expected")
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ class Exchange:
 
     @classmethod
     def unpack(cls, message: bytes, segment_bytes: Sequence[int]) -> "Exchange":
-        """Parse an exchange of segments of these sizes; RegistrationError if it is too large, or the shares of a segment
-        do not make the segment."""
+        """Parse an exchange of segments of these sizes; RegistrationError if it is too large, or if the shares of a
+        segment leave out bytes of it or overlap."""
         if len(message) > MAX_EXCHANGE_BYTES:
             raise RegistrationError(f"an exchange of {len(message)} bytes: at most {MAX_EXCHANGE_BYTES} are allowed")
         reader = _Reader(message, "an exchange")

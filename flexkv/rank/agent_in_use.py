@@ -45,6 +45,15 @@ class AgentInUse:
                 if not self._uses:
                     self._idle.notify_all()
 
+    def watch_peers(self, closing: threading.Event) -> None:
+        """Release the memory of the agent's peers when the exchange is over; returns then, or when the agent must end or
+        ``closing`` is set."""
+        agent = self.agent
+        while agent is not None and agent.has_peers and agent.status == 0 and not self.must_leave.is_set():
+            if closing.wait(_WATCH_S):
+                return
+            agent.release_peers()
+
     def wait_end(self, closing: threading.Event) -> bool:
         """Wait until the agent has ended or ``must_leave`` is set; False: ``closing`` was set before."""
         agent = self.agent

@@ -36,7 +36,7 @@ def start_agent(
             undo.callback(gds_end.close)
         with ExitStack() as theirs:
             theirs.callback(abandon, connection, fds)
-            imports, exchange = undo.enter_context(ExitStack()), welcome.exchange
+            imports, exchange = undo.enter_context(ExitStack()), welcome.exchange     # memory of peers
             peers = None if exchange is None else open_peers(exchange, memory, device, imports)
             table = memory.copy_table(welcome.placements, () if exchange is None else exchange.shares, peers)
             move = 0 if device is None else move_function(device)
@@ -50,7 +50,7 @@ def start_agent(
             layers=table.layers,
             shares=table.shares,
             peers=table.peers,
-            imports=imports.pop_all(),
+            imports=imports.pop_all() if table.peers[1] else None,
             pool_fd=fds[0],
             pool_bytes=welcome.pool_bytes,
             slot_bytes=welcome.slot_bytes,

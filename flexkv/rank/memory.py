@@ -175,8 +175,9 @@ class RankMemory:
         self, placements: Sequence[Placement], shares: Sequence[Share] = (),
         peers: Sequence[PeerShare] | None = None,
     ) -> CopyTable:
-        """The copies for a slot in which segment i is at ``placements[i]``, and for an exchange in which this rank reads
-        ``shares`` and the peers read theirs; None: there is no exchange."""
+        """The copies for a slot in which segment i is at ``placements[i]``.
+
+        With ``peers``, they include an exchange, in which this rank reads ``shares`` from host memory."""
         regions = [_moved(piece.regions, placements[piece.segment].offset) for piece in self._pieces]
         parts, saved_parts = list(regions), []
         spans = _spans(regions, self._pieces, 0)
@@ -232,8 +233,8 @@ class RankMemory:
         )
 
     def _pairs(self, peers: Sequence[PeerShare]) -> NDArray[np.void]:
-        """(n,) _PAIR_DTYPE: the regions that copy the peers' shares. Neighbours are of different peers, so that the links
-        of all peers are used at the same time."""
+        """(n,) _PAIR_DTYPE: the regions that copy the peers' shares. Regions of different peers alternate, so that the
+        links of all peers are in use at the same time."""
         found, nth = [np.empty(0, dtype=_PAIR_DTYPE)], [np.empty(0, dtype=np.intp)]
         for peer in peers:
             share, address_of = peer.share, dict(zip(self._order[peer.share.segment], peer.addresses, strict=True))

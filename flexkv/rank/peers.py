@@ -43,7 +43,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 class _NoExchange(Exception):
-    """Reason why a rank reads its copies whole."""
+    """The memory of a rank cannot be shared or mapped; the text is the reason."""
 
 
 def export_copies(memory: RankMemory, device: Device | None, is_own: bool) -> Exports | None:
@@ -111,7 +111,7 @@ def _layout(memory: RankMemory, segment: int) -> bytes:
 def open_peers(
     exchange: Exchange, memory: RankMemory, device: Device | None, opened: ExitStack
 ) -> list[PeerShare] | None:
-    """Map the memory of a rank's peers, until ``opened`` is closed; None, with a line in the log, if one cannot be read.
+    """Map the memory of a rank's peers, until ``opened`` is closed; None, with a line in the log, if that fails.
 
     Raises
     ------

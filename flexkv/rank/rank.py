@@ -142,19 +142,17 @@ class RankClient:
         ordinal = devices.pop()
         self._device = None if ordinal is None else load_driver().device(ordinal)
         self._rank = self._rank if intra_client_id is None else intra_client_id
-        self._keep_outcomes = keep_outcomes
+        self._keep_outcomes, self._num_tensors = keep_outcomes, len(specs)
         self._keep_alive = keep_alive, list(tensors)
-        self._num_tensors = len(specs)
         close_at_exit(self, type(self).close)
         if self._suspended:
             self._suspended, self.error = False, None
             self._connected, self._closing = threading.Event(), threading.Event()
-        self._layers = memory.layers
+        exports, self._layers = export_copies(memory, self._device, opened is None), memory.layers
         if opened is not None:
             self._opened = opened.pop_all()
         hello = Hello(
-            self._dp_client_id, self._pp_rank, self._rank, os.getpid(), memory.num_pages, memory.segments,
-            export_copies(memory, self._device, opened is None),
+            self._dp_client_id, self._pp_rank, self._rank, os.getpid(), memory.num_pages, memory.segments, exports
         )
         deadline = time.monotonic() + connect_timeout_s
         self._thread = threading.Thread(
@@ -171,8 +169,7 @@ class RankClient:
         self._thread, self._suspended, self._keep_alive = None, True, None
         self._results.forget_parts()                 # their tasks never end; another controller counts from 1 again
         self._opened.close()
-        count, self._num_tensors = self._num_tensors, 0
-        return count
+        return self._num_tensors
 
     def _connect(self, hello: Hello, memory: RankMemory, deadline: float) -> None:
         """Register; with ``reconnect`` again and again, until this client is closed."""
@@ -230,6 +227,7 @@ class RankClient:
                 agent.set_signals(self._signals, span_of_layer)
         self._connected.set()
         PoolPinner(agent, self._closing.wait).run()
+        self._in_use.watch_peers(self._closing)
 
     def wait_connected(self, timeout_s: float) -> None:
         """Wait until the agent runs.

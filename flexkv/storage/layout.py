@@ -183,8 +183,8 @@ class SlotLayout:
         return tuple(places)
 
     def shares(self, rank: int) -> dict[int, tuple[Share, ...]]:
-        """By rank: the parts of the segments of ``rank`` which that rank reads from host memory in an exchange. Segments
-        with one reader have no parts. Parts are even, whichever ranks write."""
+        """Shares of the segments of ``rank``, by the rank that reads them from host memory in an exchange. A segment
+        with one reader has none. The shares are about equal, whichever ranks write."""
         shares: dict[int, list[Share]] = {}
         for number, index in enumerate(self.held[rank]):
             segment = self.segments[index]

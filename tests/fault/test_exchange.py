@@ -1,4 +1,4 @@
-"""Loads in which each rank reads a part of equal KV and gets the others from its peers: bytes, order of steps, faults."""
+"""Loads in which each rank reads a part of equal KV, and the other parts from its peers: bytes, order, faults."""
 
 import logging
 from collections.abc import Iterator
@@ -171,7 +171,9 @@ def test_a_rank_that_leaves_between_the_steps_ends_the_load(tmp_path: Path, leav
         assert exchange_of(manager) == 0
 
 
-def test_a_rank_that_registers_again_is_read_only_when_all_have(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rank_that_registers_again_is_read_only_when_all_have(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "flexkv")
     with two(tmp_path) as (manager, ranks, model):
         first = exchange_of(manager)

@@ -1,5 +1,5 @@
-"""Loads that read the GPU memory of other processes, with the fake driver: bytes, ranks that are killed, GPUs that cannot
-be read."""
+"""Loads that read GPU memory of other processes, with the fake driver: bytes, ranks that are killed, failing GPUs, GPUs
+that cannot be read."""
 
 import logging
 from pathlib import Path
@@ -53,6 +53,7 @@ def test_a_rank_killed_between_the_steps_ends_the_load(tmp_path: Path) -> None:
         graph, done = begin(manager, OpKind.H2D, SLOTS, [[7, 6, 5, 4]], second={"fence": 6}, fence=5,
                             exchange=exchange_of(manager))
         until(lambda: graph.ops[0].done and bool(ranks[0]("results")))
+        assert all(rank("maps_peers") for rank in ranks)
         ranks[0].kill()                                      # it has all its bytes; the others do not
         until(lambda: graph.status is OpStatus.FAILED)
         for rank in ranks[1:]:
@@ -60,6 +61,7 @@ def test_a_rank_killed_between_the_steps_ends_the_load(tmp_path: Path) -> None:
         assert controller_of(manager)._cache.transfer.wait(lambda: bool(done), 5.0)
         assert not exchange_of(manager)
         until(lambda: all(link.hello.rank for link in controller_of(manager)._cache.transfer._device.links))
+        until(lambda: not any(rank("maps_peers") for rank in ranks[1:]))
         again = GpuRank(tmp_path / "s", 0, KINDS, 8, NVLINK)
         try:
             wait_ready(manager, 8)

@@ -23,8 +23,8 @@ SPOILT = 170
 
 
 def computed(kind: Kind, index: int, rank: int, seed: int, position: int) -> NDArray[np.uint8]:
-    """(page_bytes,) uint8: what computing writes for the block at ``position`` of sequence ``seed`` into tensor ``index``
-    of a rank; equal on all ranks that share a copy."""
+    """(page_bytes,) uint8: KV that computing writes into tensor ``index`` of a rank, for the block at ``position`` of
+    sequence ``seed``; equal on all ranks that share a copy."""
     name = [rank] if kind.copy is None else [1000, *kind.copy.encode()]
     return np.random.default_rng([seed, position, index, *name]).integers(0, 256, kind.page_bytes, dtype=np.uint8)
 
@@ -126,6 +126,11 @@ class _Rank:
         from tests.native.fake_cuda.fake import fake_cuda
 
         getattr(fake_cuda(), name)(*args)
+
+    def maps_peers(self) -> bool:
+        agent = self.client._agent
+        assert agent is not None
+        return agent.has_peers
 
     def advance(self, fence: int) -> None:
         self.client.advance_fence(fence, fence)

@@ -17,6 +17,7 @@ cdef extern from "agent.h" nogil:
         FLEXKV_NOTE_LOAD_FENCE
         FLEXKV_NOTE_SAVE_FENCE
         FLEXKV_NOTE_EXCHANGE
+        FLEXKV_NOTE_EXCHANGE_OVER
         FLEXKV_FAREWELL
 
     struct flexkv_msg_op:
@@ -103,7 +104,7 @@ cdef extern from "agent.h" nogil:
     void flexkv_agent_advance(flexkv_agent *agent, uint64_t load_fence, uint64_t save_fence)
     uint64_t flexkv_agent_populated(const flexkv_agent *agent, int *all)
     void flexkv_agent_report_usable(flexkv_agent *agent, uint64_t slots)
-    void flexkv_agent_report_exchange(flexkv_agent *agent)
+    int flexkv_agent_peers_released(const flexkv_agent *agent)
     flexkv_outcome *flexkv_agent_take(flexkv_agent *agent)
     int flexkv_agent_wait(flexkv_agent *agent, int timeout_ms)
     int flexkv_agent_wait_span(flexkv_agent *agent, uint64_t task_id, uint32_t span, int timeout_ms)

@@ -15,8 +15,8 @@ from flexkv._core.csrc.agent cimport (
     flexkv_agent,
     flexkv_agent_advance,
     flexkv_agent_options,
+    flexkv_agent_peers_released,
     flexkv_agent_populated,
-    flexkv_agent_report_exchange,
     flexkv_agent_report_usable,
     flexkv_agent_set_signals,
     flexkv_agent_start,
@@ -138,8 +138,9 @@ cdef class DeviceAgent:
     cdef list fds
 
     def __cinit__(self, *, regions, num_pages, spans=None, saves=None, loads=None, layers=None, shares=(0, 0),
-                  peers=(0, 0), imports=None, int pool_fd, uint64_t pool_bytes, uint64_t slot_bytes, int ring_fd, uint64_t ring_bytes, int submission_event_fd,
-                  int completion_event_fd, int socket_fd, bint keep_outcomes=True, Device device=None,
+                  peers=(0, 0), imports=None, int pool_fd, uint64_t pool_bytes, uint64_t slot_bytes, int ring_fd,
+                  uint64_t ring_bytes, int submission_event_fd, int completion_event_fd, int socket_fd,
+                  bint keep_outcomes=True, Device device=None,
                   uint64_t move_function=0, str strategy="auto", uint64_t window_bytes=0, uint32_t num_ctas=0,
                   double rest_timeout_s=10.0):
         cdef flexkv_agent_options options
@@ -189,8 +190,6 @@ cdef class DeviceAgent:
             raise TransferError(f"the device agent did not start: {os.strerror(-rc)}")
         if self.cuda == NULL:
             flexkv_agent_report_usable(self.agent, self.at.num_slots)
-        if peers[1]:
-            flexkv_agent_report_exchange(self.agent)
 
     cdef set_tables(self, regions, spans, num_pages, saves, loads, layers):
         cdef uint8_t[::1] region_view, span_view
@@ -303,6 +302,24 @@ cdef class DeviceAgent:
             self.driver.check(flexkv_cuda_copy_follow(self.cuda, span, <cu_stream>stream), "cuStreamWaitEvent")
         return rc == 0
 
+    @property
+    def has_peers(self):
+        """Whether memory of peers is mapped."""
+        return self.imports is not None
+
+    def release_peers(self):
+        """Unmap the memory of the peers if the controller has ended the exchange and no copy reads it any more."""
+        if self.agent != NULL and flexkv_agent_peers_released(self.agent):
+            self.close_imports()
+
+    def close_imports(self):
+        imports, self.imports = self.imports, None
+        if imports is not None:
+            try:
+                imports.close()
+            except CudaError as error:
+                logger.warning("the memory of a peer could not be unmapped: %s", error)
+
     def set_signals(self, list fds, span_of_layer):
         """Enable per-layer signals of loads with a counter: 1 is added to a layer's eventfd when the layer is in
         its pages. Once a block of such a load is lost, no further layer is signalled, and such loads fail.
@@ -405,15 +422,10 @@ cdef class DeviceAgent:
             flexkv_cuda_copy_destroy(self.cuda)
             self.cuda = NULL
         self.pool = self.rings = None
-        imports, self.imports = self.imports, None
         fds, self.fds = self.fds, []
         for fd in fds:
             os.close(fd)
-        if imports is not None:
-            try:
-                imports.close()
-            except CudaError as error:
-                logger.warning("the memory of a peer could not be unmapped: %s", error)
+        self.close_imports()
         return rc == 0
 
     def __del__(self):

@@ -1,4 +1,6 @@
 """The controller's end of the two shared-memory rings to one device agent."""
+import os
+
 import numpy as np
 
 from libc.errno cimport EAGAIN, ENOSPC
@@ -12,6 +14,7 @@ from flexkv._core.csrc.agent cimport (
     FLEXKV_MSG_RESULT,
     FLEXKV_NOTE_ALL_POPULATED,
     FLEXKV_NOTE_EXCHANGE,
+    FLEXKV_NOTE_EXCHANGE_OVER,
     FLEXKV_NOTE_LOAD_FENCE,
     FLEXKV_NOTE_POPULATED,
     FLEXKV_NOTE_SAVE_FENCE,
@@ -135,6 +138,11 @@ cdef class ControllerRings(RingPair):
         flexkv_ring_note(&self.sending, FLEXKV_NOTE_POPULATED, num_slots)
         if last:
             flexkv_ring_note(&self.sending, FLEXKV_NOTE_ALL_POPULATED, 1)
+
+    def end_exchange(self):
+        """Announce that a peer of the agent has left: its memory must not be read any more."""
+        flexkv_ring_note(&self.sending, FLEXKV_NOTE_EXCHANGE_OVER, 1)
+        os.eventfd_write(self.sending_event_fd, 1)
 
     @property
     def usable_slots(self):

@@ -31,8 +31,8 @@ def graph_of(
     after : sequence of TransferOp
         Loads that must succeed before any block starts.
     transfer : TransferEngine
-        Decides whether the ranks load in an exchange: each reads a part of the copies, and then the other parts from its
-        peers. A load layer by layer, or with blocks that come straight from a lower tier, does not.
+        Decides whether the ranks load in an exchange: each reads a part of the copies, and then the other parts from
+        its peers. Loads layer by layer, and those with blocks straight from a lower tier, are no exchanges.
     """
     ops, needs, slots = [], task.needs, task.slots
     for move in direct_moves(task.plan):

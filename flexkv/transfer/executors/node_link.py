@@ -106,6 +106,9 @@ class NodeChannel:
     def note_populated(self, num_slots: int, last: bool) -> None:
         """Do nothing: the node has a pool of its own."""
 
+    def end_exchange(self) -> None:
+        """Do nothing: there is none."""
+
     def reached(self, load: bool) -> float:
         """Infinite: the fences of the other nodes are not known here, and those of this node show how far the step
         is."""
