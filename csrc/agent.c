@@ -473,7 +473,7 @@ static int finish_idle(struct flexkv_agent *agent)
     return 0;
 }
 
-/* Once the controller has ended the exchange, start no P2D, and tell when the last one has ended. */
+/* Once the controller has ended the exchange, start no P2D, and report the end of the last one. */
 static void end_exchange(struct flexkv_agent *agent)
 {
     if (!agent->exchange_over && flexkv_ring_read_note(&agent->submissions, FLEXKV_NOTE_EXCHANGE_OVER)) {

@@ -82,7 +82,7 @@ class ExchangeTerms:
 
     @staticmethod
     def _exports(layout: SlotLayout, index: int, hello: Hello) -> Exports | None:
-        """What a rank exports; None if a peer would need more."""
+        """Exports of a rank; None if they lack a copy that a peer shares."""
         shared = [layout.segments[held].claim.copy for held in layout.held[index]
                   if len(layout.segments[held].readers) > 1]
         if not shared:

@@ -46,8 +46,8 @@ class AgentInUse:
                     self._idle.notify_all()
 
     def watch_peers(self, closing: threading.Event) -> None:
-        """Release the memory of the agent's peers when the exchange is over; returns then, or when the agent must end or
-        ``closing`` is set."""
+        """Release the memory of the agent's peers when the exchange is over. Returns then, or when the agent must end,
+        or when ``closing`` is set."""
         agent = self.agent
         while agent is not None and agent.has_peers and agent.status == 0 and not self.must_leave.is_set():
             if closing.wait(_WATCH_S):

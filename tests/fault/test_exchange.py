@@ -114,10 +114,13 @@ def test_a_step_reads_parts_and_the_next_one_waits_for_all_ranks(tmp_path: Path)
         assert (ranks[1].tensors[0][4:, :16384] == 170).all()            # its own fence holds for the second step
         assert not ranks[1].client.poll_results()
         assert not done
+        ranks[0].tensors[0][4, :100] = 7                                 # other bytes than those of the slot
         ranks[1].client.advance_fence(6, 6)
         assert controller_of(manager)._cache.transfer.wait(lambda: bool(done), 5.0)
         assert graph.status is OpStatus.DONE
         model.move(OpKind.H2D, [0, 1, 2, 3], [[4, 5, 6, 7]])
+        for tensors in model.pages:
+            tensors[0][4, :100] = 7
         model.check()
 
 

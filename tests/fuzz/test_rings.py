@@ -13,8 +13,9 @@ from flexkv._core.device.ring import FAREWELL, ControllerRings
 from flexkv._core.ring_pair import HEADER_BYTES
 from flexkv._core.sealed_memory import sealed_memfd
 from flexkv.errors import TransferError
+from flexkv.protocol.exchange import Share
 from flexkv.protocol.registration import Placement
-from flexkv.rank.memory import RankMemory
+from flexkv.rank.memory import PeerShare, RankMemory
 from flexkv.rank.tp_client import KVTPClient
 from tests.fuzz.rounds import Leaks, mutated, rounds
 from tests.support.harness import (
@@ -43,7 +44,7 @@ def records(rng: random.Random) -> bytes:
         many = length * (1 + min(groups, 3))
         numbers = [rng.choice(wild) if rng.random() < 0.2 else rng.randrange(SLOTS) for _ in range(many)]
         op = np.array([rng.randrange(8), rng.randrange(4), rng.choice([0, 0, 0, 1, 1 << 63])], np.uint64).tobytes()
-        op += np.array([rng.choice([1, 2, 2, 0, 7]), count, rng.choice([count, 0, 1 << 31]), rng.randrange(16),
+        op += np.array([rng.choice([1, 2, 2, 3, 3, 0, 7]), count, rng.choice([count, 0, 1 << 31]), rng.randrange(16),
                         rng.choice([0, 0, 1, 1 << 31]), groups], dtype=np.uint32).tobytes()
         op += np.array(numbers, dtype=np.int32).tobytes()
         kind, payload = rng.choice([(1, op), (1, op), (1, op), (2, op[:8]), (rng.getrandbits(32), op)])
@@ -65,10 +66,15 @@ def give(rings: ControllerRings, ring: int, data: bytes, tail: int) -> None:
 def play_agent(rng: random.Random, tensors: Tensors) -> None:
     rings, (ours, theirs) = ControllerRings(DATA), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     memory = RankMemory(tensors.specs(), groups=[0, 1, 0])
-    table = memory.copy_table([Placement(0, memory.segments[0].segment_bytes, 0, rng.choice([0, 64, 6144]))])
+    size, twin, peers = memory.segments[0].segment_bytes, Tensors(), None
+    if rng.random() < 0.7:
+        order = RankMemory(twin.specs(), groups=[0, 1, 0]).tensors_of[0]
+        peers = [PeerShare(Share(0, 640, size), [spec.ptr for spec in order])]
+    table = memory.copy_table([Placement(0, size, 0, rng.choice([0, 64, 6144]))], [Share(0, 0, 640)], peers)
     agent = DeviceAgent(
         regions=table.regions, num_pages=memory.num_pages, spans=table.spans, saves=table.saves, loads=table.loads,
-        layers=table.layers, pool_fd=sealed_memfd("pool", SLOT * SLOTS), pool_bytes=SLOT * SLOTS,
+        layers=table.layers, shares=table.shares, peers=table.peers,
+        pool_fd=sealed_memfd("pool", SLOT * SLOTS), pool_bytes=SLOT * SLOTS,
         slot_bytes=SLOT, ring_fd=os.dup(rings.fd), ring_bytes=rings.ring_bytes,
         submission_event_fd=os.dup(rings.sending_event_fd), completion_event_fd=os.dup(rings.receiving_event_fd),
         socket_fd=theirs.detach(),

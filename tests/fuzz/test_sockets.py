@@ -16,6 +16,7 @@ import pytest
 
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.errors import FlexKVError, PinError
+from flexkv.protocol.exchange import Allocation, Exchange, ExportedCopy, Exports, Peer, Share
 from flexkv.protocol.registration import Placement, SegmentClaim, SegmentKind, Welcome, pack_refusal
 from flexkv.protocol.requests import ask
 from flexkv.rank.handshake import join_controller
@@ -23,9 +24,11 @@ from tests.fuzz.rounds import Leaks, mutated, rounds
 from tests.support.harness import controller_of, hello_of, local, make_manager, mapping, tokens_of, until
 
 HELLO = hello_of(1).pack()
+EXPORTS = Exports(b"p" * 16, b"g" * 16, (Allocation(bytes(64), 1 << 20, 1 << 16),),
+                  (ExportedCopy(b"x" * 16, b"l" * 16, ((0, 0), (0, 4096))),))
 SHARED = hello_of(1, num_pages=(10, 20), segments=(
     SegmentClaim(SegmentKind.SHARD, 1024, bytes(16)), SegmentClaim(SegmentKind.REPLICA, 64, bytes(16), b"x" * 16),
-)).pack()
+), exports=EXPORTS).pack()
 REQUESTS = [
     {"command": "pins"}, {"command": "unpin", "name": "p"}, {"command": "pins", "after": "p"},
     {"command": "pin", "name": "p", "namespace": ["salt", "x"], "num_tokens": 8},
@@ -126,10 +129,14 @@ def test_the_ranks_end_of_the_handshake(tmp_path: Path) -> None:
     leaks = Leaks()
     controller = Controller(tmp_path / "s")
     hello = hello_of(pid=os.getpid())
-    welcome = Welcome(1 << 20, 4096, 256 + 4096, (Placement(0, 1024, 0, 1024),)).pack()
+    places = (Placement(0, 1024, 0, 1024),)
+    exchange = Exchange((Share(0, 0, 512),), (Peer(2, (Share(0, 512, 1024),), EXPORTS),))
+    welcome = Welcome(1 << 20, 4096, 256 + 4096, places).pack()
+    shared = Welcome(1 << 20, 4096, 256 + 4096, places, 0, exchange).pack()
     for rng in rounds():
         for _ in range(20):
             message = rng.choice([rng.randbytes(rng.randrange(2100)), mutated(rng, welcome), welcome,
+                                  shared, mutated(rng, shared),
                                   mutated(rng, pack_refusal("no \N{SNOWMAN}"))])
             thread = threading.Thread(target=controller.answer, args=(rng, message))
             thread.start()

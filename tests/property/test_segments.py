@@ -14,7 +14,7 @@ from flexkv.protocol.ring import OpKind
 from flexkv.rank.memory import CopyTable, RankMemory
 from flexkv.rank.tensors import tensor_spec
 from flexkv.storage.layout import SEGMENT_ALIGNMENT_BYTES, SlotLayout
-from tests.support.segment_ranks import Kind, SegmentRank, SlotModel, move, segmented
+from tests.support.segment_ranks import Kind, SegmentRank, SlotModel, exchange_of, move, segmented
 
 from .examples import EXAMPLES
 
@@ -100,6 +100,8 @@ def test_ranks_move_the_bytes_of_the_model(data: st.DataObject, kinds: list[list
         model = SlotModel(ranks, NUM_SLOTS)
         for kind, moved in ops:
             slots, pages = [slot for slot, _ in moved], np.array([numbers for _, numbers in moved]).T.tolist()
-            assert move(manager, kind, slots, pages, layerwise=kind is OpKind.H2D and len(moved) > 2).all()
+            layerwise = kind is OpKind.H2D and len(moved) > 2
+            exchange = exchange_of(manager) if kind is OpKind.H2D and not layerwise else 0
+            assert move(manager, kind, slots, pages, layerwise=layerwise, exchange=exchange).all()
             model.move(kind, slots, pages)
             model.check()

@@ -182,7 +182,7 @@ class GpuRank:
         return self._pipe.recv()
 
     def check(self, pages: Sequence[int], seed: int, positions: Sequence[int] | None = None) -> None:
-        """Compare pages with what computing would have written for these positions (default: 0, 1, ...)."""
+        """Compare pages with the KV that computing writes for these positions (default: 0, 1, ...)."""
         positions = range(len(pages)) if positions is None else positions
         for index, (kind, got) in enumerate(zip(self.kinds, self("read", pages), strict=True)):
             expected = [computed(kind, index, self.number, seed, position) for position in positions]

@@ -1,4 +1,4 @@
-"""Memory that a rank exports to its peers, and maps from them: only memory that was declared, checked before it is used."""
+"""Memory that a rank exports to its peers, and maps from them: only declared memory, checked before it is used."""
 
 import logging
 import random
@@ -90,7 +90,8 @@ def test_memory_that_cannot_be_shared(caplog: pytest.LogCaptureFixture) -> None:
     assert export_copies(memory_of(), None, False) is None
     assert "those of another process" in caplog.text
     many = [np.zeros((2, 16), dtype=np.uint8) for _ in range(MAX_EXPORT_BYTES // 80)]
-    assert export_copies(RankMemory([tensor_spec(array) for array in many], copies=["x"] * len(many)), None, True) is None
+    memory = RankMemory([tensor_spec(array) for array in many], copies=["x"] * len(many))
+    assert export_copies(memory, None, True) is None
     assert "too many tensors" in caplog.text
 
 

@@ -10,7 +10,8 @@ from flexkv.protocol.registration import Hello
 from flexkv.protocol.ring import OpFlag, OpKind
 from flexkv.transfer.executors.agent_link import Part
 from flexkv.transfer.executors.device import DeviceExecutor, _consecutive
-from flexkv.transfer.graph import TransferOp
+from flexkv.transfer.graph import Dependency, OpStatus, TransferGraph, TransferOp
+from flexkv.transfer.scheduler import Scheduler
 from tests.support.harness import hello_of
 
 
@@ -18,6 +19,11 @@ from tests.support.harness import hello_of
 class _Rings:
     max_blocks: int
     fence: int = 0
+    exchanges: bool = True
+    is_over: bool = False
+
+    def end_exchange(self) -> None:
+        self.is_over = True
 
     def reached(self, load: bool) -> int:
         return self.fence
@@ -32,10 +38,21 @@ class _Link:
     writes: bool = True
     healthy: bool = True
     caught_up: bool = True
+    exchange: int = 0
+    spared_bytes: int = 0
+    left: bool = False
     parts: list[Part] = field(default_factory=list)
+
+    ops: set[TransferOp] = field(default_factory=set)
 
     def submit(self, part: Part) -> None:
         self.parts.append(part)
+
+    def has_left(self) -> bool:
+        return self.left
+
+    def fail_backlog(self) -> list[Part]:
+        return []
 
 
 def executor_for(ranks: int) -> DeviceExecutor:
@@ -160,3 +177,93 @@ def test_the_step_of_a_save_is_reached_when_the_ranks_that_write_have_done_it() 
     for kind, fence, expected in ((OpKind.D2H, 5, True), (OpKind.H2D, 5, False), (OpKind.H2D, 4, True),
                                   (OpKind.D2H, 6, False)):
         assert executor.reached(TransferOp(kind, numbers, numbers, fence=fence)) is expected
+
+
+# ---- exchanges --------------------------------------------------------------------------------------------------
+
+
+def _exchange(num_ranks: int = 3) -> tuple[DeviceExecutor, list[_Link]]:
+    executor, links = _executor([True] * num_ranks)
+    for link in links:
+        link.exchange, link.spared_bytes = 4, 1 << 20
+    return executor, links
+
+
+def test_large_loads_of_ranks_that_know_one_another_are_exchanges() -> None:
+    executor, links = _exchange()
+    assert [executor.exchange_of(0, count) for count in (15, 16, 1000)] == [0, 4, 4]
+    assert executor.exchange_of(1, 1000) == 0                # not a client
+    for change in ({"exchange": 5}, {"exchange": 0}, {"healthy": False}, {"caught_up": False}):
+        before = {name: getattr(links[1], name) for name in change}
+        vars(links[1]).update(change)
+        assert executor.exchange_of(0, 1000) == 0
+        vars(links[1]).update(before)
+    links[2].rings.exchanges = False
+    assert executor.exchange_of(0, 1000) == 0
+    links[2].rings.exchanges = True
+    assert executor.exchange_of(0, 1000) == 4
+    executor.detach(links[0])                                # type: ignore[arg-type]
+    assert executor.exchange_of(0, 1000) == 0
+    assert [link.rings.is_over for link in links] == [False, True, True]
+    assert [link.exchange for link in links] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [OpKind.H2D, OpKind.P2D])
+def test_the_steps_of_an_outdated_exchange_fail(kind: OpKind) -> None:
+    """A rank registered again, so the others know memory that is not its own any more."""
+    numbers = np.arange(3, dtype=np.int32)
+    for exchange, is_current in ((4, True), (3, False)):
+        executor, links = _exchange()
+        op = TransferOp(kind, numbers, numbers, exchange=exchange)
+        executor.submit(op, np.arange(3), TransferOp.resolve)
+        for link in links:
+            [part] = link.parts
+            assert bool(part.flags & OpFlag.CANCELLED) != is_current
+            assert bool(part.flags & OpFlag.SHARE) == (kind is OpKind.H2D)
+        assert op.is_lost != is_current
+
+
+def test_blocks_of_the_second_step_fail_if_a_rank_has_left() -> None:
+    """Whether or not its hang-up was handled: its pages may have been used again before its peers read them."""
+    executor, links = _exchange()
+    numbers = np.arange(4, dtype=np.int32)
+    first, second = (TransferOp(kind, numbers, numbers, exchange=4) for kind in (OpKind.H2D, OpKind.P2D))
+    for op in (first, second):
+        executor.submit(op, np.arange(4), TransferOp.resolve)
+    assert set(executor.exchanging(0)) == {first, second}
+    assert executor.exchanging(1) == []
+    parts = [link.parts for link in links]
+    for rank in range(3):
+        parts[rank][0].flight.answer(slice(0, 4), np.ones(4, dtype=np.bool_))
+        parts[rank][1].flight.answer(slice(0, 2), np.ones(2, dtype=np.bool_))
+    links[0].left = True                                     # it has answered
+    for rank in range(3):
+        parts[rank][1].flight.answer(slice(2, 4), np.ones(2, dtype=np.bool_))
+    assert first.ok.all()
+    assert second.ok.tolist() == [True, True, False, False]
+    assert second.is_lost
+    assert executor.exchanging(0) == []
+
+
+def test_a_block_that_one_rank_could_not_read_ends_for_all() -> None:
+    """Each rank gets the second step of the block as cancelled, so that its load has a result."""
+    executor, links = _exchange()
+    numbers = np.arange(4, dtype=np.int32)
+    first = TransferOp(OpKind.H2D, numbers, numbers, exchange=4)
+    second = TransferOp(OpKind.P2D, numbers, numbers, exchange=4, depends_on=[Dependency.each(first)])
+    scheduler = Scheduler({(kind, 0): executor for kind in (OpKind.H2D, OpKind.P2D)})
+    graph = TransferGraph(1, [first, second])
+    scheduler.submit(graph, lambda graph: None, 10.0)
+    for rank in range(2):
+        links[rank].parts[0].flight.answer(slice(0, 4), np.array([True, rank == 0, True, True]))
+        assert not links[0].parts[1:]                        # rank 2 has not answered
+    links[2].parts[0].flight.answer(slice(0, 4), np.ones(4, dtype=np.bool_))
+    for link in links:
+        moved, ended = link.parts[1:]
+        assert (moved.indices.tolist(), ended.indices.tolist()) == ([0, 2, 3], [1])
+        assert not moved.flags & (OpFlag.CANCELLED | OpFlag.SHARE)
+        assert ended.flags & OpFlag.CANCELLED
+        moved.flight.answer(moved.indices, np.ones(3, dtype=np.bool_))
+        ended.flight.answer(ended.indices, np.zeros(1, dtype=np.bool_))
+    assert second.ok.tolist() == [True, False, True, True]
+    assert graph.status is OpStatus.FAILED
