@@ -2,6 +2,7 @@
 #include "move_kernel.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -41,6 +42,7 @@ struct flexkv_cuda_copy {
     uint64_t chunk_slots;         /* slots that are registered at a time; no copy crosses such a part */
     _Atomic uint64_t registered;  /* slots; a multiple of chunk_slots until the last part */
     _Atomic int registering;      /* more will be */
+    pthread_mutex_t pinning;      /* held while a part is registered, or copies of other memory are made */
     _Atomic int error;            /* the first; later calls may only repeat it */
     const char *_Atomic failed;
 };
@@ -234,18 +236,14 @@ static int attach(void *context)
     return TRY(cuCtxPushCurrent, copy->options.context) ? -EIO : 0;
 }
 
-/* Number of leading blocks that can be copied now, all of them in registered memory (*pinned) or all in memory that
- * will never be registered: those copies are slow, but right. 0: the first block waits for its registration. The
- * controller does not use such slots (flexkv_agent_report_usable). */
-static uint32_t usable(struct flexkv_cuda_copy *copy, const int32_t *slots, uint32_t count, int *pinned)
+/* Number of leading blocks that are all in registered memory (*pinned), or all in memory that is not registered: those
+ * copies are slow, but right. */
+static uint32_t leading(struct flexkv_cuda_copy *copy, const int32_t *slots, uint32_t count, int *pinned)
 {
-    int registering = atomic_load(&copy->registering);
     uint64_t limit = atomic_load(&copy->registered);
     uint32_t n = 0;
 
     *pinned = count && (uint64_t)slots[0] < limit;
-    if (!*pinned && registering)
-        return 0;
     while (n < count && ((uint64_t)slots[n] < limit) == *pinned)
         n++;
     return n;
@@ -285,6 +283,17 @@ static uint32_t fit(const struct flexkv_cuda_copy *copy, const struct job *job, 
     return (uint32_t)(window / stride);
 }
 
+/* Enqueue the copies of a window. */
+static int enqueue(struct flexkv_cuda_copy *copy, const struct job *job, uint32_t strategy, cu_stream last)
+{
+    if (strategy == FLEXKV_STAGED)
+        return move_staged(copy, job);
+    return wait_fence(copy, &copy->lanes[job->kind == FLEXKV_D2H ? FLEXKV_D2H : FLEXKV_H2D], job->fence, last) ||
+           (strategy == FLEXKV_BATCH    ? copy_chunks(copy, job, last)
+            : job->kind == FLEXKV_P2D ? launch(copy, job, 0, job->span->peer_stride, 1)
+                                        : launch(copy, job, (uint64_t)copy->at->pool, copy->at->slot_bytes, 1));
+}
+
 static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence, uint32_t span,
                  const int32_t *slots, const int32_t *pages, uint32_t count)
 {
@@ -301,8 +310,8 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
         return 0;
     job.count = count < FLEXKV_MOVE_BLOCKS ? count : FLEXKV_MOVE_BLOCKS;
     job.pinned = 1;
-    if (kind != FLEXKV_P2D && !(job.count = usable(copy, slots, job.count, &job.pinned)))
-        return 0;
+    if (kind != FLEXKV_P2D)
+        job.count = leading(copy, slots, job.count, &job.pinned);
     strategy = strategy_of(copy, &job);
     most = fit(copy, &job, strategy);
     job.count = job.count < most ? job.count : most;
@@ -315,13 +324,11 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
             return -EIO;
     }
     last = strategy == FLEXKV_BATCH || (strategy == FLEXKV_STAGED && kind == FLEXKV_D2H) ? lane->copy : lane->kernel;
-    if (strategy == FLEXKV_STAGED)
-        failed = move_staged(copy, &job);
-    else
-        failed = wait_fence(copy, kind == FLEXKV_P2D ? &copy->lanes[FLEXKV_H2D] : lane, fence, last) ||
-                 (strategy == FLEXKV_BATCH ? copy_chunks(copy, &job, lane->copy)
-                  : kind == FLEXKV_P2D     ? launch(copy, &job, 0, job.span->peer_stride, 1)
-                                           : launch(copy, &job, (uint64_t)at->pool, at->slot_bytes, 1));
+    if (!job.pinned && pthread_mutex_trylock(&copy->pinning))
+        return 0;                 /* a part is being registered: flexkv_agent_advance wakes the agent after that */
+    failed = enqueue(copy, &job, strategy, last);
+    if (!job.pinned)
+        pthread_mutex_unlock(&copy->pinning);
     if (failed || TRY(cuEventRecord, lane->ended[lane->num_started % MAX_AHEAD], last)) {
         copy->api->cuStreamSynchronize(lane->copy);           /* no started copy may outlive its slots */
         copy->api->cuStreamSynchronize(lane->kernel);
@@ -449,6 +456,7 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
             free(copy);
             return -ENOMEM;
         }
+    pthread_mutex_init(&copy->pinning, NULL);
     copy->chunk_slots = REGISTER_BYTES > at->slot_bytes ? REGISTER_BYTES / at->slot_bytes : 1;
     copy->registering = 1;
     *error = api->cuCtxPushCurrent(options->context);
@@ -483,16 +491,17 @@ int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated,
     }
     *error = copy->api->cuCtxPushCurrent(copy->options.context);
     if (!*error) {
+        pthread_mutex_lock(&copy->pinning);
         *error = copy->api->cuMemHostRegister(at->pool + first * at->slot_bytes, slots * at->slot_bytes,
                                               CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP);
+        if (!*error)
+            atomic_store(&copy->registered, first + slots);
+        pthread_mutex_unlock(&copy->pinning);
         copy->api->cuCtxPopCurrent(&popped);
     }
-    if (*error) {
+    if (*error)
         atomic_store(&copy->registering, 0);
-        return -EIO;
-    }
-    atomic_store(&copy->registered, first + slots);
-    return 1;
+    return *error ? -EIO : 1;
 }
 
 uint64_t flexkv_cuda_copy_registered(const struct flexkv_cuda_copy *copy, int *more)
@@ -561,6 +570,7 @@ void flexkv_cuda_copy_destroy(struct flexkv_cuda_copy *copy)
         api->cuMemHostUnregister(copy->at->pool + first * copy->at->slot_bytes);
     if (pushed)
         api->cuCtxPopCurrent(&popped);
+    pthread_mutex_destroy(&copy->pinning);
     free(copy);
 }
 

@@ -16,7 +16,7 @@ _HEAD = """\
 A setting comes from, in this order: `kv_connector_extra_config` of vLLM (or keyword arguments), the file that
 `FLEXKV_CONFIG_PATH` names (YAML or JSON, in UTF-8), the variable in the table, the default. An unknown name, a name
 that is given twice, a wrong type or an impossible value stops the start, with an error that names the key, the value
-and the allowed values. With vLLM `tokens_per_block` is always its block size.
+and the allowed values. With vLLM `tokens_per_block` is always the block size of its scheduler.
 
 `flexkv config --check [FILE]` validates the environment and a file in a fraction of a second: one line for each
 problem, exit status 1 if there is one. Conflicts between settings are reported once each setting is valid by itself;

@@ -160,18 +160,22 @@ class Listener(AgentListener):
         self._transfer.dismiss_ranks(client, reason)
 
     def _make_pool(self, group: RankGroup, layout: SlotLayout) -> HostPool:
+        before = self._memory.pool
         try:
-            return self._memory.pool_for(layout, self._transfer.populated)
+            pool = self._memory.pool_for(layout, self._transfer.populated)
         except OtherLayoutError:
             group.on_other_layout()
             raise
+        if self._keeps_memory and pool is before:
+            self._transfer.keep_slots(pool.num_slots)
+        return pool
 
     def is_ready(self, client: int) -> bool:
-        """Whether every rank of an engine is registered and has pinned the usable slots, and the host pool exists."""
+        """Whether every rank of an engine is registered, and slots are usable."""
         transfer, registry = self._transfer, self._registries.get(client)
         return (
             registry is not None and transfer.in_service and transfer.is_running and registry.complete
-            and transfer.has_ranks(client)
+            and transfer.usable_slots > 0 and transfer.has_ranks(client)
         )
 
     def describe_ranks(self, client: int) -> str:

@@ -154,7 +154,7 @@ class TransferEngine(GraphRunner):
             self._device.dismiss(client, reason)
 
     def has_ranks(self, client: int) -> bool:
-        """Whether all ranks and nodes of a client have joined and have pinned the usable slots."""
+        """Whether all ranks and nodes of a client have joined, and can copy from and to the usable slots."""
         return self._device.caught_up(client)
 
     def exchange_of(self, client: int, num_blocks: int) -> int:
@@ -273,6 +273,11 @@ class TransferEngine(GraphRunner):
         """Record that the first ``num_slots`` slots are populated; ``last``: the pool does not grow further. Any thread
         may call it."""
         self._growth.populated(num_slots, last)
+
+    def keep_slots(self, num_slots: int) -> None:
+        """Record that ``num_slots`` slots were usable when the pool served another data plane. On the background
+        thread."""
+        self._growth.keep(num_slots)
 
     def _joined(self, link: AgentLink) -> None:
         self._growth.joined()

@@ -1,23 +1,18 @@
-"""Growth of the host pool: a slot is usable when the controller has populated it and every rank has pinned it."""
+"""Growth of the host pool: slots become usable when they are populated and the ranks of an engine have pinned them."""
 
-import time
 from collections.abc import Callable, Iterable
 
 from flexkv.transfer.executors.agent_link import AgentLink
 
-_STANDS_S = 5.0
-"""Time without progress after which the ranks of an engine do not hold up the pool of other engines any more, in
-seconds. A part is pinned in 10 to 100 ms, so they are stopped, or their driver hangs."""
-
 
 class PoolGrowth:
-    """Counts the usable slots of the host pool: the leading slots that are populated and pinned by every rank.
+    """Counts the usable slots of the host pool: the leading slots that are populated, and that all connected ranks of
+    at least one engine have pinned.
 
-    The count never decreases. A rank that registers later, because its process was restarted, has no pinned slots at
-    first. Until it has pinned the usable slots (``AgentLink.caught_up``), it takes part in no transfer and the engine
-    is not ready. So a match never returns a slot that a rank cannot copy from yet. If the ranks of one of several
-    engines pin nothing for ``_STANDS_S`` seconds, the pool grows without them; they are then like ranks that register
-    later.
+    The count never decreases. Ranks of another engine, and ranks that register again, take part in transfers at once:
+    until they have pinned the pool, too, they copy through the driver's own memory, which is slower. A storage host has
+    a pool of its own. It takes part in transfers when that has as many usable slots (``AgentLink.caught_up``), and the
+    count never exceeds theirs.
 
     Parameters
     ----------
@@ -27,29 +22,25 @@ class PoolGrowth:
         Called when ``update`` must be called, on the thread that populates the pool.
     on_change : callable
         Called by ``update`` when ``usable`` or ``complete`` has changed.
-    clock : callable
-        Monotonic time in seconds.
 
     Attributes
     ----------
     usable : int
         Number of usable slots, counted from the first slot.
     complete : bool
-        Whether every connected rank has pinned the usable slots.
+        Whether every connected rank and storage host can copy from and to the usable slots.
     """
 
     def __init__(
-        self, on_capacity: Callable[[int], None], wake: Callable[[], None], on_change: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        self, on_capacity: Callable[[int], None], wake: Callable[[], None], on_change: Callable[[], None]
     ) -> None:
-        self._clock = clock
-        self._progress: dict[int, tuple[int, float]] = {}    # by engine: slots that its ranks have pinned, since when
         self._on_capacity = on_capacity
         self._wake = wake
         self._on_change = on_change
         self._populated = (0, False)         # replaced as a whole, by the thread that populates
         self._announced: set[AgentLink] = set()
         self._announced_extent = self._populated
+        self._kept = 0
         self.usable = 0
         self.complete = False
 
@@ -59,8 +50,12 @@ class PoolGrowth:
         self._populated = (num_slots, last)
         self._wake()
 
+    def keep(self, num_slots: int) -> None:
+        """Record that ``num_slots`` slots were usable when the pool served another data plane; they are usable now."""
+        self._kept = num_slots
+
     def joined(self) -> None:
-        """Record that a rank has registered; it has no pinned slots yet."""
+        """Record that a rank has registered, or a storage host has joined."""
         self.complete = False
 
     def update(self, links: Iterable[AgentLink], may_grow: bool = True) -> None:
@@ -76,12 +71,9 @@ class PoolGrowth:
         if (self.complete and self.usable == extent[0]) or not may_grow:
             return
         pinned = {link: min(extent[0], link.rings.usable_slots) for link in links}     # a rank may report any number
+        usable = max(self.usable, self._most_of_an_engine(pinned), min(self._kept, extent[0]))
         for link in links:
-            link.caught_up = link.caught_up or pinned[link] >= self.usable
-        usable = self._next_usable(pinned)
-        for link in links:
-            if pinned[link] < usable:                # it pins nothing more
-                link.caught_up = False
+            link.caught_up = link.caught_up or pinned[link] >= usable
         complete = all(link.caught_up for link in links)
         changed = complete != self.complete or usable > self.usable
         self.complete = complete
@@ -91,18 +83,11 @@ class PoolGrowth:
         if changed:
             self._on_change()
 
-    def _next_usable(self, pinned: dict[AgentLink, int]) -> int:
-        """Slots that every rank has pinned, except the ranks of engines that pin nothing more."""
-        now, shares = self._clock(), dict[int, int]()
+    @staticmethod
+    def _most_of_an_engine(pinned: dict[AgentLink, int]) -> int:
+        """Slots that all ranks of an engine have pinned, of the engine that has the most."""
+        of_engines = dict[int, int]()
         for link, count in pinned.items():
             client = link.hello.dp_client_id
-            shares[client] = min(count, shares.get(client, count))
-        known = self._progress
-        self._progress = {
-            client: known[client] if client in known and known[client][0] == count else (count, now)
-            for client, count in shares.items()
-        }
-        most = max(shares.values(), default=0)
-        return min((
-            count for client, count in shares.items() if count == most or now - self._progress[client][1] < _STANDS_S
-        ), default=0)
+            of_engines[client] = min(count, of_engines.get(client, count))
+        return max(of_engines.values(), default=0)

@@ -24,17 +24,23 @@ def quiet() -> Iterator[None]:
 @pytest.fixture
 def engines(tmp_path: Path, quiet: None) -> Iterator[Any]:
     """Makes engines with vLLM's scheduler and FlexKV, and closes them."""
+    from tests.integration.context_parallel import ContextParallelEngine
     from tests.integration.paged_engine import PagedEngine
 
     made: list[PagedEngine] = []
 
     def make(
-        depth: int = 1, ranks: int = 1, slots: int = SLOTS, seed: int = 0, transfer: Any = None, **settings: Any
+        depth: int = 1, ranks: int = 1, slots: int = SLOTS, seed: int = 0, transfer: Any = None, layout: Any = None,
+        **settings: Any,
     ) -> PagedEngine:
         directory = tmp_path / str(len(made))
         directory.mkdir()
         settings = {"num_cpu_blocks": slots, **settings}
-        made.append(PagedEngine(directory, PAGES, settings, depth, ranks, seed, transfer=transfer))
+        common = {"depth": depth, "seed": seed, "transfer": transfer}
+        if layout is not None:
+            made.append(ContextParallelEngine(layout, directory, PAGES, settings, **common))
+        else:
+            made.append(PagedEngine(directory, PAGES, settings, ranks=ranks, **common))
         made[-1].wait_ready(slots)
         return made[-1]
 

@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -56,8 +56,9 @@ def make_config(directory: Path, num_pages: int, transfer: dict[str, Any] | None
 class PagedWorker:
     """One rank: the tensors, the connector's worker half, and what the model runner knows of each request."""
 
-    def __init__(self, connector: Any, num_pages: int, salt: int = 0) -> None:
+    def __init__(self, connector: Any, num_pages: int, make_chunk: Callable[..., Any] = Chunk) -> None:
         self.connector = connector
+        self._make_chunk = make_chunk
         self.caches = paged_model.blank(num_pages)
         self._requests: dict[str, dict[str, Any]] = {}
         if connector is not None:
@@ -65,14 +66,28 @@ class PagedWorker:
 
     def execute(self, output: Any, loras: dict[str, int]) -> ModelRunnerOutput:
         """One step, with the hooks in the order of vLLM's runners."""
-        connector, report = self.connector, KVConnectorOutput()
+        self.begin(output)
+        chunks = self.make_chunks(output, loras)
+        for layer, name in enumerate(NAMES if chunks else ()):
+            self.wait_for_layer(name)
+            for chunk in chunks.values():
+                chunk.layer(self.caches[layer], layer)
+        return self.end(output, self.sample(chunks))
+
+    def begin(self, output: Any) -> None:
         for req_id in output.finished_req_ids:
             self._requests.pop(req_id, None)
-        if connector is not None:
-            connector.bind_connector_metadata(output.kv_connector_metadata)
+        if self.connector is not None:
+            self.connector.bind_connector_metadata(output.kv_connector_metadata)
             if output.has_sync_kv_loads:
-                connector.start_load_kv(None)
-        sampled = self._forward(output, loras)
+                self.connector.start_load_kv(None)
+
+    def wait_for_layer(self, name: str) -> None:
+        if self.connector is not None:
+            self.connector.wait_for_layer_load(name)
+
+    def end(self, output: Any, sampled: dict[str, list[int]]) -> ModelRunnerOutput:
+        connector, report = self.connector, KVConnectorOutput()
         if connector is not None:
             if not output.has_sync_kv_loads:
                 connector.start_load_kv(None)
@@ -110,18 +125,17 @@ class PagedWorker:
             computed[req_id] = start
         return computed
 
-    def _forward(self, output: Any, loras: dict[str, int]) -> dict[str, list[int]]:
-        computed, chunks, sampled = self._update(output), {}, {}
+    def make_chunks(self, output: Any, loras: dict[str, int]) -> dict[str, Any]:
+        computed, chunks = self._update(output), {}
         for req_id, count in output.num_scheduled_tokens.items():
             request, start = self._requests[req_id], computed[req_id]
             tokens = np.array(request["tokens"][start : start + count])
             assert len(tokens) == count, "the scheduler knows of more tokens than the worker"
-            chunks[req_id] = Chunk(np.array(request["pages"]), start, tokens, loras.get(req_id, 0))
-        for layer, name in enumerate(NAMES if chunks else ()):
-            if self.connector is not None:
-                self.connector.wait_for_layer_load(name)
-            for chunk in chunks.values():
-                chunk.layer(self.caches[layer], layer)
+            chunks[req_id] = self._make_chunk(np.array(request["pages"]), start, tokens, loras.get(req_id, 0))
+        return chunks
+
+    def sample(self, chunks: dict[str, Any]) -> dict[str, list[int]]:
+        sampled = {}
         for req_id, chunk in chunks.items():
             known = self._requests[req_id]["tokens"]
             done = chunk.start + len(chunk.positions) == len(known)
@@ -169,16 +183,16 @@ class PagedEngine:
             directory / "model", num_pages, transfer, max_num_batched_tokens=batched_tokens, max_num_seqs=max_seqs,
         )
         self.config.scheduler_config.async_scheduling = depth > 1
-        if ranks > 1:
-            self.config.parallel_config.tensor_parallel_size = ranks
-            self.config.model_config.hf_text_config.num_key_value_heads = ranks
-            self.config.model_config.hf_text_config.num_attention_heads = ranks
+        self.config.parallel_config.tensor_parallel_size = ranks
+        self.adapt_config()
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=2, dtype=torch.float32)
         cache = KVCacheConfig(num_pages, [], [KVCacheGroupSpec(NAMES, spec)], hash_block_size=BLOCK)
-        self._hasher = get_request_block_hasher(BLOCK, HASH)
+        self.page_tokens, hash_block_size = resolve_kv_cache_block_sizes(cache, self.config)
+        self._hasher = get_request_block_hasher(hash_block_size, HASH)
         init_none_hash(HASH)
         self.scheduler: Any = (AsyncScheduler if depth > 1 else Scheduler)(
-            self.config, cache, StructuredOutputManager(self.config), BLOCK, hash_block_size=BLOCK,
+            self.config, cache, StructuredOutputManager(self.config), self.page_tokens,
+            hash_block_size=hash_block_size,
         )
         self.workers = [self._make_worker(rank, cache, num_pages, transfer) for rank in range(ranks)]
         self._join_workers()
@@ -198,7 +212,25 @@ class PagedEngine:
             with patch(where + "get_pp_group", lambda: SimpleNamespace(rank_in_group=0)), \
                     patch(where + "get_tensor_model_parallel_rank", lambda: rank):
                 connector = KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, cache)
+        return self.make_worker(connector, num_pages)
+
+    # ---- for engines whose ranks have different KV --------------------------------------------------------------
+
+    def adapt_config(self) -> None:
+        """Called before anything is made of the configuration."""
+
+    def make_worker(self, connector: Any, num_pages: int) -> PagedWorker:
         return PagedWorker(connector, num_pages)
+
+    def run_workers(self, output: Any) -> list[Any]:
+        return [worker.execute(output, self.loras) for worker in self.workers]
+
+    def pages_of(self, tokens: list[int], lora: int) -> list[list[torch.Tensor]]:
+        """What computing a sequence writes: by rank and layer, its pages in order."""
+        return [paged_model.compute(tokens, lora)[0]] * len(self.workers)
+
+    def right_answer(self, prompt: list[int], count: int, lora: int) -> list[int]:
+        return paged_model.answer(prompt, count, lora)
 
     def _join_workers(self) -> None:
         """vLLM's global connector, where the ranks' halves find the step's metadata."""
@@ -255,7 +287,7 @@ class PagedEngine:
                 self.answers[one.request_id] += one.new_token_ids
 
     def _execute(self, output: Any) -> ModelRunnerOutput:
-        results: list[ModelRunnerOutput | None] = [worker.execute(output, self.loras) for worker in self.workers]
+        results: list[ModelRunnerOutput | None] = self.run_workers(output)
         if len(results) == 1:
             assert results[0] is not None
             return results[0]
@@ -314,12 +346,12 @@ class PagedEngine:
             tokens = prompt + self.answers[name]
             if name not in self._tracked:                   # never considered
                 continue
-            keys = self._tracked[name].keys()[: len(tokens) // BLOCK]
+            keys = self._tracked[name].keys()[: len(tokens) // self.page_tokens]
             ready = manager.lookup(keys).num_ready
             new = [i for i in range(ready) if keys[i].tobytes() not in checked]
             if not new:
                 continue
-            truth = paged_model.compute(tokens[: ready * BLOCK], lora)[0]
+            truth = self.pages_of(tokens[: ready * self.page_tokens], lora)
             pages = np.arange(1, ready + 1, dtype=np.int32)
             assert ready < self.workers[0].caches[0].shape[0]
             task = manager.get_blocks(keys[:ready], 0, pages)
@@ -328,7 +360,8 @@ class PagedEngine:
             for i in new:
                 good = all(
                     torch.equal(cache[i + 1], true[i])
-                    for worker in self.workers for cache, true in zip(worker.caches, truth, strict=True)
+                    for worker, pages_of_rank in zip(self.workers, truth, strict=True)
+                    for cache, true in zip(worker.caches, pages_of_rank, strict=True)
                 )
                 checked[keys[i].tobytes()] = good
                 wrong += not good

@@ -18,7 +18,7 @@ U32 = np.uint32
 _ODD = (2 * np.arange(CHANNELS) + 1).astype(U32)
 
 
-def _mix(*parts: Any) -> np.ndarray:
+def mix(*parts: Any) -> np.ndarray:
     x = np.zeros_like(np.asarray(parts[0], dtype=U32))
     for part in parts:
         x = (x ^ np.asarray(part, dtype=U32)) * U32(2654435761)
@@ -30,7 +30,7 @@ def _mix(*parts: Any) -> np.ndarray:
 
 def kv_of(hidden: np.ndarray, positions: np.ndarray, layer: int) -> np.ndarray:
     """(n, CHANNELS) uint32: KV of tokens."""
-    x = _mix(hidden, positions, np.full_like(hidden, layer))
+    x = mix(hidden, positions, np.full_like(hidden, layer))
     return (x[:, None] * _ODD + _ODD).astype(U32)
 
 
@@ -40,7 +40,7 @@ def weight(kv: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def embed(tokens: np.ndarray, lora: int) -> np.ndarray:
-    return _mix(tokens.astype(U32), np.full(len(tokens), lora, dtype=U32))
+    return mix(tokens.astype(U32), np.full(len(tokens), lora, dtype=U32))
 
 
 def sample(hidden: int) -> int:
@@ -65,7 +65,7 @@ class Chunk:
         before = view[self.pages[: -(-self.start // BLOCK)]].reshape(-1, CHANNELS)[: self.start]
         past = weight(before, np.arange(self.start).astype(U32)).sum(dtype=U32)
         context = past + np.cumsum(weight(kv, self.positions), dtype=U32)
-        self.hidden = _mix(self.hidden, context)
+        self.hidden = mix(self.hidden, context)
 
 
 def blank(num_pages: int) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.integration.paged_engine import PagedEngine
-from tests.integration.paged_model import VOCABULARY, answer
+from tests.integration.paged_model import VOCABULARY
 
 NO_PAGE = 1 << 24
 
@@ -137,7 +137,7 @@ def wrong_answers(engine: PagedEngine, requests: list[Asked]) -> list[str]:
     wrong = []
     for one in requests:
         got = engine.answers[one.name]
-        want = answer(one.prompt, one.tokens, one.lora)
+        want = engine.right_answer(one.prompt, one.tokens, one.lora)
         if got != want[: len(got)] or (not one.abort and len(got) != len(want)):
             wrong.append(one.name)
     return wrong

@@ -17,7 +17,7 @@ def vllm_config(port: str = "", *, role: str = "kv_both", rank: int = 0, **chang
         cache_config=SimpleNamespace(block_size=4, cache_dtype="auto", num_gpu_blocks=64),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_index=rank,
-            decode_context_parallel_size=1, prefill_context_parallel_size=1,
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, cp_kv_cache_interleave_size=1,
         ),
         model_config=SimpleNamespace(
             dtype="torch.bfloat16", get_num_layers=lambda parallel: 1, get_total_num_kv_heads=lambda: 1,

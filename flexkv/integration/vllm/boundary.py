@@ -69,7 +69,7 @@ class HookGuard(Generic[_Half]):
 
 
 class GuardedScheduler(HookGuard[SchedulerSide | OffScheduler]):
-    """Guard of the scheduler's hooks. ``block_size``: tokens of a vLLM block."""
+    """Guard of the scheduler's hooks. ``block_size``: tokens of a page of vLLM's scheduler."""
 
     def __init__(self, side: SchedulerSide | OffScheduler | None, block_size: int) -> None:
         super().__init__(side)

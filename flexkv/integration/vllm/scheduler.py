@@ -44,7 +44,7 @@ class SchedulerSide:
     controller : Blocks
         A controller that was started.
     block_size : int
-        Tokens of a vLLM block.
+        Tokens of a page of vLLM's scheduler.
     config : ConnectorConfig
     may_load, may_save : bool
         Whether the engine's role allows loads and saves.

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.platforms import current_platform
 
+from flexkv.integration.vllm.context_parallel import unsupported_context
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -36,9 +38,9 @@ def unsupported(vllm_config: "VllmConfig") -> str | None:
     return None
 
 
-def unsupported_layers(kv_cache_config: Any, block_size: int) -> str | None:
-    """The reason why the adapter does not support the groups of a KV cache (vLLM's ``KVCacheConfig``); None: it
-    does."""
+def unsupported_layers(kv_cache_config: Any, block_size: int, shares: int = 1) -> str | None:
+    """The reason why the adapter does not support the groups of a KV cache (vLLM's ``KVCacheConfig``); None: it does.
+    ``shares``: ranks that store different tokens of the same sequence."""
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         return f"the model has {len(groups)} KV cache groups; FlexKV supports one"
@@ -50,6 +52,8 @@ def unsupported_layers(kv_cache_config: Any, block_size: int) -> str | None:
             return f"the model has KV layers of kind {kind}; FlexKV supports {', '.join(sorted(LAYER_KINDS))}"
         if getattr(layer, "non_causal", False):
             return "the model has layers that attend to later tokens, so KV of a prefix depends on the tokens after it"
+        if shares > 1 and not getattr(layer, "dcp_sharded", True):
+            return f"decode_context_parallel_size is {shares}, and some layers store all tokens on each rank"
     if spec.block_size != block_size:
         return f"a KV page holds {spec.block_size} tokens, and the engine's block size is {block_size}"
     return None
@@ -88,14 +92,6 @@ def find_kv_cache_config(owner: object) -> Any:
 def _platform(vllm_config: "VllmConfig") -> str | None:
     if not (current_platform.is_cuda() or current_platform.is_cpu()):
         return f"FlexKV supports CUDA and CPU, this platform is {current_platform.device_name}"
-    return None
-
-
-def _parallelism(vllm_config: "VllmConfig") -> str | None:
-    parallel = vllm_config.parallel_config
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        if (size := getattr(parallel, name, 1)) != 1:
-            return f"{name} is {size}: a page holds a part of its tokens on each rank; FlexKV supports 1"
     return None
 
 
@@ -143,4 +139,6 @@ def _cache(vllm_config: "VllmConfig") -> str | None:
     return None
 
 
-_CHECKS: tuple[Callable[["VllmConfig"], str | None], ...] = (_platform, _parallelism, _model_kind, _attention, _cache)
+_CHECKS: tuple[Callable[["VllmConfig"], str | None], ...] = (
+    _platform, _model_kind, _attention, _cache, unsupported_context
+)

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from flexkv.config import FlexKVConfig, ModelConfig, engine_config, runtime_directory, warn_overruled
 from flexkv.errors import FlexKVError, RegistrationError
 from flexkv.integration.vllm.boundary import GuardedScheduler, GuardedWorker
+from flexkv.integration.vllm.context_parallel import layout_name, num_shares, page_tokens, share_of_rank
 from flexkv.integration.vllm.data_parallel import data_parallel_rank, settings_of_rank
 from flexkv.integration.vllm.identity import identify
 from flexkv.integration.vllm.log import follow_vllm_log
@@ -87,7 +88,7 @@ def _model_config(vllm_config: "VllmConfig") -> ModelConfig:
         revision=str(model.revision or ""),
         weights_id=identity.weights_id,
         config_digest=identity.config_digest,
-        engine=f"vllm {vllm_version} {current_platform.device_name} {backend}",
+        engine=f"vllm {vllm_version} {current_platform.device_name} {backend} {layout_name(vllm_config)}".rstrip(),
     )
 
 
@@ -122,10 +123,10 @@ class FlexKVConnectorV1Impl:
         config = _settings(vllm_config, rank)
         self._config = config
         self._vllm_config = vllm_config
-        self._scheduler = GuardedScheduler(None, vllm_config.cache_config.block_size)
+        reason = unsupported(vllm_config) or unsupported_nodes(vllm_config, config)
+        self._scheduler = GuardedScheduler(None, page_tokens(vllm_config) if reason is None else 1)
         self._worker = GuardedWorker(None)
         self._storage_host: TransferManagerOnRemote | None = None
-        reason = unsupported(vllm_config) or unsupported_nodes(vllm_config, config)
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler.side = self._make_scheduler(rank) if reason is None else self._off(reason)
         else:
@@ -137,11 +138,11 @@ class FlexKVConnectorV1Impl:
             model = _model_config(vllm_config)
         except Exception as error:      # vLLM's properties may raise anything  # noqa: BLE001
             return self._off(f"the model cannot be described ({type(error).__name__}: {error})")
-        block_size = vllm_config.cache_config.block_size
+        tokens = page_tokens(vllm_config)
         given = config.cache.tokens_per_block
-        warn_overruled(config.given, "tokens_per_block", given, block_size, "the block size of vLLM")
+        warn_overruled(config.given, "tokens_per_block", given, tokens, "the block size of vLLM's scheduler")
         controller = connect(
-            model, config.cache.replace(tokens_per_block=block_size), config.transfer, rank,
+            model, config.cache.replace(tokens_per_block=tokens), config.transfer, rank,
             _register_port(vllm_config, config),
             note=f"{vllm_config.kv_transfer_config.kv_role}, saves {config.connector.save_mode}",
         )
@@ -152,7 +153,7 @@ class FlexKVConnectorV1Impl:
             layerwise = "never"                    # a full graph does not call wait_for_layer_load
         transfer = vllm_config.kv_transfer_config
         return SchedulerSide(
-            controller, block_size, config.connector.replace(layerwise_loads=layerwise),
+            controller, tokens, config.connector.replace(layerwise_loads=layerwise),
             may_load=getattr(transfer, "is_kv_consumer", True), may_save=getattr(transfer, "is_kv_producer", True),
             max_in_flight=_steps_in_flight(vllm_config),
         )
@@ -170,7 +171,7 @@ class FlexKVConnectorV1Impl:
         )
         # a controller ends a transfer after ten times op_timeout_s in any case
         leave_after_s = 12 * transfer.op_timeout_s if reconnects else math.inf
-        copy = copy_name(self._vllm_config, get_tensor_model_parallel_rank())
+        copy = copy_name(self._vllm_config, get_tensor_model_parallel_rank(), share_of_rank(self._vllm_config))
         return WorkerSide(client, self._config.connector, copy, leave_after_s)
 
     def _off(self, reason: str) -> OffScheduler:
@@ -226,9 +227,8 @@ class FlexKVConnectorV1Impl:
         config = find_kv_cache_config(self)
         if config is None:
             return None
-        return unsupported_layers(config, self._vllm_config.cache_config.block_size) or unsupported_tensors(
-            kv_caches, config
-        )
+        block_size, shares = self._vllm_config.cache_config.block_size, num_shares(self._vllm_config)
+        return unsupported_layers(config, block_size, shares) or unsupported_tensors(kv_caches, config)
 
     def start_load_kv(self, forward_context: "ForwardContext | None", **kwargs: Any) -> None:
         """Start the step's loads. vLLM 0.32 calls it after it has launched compute, unless compute needs the loads."""

@@ -7,6 +7,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from flexkv.config import TransferConfig
 from flexkv.tools.bench.report import Line, line_of
 from flexkv.tools.bench.session import LAYERS, session
 
@@ -15,6 +16,7 @@ _SMALL_BYTES, _LARGE_BYTES = 4096, 1 << 19
 
 _SMALL_BLOCKS, _LARGE_BLOCKS = 32, 1024
 _COPIES = 8
+_SAVING_MODES = ("sharded", "rank0_only")            # the other modes are like one of these
 _COUNTS = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (2, 2), (16, 2))
 
 
@@ -67,9 +69,26 @@ def _bandwidth(num_ranks: int) -> Line:
     return Line("ranks", case, round(ours, 1), "GB/s", round(ceiling, 1), round(plain / took, 3))
 
 
+def _replicated(num_ranks: int, on_gpu: bool) -> Iterator[Line]:
+    """GB/s of KV that is equal on all ranks: a get, and a put in each mode. Each byte counts once."""
+    blocks = _LARGE_BLOCKS if on_gpu else _SMALL_BLOCKS
+    num_bytes = blocks * _LARGE_BYTES * LAYERS
+    for mode in _SAVING_MODES:
+        transfer = TransferConfig(kv_shared_across_ranks_mode=mode)
+        with session(
+            blocks, _LARGE_BYTES, on_gpu, transfer, num_ranks, is_copy=True, num_cpu_blocks=2 * blocks
+        ) as loaded:
+            saved = min([loaded.put(loaded.other_tokens()) for _ in range(_COPIES)][1:])
+            loaded.put(loaded.tokens)                # the others may have evicted it
+            took = min([loaded.get(blocks) for _ in range(_COPIES)][1:])
+        yield Line("ranks", f"save of one copy, {num_ranks} ranks, {mode}", round(num_bytes / saved / 1e3, 1), "GB/s")
+        if mode == _SAVING_MODES[0]:
+            yield Line("ranks", f"load of one copy by {num_ranks} ranks", round(num_bytes / took / 1e3, 1), "GB/s")
+
+
 def run(n: int = 400, counts: Sequence[tuple[int, int]] = _COUNTS) -> Iterator[Line]:
     """Measure ``n`` gets of one block, in microseconds, for each (ranks, nodes) of ``counts``; with GPUs also the
-    bandwidth of 1, 2, 4 and 8 of them at once, in GB/s of 1e9 bytes."""
+    bandwidth of 1, 2, 4 and 8 of them at once, in GB/s of 1e9 bytes. Last, KV that is equal on two ranks or more."""
     import torch
 
     for num_ranks, nodes in counts:
@@ -79,6 +98,8 @@ def run(n: int = 400, counts: Sequence[tuple[int, int]] = _COUNTS) -> Iterator[L
             took = np.array([loaded.get(1) for _ in range(n)])[n // 10 :]
         where = "" if nodes == 1 else f" on {nodes} nodes"
         yield line_of("ranks", f"get of 1 block, {num_ranks} rank{'s' * (num_ranks > 1)}{where}", took)
+    num_gpus = torch.cuda.device_count()
     for num_ranks in (1, 2, 4, 8):
-        if num_ranks <= torch.cuda.device_count():
+        if num_ranks <= num_gpus:
             yield _bandwidth(num_ranks)
+    yield from _replicated(max(2, num_gpus), num_gpus >= 2)

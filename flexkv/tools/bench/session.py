@@ -25,8 +25,10 @@ TOKENS_PER_BLOCK = 16
 LAYERS = 4
 
 
-def _layers(number: int, num_blocks: int, layer_bytes: int, on_gpu: bool) -> tuple[list[Any], list[TensorSpec]]:
-    rng = np.random.default_rng(number)
+def _layers(
+    number: int, num_blocks: int, layer_bytes: int, on_gpu: bool, seed: int
+) -> tuple[list[Any], list[TensorSpec]]:
+    rng = np.random.default_rng(seed)
     layers: list[Any] = [rng.integers(0, 256, (num_blocks, layer_bytes), dtype=np.uint8) for _ in range(LAYERS)]
     if not on_gpu:
         return layers, [TensorSpec(a.ctypes.data, a.shape, a.strides, 1) for a in layers]
@@ -38,11 +40,13 @@ def _layers(number: int, num_blocks: int, layer_bytes: int, on_gpu: bool) -> tup
     return layers, [tensor_spec(layer) for layer in layers]
 
 
-def _rank(pipe: Connection, port: str, number: int, num_blocks: int, layer_bytes: int, on_gpu: bool) -> None:
-    layers, specs = _layers(number, num_blocks, layer_bytes, on_gpu)
+def _rank(
+    pipe: Connection, port: str, number: int, num_blocks: int, layer_bytes: int, on_gpu: bool, is_copy: bool
+) -> None:
+    layers, specs = _layers(number, num_blocks, layer_bytes, on_gpu, 0 if is_copy else number)
     content = [layer.clone() if on_gpu else layer.copy() for layer in layers]
     client = KVTPClient(port, device_id=number)
-    client.register_tensors(specs, keep_alive=layers)
+    client.rank.register_tensors(specs, keep_alive=layers, copies=["all ranks"] * LAYERS if is_copy else None)
     client.wait_connected(30.0)
     pipe.send("registered")
     for question in iter(pipe.recv, "stop"):
@@ -91,9 +95,11 @@ class Session:
             pipe.send(question)
         return [pipe.recv() for pipe in self._pipes]
 
-    def put(self, tokens: NDArray[np.int64]) -> None:
-        """Save all pages as KV of ``tokens``."""
+    def put(self, tokens: NDArray[np.int64]) -> float:
+        """Save all pages as KV of ``tokens``; returns the microseconds."""
+        start = time.perf_counter_ns()
         self.wait(self.manager.put_async(tokens, self.slots))
+        return (time.perf_counter_ns() - start) / 1e3
 
     def wait(self, task_id: int) -> KVResponse:
         """Wait for a task, which must succeed; returns its response."""
@@ -126,7 +132,7 @@ class Session:
 @contextmanager
 def session(
     num_blocks: int, layer_bytes: int, on_gpu: bool = False, transfer: TransferConfig | None = None, ranks: int = 1,
-    nodes: int = 1, **cache: Any,
+    nodes: int = 1, is_copy: bool = False, **cache: Any,
 ) -> Iterator[Session]:
     """A session whose bytes are compared before and after.
 
@@ -139,6 +145,8 @@ def session(
     transfer : TransferConfig, optional
     ranks, nodes : int
         The nodes are storage hosts on this machine.
+    is_copy : bool
+        The KV of all ranks is equal, and stored once.
     cache
         Settings of ``CacheConfig``.
     """
@@ -164,7 +172,7 @@ def session(
         pipes, processes = [], []
         for number in range(ranks):
             pipe, theirs = context.Pipe()
-            arguments = (theirs, ports[number * nodes // ranks], number, num_blocks, layer_bytes, on_gpu)
+            arguments = (theirs, ports[number * nodes // ranks], number, num_blocks, layer_bytes, on_gpu, is_copy)
             processes.append(context.Process(target=_rank, args=arguments, daemon=True))
             processes[-1].start()
             stack.callback(processes[-1].join, 10)

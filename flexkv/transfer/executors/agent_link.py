@@ -137,6 +137,8 @@ class AgentLink:
         Process of the agent; owned by the link.
     is_detached : bool
         It takes no more ops.
+    caught_up : bool
+        It can copy from and to the usable slots: see ``PoolGrowth``.
     said_farewell : bool
         The agent has ended on purpose: it accesses no slot and no page any more.
     exchange : int
@@ -162,7 +164,7 @@ class AgentLink:
         self._cancels: deque[int] = deque()
         self._disconnected = self.is_detached = False
         self.exchange = self.spared_bytes = 0
-        self.caught_up = False      # it has pinned the usable slots: see PoolGrowth
+        self.caught_up = True
         self._log = RepeatedLog(logger)
 
     def _process(self) -> Peer:

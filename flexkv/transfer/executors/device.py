@@ -63,7 +63,7 @@ class DeviceExecutor(Executor):
             link.disconnect(reason, logging.INFO)
 
     def caught_up(self, client: int) -> bool:
-        """Whether all ranks of a client are connected and have pinned the usable slots."""
+        """Whether all ranks and nodes of a client are connected, and can copy from and to the usable slots."""
         links = self._links.get(client, ())
         return len(links) == self._ranks.get(client, -1) and all(link.caught_up for link in links)
 

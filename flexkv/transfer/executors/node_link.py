@@ -44,7 +44,7 @@ class NodeChannel:
     Attributes
     ----------
     usable_slots : int
-        Slots that all ranks of the node have pinned.
+        Slots of the node's pool that its ranks can copy from and to.
     max_blocks : int
         Blocks of a part at most.
     receiving_event_fd : int
@@ -183,6 +183,7 @@ class NodeLink(AgentLink):
         self._address, self._frames = address, frames
         self._pinged = 0.0
         super().__init__(frames.connection, hello, NodeChannel(frames, len(join.num_pages)))
+        self.caught_up = False                       # until its own pool has the usable slots
 
     def _process(self) -> Peer:
         return self.rest

@@ -1,13 +1,15 @@
 """Pinning of the pool by ranks, against a fake driver that pins part by part as the test lets it."""
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
+from flexkv.rank.pool_pinning import PinningAgent
 from flexkv.rank.tp_client import KVTPClient
 from flexkv.storage.host_pool import HostPool, OnExtent
 from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
@@ -137,23 +139,65 @@ def test_a_slot_is_used_when_all_ranks_have_pinned_it(tmp_path: Path, cuda: Fake
         node.close()
 
 
-def test_a_rank_that_was_restarted_pins_again_before_it_is_used(node: Node, cuda: FakeCuda) -> None:
+class PausedPinner:
+    """Stands in for PoolPinner: pins as many parts as the test has released."""
+
+    released = threading.Semaphore(0)
+
+    def __init__(self, agent: PinningAgent, pause: Callable[[float], bool]) -> None:
+        self._agent, self._pause = agent, pause
+
+    def run(self) -> None:
+        while self._agent.pinning and not self._pause(0.0):
+            if self.released.acquire(timeout=0.01):
+                self._agent.pin_next()
+
+
+@pytest.mark.parametrize("pinned", [0, 1, 3])
+def test_a_rank_that_was_restarted_is_used_while_it_pins(
+    node: Node, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, pinned: int
+) -> None:
     client = node.add_rank()
     until(lambda: node.usable() == NUM_SLOTS, 20)
     assert node.moves(PAGES, 1)
     client.close()
     until(lambda: not node.manager.is_ready())
-    cuda.allow_registering(2)
     node.tensors.clear()
+    monkeypatch.setattr("flexkv.rank.rank.PoolPinner", PausedPinner)
     again = node.add_rank()
-    until(lambda: len(cuda.parts) == 2, 20)
-    until(lambda: again.wait_connected(1.0) is None)
-    assert not node.manager.is_ready()                                          # so nothing is offered
-    task = node.manager.get_async(tokens_of(PAGES, 1), mapping(range(PAGES)))
-    assert node.manager.wait(task)[task].status is Status.FAILED                # told at once, instead of waited for
-    cuda.allow_registering(-1)
+    PausedPinner.released.release(pinned or 1)
+    until(lambda: len(cuda.parts) == (pinned or 1), 20)
     until(node.manager.is_ready, 20)
-    assert node.moves(PAGES, 2)
+    task, mask = node.manager.get_match(tokens_of(PAGES, 1))                    # what the rank before it has saved
+    node.manager.launch(task, mapping(range(PAGES)))
+    assert node.manager.wait(task)[task].status is Status.SUCCESS
+    assert mask.all()
+    loaded, computed = node.tensors[0].read(range(PAGES)), Tensors(PAGES, SHAPE)
+    computed.fill(range(PAGES), 100)
+    assert loaded == computed.read(range(PAGES))
+    for seed in range(2, 8):                                                    # over pinned slots and others
+        assert node.moves(PAGES, seed)
+    assert len(cuda.parts) == (pinned or 1)
+    PausedPinner.released.release(5)
+    until(lambda: again.rank._agent is not None and not again.rank._agent.pinning, 20)
+    assert node.moves(PAGES, 8)
+
+
+def test_parts_are_pinned_while_blocks_move(node: Node, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of memory that is being pinned wait until it is pinned."""
+    client = node.add_rank()
+    until(lambda: node.usable() == NUM_SLOTS, 20)
+    client.close()
+    for seed in range(6):
+        until(lambda: not node.manager.is_ready())
+        node.tensors.clear()
+        cuda.delay_registering(3000)
+        cuda.delay(200)
+        client = node.add_rank()
+        until(node.manager.is_ready, 20)
+        for turn in range(8):
+            assert node.moves(PAGES - 5 * turn, 10 * seed + turn)
+        client.close()
 
 
 @pytest.mark.parametrize("after", [0, 2])

@@ -23,17 +23,16 @@ class Engine:
 
 
 class Link:
-    def __init__(self, client: int = 0) -> None:
+    def __init__(self, client: int = 0, is_node: bool = False) -> None:
         self.hello = Engine(client)
         self.rings = Rings()
-        self.caught_up = False
+        self.caught_up = not is_node
 
 
 class Pool:
     def __init__(self, *links: Link) -> None:
         self.capacities: list[int] = []
-        self.now = 0.0
-        self.growth = PoolGrowth(self.capacities.append, lambda: None, lambda: None, lambda: self.now)
+        self.growth = PoolGrowth(self.capacities.append, lambda: None, lambda: None)
         self.links = list(links)
         self.growth.joined()
 
@@ -44,8 +43,8 @@ class Pool:
         self.growth.populated(num_slots, last)
         self.update()
 
-    def join(self) -> Link:
-        self.links.append(Link())
+    def join(self, client: int = 0, is_node: bool = False) -> Link:
+        self.links.append(Link(client, is_node))
         self.growth.joined()
         return self.links[-1]
 
@@ -102,7 +101,7 @@ def test_a_rank_that_takes_slots_back_changes_nothing() -> None:
     assert pool.capacities == [10]
 
 
-def test_a_rank_that_was_restarted_catches_up_first() -> None:
+def test_a_rank_that_was_restarted_takes_part_at_once() -> None:
     pool = Pool(Link(), Link())
     pool.populate(50)
     for link in pool.links:
@@ -110,6 +109,25 @@ def test_a_rank_that_was_restarted_catches_up_first() -> None:
     assert pool.growth.complete
     del pool.links[1]
     again = pool.join()
+    pool.populate(80)
+    assert pool.growth.complete
+    assert again.caught_up
+    pool.pin(pool.links[0], 80)
+    for pinned in (0, 16, 50):
+        pool.pin(again, pinned)
+        assert pool.growth.usable == 50
+    pool.pin(again, 60)
+    assert pool.capacities == [50, 60]
+
+
+def test_a_storage_host_takes_part_when_it_has_the_usable_slots() -> None:
+    pool = Pool(Link(), Link(is_node=True))
+    pool.populate(50)
+    for link in pool.links:
+        pool.pin(link, 50)
+    assert pool.growth.complete
+    del pool.links[1]
+    again = pool.join(is_node=True)
     assert not pool.growth.complete                                             # before any update
     pool.populate(80)
     pool.pin(pool.links[0], 80)
@@ -124,36 +142,38 @@ def test_a_rank_that_was_restarted_catches_up_first() -> None:
     assert pool.capacities == [50, 60]
 
 
+def test_slots_of_a_pool_that_served_before_are_usable_as_they_are_populated() -> None:
+    pool = Pool(Link())
+    pool.growth.keep(100)
+    pool.update()
+    assert pool.capacities == []
+    pool.populate(30)
+    pool.populate(100, last=True)
+    assert pool.capacities == [30, 100]
+    assert pool.growth.complete
+
+
 def test_without_ranks_nothing_grows() -> None:
     pool = Pool()
     pool.populate(10, last=True)
     assert pool.capacities == []
 
 
-def test_the_ranks_of_an_engine_that_stands_still_hold_up_that_engine_alone() -> None:
+def test_one_engine_does_not_wait_for_the_ranks_of_another() -> None:
     pool = Pool(Link(1), Link(1), Link(2))
     one, other, stopped = pool.links
     pool.populate(100, last=True)
     pool.pin(stopped, 16)
     pool.pin(one, 100)
     pool.pin(other, 60)
-    assert pool.capacities == [16]
-    assert [link.caught_up for link in pool.links] == [True, True, True]
-    pool.now = 6.0
-    pool.pin(other, 80)
-    assert pool.capacities == [16, 80]
-    assert [link.caught_up for link in pool.links] == [True, True, False]
+    assert pool.capacities == [16, 60]
+    assert pool.growth.complete                      # the third copies from and to 44 slots that it has not pinned
     pool.pin(other, 100)
-    pool.pin(stopped, 100)                           # it runs again
     assert pool.capacities[-1] == 100
-    assert pool.growth.complete
-    assert stopped.caught_up
 
 
 def test_the_ranks_of_one_engine_wait_for_each_other() -> None:
     pool = Pool(Link(1), Link(1))
     pool.populate(100, last=True)
     pool.pin(pool.links[0], 100)
-    pool.now = 60.0
-    pool.update()
     assert pool.capacities == []

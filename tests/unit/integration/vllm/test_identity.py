@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from flexkv.config import CacheConfig, domain
+from flexkv.config.domain import layout_of
 from flexkv.integration.vllm import identity
 from flexkv.integration.vllm.identity import canonical, config_digest, identify, process_started_ns
 from flexkv.integration.vllm.vllm_v1_adapter import _model_config
@@ -63,6 +64,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "revision": {"revision": "v2"},
     "tensor parallelism": {"tensor_parallel_size": 2},
     "pipeline parallelism": {"pipeline_parallel_size": 2},
+    "more ranks than heads": {"tensor_parallel_size": 4},
+    "context parallelism": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+    "interleave": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2, "cp_kv_cache_interleave_size": 8},
+    "older interleave": {"tensor_parallel_size": 4, "decode_context_parallel_size": 2,
+                         "dcp_kv_cache_interleave_size": 4},
     "LoRA dtype": {"enable_lora": True, "lora_dtype": "float16"},
     "implementation": {"model_impl": "transformers"},
     "extra of the loader": {"model_loader_extra_config": {"enable_multithread_load": True, "num_threads": 2}},
@@ -76,6 +82,21 @@ def test_every_option_that_changes_kv_is_another_domain(root: Path) -> None:
         domains[name] = domain_of(engine_config(root, **options))
     same = {name: [other for other in domains if domains[other] == domains[name] and other != name] for name in domains}
     assert not {name: others for name, others in same.items() if others}
+
+
+def test_the_layout_of_context_parallelism_does_not_depend_on_vllms_hashes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes and interleave are in the domain itself, in the part that decides which engines may share slots."""
+    options = {"tensor_parallel_size": 4, "decode_context_parallel_size": 2}
+    monkeypatch.setattr(identity, "_SECTIONS", ())
+    one, two = (engine_config(root, **options, cp_kv_cache_interleave_size=size) for size in (1, 2))
+    older = engine_config(root, **options, dcp_kv_cache_interleave_size=2)
+    none = engine_config(root, tensor_parallel_size=4)
+    assert domain_of(two) == domain_of(older)
+    assert len({layout_of(domain_of(config).decode()) for config in (none, one, two)}) == 3
+    assert "dcp 2 interleave 2" in domain_of(two).decode()
+    assert "dcp" not in domain_of(none).decode()
 
 
 def test_what_changes_no_kv_is_the_same_domain(root: Path) -> None:

@@ -8,9 +8,10 @@ import pytest
 from flexkv.integration.vllm.replicas import copy_name
 
 
-def config(ranks: int, heads: int, use_mla: bool = False) -> Any:
+def config(ranks: int, heads: int, use_mla: bool = False, shares: int = 1) -> Any:
     model = SimpleNamespace(use_mla=use_mla, get_total_num_kv_heads=lambda: heads)
-    return SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(tensor_parallel_size=ranks))
+    parallel = SimpleNamespace(tensor_parallel_size=ranks, decode_context_parallel_size=shares)
+    return SimpleNamespace(model_config=model, parallel_config=parallel)
 
 
 @pytest.mark.parametrize(("ranks", "heads", "use_mla", "names"), [
@@ -21,3 +22,17 @@ def config(ranks: int, heads: int, use_mla: bool = False) -> Any:
 ])
 def test_names(ranks: int, heads: int, use_mla: bool, names: list[str | None]) -> None:
     assert [copy_name(config(ranks, heads, use_mla), rank) for rank in range(ranks)] == names
+
+
+@pytest.mark.parametrize(("ranks", "heads", "use_mla", "shares", "names"), [
+    (2, 1, False, 2, [None] * 2), (4, 2, False, 2, [None] * 4), (4, 1, False, 4, [None] * 4),
+    (4, 1, True, 4, [None] * 4),
+    (4, 1, False, 2, ["head 0, share 0", "head 0, share 1"] * 2),
+    (4, 16, True, 2, ["all ranks, share 0", "all ranks, share 1"] * 2),
+    (8, 2, False, 2, [f"head {head}, share {share}" for head in (0, 1) for _ in range(2) for share in (0, 1)]),
+])
+def test_ranks_that_store_different_tokens_are_no_copies(
+    ranks: int, heads: int, use_mla: bool, shares: int, names: list[str | None]
+) -> None:
+    engine = config(ranks, heads, use_mla, shares)
+    assert [copy_name(engine, rank, rank % shares) for rank in range(ranks)] == names

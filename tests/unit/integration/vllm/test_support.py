@@ -32,7 +32,7 @@ from tests.support.vllm_stub import request, step, vllm_config
 
 CPU_MLA = {"model_config__use_mla": True, "attention_config__backend": SimpleNamespace(name="CPU_MLA")}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"parallel_config__decode_context_parallel_size": 2}, "decode_context_parallel_size is 2"),
+    ({"parallel_config__decode_context_parallel_size": 2}, "divisors of tensor_parallel_size"),
     ({"parallel_config__prefill_context_parallel_size": 2}, "prefill_context_parallel_size is 2"),
     ({"model_config__is_attention_free": True}, "has no attention"),
     ({"model_config__is_hybrid": True}, "recurrent layers"),
@@ -151,6 +151,15 @@ def test_other_groups_are_not() -> None:
         ((full(block_size=32),), "holds 32 tokens"),
     ):
         assert reason in str(unsupported_layers(kv_cache_config(*specs), 16))
+
+
+def test_with_context_parallelism_all_layers_share_out_their_tokens() -> None:
+    whole = full(dcp_sharded=False)
+    mixed = UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs={"l0": full(), "l1": whole})
+    for spec, off in ((full(), False), (whole, True), (mixed, True)):
+        assert unsupported_layers(kv_cache_config(spec), 16) is None
+        reason = unsupported_layers(kv_cache_config(spec), 16, 2)
+        assert (reason is not None and "store all tokens on each rank" in reason) == off
 
 
 def test_tensors_that_show_a_part_of_a_page_are_not() -> None:
