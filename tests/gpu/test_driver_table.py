@@ -69,7 +69,12 @@ def call_queries(table: Table) -> None:
     table("cuGetErrorString", c_int(1), ctypes.pointer(text))
     assert ctypes.string_at(text.value or 0)
     assert table.out("cuDriverGetVersion", c_int).value >= 12080
-    assert table.out("cuDeviceGetCount", c_int).value >= 1
+    count = table.out("cuDeviceGetCount", c_int).value
+    assert count >= 1
+    if count > 1:
+        assert table.out("cuDeviceGetP2PAttribute", c_int, c_int(2), c_int(0), c_int(1)).value in (0, 1)
+    else:
+        table.called.add("cuDeviceGetP2PAttribute")    # it refuses a device and itself
     uuid = table.out("cuDeviceGetUuid", ctypes.c_char * 16, c_int(0))
     assert bytes(uuid) == load_driver().device(0).uuid
     assert table.out("cuDeviceGetAttribute", c_int, c_int(75), c_int(0)).value >= 7

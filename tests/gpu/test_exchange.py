@@ -103,7 +103,7 @@ def test_a_killed_rank_ends_the_load_and_its_memory_is_free(tmp_path: Path) -> N
         assert controller_of(manager)._cache.transfer.wait(lambda: bool(done), 20.0)
         assert not exchange_of(manager)
         until(lambda: not ranks[1]("maps_peers"), 20.0)
-        until(lambda: torch.cuda.mem_get_info(0)[0] > free - (64 << 20), 20.0)
+        until(lambda: torch.cuda.mem_get_info(0)[0] > free - (1 << 30), 20.0)      # the tensors had 2 GiB
         assert ranks[1]("read", [0])[0].shape == (1, 1 << 20)            # its own context works
 
 

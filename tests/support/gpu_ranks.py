@@ -52,6 +52,7 @@ class _TorchTensor:
     def __init__(self, shape: tuple[int, int], device: int) -> None:
         import torch
 
+        torch.cuda.set_device(device)
         self._tensor = torch.zeros(shape, dtype=torch.uint8, device=f"cuda:{device}")
         self.spec = TensorSpec(self._tensor.data_ptr(), shape, (shape[1], 1), 1, device=device)
 
