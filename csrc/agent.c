@@ -473,13 +473,15 @@ static int finish_idle(struct flexkv_agent *agent)
     return 0;
 }
 
-/* Once the controller has ended the exchange, start no P2D, and report the end of the last one. */
+/* Once the controller has ended the exchange, start no P2D, and report the end of the last one. Those that are under way
+ * fail: a peer's memory may be free before they end. */
 static void end_exchange(struct flexkv_agent *agent)
 {
     if (!agent->exchange_over && flexkv_ring_read_note(&agent->submissions, FLEXKV_NOTE_EXCHANGE_OVER)) {
         agent->exchange_over = 1;
         for (struct op *op = agent->ops; op; op = op->next)
-            op->cancelled |= op->msg.kind == FLEXKV_P2D;
+            if (op->msg.kind == FLEXKV_P2D)
+                op->failed = op->cancelled = 1;
     }
     if (agent->exchange_over && !agent->windows[FLEXKV_P2D])
         atomic_store(&agent->peers_released, 1);

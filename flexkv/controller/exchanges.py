@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flexkv.protocol.exchange import MAX_EXCHANGE_BYTES, Exchange, Exports, Peer
+from flexkv.protocol.exchange import MAX_EXCHANGE_BYTES, MAX_PEERS, Exchange, Exports, Peer
 from flexkv.protocol.registration import Hello
 from flexkv.storage.layout import SlotLayout
 
@@ -32,6 +32,10 @@ class RankTerms:
     spared_bytes: int
 
 
+def _has_copies(layout: SlotLayout) -> bool:
+    return any(len(segment.readers) > 1 for segment in layout.segments)
+
+
 class ExchangeTerms:
     """Makes the terms of the ranks of one engine.
 
@@ -47,7 +51,7 @@ class ExchangeTerms:
         self._logged = ""
 
     def _is_possible(self, layout: SlotLayout) -> bool:
-        return self._is_allowed and any(len(segment.readers) > 1 for segment in layout.segments)
+        return self._is_allowed and _has_copies(layout)
 
     def needs_more(self, layout: SlotLayout, hellos: Mapping[int, Hello]) -> bool:
         """Whether ranks should wait for the other ranks of the engine: if they were welcomed before, there would be no
@@ -59,6 +63,8 @@ class ExchangeTerms:
         """Make the terms of the ranks that are welcomed together, by their index in the layout. Empty: there is no
         exchange, and each rank reads all of its segments from host memory."""
         if not self._is_possible(layout):
+            if not self._is_allowed and _has_copies(layout):
+                self._log("exchange_copies is off, or the engine is on several nodes")
             return {}
         if len(hellos) < len(layout.held):
             self._log("a rank has registered again, and others have not")
@@ -69,8 +75,9 @@ class ExchangeTerms:
             return {}
         number = next(self._numbers)
         terms = {index: self._terms(layout, number, index, hellos, exports) for index in hellos}
-        if any(len(term.exchange.pack()) > MAX_EXCHANGE_BYTES for term in terms.values()):
-            self._log("the ranks have too many tensors")
+        if any(len(term.exchange.peers) > MAX_PEERS or len(term.exchange.pack()) > MAX_EXCHANGE_BYTES
+               for term in terms.values()):
+            self._log("there are too many ranks or tensors")
             return {}
         self._logged = ""
         return terms

@@ -122,6 +122,7 @@ def open_peers(
         with ExitStack() as undo:
             shares = [share for peer in exchange.peers for share in _open(peer, memory, device, undo)]
             opened.push(undo.pop_all())
+        logger.info("large loads read %d parts of equal KV from other ranks", len(shares))
         return shares
     except (_NoExchange, CudaError) as error:
         logger.info("each rank loads equal KV whole from host memory: %s", error)

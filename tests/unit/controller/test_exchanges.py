@@ -77,13 +77,19 @@ def test_no_exchange_without_the_memory_of_each_rank(caplog: pytest.LogCaptureFi
     assert "does not share its memory" in caplog.text
     assert not terms.needs_more(layout, {1: hellos[1]})      # it would be in vain
     assert ExchangeTerms(False).of(layout, hellos) == {}
+    assert "exchange_copies is off" in caplog.text
+
+
+def test_no_exchange_with_more_peers_than_a_message_may_have() -> None:
+    hellos = {rank: hello_with(rank, [("a", 66 * 4096)]) for rank in range(66)}
+    assert ExchangeTerms(True).of(SlotLayout.of(list(hellos.values())), hellos) == {}
 
 
 def test_no_exchange_if_its_message_would_be_too_large(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "flexkv")
     hellos = {rank: hello_with(rank, [("a", 200_000)], 1000) for rank in range(12)}
     assert ExchangeTerms(True).of(SlotLayout.of(list(hellos.values())), hellos) == {}
-    assert "too many tensors" in caplog.text
+    assert "too many ranks or tensors" in caplog.text
 
 
 @pytest.mark.parametrize("segments", [[("a", 9000)], [(None, 9000)]])
