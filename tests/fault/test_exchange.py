@@ -1,6 +1,7 @@
 """Loads in which each rank reads a part of equal KV, and the other parts from its peers: bytes, order, faults."""
 
 import logging
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from flexkv.protocol.ring import OpKind
 from flexkv.transfer.executors import device
 from flexkv.transfer.executors.device import DeviceExecutor
 from flexkv.transfer.graph import OpStatus, TransferOp
-from tests.support.harness import controller_of, mapping, tokens_of, until, wait_ready
+from tests.support.harness import TOKENS, check_drained, controller_of, mapping, tokens_of, until, wait_ready
 from tests.support.segment_ranks import Kind, SegmentRank, SlotModel, begin, exchange_of, move, segmented
 
 LATENT = [Kind(20_000, copy="latent"), Kind(20_000, copy="latent"), Kind(1_312, copy="indexer")]
@@ -282,3 +283,72 @@ def test_ranks_that_read_all_from_host_memory(
         model.check()
     if reason == "tensors in another layout":
         assert "another layout" in caplog.text
+
+
+class Sequences:
+    """KV of four ranks: of each block, the bytes that computing writes into each tensor of each rank."""
+
+    def __init__(self, ranks: list[SegmentRank]) -> None:
+        self.ranks = ranks
+
+    def content(self, rank: int, index: int, sequence: int, block: int) -> np.ndarray:
+        kind = self.ranks[rank].kinds[index]
+        name = rank if kind.copy is None else 1000
+        return np.random.default_rng([sequence, block, index, name]).integers(0, 256, kind.page_bytes, dtype=np.uint8)
+
+    def write(self, pages: list[int], sequence: int | None) -> None:
+        """Compute the blocks of a sequence into pages; None: other bytes."""
+        for number, rank in enumerate(self.ranks):
+            for index, tensor in enumerate(rank.tensors):
+                for block, page in enumerate(pages):
+                    tensor[page] = 170 if sequence is None else self.content(number, index, sequence, block)
+
+    def check(self, pages: list[int], sequence: int) -> None:
+        for number, rank in enumerate(self.ranks):
+            for index, tensor in enumerate(rank.tensors):
+                for block, page in enumerate(pages):
+                    np.testing.assert_array_equal(tensor[page], self.content(number, index, sequence, block))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_loads_that_succeed_are_right_whatever_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Pages are used again as soon as their load is at rest; nothing leaks."""
+    monkeypatch.setattr(device, "_EXCHANGE_BYTES", 1)
+    rng = random.Random(seed)
+    with segmented(tmp_path / "s", [[*LATENT, Kind(700)]] * 4, [40], 24) as (manager, ranks):
+        sequences, free, loads, num_right = Sequences(ranks), list(range(40)), list[tuple[int, list[int], int]](), 0
+
+        def settle() -> int:
+            task, pages, sequence = loads.pop(0)
+            response = manager.wait(task, completely=True)[task]
+            assert response.return_mask is not None
+            num_loaded = int(response.return_mask.sum()) // TOKENS
+            assert response.return_mask[: num_loaded * TOKENS].all()
+            sequences.check(pages[:num_loaded], sequence)
+            assert not num_loaded or response.status is Status.SUCCESS
+            sequences.write(pages, None)
+            free.extend(pages)
+            return num_loaded
+
+        for _ in range(60):
+            sequence, count = rng.randrange(6), rng.randint(1, 6)
+            while len(free) < count:
+                num_right += settle()
+            pages = [free.pop(rng.randrange(len(free))) for _ in range(count)]
+            if rng.random() < 0.3:
+                sequences.write(pages, sequence)
+                task = manager.put_async(tokens_of(6, sequence)[: count * TOKENS], mapping(pages))
+                manager.wait(task, completely=True)
+                sequences.write(pages, None)
+                free.extend(pages)
+                continue
+            task = manager.get_async(tokens_of(6, sequence)[: count * TOKENS], mapping(pages))
+            loads.append((task, pages, sequence))
+            if rng.random() < 0.3:
+                manager.cancel(task)
+        while loads:
+            num_right += settle()
+        assert num_right > 20
+        check_drained(manager)

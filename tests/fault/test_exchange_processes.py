@@ -2,6 +2,8 @@
 that cannot be read."""
 
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +129,28 @@ def test_processes_without_a_gpu_read_all_from_host_memory(tmp_path: Path, caplo
         manager.shutdown()
         for rank in ranks:
             rank.kill()
+
+
+def test_a_rank_that_stops_in_the_second_step_holds_the_pages_until_it_is_at_rest(tmp_path: Path) -> None:
+    """The load times out; its slots and pages are in use until the rank goes on and has ended its copies."""
+    with gpu_ranks(tmp_path / "s", [KINDS] * 2, 8, 8, NVLINK, op_timeout_s=1.0) as (manager, ranks):
+        saved(manager, ranks)
+        ranks[1]("fake", "delay", 200_000)
+        graph, done = begin(manager, OpKind.H2D, SLOTS, [[7, 6, 5, 4]], exchange=exchange_of(manager))
+        until(lambda: graph.ops[0].done)
+        assert ranks[1].process.pid is not None
+        os.kill(ranks[1].process.pid, signal.SIGSTOP)
+        try:
+            until(lambda: graph.status is OpStatus.TIMEOUT)
+            assert not graph.quiesced
+        finally:
+            os.kill(ranks[1].process.pid, signal.SIGCONT)
+        assert controller_of(manager)._cache.transfer.wait(lambda: bool(done), 5.0)
+        assert graph.status is OpStatus.TIMEOUT
+        assert graph.quiesced
+        ranks[1]("fake", "delay", 0)
+        for rank in ranks:
+            rank("spoil")
+        assert move(manager, OpKind.H2D, SLOTS, [[7, 6, 5, 4]], exchange=exchange_of(manager)).all()
+        for rank in ranks:
+            rank.check([7, 6, 5, 4], 1)
