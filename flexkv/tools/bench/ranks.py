@@ -70,20 +70,25 @@ def _bandwidth(num_ranks: int) -> Line:
 
 
 def _replicated(num_ranks: int, on_gpu: bool) -> Iterator[Line]:
-    """GB/s of KV that is equal on all ranks: a get, and a put in each mode. Each byte counts once."""
+    """GB/s of KV that is equal on all ranks: a get in an exchange and without, and a put in each mode. Each byte counts
+    once."""
     blocks = _LARGE_BLOCKS if on_gpu else _SMALL_BLOCKS
     num_bytes = blocks * _LARGE_BYTES * LAYERS
-    for mode in _SAVING_MODES:
-        transfer = TransferConfig(kv_shared_across_ranks_mode=mode)
+    plain = [(_SAVING_MODES[0], False)] if on_gpu else []           # processes without GPUs do not exchange
+    for mode, exchanges in [*((mode, True) for mode in _SAVING_MODES), *plain]:
+        transfer = TransferConfig(kv_shared_across_ranks_mode=mode, exchange_copies=exchanges)
         with session(
             blocks, _LARGE_BYTES, on_gpu, transfer, num_ranks, is_copy=True, num_cpu_blocks=2 * blocks
         ) as loaded:
             saved = min([loaded.put(loaded.other_tokens()) for _ in range(_COPIES)][1:])
             loaded.put(loaded.tokens)                # the others may have evicted it
             took = min([loaded.get(blocks) for _ in range(_COPIES)][1:])
-        yield Line("ranks", f"save of one copy, {num_ranks} ranks, {mode}", round(num_bytes / saved / 1e3, 1), "GB/s")
+        if exchanges:
+            speed = round(num_bytes / saved / 1e3, 1)
+            yield Line("ranks", f"save of one copy, {num_ranks} ranks, {mode}", speed, "GB/s")
         if mode == _SAVING_MODES[0]:
-            yield Line("ranks", f"load of one copy by {num_ranks} ranks", round(num_bytes / took / 1e3, 1), "GB/s")
+            case = f"load of one copy by {num_ranks} ranks" + (", which exchange it" if exchanges and on_gpu else "")
+            yield Line("ranks", case, round(num_bytes / took / 1e3, 1), "GB/s")
 
 
 def run(n: int = 400, counts: Sequence[tuple[int, int]] = _COUNTS) -> Iterator[Line]:
