@@ -289,9 +289,9 @@ static int enqueue(struct flexkv_cuda_copy *copy, const struct job *job, uint32_
     if (strategy == FLEXKV_STAGED)
         return move_staged(copy, job);
     return wait_fence(copy, &copy->lanes[job->kind == FLEXKV_D2H ? FLEXKV_D2H : FLEXKV_H2D], job->fence, last) ||
-           (strategy == FLEXKV_BATCH    ? copy_chunks(copy, job, last)
+           (strategy == FLEXKV_BATCH  ? copy_chunks(copy, job, last)
             : job->kind == FLEXKV_P2D ? launch(copy, job, 0, job->span->peer_stride, 1)
-                                        : launch(copy, job, (uint64_t)copy->at->pool, copy->at->slot_bytes, 1));
+                                      : launch(copy, job, (uint64_t)copy->at->pool, copy->at->slot_bytes, 1));
 }
 
 static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind kind, uint64_t fence, uint32_t span,

@@ -154,3 +154,17 @@ def test_a_rank_that_stops_in_the_second_step_holds_the_pages_until_it_is_at_res
         assert move(manager, OpKind.H2D, SLOTS, [[7, 6, 5, 4]], exchange=exchange_of(manager)).all()
         for rank in ranks:
             rank.check([7, 6, 5, 4], 1)
+
+
+def test_a_rank_killed_while_it_is_read_ends_the_load_and_breaks_no_other(tmp_path: Path) -> None:
+    with gpu_ranks(tmp_path / "s", [KINDS] * 3, 8, 8, NVLINK) as (manager, ranks):
+        saved(manager, ranks)
+        ranks[1]("fake", "delay", 200_000)
+        graph, done = begin(manager, OpKind.H2D, SLOTS, [[7, 6, 5, 4]], exchange=exchange_of(manager))
+        until(lambda: graph.ops[0].done and bool(ranks[0]("results")))
+        ranks[0].kill()                                      # it has answered both steps, and rank 1 reads its pages
+        assert controller_of(manager)._cache.transfer.wait(lambda: bool(done), 5.0)
+        assert graph.status is OpStatus.FAILED
+        assert graph.ops[1].is_lost
+        until(lambda: not any(rank("maps_peers") for rank in ranks[1:]))
+        assert [rank("error") for rank in ranks[1:]] == [None, None]

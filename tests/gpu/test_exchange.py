@@ -85,6 +85,24 @@ def test_many_loads_at_once(tmp_path: Path) -> None:
                     rank.check(mine, start)
 
 
+@pytest.mark.parametrize("delay_ms", [2, 8, 15, 25])
+def test_a_rank_killed_while_its_memory_is_read_breaks_no_other_gpu(tmp_path: Path, delay_ms: int) -> None:
+    kinds, where = [Kind(1 << 20, copy="latent")] * 4, devices("two GPUs")
+    with gpu_ranks(tmp_path / "s", [kinds] * 2, 512, 16, devices=where) as (manager, ranks):
+        save(manager, ranks, list(range(16)), list(range(16)), 1)
+        graph, done = begin(manager, OpKind.H2D, list(range(16)) * 30, [list(range(20, 500))],
+                            exchange=exchange_of(manager))          # 2 GiB
+        time.sleep(delay_ms / 1e3)
+        ranks[0].process.kill()
+        assert controller_of(manager)._cache.transfer.wait(lambda: bool(done), 30.0)
+        if graph.status is OpStatus.DONE:
+            ranks[1].check(list(range(20, 36)), 1)
+        until(lambda: not ranks[1]("maps_peers"), 20.0)
+        assert ranks[1]("error") is None
+        ranks[1]("spoil")
+        assert (ranks[1]("read", [0])[0] == 170).all()
+
+
 def test_a_killed_rank_ends_the_load_and_its_memory_is_free(tmp_path: Path) -> None:
     kinds, where = [Kind(1 << 20, copy="latent")] * 4, devices("two GPUs")
     torch.cuda.mem_get_info(0)

@@ -133,6 +133,10 @@ class _Rank:
         assert agent is not None
         return agent.has_peers
 
+    def error(self) -> str | None:
+        agent = self.client._agent
+        return None if agent is None or agent.device_error is None else str(agent.device_error)
+
     def advance(self, fence: int) -> None:
         self.client.advance_fence(fence, fence)
 
