@@ -305,7 +305,7 @@ class CheckedTable:
         if is_over and not known.loading:
             self.copies.pages.update(dict.fromkeys(known.pages.tolist()))
         if known.stage == "settled" and known.loading and not known.is_taken:
-            assert not self.copies.touched(OpKind.H2D, OpKind.STORE2D) & set(known.pages.tolist())
+            assert not self.copies.touched(OpKind.H2D, OpKind.P2D, OpKind.STORE2D) & set(known.pages.tolist())
             moved = response.return_mask[::TOKENS_PER_BLOCK]
             for page, block in zip(known.pages.tolist(), known.blocks, strict=True):
                 assert not moved[block] or self.copies.pages[page] == (self.cache.epoch, known.sequence[: block + 1])

@@ -60,13 +60,14 @@ class Copies(Executor):
         Tasks of which a copy was begun or queued, and failed.
     """
 
-    kinds = frozenset({OpKind.D2H, OpKind.H2D, OpKind.D2STORE, OpKind.STORE2D, OpKind.ERASE})
+    kinds = frozenset({OpKind.D2H, OpKind.H2D, OpKind.P2D, OpKind.D2STORE, OpKind.STORE2D, OpKind.ERASE})
     begins: Callable[[TransferOp, int], None]
     progress: Progress | None = None
     queued: list[tuple[TransferOp, int]] = field(default_factory=list)
     moving: list[tuple[TransferOp, int, int]] = field(default_factory=list)
     slots: dict[int, Content] = field(default_factory=dict)
     pages: dict[int, Content] = field(default_factory=dict)
+    parts: dict[int, Content] = field(default_factory=dict)        # of pages, after the first step of an exchange
     disk: dict[int, Record] = field(default_factory=dict)
     bad: set[int] = field(default_factory=set)             # SSD slots of which a read has failed
     num_clears: int = 0
@@ -116,6 +117,10 @@ class Copies(Executor):
             ok = ok and num_clears == self.num_clears
         elif op.kind is OpKind.D2H:
             self.slots[dst] = self.pages.get(src) if ok else None
+        elif op.kind is OpKind.H2D and op.exchange:
+            self.parts[dst], self.pages[dst] = self.slots.get(src) if ok else None, None
+        elif op.kind is OpKind.P2D:
+            self.pages[dst] = self.parts[dst] if ok else None
         elif op.kind is OpKind.H2D:
             self.pages[dst] = self.slots.get(src) if ok else None
         else:
@@ -129,7 +134,7 @@ class Copies(Executor):
     def _answer(self, op: TransferOp, indices: list[int], ok: bool, hurts: bool = True) -> None:
         if indices:
             assert self.progress is not None
-            if op.kind in (OpKind.D2H, OpKind.H2D):
+            if op.kind is OpKind.P2D or (op.kind in (OpKind.D2H, OpKind.H2D) and not op.exchange):
                 self.moved.setdefault(op.task_id, {}).update(dict.fromkeys(indices, ok))
             if hurts and not ok:
                 self.hurt.add(op.task_id)
@@ -169,6 +174,7 @@ class Plane:
         self.pending: list[tuple[TransferGraph, OnDone]] = []
         self.stops: list[TransferGraph] = []
         self.defers = self.fails = False
+        self.num_loads = 0
         self.refused: set[int] = set()
         self.stopped: set[int] = set()
         self.over: dict[int, Callable[[], None]] = {}
@@ -177,7 +183,9 @@ class Plane:
         """No client's pages are counted: every page is valid."""
 
     def exchange_of(self, client: int, num_blocks: int) -> int:
-        return 0
+        """Every other load is an exchange."""
+        self.num_loads += 1
+        return self.num_loads % 2
 
     def submit(self, graph: TransferGraph, on_done: OnDone) -> None:
         assert self.lock.depth == 0
