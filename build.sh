@@ -198,8 +198,8 @@ os._exit(code)' -p no:cacheprovider --capture=sys "$@"
         FUZZ_SECONDS=10 sanitized tests/fuzz
         sanitized tests/unit/cache tests/unit/storage tests/unit/transfer tests/property \
             tests/unit/rank tests/unit/server tests/unit/protocol tests/unit/test_kvmanager.py \
-            tests/unit/test_kvmanager_ssd.py tests/fault/test_segments.py tests/fault/test_processes.py \
-            tests/fault/test_daemon.py \
+            tests/unit/test_kvmanager_ssd.py tests/fault/test_segments.py tests/fault/test_exchange.py \
+            tests/fault/test_processes.py tests/fault/test_daemon.py \
             --deselect tests/unit/transfer/test_cuda.py::test_the_kernel_is_kept_and_checked
     )
 }
