@@ -698,21 +698,15 @@ uint64_t flexkv_agent_lowered(const struct flexkv_agent *agent)
     return flexkv_ring_read_note(&agent->submissions, FLEXKV_NOTE_LOWERED);
 }
 
-void flexkv_agent_report_followed(struct flexkv_agent *agent, uint64_t lowered)
-{
-    flexkv_ring_note(&agent->completions, FLEXKV_NOTE_FOLLOWED, lowered);
-    eventfd_write(agent->options.completion_event_fd, 1);
-}
-
-void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots)
-{
-    flexkv_ring_note(&agent->completions, FLEXKV_NOTE_USABLE, slots);
-    eventfd_write(agent->options.completion_event_fd, 1);
-}
-
 int flexkv_agent_peers_released(const struct flexkv_agent *agent)
 {
     return atomic_load(&agent->peers_released);
+}
+
+void flexkv_agent_report(struct flexkv_agent *agent, uint32_t note, uint64_t value)
+{
+    flexkv_ring_note(&agent->completions, note, value);
+    eventfd_write(agent->options.completion_event_fd, 1);
 }
 
 struct flexkv_outcome *flexkv_agent_take(struct flexkv_agent *agent)

@@ -16,9 +16,11 @@ enum { FLEXKV_MSG_OP = 1, FLEXKV_MSG_CANCEL = 2, FLEXKV_MSG_RESULT = 3 };
 /* Numbers beside the records. The controller's: number of populated slots, whether it is final, whether the exchange is
  * over because a peer has left, and how often the number of slots was lowered, plus 1 (0: it is never lowered). The
  * agent's: number of slots that it can copy from and to, the fences of the steps that the device has done, whether it can
- * copy from the pages of its peers, and the last of the controller's lowerings that it has followed. */
+ * copy from the pages of its peers, the last of the controller's lowerings that it has followed, and whether its owner
+ * takes part: before, no op may be sent. */
 enum { FLEXKV_NOTE_POPULATED, FLEXKV_NOTE_ALL_POPULATED, FLEXKV_NOTE_EXCHANGE_OVER, FLEXKV_NOTE_LOWERED };
-enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE, FLEXKV_NOTE_EXCHANGE, FLEXKV_NOTE_FOLLOWED };
+enum { FLEXKV_NOTE_USABLE, FLEXKV_NOTE_LOAD_FENCE, FLEXKV_NOTE_SAVE_FENCE, FLEXKV_NOTE_EXCHANGE, FLEXKV_NOTE_FOLLOWED,
+       FLEXKV_NOTE_TAKES_PART };
 
 enum flexkv_op_flag {
     FLEXKV_OP_CANCELLED = 1,      /* do not copy, only report */
@@ -162,12 +164,9 @@ uint64_t flexkv_agent_populated(const struct flexkv_agent *agent, int *all);
  * that number. Any thread. */
 uint64_t flexkv_agent_lowered(const struct flexkv_agent *agent);
 
-/* Report to the controller that nothing beyond the populated slots is pinned, after the lowering with this number. Any
- * thread. */
-void flexkv_agent_report_followed(struct flexkv_agent *agent, uint64_t lowered);
-
-/* Report to the controller that it may use the first `slots` slots. Any thread. */
-void flexkv_agent_report_usable(struct flexkv_agent *agent, uint64_t slots);
+/* Report a number to the controller: FLEXKV_NOTE_USABLE, FLEXKV_NOTE_FOLLOWED (nothing beyond the populated slots is pinned,
+ * after the lowering with this number) or FLEXKV_NOTE_TAKES_PART. Any thread. */
+void flexkv_agent_report(struct flexkv_agent *agent, uint32_t note, uint64_t value);
 
 /* 1: the controller has ended the exchange, and no copy accesses the pages of peers any more. Any thread. */
 int flexkv_agent_peers_released(const struct flexkv_agent *agent);

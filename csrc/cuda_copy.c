@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 
 #define NUM_BUFFERS 3             /* staging buffers of each kind: one fills, one empties, one is ready */
 #define MAX_WINDOWS 16            /* windows in flight, of each kind */
@@ -17,6 +18,7 @@
 #define NUM_FENCES 64             /* steps back that an op finds its own fence; older ones wait for a later step */
 #define REGISTER_BYTES (16u << 20) /* pinned at a time. The driver holds a lock meanwhile that kernel launches need:
                                     * 16 MiB of small pages take about 5 ms (docs/design/0016-pool-start.md) */
+#define PIN_WAIT_NS 50000000      /* longest wait for copies of memory that is not registered, before a part is pinned */
 #define MOST_FOR_A_BLOCK (64u << 20)        /* up to here a staging buffer grows so that a block fits */
 
 struct lane {                     /* one direction */
@@ -43,6 +45,7 @@ struct flexkv_cuda_copy {
     _Atomic uint64_t registered;  /* slots; a multiple of chunk_slots until the last part */
     _Atomic int registering;      /* more will be */
     _Atomic int is_stuck;         /* a part could not be unregistered */
+    _Atomic int pin_waits;        /* for the lock: copies of memory that is not registered wait, too */
     pthread_mutex_t pinning;      /* held while a part is registered, or copies of other memory are made */
     _Atomic int error;            /* the first; later calls may only repeat it */
     const char *_Atomic failed;
@@ -325,7 +328,7 @@ static int start(void *context, const struct flexkv_pages *at, enum flexkv_kind 
             return -EIO;
     }
     last = strategy == FLEXKV_BATCH || (strategy == FLEXKV_STAGED && kind == FLEXKV_D2H) ? lane->copy : lane->kernel;
-    if (!job.pinned && pthread_mutex_trylock(&copy->pinning))
+    if (!job.pinned && (atomic_load(&copy->pin_waits) || pthread_mutex_trylock(&copy->pinning)))
         return 0;                 /* a part is being registered: flexkv_agent_advance wakes the agent after that */
     failed = enqueue(copy, &job, strategy, last);
     if (!job.pinned)
@@ -475,6 +478,23 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
     return 0;
 }
 
+/* Wait for the copies of memory that is not registered, of which no others start meanwhile: 1, or 0 if they last too long
+ * for a thread that must notice the end of its rank. */
+static int lock_to_pin(struct flexkv_cuda_copy *copy)
+{
+    struct timespec until;
+    int rc;
+
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += PIN_WAIT_NS;
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    atomic_store(&copy->pin_waits, 1);
+    rc = pthread_mutex_timedlock(&copy->pinning, &until);
+    atomic_store(&copy->pin_waits, 0);
+    return !rc;
+}
+
 int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated, int all, cu_result *error)
 {
     const struct flexkv_pages *at = copy->at;
@@ -491,8 +511,11 @@ int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated,
         return 0;
     }
     *error = copy->api->cuCtxPushCurrent(copy->options.context);
+    if (!*error && !lock_to_pin(copy)) {
+        copy->api->cuCtxPopCurrent(&popped);
+        return -EAGAIN;
+    }
     if (!*error) {
-        pthread_mutex_lock(&copy->pinning);
         *error = copy->api->cuMemHostRegister(at->pool + first * at->slot_bytes, slots * at->slot_bytes,
                                               CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP);
         if (!*error)

@@ -24,7 +24,8 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
                             cu_result *error);
 
 /* Pin the next part of the first `populated` slots of the pool. Pins whole parts only, unless `all` is set: no further
- * slots will be populated. Returns 1, or 0 if there is nothing to pin now. -EIO with *error: no further part is pinned;
+ * slots will be populated. Returns 1, 0 if there is nothing to pin now, or -EAGAIN: copies last too long, try again; the
+ * agent must be woken after 1 and -EAGAIN. -EIO with *error: no further part is pinned;
  * copies of the other slots are slow, not wrong. Must be called by one thread at a time. */
 int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated, int all, cu_result *error);
 

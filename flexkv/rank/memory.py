@@ -94,6 +94,8 @@ class RankMemory:
     copies : sequence of str or None, optional
         For each tensor, the name of the copy that this rank shares with other ranks of its pipeline stage; None, the
         default: the bytes of this rank alone. Tensors with the same name make one segment.
+    meaning : str
+        Content of a page, where shapes do not show it: pages with another meaning have another layout.
 
     Attributes
     ----------
@@ -111,10 +113,10 @@ class RankMemory:
 
     def __init__(
         self, specs: Sequence[TensorSpec], layers: Sequence[int] | None = None, groups: Sequence[int] | None = None,
-        copies: Sequence[str | None] | None = None,
+        copies: Sequence[str | None] | None = None, meaning: str = "",
     ) -> None:
         regions_from_tensors(specs[:1])              # refuses an empty list
-        self._specs = list(specs)
+        self._specs, self._meaning = list(specs), meaning
         self.layers = list(range(len(specs)) if layers is None else layers)
         self._groups = [0] * len(specs) if groups is None else list(groups)
         names: list[str | None] = [None] * len(specs) if copies is None else list(copies)
@@ -163,8 +165,8 @@ class RankMemory:
     def _claim(self, name: str | None, tensors: Sequence[int], size: int) -> SegmentClaim:
         """Declare the segment that holds ``tensors`` in this order."""
         content, groups = content_digest([self._specs[i] for i in tensors]), [self._groups[i] for i in tensors]
-        if any(groups):
-            content = hashlib.sha256(content + bytes(groups)).digest()[:DIGEST_BYTES]
+        if any(groups) or self._meaning:
+            content = hashlib.sha256(content + bytes(groups) + self._meaning.encode()).digest()[:DIGEST_BYTES]
         if name is None:
             return SegmentClaim(SegmentKind.SHARD, size, content)
         return SegmentClaim(

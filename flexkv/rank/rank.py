@@ -40,8 +40,7 @@ _left_behind: list[tuple[object, ExitStack]] = []
 
 _RETRY_S = 0.5                                      # between two attempts to register again
 _CLOSE_S = 10.0
-"""Maximum time that ``close`` waits for the thread that registers and pins, in seconds. A part is pinned in 10 to
-100 ms, so only a hanging driver takes this long."""
+"""Maximum time that ``close`` waits for the thread that registers and pins: only a hanging driver takes this long."""
 
 
 class RankClient:
@@ -102,7 +101,7 @@ class RankClient:
     def register_tensors(
         self, tensors: "Sequence[TensorSpec | KVTensor]", connect_timeout_s: float = CONNECT_TIMEOUT_S,
         keep_alive: object = None, *, layers: Sequence[int] | None = None, groups: Sequence[int] | None = None,
-        copies: Sequence[str | None] | None = None, opened: ExitStack | None = None,
+        copies: Sequence[str | None] | None = None, meaning: str = "", opened: ExitStack | None = None,
         intra_client_id: int | None = None, keep_outcomes: bool = True,
     ) -> None:
         """Register the tensors that hold KV, and return at once. A thread connects as soon as the controller listens.
@@ -116,9 +115,8 @@ class RankClient:
             Time in seconds after which connecting fails.
         keep_alive : object
             Owner of the memory of TensorSpecs; a reference is kept until ``close``.
-        layers, groups, copies : sequence, optional
-            Layer and layer group of each tensor, and the name of the copy that it shares with other ranks; see
-            ``RankMemory``.
+        layers, groups, copies, meaning
+            See ``RankMemory``.
         opened : ExitStack, optional
             Owner of memory of the specs. The client takes it over; ``close`` and ``suspend`` close it.
         intra_client_id : int, optional
@@ -134,7 +132,7 @@ class RankClient:
             The tensors are on a GPU that cannot be used.
         """
         specs = [tensor if isinstance(tensor, TensorSpec) else tensor_spec(tensor) for tensor in tensors]
-        memory = RankMemory(specs, layers, groups, copies)
+        memory = RankMemory(specs, layers, groups, copies, meaning)
         if self._thread is not None:
             raise RegistrationError("this rank has registered its tensors already")
         devices = {spec.device for spec in specs}
@@ -227,6 +225,7 @@ class RankClient:
             if self._signals is not None:
                 agent.set_signals(self._signals, span_of_layer)
         self._connected.set()
+        agent.take_part()                            # not before: without an agent, tasks count as lost
         PoolPinner(agent, partial(self._in_use.pause, self._closing)).run()
         self._in_use.watch_peers(self._closing)
 

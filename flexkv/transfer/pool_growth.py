@@ -145,7 +145,8 @@ class PoolGrowth:
         pinned = {link: min(num_slots, link.rings.usable_slots) for link in links}     # a rank may report any number
         usable = max(self.usable, self._most_of_an_engine(pinned), min(self._kept, num_slots))
         for link in links:
-            link.caught_up = link.caught_up or pinned[link] >= usable
+            is_able = link.rings.takes_part and (pinned[link] >= usable or not link.needs_slots)
+            link.caught_up = link.caught_up or is_able
         complete = all(link.caught_up for link in links)
         changed = complete != self.complete or usable > self.usable
         self.complete = complete

@@ -20,6 +20,7 @@ cdef extern from "agent.h" nogil:
         FLEXKV_NOTE_EXCHANGE
         FLEXKV_NOTE_EXCHANGE_OVER
         FLEXKV_NOTE_FOLLOWED
+        FLEXKV_NOTE_TAKES_PART
         FLEXKV_FAREWELL
 
     struct flexkv_msg_op:
@@ -106,8 +107,7 @@ cdef extern from "agent.h" nogil:
     void flexkv_agent_advance(flexkv_agent *agent, uint64_t load_fence, uint64_t save_fence)
     uint64_t flexkv_agent_populated(const flexkv_agent *agent, int *all)
     uint64_t flexkv_agent_lowered(const flexkv_agent *agent)
-    void flexkv_agent_report_followed(flexkv_agent *agent, uint64_t lowered)
-    void flexkv_agent_report_usable(flexkv_agent *agent, uint64_t slots)
+    void flexkv_agent_report(flexkv_agent *agent, uint32_t note, uint64_t value)
     int flexkv_agent_peers_released(const flexkv_agent *agent)
     flexkv_outcome *flexkv_agent_take(flexkv_agent *agent)
     int flexkv_agent_wait(flexkv_agent *agent, int timeout_ms)

@@ -7,19 +7,22 @@ from contextlib import suppress
 
 import numpy as np
 
+from libc.errno cimport EAGAIN
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
 from flexkv._core.csrc.agent cimport (
+    FLEXKV_NOTE_FOLLOWED,
+    FLEXKV_NOTE_TAKES_PART,
+    FLEXKV_NOTE_USABLE,
     flexkv_agent,
     flexkv_agent_advance,
     flexkv_agent_lowered,
     flexkv_agent_options,
     flexkv_agent_peers_released,
     flexkv_agent_populated,
-    flexkv_agent_report_followed,
-    flexkv_agent_report_usable,
+    flexkv_agent_report,
     flexkv_agent_set_signals,
     flexkv_agent_start,
     flexkv_agent_status,
@@ -194,8 +197,8 @@ cdef class DeviceAgent:
             self.close()
             raise TransferError(f"the device agent did not start: {os.strerror(-rc)}")
         if self.cuda == NULL:
-            flexkv_agent_report_usable(self.agent, self.at.num_slots)
-            flexkv_agent_report_followed(self.agent, ~<uint64_t>0)      # nothing is pinned
+            flexkv_agent_report(self.agent, FLEXKV_NOTE_USABLE, self.at.num_slots)
+            flexkv_agent_report(self.agent, FLEXKV_NOTE_FOLLOWED, ~<uint64_t>0)     # nothing is pinned
 
     cdef set_tables(self, regions, spans, num_pages, saves, loads, layers):
         cdef uint8_t[::1] region_view, span_view
@@ -233,6 +236,11 @@ cdef class DeviceAgent:
         if rc:
             raise MemoryError
 
+    def take_part(self):
+        """Let the controller send ops. To be called once, when all threads that take outcomes know this agent."""
+        if self.agent != NULL:
+            flexkv_agent_report(self.agent, FLEXKV_NOTE_TAKES_PART, 1)
+
     def pin_next(self):
         """Pin the next part of the memory that the controller has populated, or unpin a part that it takes back, and
         report the slots to the controller.
@@ -262,11 +270,14 @@ cdef class DeviceAgent:
             if not unpinned:
                 if lowered > self.followed:
                     self.followed = lowered
-                    flexkv_agent_report_followed(self.agent, lowered)
+                    flexkv_agent_report(self.agent, FLEXKV_NOTE_FOLLOWED, lowered)
                 rc = flexkv_cuda_copy_register(cuda, slots, all_populated, &error)
-            if rc > 0 or (rc and not unpinned):
+            if rc == -EAGAIN:
+                rc = 0
+                flexkv_agent_advance(self.agent, 0, 0)
+            elif rc > 0 or (rc and not unpinned):
                 slots = flexkv_cuda_copy_registered(cuda, &more) if rc > 0 else self.at.num_slots
-                flexkv_agent_report_usable(self.agent, slots)
+                flexkv_agent_report(self.agent, FLEXKV_NOTE_USABLE, slots)
                 flexkv_agent_advance(self.agent, 0, 0)     # wakes it
         self.driver.check(error, "cuMemHostUnregister" if unpinned else "cuMemHostRegister")
         return rc == 1

@@ -20,6 +20,7 @@ from flexkv._core.csrc.agent cimport (
     FLEXKV_NOTE_LOWERED,
     FLEXKV_NOTE_POPULATED,
     FLEXKV_NOTE_SAVE_FENCE,
+    FLEXKV_NOTE_TAKES_PART,
     FLEXKV_NOTE_USABLE,
     flexkv_msg_cancel,
     flexkv_msg_op,
@@ -158,6 +159,11 @@ cdef class ControllerRings(RingPair):
         """The last lowering after which the agent has nothing pinned beyond the populated slots, as it says: any 64-bit
         number."""
         return flexkv_ring_read_note(&self.receiving, FLEXKV_NOTE_FOLLOWED)
+
+    @property
+    def takes_part(self):
+        """Whether ops may be sent to the agent."""
+        return flexkv_ring_read_note(&self.receiving, FLEXKV_NOTE_TAKES_PART) != 0
 
     @property
     def usable_slots(self):

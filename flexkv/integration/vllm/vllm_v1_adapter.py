@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm import __version__ as vllm_version
@@ -172,7 +173,8 @@ class FlexKVConnectorV1Impl:
         # a controller ends a transfer after ten times op_timeout_s in any case
         leave_after_s = 12 * transfer.op_timeout_s if reconnects else math.inf
         copy = copy_name(self._vllm_config, get_tensor_model_parallel_rank(), share_of_rank(self._vllm_config))
-        return WorkerSide(client, self._config.connector, copy, leave_after_s)
+        layout = partial(layout_name, self._vllm_config)
+        return WorkerSide(client, self._config.connector, copy, leave_after_s, layout)
 
     def _off(self, reason: str) -> OffScheduler:
         logger.warning("KV caching is off: %s. The engine runs without FlexKV", reason)

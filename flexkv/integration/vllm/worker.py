@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +75,11 @@ class WorkerSide:
     """
 
     def __init__(
-        self, client: RankClient, config: ConnectorConfig, copy: str | None = None, leave_after_s: float = math.inf
+        self, client: RankClient, config: ConnectorConfig, copy: str | None = None, leave_after_s: float = math.inf,
+        layout_name: Callable[[], str] = lambda: "",
     ) -> None:
         self._client = client
-        self._copy = copy
+        self._copy, self._layout_name = copy, layout_name
         self._leave_after_s = leave_after_s
         self._config = config
         self._meta: FlexKVConnectorMetadata | None = None
@@ -114,7 +116,8 @@ class WorkerSide:
             path = Path(f"{self._config.audit_path}-{self._client.name}") if self._config.audit_path else None
             self._audit = PageAudit(list(tensors.values()), specs, path)
         self._client.register_tensors(
-            specs, connect_timeout_s, keep_alive=list(tensors.values()), copies=[self._copy] * len(specs)
+            specs, connect_timeout_s, keep_alive=list(tensors.values()), copies=[self._copy] * len(specs),
+            meaning=self._layout_name(),             # read late: another connector may change it in the workers
         )
 
     # ---- the hooks of a step, in the order in which vLLM calls them ----------------------------------------------

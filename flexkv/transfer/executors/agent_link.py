@@ -89,6 +89,8 @@ class OpChannel(Protocol):
     @property
     def receiving_event_fd(self) -> int: ...
     @property
+    def takes_part(self) -> bool: ...
+    @property
     def usable_slots(self) -> int: ...
     @property
     def exchanges(self) -> bool: ...
@@ -141,7 +143,7 @@ class AgentLink:
     is_detached : bool
         It takes no more ops.
     caught_up : bool
-        It can copy from and to the usable slots: see ``PoolGrowth``.
+        It takes part, and can copy from and to the usable slots: see ``PoolGrowth``.
     is_at_rest : bool
         It accesses no slot any more: it has said farewell, or its process has ended.
     said_farewell : bool
@@ -153,6 +155,9 @@ class AgentLink:
     on_backlog : callable
         Called when the ring has no room for a message; ``flush`` must then be called until ``backlog`` is False.
     """
+
+    needs_slots = False
+    """Whether it can copy from and to the slots alone that it reports as usable."""
 
     def __init__(
         self, connection: socket.socket, hello: Hello, rings: OpChannel, writes: bool = True
@@ -169,7 +174,7 @@ class AgentLink:
         self._cancels: deque[int] = deque()
         self._disconnected = self.is_detached = self.is_at_rest = False
         self.exchange = self.spared_bytes = 0
-        self.caught_up = True
+        self.caught_up = False
         self._log = RepeatedLog(logger)
 
     def _process(self) -> Peer:

@@ -54,6 +54,7 @@ class NodeChannel:
     """
 
     max_blocks = MAX_BLOCKS
+    takes_part = True
     receiving_event_fd = -1
     exchanges = False
 
@@ -185,13 +186,14 @@ class NodeLink(AgentLink):
     rest : NodeRest
     """
 
+    needs_slots = True                               # its pool is another one
+
     def __init__(self, frames: Frames, hello: Hello, join: Join, address: str) -> None:
         self.rest = NodeRest()
         self.ranks, self.incarnation = join.ranks, join.incarnation
         self._address, self._frames = address, frames
         self._pinged = 0.0
         super().__init__(frames.connection, hello, NodeChannel(frames, len(join.num_pages)))
-        self.caught_up = False                       # until its own pool has the usable slots
 
     def _process(self) -> Peer:
         return self.rest

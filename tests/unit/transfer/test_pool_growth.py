@@ -11,6 +11,7 @@ from flexkv.transfer.pool_growth import PoolGrowth
 class Rings:
     def __init__(self) -> None:
         self.usable_slots = 0
+        self.takes_part = True
         self.notes: list[tuple[int, bool]] = []
         self.lowered = self.followed = 0
 
@@ -30,7 +31,7 @@ class Link:
     def __init__(self, client: int = 0, is_node: bool = False) -> None:
         self.hello = Engine(client)
         self.rings = Rings()
-        self.caught_up = not is_node
+        self.caught_up, self.needs_slots = False, is_node
         self.is_at_rest = False
 
 
@@ -123,6 +124,20 @@ def test_a_rank_that_was_restarted_takes_part_at_once() -> None:
         assert pool.growth.usable == 50
     pool.pin(again, 60)
     assert pool.capacities == [50, 60]
+
+
+def test_a_rank_is_sent_nothing_before_its_process_knows_the_agent() -> None:
+    """A worker takes a task as lost while there is no agent, and the engine uses the pages again."""
+    pool = Pool(Link())
+    pool.links[0].rings.takes_part = False
+    pool.populate(10)
+    pool.pin(pool.links[0], 10)
+    assert not pool.links[0].caught_up
+    assert not pool.growth.complete
+    pool.links[0].rings.takes_part = True
+    pool.update()
+    assert pool.links[0].caught_up
+    assert pool.growth.complete
 
 
 def test_a_storage_host_takes_part_when_it_has_the_usable_slots() -> None:

@@ -36,3 +36,23 @@ def test_ranks_that_store_different_tokens_are_no_copies(
 ) -> None:
     engine = config(ranks, heads, use_mla, shares)
     assert [copy_name(engine, rank, rank % shares) for rank in range(ranks)] == names
+
+
+@pytest.mark.parametrize(("use_mla", "draft_heads", "draft_mla", "is_copy"), [
+    (True, 8, False, False), (True, 16, True, True), (False, 8, False, False), (False, 4, False, True),
+    (False, 4, True, False),
+])
+def test_layers_of_a_draft_with_other_heads_are_no_copies(
+    use_mla: bool, draft_heads: int, draft_mla: bool, is_copy: bool
+) -> None:
+    engine = config(8, 4, use_mla)
+    draft = SimpleNamespace(use_mla=draft_mla, get_total_num_kv_heads=lambda: draft_heads)
+    engine.speculative_config = SimpleNamespace(draft_model_config=draft)
+    assert (copy_name(engine, 0) is not None) == is_copy
+
+
+@pytest.mark.parametrize("text", [{"block_configs": []}, {"num_key_value_heads": [4, 8]}])
+def test_a_model_whose_layers_have_different_heads_has_no_copies(text: dict[str, Any]) -> None:
+    engine = config(8, 4)
+    engine.model_config.hf_text_config = SimpleNamespace(**text)
+    assert copy_name(engine, 0) is None
