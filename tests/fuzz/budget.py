@@ -1,6 +1,6 @@
 """How long a fuzzer runs, and on which inputs.
 
-``FUZZ_SECONDS`` sets the time of each fuzzer (default 2.5; nightly: 600), ``FUZZ_SEED`` the first seed. Input
+``FUZZ_SECONDS`` sets the time of each fuzzer (default 1.5; nightly: 600), ``FUZZ_SEED`` the first seed. Input
 n depends on seed n alone: a failure names its seed, and ``FUZZ_SEED=n`` plays it again at once.
 """
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from random import Random
 from types import FrameType
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "2.5"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "1.5"))
 FIRST = int(os.environ.get("FUZZ_SEED", "0"))
 
 _HANG_S = 60

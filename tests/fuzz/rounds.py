@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "2.5"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "1.5"))
 """Time of each fuzzer. ``./build.sh nightly`` gives ten minutes."""
 
 _SEED = os.environ.get("FUZZ_SEED", "")

@@ -17,7 +17,7 @@ from tests.integration.test_context_parallel import LAYOUTS
 from tests.integration.test_paged_oracle import expect_right
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [2, pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("layout", [LAYOUTS["dcp 2 tp 4, copies"], Layout(8, 2, 4, 1), Layout(8, 2, 1, 2)])
 def test_nothing_wrong_is_answered_or_kept(
     engines: Any, monkeypatch: pytest.MonkeyPatch, layout: Layout, depth: int

@@ -2,4 +2,4 @@
 
 import os
 
-EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "3000"))
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "1500"))
