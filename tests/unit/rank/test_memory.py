@@ -49,6 +49,12 @@ def test_a_rank_that_writes_nothing_has_no_spans_of_saves() -> None:
     assert (table.saves[1], len(table.regions), table.num_load_regions) == (0, 2, 2)
 
 
+def test_pages_with_another_meaning_are_of_another_layout() -> None:
+    """Equal shapes hide it: with decode context parallelism a page has other tokens for each interleave."""
+    meanings = ("", "interleave 1", "interleave 4")
+    assert len({RankMemory(SPECS[:2], meaning=meaning).segments[0].content for meaning in meanings}) == 3
+
+
 def test_the_digest_of_a_copy_says_which_groups_it_is_in() -> None:
     same = [SPECS[0], SPECS[0]]
     claims = [RankMemory(same, groups=groups, copies=["x"] * 2).segments[0] for groups in (None, [0, 1], [1, 0])]

@@ -2,16 +2,21 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flexkv.controller.response import KVResponseStatus as Status
 from flexkv.kvmanager import KVManager
+from flexkv.rank.agent_start import start_agent
 from flexkv.rank.pool_pinning import PinningAgent
+from flexkv.rank.rank import RankClient
 from flexkv.rank.tp_client import KVTPClient
 from flexkv.storage.host_pool import HostPool, OnExtent
+from flexkv.transfer.executors.agent_link import AgentLink
 from tests.native.fake_cuda.fake import FakeCuda, fake_cuda
 from tests.support.harness import PAGES, Tensors, controller_of, make_manager, mapping, tokens_of, until
 
@@ -181,6 +186,31 @@ def test_a_rank_that_was_restarted_is_used_while_it_pins(
     PausedPinner.released.release(5)
     until(lambda: again.rank._agent is not None and not again.rank._agent.pinning, 20)
     assert node.moves(PAGES, 8)
+
+
+def test_a_rank_that_is_slow_to_start_is_sent_nothing_before(
+    tmp_path: Path, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker takes a task as lost while there is no agent, and the engine uses the pages again."""
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return start_agent(*arguments)
+
+    def links() -> Sequence[AgentLink]:
+        return controller_of(manager)._cache.transfer._device.links_of(0)
+
+    monkeypatch.setattr("flexkv.rank.rank.start_agent", slow)
+    manager, tensors = make_manager(tmp_path / "s", NUM_SLOTS, 1), Tensors(PAGES, SHAPE, device=0)
+    with RankClient(str(tmp_path / "s"), reconnect=True) as client:
+        client.register_tensors(tensors.specs(), 10.0, keep_alive=tensors)
+        until(manager.is_ready, 20)
+        for _ in range(5):
+            before = links()
+            client.leave()
+            until(lambda before=before: bool(links()) and links() != before and manager.is_ready(), 20)  # type: ignore[misc]
+            assert client.is_connected
+            assert not client.has_lost(client._first_task + 1, client.num_ended)
+        manager.shutdown()
 
 
 def test_parts_are_pinned_while_blocks_move(node: Node, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
