@@ -14,7 +14,15 @@ cdef extern from "<sys/mman.h>" nogil:
     int PROT_NONE, PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE
     void *MAP_FAILED
 
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_mbind
+
+cdef extern from "<unistd.h>" nogil:
+    long syscall(long number, ...)
+
 cdef enum:
+    MPOL_PREFERRED = 1
+    NODE_WORDS = 16                # of 64 nodes each; the kernel has 1,024 at most
     MADV_COLLAPSE = 25             # of Linux 6.1; not in the headers of every C library
 
 cdef uint64_t HUGE_PAGES[2]        # bytes; larger first
@@ -87,6 +95,25 @@ cdef class SharedMapping:
             raise ValueError(f"bytes {offset} to {offset + num_bytes} of {self.num_bytes}: not mapped")
         with nogil:
             rc = madvise(self.data + offset, num_bytes, MADV_COLLAPSE)
+        return errno if rc else 0
+
+    def place(self, uint64_t offset, uint64_t num_bytes, unsigned int node):
+        """Prefer a NUMA node for memory of whole pages that is allocated later, in whichever process.
+
+        Returns
+        -------
+        int
+            0, or the errno with which the kernel refused: EINVAL, there is no such node with memory.
+        """
+        cdef unsigned long nodes[NODE_WORDS]
+        cdef long rc
+        cdef int i
+        if offset + num_bytes > self.num_bytes or self.data == NULL or node >= 64 * NODE_WORDS:
+            raise ValueError(f"bytes {offset} to {offset + num_bytes} of {self.num_bytes} on node {node}")
+        for i in range(NODE_WORDS):
+            nodes[i] = 1ul << node % 64 if i == <int>(node // 64) else 0
+        rc = syscall(SYS_mbind, self.data + offset, num_bytes, <long>MPOL_PREFERRED, nodes, <long>(64 * NODE_WORDS + 1),
+                     <long>0)
         return errno if rc else 0
 
     def free(self, uint64_t offset, uint64_t num_bytes):

@@ -11,6 +11,7 @@ from flexkv.config.field import read_field, setting
 from flexkv.config.guarantees import check_guarantees, read_guarantees
 from flexkv.config.memory import memory_limit
 from flexkv.config.namespaces import Quota, read_quotas
+from flexkv.config.numa import read_numa_nodes
 from flexkv.config.paths import SEPARATOR, expand, expand_directories, register_port
 from flexkv.config.values import ports
 from flexkv.errors import ConfigError
@@ -108,6 +109,9 @@ class CacheConfig(_Settings):
     hugepage_size_bytes: int = setting(
         2 << 20, "Size of the hugepages of `use_hugepage_cpu_buffer`.", unit="bytes", low=4096
     )
+    numa_nodes: str = setting(
+        "", "NUMA nodes that hold the host tier in turn, 64 MiB each, such as `0,1`. Empty: the kernel's choice."
+    )
     ssd_cache_gb: float = setting(
         0.0, "Size of the SSD tier; 0: none. Must exceed the host tier, because blocks that are used again are on "
         "both.",
@@ -203,6 +207,7 @@ class CacheConfig(_Settings):
             yield ConfigError("enable_gds", True, "needs an SSD tier: set ssd_cache_gb, or turn it off")
         try:
             read_quotas(self.namespaces or {})                # a wrong quota stops the start
+            read_numa_nodes(self.numa_nodes)
             check_guarantees(
                 self.guarantees, self.host_bytes, self.num_cpu_blocks, self.server_max_pools, bool(self.hugepage_bytes)
             )

@@ -3,7 +3,7 @@
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from flexkv.errors import CapacityError, OtherLayoutError
@@ -42,6 +42,8 @@ class HostMemory:
         engines share the pool.
     share : MemoryShare, optional
         The pool grows and shrinks; ``host_bytes``, ``num_slots`` and ``hugepage_bytes`` have no effect.
+    numa_nodes : sequence of int
+        As ``HostPool.numa_nodes``.
 
     Attributes
     ----------
@@ -54,10 +56,10 @@ class HostMemory:
 
     def __init__(
         self, host_bytes: int, num_slots: int | None = None, hugepage_bytes: int = 0, *, replaces: bool = False,
-        share: MemoryShare | None = None,
+        share: MemoryShare | None = None, numa_nodes: Sequence[int] = (),
     ) -> None:
         self._host_bytes, self._num_slots, self._hugepage_bytes = host_bytes, num_slots, hugepage_bytes
-        self._replaces, self._share = replaces, share
+        self._replaces, self._share, self._numa_nodes = replaces, share, numa_nodes
         self._first_slots: int | None = None         # that are populated at the start; None: all
         self.frees_at_close = False
         self._lock = threading.Lock()
@@ -93,6 +95,7 @@ class HostMemory:
 
     def _make(self, layout: SlotLayout) -> None:
         pool = self._allocate(layout)
+        pool.numa_nodes = self._numa_nodes
         self._extent = (0, False)
         try:
             pool.populate(self._populated, self._first_slots)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, suppress
 
 from flexkv.cache.engine import GlobalCacheEngine
 from flexkv.config import CacheConfig, TransferConfig, runtime_directory
+from flexkv.config.numa import read_numa_nodes
 from flexkv.controller.host_memory import HostMemory, MemoryShare
 from flexkv.controller.listener import Listener, RankGroup
 from flexkv.controller.pool_resizing import PoolResizing
@@ -90,7 +91,8 @@ class SharedCache:
             observe=self._transfer_ended,
         )
         self.memory = HostMemory(
-            cache_config.host_bytes, cache_config.num_cpu_blocks, cache_config.hugepage_bytes, share=share
+            cache_config.host_bytes, cache_config.num_cpu_blocks, cache_config.hugepage_bytes, share=share,
+            numa_nodes=read_numa_nodes(cache_config.numa_nodes),
         )
         if share is not None:
             self.transfer.growth.may_lower()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexkv.config import FlexKVConfig, TransferConfig
+from flexkv.config.numa import read_numa_nodes
 from flexkv.controller.host_memory import HostMemory
 from flexkv.controller.listener import Listener, RankGroup
 from flexkv.errors import NodeLinkError, RegistrationError, TransferError
@@ -65,7 +66,10 @@ class StorageHost:
     def __init__(self, config: FlexKVConfig, port: str) -> None:
         cache = config.cache
         self._config, self._port = config.transfer, port
-        self._memory = HostMemory(cache.host_bytes, cache.num_cpu_blocks, cache.hugepage_bytes, replaces=True)
+        self._memory = HostMemory(
+            cache.host_bytes, cache.num_cpu_blocks, cache.hugepage_bytes, replaces=True,
+            numa_nodes=read_numa_nodes(cache.numa_nodes),
+        )
         self._controller = ""                        # the last one
         self._log = RepeatedLog(logger)
         self._stop = threading.Event()

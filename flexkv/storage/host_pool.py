@@ -5,7 +5,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from flexkv._core.mapping import SharedMapping
@@ -71,6 +71,8 @@ class HostPool:
         self.num_bytes = self.bytes_of(num_slots)
         self.huge_bytes = 0
         """Bytes that were collapsed into huge pages."""
+        self.numa_nodes: Sequence[int] = ()
+        """NUMA nodes that hold the pool's parts in turn; none: the kernel chooses. Must be set before ``populate``."""
         self._collapsing = not hugepage_bytes
         self._refusals: set[int] = set()
         self._stop = threading.Event()
@@ -142,6 +144,7 @@ class HostPool:
         out_of_memory = False
         while self._done < until and not out_of_memory and not self._stop.is_set():
             size = min(_PART_BYTES, until - self._done)
+            self._place(self._done, size)
             self._collapse(self._done, size)
             try:
                 self._allocate(self._done, size)    # all pages, or the pages that ``_collapse`` left out
@@ -158,6 +161,18 @@ class HostPool:
             "the host pool has %d slots, %d of %d MiB in huge pages",
             self.populated_slots, self.huge_bytes >> 20, self._done >> 20,
         )
+
+    def _place(self, start: int, size: int) -> None:
+        """Choose the NUMA node of a part that is still empty."""
+        if not self.numa_nodes:
+            return
+        node = self.numa_nodes[start // _PART_BYTES % len(self.numa_nodes)]
+        if refusal := self._memory.place(start, size, node):
+            logger.warning(
+                "the host pool cannot be placed on NUMA node %d (%s), so the kernel chooses the nodes; see "
+                "numa_nodes and /sys/devices/system/node/has_memory", node, os.strerror(refusal),
+            )
+            self.numa_nodes = ()
 
     def _allocate(self, start: int, size: int) -> None:
         while True:

@@ -237,3 +237,38 @@ def test_a_kernel_that_hangs_while_it_populates_does_not_hold_up_close(
     pool._thread.join(10)
     pool.close()
     assert pool.fd == -1
+
+
+def test_parts_are_placed_on_the_numa_nodes_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy of the kernel is read back; this machine may have one node only."""
+    placed: list[int] = []
+    pool = HostPool(3 << 20, 64)                                    # 192 MiB
+    pool.numa_nodes = (0,)
+    assert populated(pool)[-1] == (64, True)
+    policies = [line for line in Path("/proc/self/numa_maps").read_text().splitlines() if "flexkv-host-pool" in line]
+    assert any(" prefer:0 " in line for line in policies)
+    pool.close()
+
+    class Placing:
+        def place(self, start: int, size: int, node: int) -> int:
+            placed.append(node)
+            return 0
+
+    pool = HostPool(3 << 20, 64)
+    memory, pool.numa_nodes = pool._memory, (4, 2)
+    monkeypatch.setattr(pool, "_memory", cast(SharedMapping, Placing()))
+    for start in range(0, 192 << 20, 64 << 20):
+        pool._place(start, 64 << 20)
+    assert placed == [4, 2, 4]
+    monkeypatch.setattr(pool, "_memory", memory)
+    pool.close()
+
+
+def test_a_node_that_does_not_exist_leaves_the_choice_to_the_kernel(caplog: pytest.LogCaptureFixture) -> None:
+    pool = HostPool(3 << 20, 64)
+    pool.numa_nodes = (0, 900)
+    assert populated(pool)[-1] == (64, True)
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+        "the host pool cannot be placed on NUMA node 900 (Invalid argument), so the kernel chooses the nodes; see "
+        "numa_nodes and /sys/devices/system/node/has_memory"]
+    pool.close()
