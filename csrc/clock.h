@@ -13,7 +13,7 @@ static inline uint64_t now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* The time after so many milliseconds. */
+/* The time of `clock` in `timeout_ms` milliseconds. */
 static inline struct timespec after(clockid_t clock, int timeout_ms)
 {
     struct timespec until;

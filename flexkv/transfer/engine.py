@@ -159,7 +159,8 @@ class TransferEngine(GraphRunner):
         return self._device.caught_up(client)
 
     def exchange_of(self, client: int, num_blocks: int) -> int:
-        """Number of the exchange with which a client loads so many blocks; 0: each rank reads all of its segments."""
+        """Number of the exchange with which a client loads ``num_blocks`` blocks; 0: each rank reads all of its
+        segments."""
         return self._device.exchange_of(client, num_blocks)
 
     def call_soon(self, function: Callable[[], None]) -> None:

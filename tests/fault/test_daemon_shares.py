@@ -67,7 +67,7 @@ def save(manager: KVManager, tensors: Tensors, num_blocks: int, seed: int) -> bo
 
 
 def load(manager: KVManager, tensors: Tensors, num_blocks: int, seed: int) -> int:
-    """Load what is there of a sequence, and compare it with what was computed; number of blocks."""
+    """Load the cached blocks of a sequence, and compare their bytes with computed ones; returns their number."""
     task, mask = manager.get_match(tokens_of(num_blocks, seed))
     found = int(mask.sum()) // 4
     if not found:
@@ -90,7 +90,7 @@ def work(daemon: Daemon, manager: KVManager, tensors: Tensors, seed: int) -> int
 
 
 def work_until(daemon: Daemon, manager: KVManager, tensors: Tensors, num_slots: int, timeout_s: float = 30.0) -> None:
-    """Work until the pool has so many slots."""
+    """Work until the pool has ``num_slots`` slots."""
     seed, deadline = 0, time.monotonic() + timeout_s
     while slots_of(manager) < num_slots:
         assert time.monotonic() < deadline, (slots_of(manager), memory_of(daemon))

@@ -52,7 +52,7 @@ class FakeCuda:
         self._library.fake_cuda_allow_registering(ctypes.c_long(number))
 
     def plan_devices(self, count: int = 1, access: bool = True, nvlink: bool = True) -> None:
-        """So many GPUs; whether they can access one another's memory, and over NVLink."""
+        """Set the number of GPUs; whether they can access one another's memory, and over NVLink."""
         self._library.fake_cuda_plan_devices(count, access, nvlink)
 
     @property

@@ -69,7 +69,7 @@ void fake_cuda_fail(const char *name, int after, int code)
 
 void fake_cuda_delay(long microseconds) { __atomic_store_n(&delay_us, microseconds, __ATOMIC_SEQ_CST); }
 
-/* So many GPUs; whether they can access one another, and over NVLink. */
+/* Set the number of GPUs; whether they can access one another's memory, and over NVLink. */
 void fake_cuda_plan_devices(int count, int access, int nvlink)
 {
     num_devices = count;

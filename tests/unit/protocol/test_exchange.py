@@ -73,7 +73,7 @@ def test_exports_of_a_copy_that_is_not_declared_are_refused() -> None:
     [(1, 0, 1024), (1, 0, 1024)], [(2, 0, 64)], [(0, 0, 0), (0, 0, 64)], [(0, 0, 64), (0, 64, 64)], [(0, 64, 0)],
 ])
 def test_shares_that_do_not_make_the_segment_are_refused(shares: list[tuple[int, int, int]]) -> None:
-    """Bytes that nobody reads would stay as they were in the pages."""
+    """A gap would leave bytes of the pages unwritten."""
     first, *others = [Share(*numbers) for numbers in shares]
     for exchange in (Exchange((first, *others), ()), Exchange((first,), (Peer(3, tuple(others), EXPORTS),))):
         with pytest.raises(RegistrationError):
