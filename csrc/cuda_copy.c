@@ -1,11 +1,11 @@
 #include "cuda_copy.h"
+#include "clock.h"
 #include "move_kernel.h"
 
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <time.h>
 
 #define NUM_BUFFERS 3             /* staging buffers of each kind: one fills, one empties, one is ready */
 #define MAX_WINDOWS 16            /* windows in flight, of each kind */
@@ -18,7 +18,7 @@
 #define NUM_FENCES 64             /* steps back that an op finds its own fence; older ones wait for a later step */
 #define REGISTER_BYTES (16u << 20) /* pinned at a time. The driver holds a lock meanwhile that kernel launches need:
                                     * 16 MiB of small pages take about 5 ms (docs/design/0016-pool-start.md) */
-#define PIN_WAIT_NS 50000000      /* longest wait for copies of memory that is not registered, before a part is pinned */
+#define PIN_WAIT_MS 50            /* longest wait for copies of memory that is not registered, before a part is pinned */
 #define MOST_FOR_A_BLOCK (64u << 20)        /* up to here a staging buffer grows so that a block fits */
 
 struct lane {                     /* one direction */
@@ -482,13 +482,9 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
  * for a thread that must notice the end of its rank. */
 static int lock_to_pin(struct flexkv_cuda_copy *copy)
 {
-    struct timespec until;
+    struct timespec until = after(CLOCK_REALTIME, PIN_WAIT_MS);
     int rc;
 
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_nsec += PIN_WAIT_NS;
-    until.tv_sec += until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
     atomic_store(&copy->pin_waits, 1);
     rc = pthread_mutex_timedlock(&copy->pinning, &until);
     atomic_store(&copy->pin_waits, 0);
@@ -545,8 +541,11 @@ int flexkv_cuda_copy_unregister(struct flexkv_cuda_copy *copy, uint64_t keep, cu
         return -EINVAL;
     }
     *error = copy->api->cuCtxPushCurrent(copy->options.context);
+    if (!*error && !lock_to_pin(copy)) {
+        copy->api->cuCtxPopCurrent(&popped);
+        return -EAGAIN;
+    }
     if (!*error) {
-        pthread_mutex_lock(&copy->pinning);
         atomic_store(&copy->registered, first);
         *error = copy->api->cuMemHostUnregister(at->pool + first * at->slot_bytes);
         if (*error)
@@ -554,8 +553,8 @@ int flexkv_cuda_copy_unregister(struct flexkv_cuda_copy *copy, uint64_t keep, cu
         pthread_mutex_unlock(&copy->pinning);
         copy->api->cuCtxPopCurrent(&popped);
     }
-    if (!*error && registered == at->num_slots)
-        atomic_store(&copy->registering, 1);
+    if (!*error)
+        atomic_store(&copy->registering, 1);      /* also after a part that could not be pinned */
     if (*error)
         atomic_store(&copy->is_stuck, 1);
     return *error ? -EIO : 1;

@@ -30,8 +30,9 @@ int flexkv_cuda_copy_create(struct flexkv_cuda_copy **result, const struct flexk
 int flexkv_cuda_copy_register(struct flexkv_cuda_copy *copy, uint64_t populated, int all, cu_result *error);
 
 /* Unpin the last part, if it is beyond the first `keep` slots, which must be whole parts. No copy of its slots may be
- * under way. Returns 1, or 0 if nothing beyond is pinned; negative errno, then and ever after: a part cannot be
- * unpinned, because of *error, or because it also holds slots that are kept. By the thread that registers. */
+ * under way. Returns 1, 0 if nothing beyond is pinned, or -EAGAIN as above; another negative errno, then and ever after:
+ * a part cannot be unpinned, because of *error, or because it also holds slots that are kept. The agent must be woken
+ * after all but 0. By the thread that registers. */
 int flexkv_cuda_copy_unregister(struct flexkv_cuda_copy *copy, uint64_t keep, cu_result *error);
 
 /* Number of slots that are pinned, from the first of the pool on; *more: further slots will be pinned. */

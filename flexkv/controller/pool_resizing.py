@@ -55,6 +55,21 @@ class PoolResizing:
         return pool is None or pool.is_populating or self._growth.usable < pool.populated_slots
 
     @property
+    def may_shrink(self) -> bool:
+        """Whether ``shrink`` may be called: no memory is being allocated, and no connected rank is about to pin some.
+        Without a rank, slots may stay unusable for as long as no engine needs them."""
+        pool = self._memory.pool
+        return not self.is_shrinking and pool is not None and not pool.is_populating and (
+            not self._growth.has_ranks or self._growth.usable >= pool.populated_slots
+        )
+
+    @property
+    def slots_with_memory(self) -> int:
+        """Slots that are populated, once no memory is being allocated: fewer than ``slots`` if memory has run out."""
+        pool = self._memory.pool
+        return self.slots if pool is None or pool.is_populating else pool.populated_slots
+
+    @property
     def is_shrinking(self) -> bool:
         """Whether a shrink has begun and not ended."""
         return self._target is not None
@@ -65,7 +80,8 @@ class PoolResizing:
         self.slots = num_slots
 
     def shrink(self, num_slots: int) -> None:
-        """Begin to give back the memory of slots from ``num_slots`` on. As ``grow``."""
+        """Begin to give back the memory of slots from ``num_slots`` on. Only if ``may_shrink``, or if memory has run
+        out."""
         self._target, self._deadline = num_slots, self._clock() + _PATIENCE_S
         self._growth.limit(num_slots)
 

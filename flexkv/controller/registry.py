@@ -267,8 +267,10 @@ class Registry:
         if not self._connected and self._exchanges.needs_more(layout, hellos):
             return
         terms = self._exchanges.of(layout, hellos)
-        for rank_id in welcomable:
-            self._welcome(rank_id, terms.get(self._index[rank_id]))
+        links = [self._welcome(rank_id, terms.get(self._index[rank_id])) for rank_id in welcomable]
+        if terms and None in links:                  # the others would keep the memory of that rank mapped
+            for link in filter(None, links):
+                link.end_exchange()
 
     def _refuse_all(self, error: Exception) -> None:
         """There is no host pool: no rank that waits for it can be welcomed."""
@@ -288,8 +290,9 @@ class Registry:
         self._layout, self._num_groups = layout, len(hellos[0].num_pages)
         self._index = {rank_id: index for index, rank_id in enumerate(sorted(self._waiting))}
 
-    def _welcome(self, rank_id: RankId, terms: RankTerms | None) -> None:
-        """Send a rank its WELCOME; a rank for which there is no memory or descriptor is refused."""
+    def _welcome(self, rank_id: RankId, terms: RankTerms | None) -> AgentLink | None:
+        """Send a rank its WELCOME, and return the link; a rank for which there is no memory or descriptor is
+        refused."""
         connection, hello = self._waiting[rank_id]
         try:
             link, gds = self._make_link(rank_id, terms)
@@ -311,8 +314,10 @@ class Registry:
             except BaseException:
                 link.close()
                 raise
-            self._connected.add(rank_id)         # now that the data plane waits until the rank has pinned its memory
+            self._connected.add(rank_id)         # now that the data plane waits until the rank takes part
             self._give_gds(gds)
+            return link
+        return None
 
     def _give_gds(self, end: GdsEnd | None) -> None:
         if end is None or self._on_gds is None:

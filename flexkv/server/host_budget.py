@@ -51,6 +51,10 @@ class Resizing(Protocol):
     def is_growing(self) -> bool: ...
     @property
     def is_shrinking(self) -> bool: ...
+    @property
+    def may_shrink(self) -> bool: ...
+    @property
+    def slots_with_memory(self) -> int: ...
     def grow(self, num_slots: int) -> None: ...
     def shrink(self, num_slots: int) -> None: ...
     def step(self) -> None: ...
@@ -94,7 +98,7 @@ class Share:
         self.guaranteed_bytes = guaranteed_bytes
         self.slot_bytes = 0                          # 0: no rank has registered
         self.slots = self.max_slots = self.extent_slots = self.fixed_slots = 0
-        self.yields_from = -math.inf                 # time from which it may be asked to yield
+        self.yields_from = self.grows_from = -math.inf         # times from which it may be asked to yield, and may grow
         self.shrinks_since = math.inf
         self._moved_bytes = 0.0                      # decayed
         self._last = (0, 0, -math.inf)               # blocks moved, blocks evicted; time of the last eviction
@@ -105,7 +109,7 @@ class Share:
         return self._budget.begin(self, slot_bytes)
 
     def bytes_of(self, num_slots: int) -> int:
-        """Bytes of the pages of so many slots."""
+        """Bytes of the pages that ``num_slots`` slots need."""
         return -(-num_slots * self.slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
     @property
@@ -127,13 +131,17 @@ class Share:
             if resizing.slots == self.slots:         # its blocks are in use
                 self.yields_from = now + _REST_S
             self.slots, self.shrinks_since = resizing.slots, math.inf
+        if not resizing.is_shrinking and resizing.slots_with_memory < self.slots:      # memory has run out
+            self.grows_from = now + _REST_S
+            if (kept := self.whole(resizing.slots_with_memory)) >= self.fixed_slots:
+                resizing.shrink(kept)
         moved, (evicted, self.num_free) = self.pool.moved_blocks, self.pool.evicted_and_free()
         self._moved_bytes = self._moved_bytes * decay + (moved - self._last[0]) * self.slot_bytes
         self._last = (moved, evicted, now if evicted > self._last[1] else self._last[2])
 
-    def is_short(self) -> bool:
+    def is_short(self, now: float) -> bool:
         """Whether the pool needs more slots, and can get them now."""
-        if not self.pool.has_engines or self.slots >= self.max_slots or self.is_changing:
+        if not self.pool.has_engines or self.slots >= self.max_slots or self.is_changing or now < self.grows_from:
             return False
         return self.num_free < max(self.extent_slots, self.slots // _FREE_SHARE)
 
@@ -167,13 +175,14 @@ class HostBudget:
     ``balance`` grows a pool that runs out of free slots: from unassigned memory, else, if it evicts, from the pool
     that moves the fewest bytes per byte of its memory. A pool without engines yields first. No pool falls below its
     guarantee, which is never given to another one. Memory counts as held by a pool until it was given back, so the
-    pools together never have more than the budget.
+    pools together never have more than the budget. The exception is a rank that leaves: memory that it has pinned is
+    free a moment later, when it has unpinned it.
 
     Parameters
     ----------
     num_bytes : int
     num_blocks : int, optional
-        Replaces ``num_bytes``: so many blocks of the first pool.
+        Replaces ``num_bytes``: the memory of this number of blocks of the first pool.
     extent_bytes : int
         Only for tests without a GPU; a multiple of ``PART_BYTES`` otherwise.
     clock : callable
@@ -264,7 +273,7 @@ class HostBudget:
             for share in begun:
                 share.observe(now, decay)
             for share in sorted(begun, key=lambda share: (share.slots > 0, -share.density)):
-                if share.is_short():
+                if share.is_short(now):
                     self._grow(share, begun, now)
 
     def _grow(self, share: Share, begun: list[Share], now: float) -> None:
@@ -282,7 +291,7 @@ class HostBudget:
         """Ask the pool with the least use to yield ``wanted`` bytes, or a part."""
         donors = [
             other for other in begun
-            if other is not share and not other.is_changing and other.floor() < other.slots
+            if other is not share and other.pool.resizing.may_shrink and other.floor() < other.slots
             and (not share.slots or now >= other.yields_from)
             and (not other.pool.has_engines or not share.slots or _ADVANTAGE * other.density < share.density)
         ]

@@ -105,14 +105,15 @@ class HostPool:
     def populate(self, on_extent: OnExtent, num_slots: int | None = None) -> None:
         """Allocate the memory of the first ``num_slots`` slots (default: of all) on a background thread, part by part.
 
-        ``on_extent`` is called on that thread, with more slots each time, and once with ``last`` if all slots are
-        populated, unless ``close`` is called before. If memory runs out, the pool stays at the size allocated so far,
-        and an error is logged. Must not be called again before this has ended (``is_populating``).
+        ``on_extent`` is called on that thread, with more slots each time, and once with ``last`` if all slots of the
+        pool are populated, unless ``close`` is called before. If memory runs out, the pool stays at the size allocated
+        so far, and an error is logged; without ``num_slots``, these slots are the last. Must not be called again before
+        this has ended (``is_populating``).
         """
         self._asked = self.num_slots if num_slots is None else num_slots
         until = self.bytes_of(self._asked)
         self._thread = threading.Thread(
-            target=self._populate, args=(on_extent, until), name="flexkv-pool", daemon=True
+            target=self._populate, args=(on_extent, until, num_slots is None), name="flexkv-pool", daemon=True
         )
         self._thread.start()
 
@@ -138,7 +139,7 @@ class HostPool:
             self._memory.free(keep, self._done - keep)
             self._done, self._asked = keep, num_slots
 
-    def _populate(self, on_extent: OnExtent, until: int) -> None:
+    def _populate(self, on_extent: OnExtent, until: int, is_final: bool) -> None:
         with suppress(OSError):             # optional: it only spares the engine's threads
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         out_of_memory = False
@@ -156,7 +157,7 @@ class HostPool:
                     self._done, self.num_bytes, error.strerror,
                 )
             if not self._stop.is_set():
-                on_extent(self.populated_slots, out_of_memory or self._done == self.num_bytes)
+                on_extent(self.populated_slots, (out_of_memory and is_final) or self._done == self.num_bytes)
         logger.info(
             "the host pool has %d slots, %d of %d MiB in huge pages",
             self.populated_slots, self.huge_bytes >> 20, self._done >> 20,

@@ -101,6 +101,11 @@ class PoolGrowth:
         return self._announced_lowerings == self._lowerings and not self._unconfirmed
 
     @property
+    def has_ranks(self) -> bool:
+        """Whether ranks were connected at the last ``update``, which may pin more."""
+        return bool(self._announced)
+
+    @property
     def num_pinning(self) -> int:
         """Number of agents that may have memory of the pool pinned, connected or not."""
         return len(self._told)

@@ -1,5 +1,6 @@
-"""Pools of a daemon that divide host memory, with ranks on a fake GPU: what is given back is not pinned."""
+"""Pools of a daemon that divide host memory, with ranks on a fake GPU: memory that is given back is not pinned."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,6 +111,32 @@ def test_memory_goes_from_one_gpu_engine_to_another_and_back(tmp_path: Path, cud
         assert [agent.pinned_slots for agent in agents if agent is not None] == slots
 
 
+def test_a_pool_that_could_not_be_pinned_once_grows_again_after_it_has_shrunk(tmp_path: Path, cuda: FakeCuda) -> None:
+    path = tmp_path / "server"
+    with running(
+        path, BUDGET, cache={"server_max_pools": 2}, extent_bytes=16 << 20
+    ) as daemon, engine_on_gpu(path, tmp_path / "r0", "float16") as (one, first, ones):
+        one.wait_ready(20.0)
+        load, seed, deadline = Load(one, ones), 0, time.monotonic() + 60.0
+        cuda.fail("cuMemHostRegister", 0, 2)
+        while one.stats()["num_slots"] < BUDGET:
+            assert time.monotonic() < deadline
+            load.turn(seed)
+            seed += 1
+        agent = first.rank._agent
+        assert agent is not None
+        unpinned = agent.pinned_slots
+        assert unpinned < BUDGET                                   # a part was refused
+        with engine_on_gpu(path, tmp_path / "r1", "bfloat16") as (two, _, twos):
+            two.wait_ready(30.0)
+            other, seeds = Load(two, twos), itertools.count()
+            until(lambda: other.turn(next(seeds) % 9) >= 0 and one.stats()["num_slots"] < unpinned, 30.0)
+        until(lambda: load.turn(next(seeds)) >= 0 and one.stats()["num_slots"] == BUDGET, 30.0)
+        until(lambda: agent.pinned_slots == BUDGET, 20.0)
+        assert held(daemon) == BUDGET * SLOT_BYTES
+        one.check_integrity()
+
+
 def test_memory_that_cannot_be_unpinned_stays_with_its_pool(tmp_path: Path, cuda: FakeCuda) -> None:
     path = tmp_path / "server"
     with running(
@@ -127,5 +154,5 @@ def test_memory_that_cannot_be_unpinned_stays_with_its_pool(tmp_path: Path, cuda
             time.sleep(0.5)
             assert not two.is_ready()                              # it has no memory
             assert held(daemon) == BUDGET * SLOT_BYTES
-            load.turn(0)                                           # the others go on with what they have
+            load.turn(0)                                           # the others go on with the memory that they have
         one.check_integrity()

@@ -16,7 +16,15 @@ from flexkv.protocol.ring import OpKind
 from flexkv.transfer.executors import device
 from flexkv.transfer.executors.device import DeviceExecutor
 from flexkv.transfer.graph import OpStatus, TransferOp
-from tests.support.harness import TOKENS, check_drained, controller_of, mapping, tokens_of, until, wait_ready
+from tests.support.harness import (
+    TOKENS,
+    check_drained,
+    controller_of,
+    mapping,
+    tokens_of,
+    until,
+    wait_ready,
+)
 from tests.support.segment_ranks import Kind, SegmentRank, SlotModel, begin, exchange_of, move, segmented
 
 LATENT = [Kind(20_000, copy="latent"), Kind(20_000, copy="latent"), Kind(1_312, copy="indexer")]

@@ -272,13 +272,11 @@ cdef class DeviceAgent:
                     self.followed = lowered
                     flexkv_agent_report(self.agent, FLEXKV_NOTE_FOLLOWED, lowered)
                 rc = flexkv_cuda_copy_register(cuda, slots, all_populated, &error)
-            if rc == -EAGAIN:
-                rc = 0
-                flexkv_agent_advance(self.agent, 0, 0)
-            elif rc > 0 or (rc and not unpinned):
+            if rc > 0 or (rc and rc != -EAGAIN and not unpinned):
                 slots = flexkv_cuda_copy_registered(cuda, &more) if rc > 0 else self.at.num_slots
                 flexkv_agent_report(self.agent, FLEXKV_NOTE_USABLE, slots)
-                flexkv_agent_advance(self.agent, 0, 0)     # wakes it
+            if rc:
+                flexkv_agent_advance(self.agent, 0, 0)     # wakes it: it may have found the lock held
         self.driver.check(error, "cuMemHostUnregister" if unpinned else "cuMemHostRegister")
         return rc == 1
 

@@ -292,6 +292,11 @@ class AgentLink:
             return True
         return True
 
+    def end_exchange(self) -> None:
+        """Have the rank unmap the memory of its peers, which would not be free until then."""
+        self.exchange = 0
+        self.rings.end_exchange()
+
     def clear_news(self) -> None:
         """Reset the eventfd with which the agent announces results."""
         with suppress(BlockingIOError):

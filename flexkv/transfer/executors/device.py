@@ -144,12 +144,11 @@ class DeviceExecutor(Executor):
 
     @staticmethod
     def _end_exchange(link: AgentLink, others: Sequence[AgentLink]) -> None:
-        """Have the other ranks unmap the memory of a rank that has left, which would not be free until then."""
+        """End the exchange of a rank that has left."""
         number, link.exchange = link.exchange, 0
         for other in others:
             if number and other.exchange == number:
-                other.exchange = 0
-                other.rings.end_exchange()
+                other.end_exchange()
 
     def exchanging(self, client: int) -> list[TransferOp]:
         """Ops of a client's exchanges that run."""

@@ -1,7 +1,10 @@
 """Terms of exchanges: each byte of each copy is read by one rank, and each rank knows the memory of the others."""
 
+import errno
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexkv.controller.exchanges import ExchangeTerms
+from flexkv.controller.registry import Registry
 from flexkv.protocol.exchange import Allocation, ExportedCopy, Exports
 from flexkv.protocol.registration import Hello, SegmentClaim, SegmentKind
+from flexkv.protocol.ring import OpKind
 from flexkv.storage.layout import SlotLayout
+from tests.support.harness import make_manager, until, wait_ready
+from tests.support.segment_ranks import Kind, SegmentRank, SlotModel, exchange_of, move
+
+LATENT = [Kind(20_000, copy="latent"), Kind(1_312, copy="indexer")]
 
 
 def claim_of(name: str | None, size: int) -> SegmentClaim:
@@ -98,3 +107,42 @@ def test_no_exchange_without_copies_of_several_ranks(segments: list[tuple[str | 
     layout = SlotLayout.of(list(hellos.values()))
     assert ExchangeTerms(True).of(layout, hellos) == {}
     assert not ExchangeTerms(True).needs_more(layout, {0: hellos[0]})
+
+
+def test_a_rank_that_is_not_welcomed_leaves_its_peers_without_an_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its peers have got their WELCOME with its memory, which they must not keep mapped."""
+    make_link, refused = Registry._make_link, list[Any]()
+
+    def refuse_once(registry: Registry, rank_id: Any, terms: Any) -> Any:
+        if rank_id == (0, 1) and not refused:
+            refused.append(terms)
+            raise OSError(errno.EMFILE, "no descriptor")
+        return make_link(registry, rank_id, terms)
+
+    monkeypatch.setattr(Registry, "_make_link", refuse_once)
+    manager = make_manager(tmp_path / "s", 8, 2)
+    ranks = [SegmentRank(tmp_path / "s", number, LATENT, [8, 8]) for number in range(2)]
+    try:
+        for rank in ranks:
+            rank.register()
+        until(lambda: ranks[0].client._agent is not None and ranks[1].client.error is not None)
+        assert refused != [None]
+        agent = ranks[0].client._agent
+        until(lambda: agent is not None and not agent.has_peers)
+        ranks[1] = SegmentRank(tmp_path / "s", 1, LATENT, [8, 8])
+        ranks[1].register()
+        wait_ready(manager, 8)
+        assert exchange_of(manager) == 0
+        for rank in ranks:
+            rank.fill(1)
+        model = SlotModel(ranks, 8)
+        for kind, pages in ((OpKind.D2H, [0, 1]), (OpKind.H2D, [4, 5])):
+            assert move(manager, kind, [2, 3], [pages]).all()
+            model.move(kind, [2, 3], [pages])
+        model.check()
+    finally:
+        manager.shutdown()
+        for rank in ranks:
+            rank.client.close()

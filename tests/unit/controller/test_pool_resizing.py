@@ -1,5 +1,6 @@
 """Resizing of a pool that is in service: memory is given back when nothing is in it, and no rank has it pinned."""
 
+import errno
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,12 +52,13 @@ class Pool:
         self.growth.update(cast(list[AgentLink], [self.link]))
 
     def settle(self, num_slots: int) -> None:
-        """Wait until so many slots are populated, pinned and usable."""
+        """Wait until ``num_slots`` slots are populated, pinned and usable."""
         until(lambda: self.host.populated_slots == num_slots and not self.host.is_populating)
         self.link.rings.usable_slots = num_slots
         self.update()
         assert self.growth.usable == num_slots
         assert not self.resizing.is_growing
+        assert self.resizing.may_shrink
 
     @property
     def memory_bytes(self) -> int:
@@ -74,6 +76,7 @@ def test_it_grows_and_shrinks_and_grows_again(pool: Pool) -> None:
     assert (pool.host.num_slots, pool.host.fixed_slots, pool.memory_bytes) == (64, 4, 16 * 4096)
     pool.resizing.grow(40)
     assert pool.resizing.is_growing
+    assert not pool.resizing.may_shrink
     pool.settle(40)
     pool.host.slot(39)[:] = b"x" * 4096
     pool.resizing.shrink(8)
@@ -113,6 +116,46 @@ def test_a_rank_that_joins_meanwhile_hears_of_the_smaller_pool(pool: Pool) -> No
     pool.resizing.step()
     pool.memory.pool_for(LAYOUT, pool.growth.populated)                            # another engine's first rank
     assert pool.growth._populated == (8, False)
+
+
+def test_a_pool_whose_ranks_have_left_before_they_had_pinned_it_can_shrink(pool: Pool) -> None:
+    pool.resizing.grow(40)
+    until(lambda: not pool.host.is_populating)
+    pool.growth.update([])                                                         # the engine has ended
+    assert pool.growth.usable == 16
+    assert pool.resizing.is_growing                                                # so the budget does not grow it
+    assert pool.resizing.may_shrink
+    pool.resizing.shrink(0)
+    pool.resizing.step()
+    pool.link.is_at_rest = True
+    pool.growth.update([])
+    pool.resizing.step()
+    assert (pool.resizing.slots, pool.memory_bytes) == (0, 0)
+
+
+def test_memory_that_runs_out_leaves_a_pool_that_can_shrink_and_grow(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extent is not the last one: a rank would pin a part that is not whole, and no other after it."""
+    def refuse(start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.host, "_allocate", refuse)
+        pool.resizing.grow(40)
+        until(lambda: not pool.host.is_populating)
+    assert (pool.resizing.slots_with_memory, pool.resizing.slots) == (16, 40)
+    assert pool.growth._populated == (16, False)
+    pool.resizing.shrink(16)
+    for _ in range(2):
+        pool.resizing.step()
+        pool.update()
+        pool.link.rings.followed = pool.link.rings.lowered
+        pool.update()
+    pool.resizing.step()
+    assert (pool.resizing.slots_with_memory, pool.resizing.slots) == (16, 16)
+    pool.resizing.grow(40)
+    pool.settle(40)
 
 
 def test_a_pool_that_ends_frees_its_memory_though_others_map_it(pool: Pool, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ class Pool:
 
     def __init__(self, budget: HostBudget, name: str = "", slot_bytes: int = PAGE) -> None:
         self.slots = 0
+        self.missing = 0                             # slots that were asked for when memory ran out
         self.is_growing = False
         self.has_engines = True
         self.moved_blocks = self.evicted = self.num_free = 0
         self.target: int | None = None
-        self.follows = self.may_shrink = True
+        self.follows = self.yields = True
         self.share: Share = budget.open(name)
         self.share.pool = self
         self.max_slots, _, self.fixed_slots = self.share.begin(slot_bytes)
@@ -33,6 +34,14 @@ class Pool:
     @property
     def is_shrinking(self) -> bool:
         return self.target is not None
+
+    @property
+    def may_shrink(self) -> bool:
+        return not self.is_growing and not self.is_shrinking
+
+    @property
+    def slots_with_memory(self) -> int:
+        return self.slots - self.missing
 
     def grow(self, num_slots: int) -> None:
         assert self.slots < num_slots <= self.max_slots
@@ -46,8 +55,8 @@ class Pool:
 
     def step(self) -> None:
         if self.target is not None and self.follows:
-            self.slots = self.target if self.may_shrink else self.slots
-            self.target = None
+            self.slots = self.target if self.yields else self.slots
+            self.target, self.missing = None, self.missing * (not self.yields)
 
     def evicted_and_free(self) -> tuple[int, int]:
         return self.evicted, self.num_free
@@ -69,6 +78,14 @@ class Node:
                 pool.work(blocks)
             self.now += 0.5
             self.budget.balance()
+
+
+def two_pools() -> tuple[Node, Pool, Pool]:
+    """Two pools of equal use that have divided the budget."""
+    node = Node(96)
+    one, two = Pool(node.budget), Pool(node.budget)
+    node.turns(100, (one, 10), (two, 10))
+    return node, one, two
 
 
 def test_a_pool_grows_while_it_needs_slots_and_memory_is_unassigned() -> None:
@@ -101,9 +118,7 @@ def test_a_new_pool_takes_memory_of_the_one_that_is_used_least() -> None:
 
 
 def test_memory_follows_use_and_two_equal_pools_leave_each_other_alone() -> None:
-    node = Node(96)
-    one, two = Pool(node.budget), Pool(node.budget)
-    node.turns(100, (one, 10), (two, 10))
+    node, one, two = two_pools()
     settled = one.slots, two.slots
     node.turns(200, (one, 10), (two, 10))
     assert (one.slots, two.slots) == settled
@@ -115,9 +130,7 @@ def test_memory_follows_use_and_two_equal_pools_leave_each_other_alone() -> None
 
 
 def test_a_pool_without_engines_yields_all_and_first() -> None:
-    node = Node(96)
-    one, two = Pool(node.budget), Pool(node.budget)
-    node.turns(100, (one, 10), (two, 10))
+    node, one, two = two_pools()
     two.has_engines = False
     node.turns(100, (one, 1))
     assert (one.slots, two.slots) == (96, 0)
@@ -143,9 +156,7 @@ def test_a_guarantee_is_reserved_before_the_pool_exists_and_after_it() -> None:
 
 
 def test_a_pool_that_does_not_shrink_keeps_its_memory_and_others_are_asked() -> None:
-    node = Node(96)
-    stopped, other = Pool(node.budget), Pool(node.budget)
-    node.turns(100, (stopped, 10), (other, 10))
+    node, stopped, other = two_pools()
     stopped.follows = False
     node.turns(200, (other, 10))
     assert stopped.is_shrinking
@@ -154,9 +165,35 @@ def test_a_pool_that_does_not_shrink_keeps_its_memory_and_others_are_asked() -> 
     node.turns(20, (other, 10))
     assert third.slots > 0
     assert stopped.slots == held
-    stopped.follows, stopped.may_shrink = True, False
+    stopped.follows, stopped.yields = True, False
     node.turns(1)
     assert stopped.slots == stopped.share.slots == held            # it has given up, and has what it had
+
+
+def test_a_pool_whose_memory_has_run_out_keeps_whole_extents_and_grows_later() -> None:
+    node = Node(96)
+    pool = Pool(node.budget)
+    node.turns(3, (pool, 10))
+    pool.missing = 6                                 # less than two extents
+    expected = pool.slots - 8
+    node.turns(1, (pool, 10))
+    assert pool.target == expected
+    node.turns(1, (pool, 10))
+    assert pool.slots == pool.share.slots == expected
+    node.turns(10, (pool, 10))                       # 5 s
+    assert pool.slots == expected
+    node.turns(20, (pool, 10))
+    assert pool.slots > expected
+
+
+def test_a_guarantee_for_which_memory_has_run_out_is_not_given_back() -> None:
+    node = Node(96)
+    node.budget.reserve("kept", 40 * PAGE)
+    pool = Pool(node.budget, "kept")
+    slots = pool.slots
+    pool.missing = slots - 34
+    node.turns(50, (pool, 10))
+    assert (pool.slots, pool.target) == (slots, None)
 
 
 def test_extents_consist_of_parts_that_ranks_pin() -> None:
@@ -205,9 +242,9 @@ def test_the_budget_is_never_exceeded(num_pages: int, actions: list[tuple[str, i
         elif name in ("leave", "come"):
             pool.has_engines = name == "come"
         elif name in ("stop", "go"):
-            pool.follows, pool.may_shrink = name == "go", True
+            pool.follows, pool.yields = name == "go", True
         elif name == "refuse":
-            pool.may_shrink = False
+            pool.yields = False
         elif name == "close" and not pool.slots:
             pools.remove(pool)
             node.budget.close(pool.share)

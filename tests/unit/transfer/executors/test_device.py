@@ -51,6 +51,10 @@ class _Link:
     def has_left(self) -> bool:
         return self.left
 
+    def end_exchange(self) -> None:
+        self.exchange = 0
+        self.rings.end_exchange()
+
     def fail_backlog(self) -> list[Part]:
         return []
 
