@@ -14,7 +14,7 @@ usage: ./build.sh [COMMAND]
   (none)      build, and install into the environment, editable
   demo        a real vLLM on this machine, with and without its KV loaded by FlexKV
   test        linters, type checks, and all tests that need no GPU
-  nightly     what takes longer than a change can wait for: ten minutes of each fuzzer, five times as many examples of
+  nightly     what takes longer than a change can wait for: ten minutes of each fuzzer, 20,000 examples of
               each property, a thousand killed engines, and the tests marked nightly
   sanitize    unit and property tests of the native code under ASan/UBSan, then under TSan
   --debug     as (none), with bounds checks and with invariants checked on every operation

@@ -98,7 +98,7 @@ def work_until(daemon: Daemon, manager: KVManager, tensors: Tensors, num_slots: 
         seed += 1
 
 
-@pytest.mark.parametrize("ssd", [False, True])
+@pytest.mark.parametrize("ssd", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_shares_follow_the_load(tmp_path: Path, ssd: bool) -> None:
     path = tmp_path / "server"
     tier = {"ssd_cache_gb": 1 / 64, "ssd_cache_dir": str(tmp_path / "ssd"), "ssd_admission": "all"} if ssd else {}

@@ -67,7 +67,10 @@ PRESSURE = [
 STAGES = [stage(1, one_by_one=True), stage(2, one_by_one=True), stage(1, one_by_one=True), stage(2)]
 
 
-@pytest.mark.parametrize(("block_size", "chunked"), [(32, True), (32, False), (128, True), (128, False)])
+@pytest.mark.parametrize(("block_size", "chunked"), [
+    (32, True), (128, False), pytest.param(32, False, marks=pytest.mark.nightly),
+    pytest.param(128, True, marks=pytest.mark.nightly),
+])
 def test_reads_back_what_it_wrote(block_size: int, chunked: bool) -> None:
     result = run(
         block_size=block_size, chunked=chunked, batched_tokens=256 if chunked else 1024,
